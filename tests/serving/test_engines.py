@@ -33,21 +33,6 @@ PACKED = "layers.3.self_attn.qkv_proj"
 
 def test_a_packed_module_is_named_beside_its_part() -> None:
     assert named("llama", f"model.{QUERY}", f"model.{DOWN}") == {f"model.{QUERY}", f"model.{PACKED}", f"model.{DOWN}"}
-    linear = "model.layers.1.linear_attn"
-    assert f"{linear}.in_proj_qkvz" in named("qwen3_5_text", f"{linear}.in_proj_z")
-
-
-def test_the_layers_of_a_model_that_reads_images_lie_deeper_in_vllm() -> None:
-    inner = {f"language_model.model.{QUERY}", f"language_model.model.{PACKED}"}
-    assert named("gemma3", f"model.language_model.{QUERY}") == inner
-    # A text model that is a part of one: served as itself, or as the whole.
-    assert named("gemma3_text", f"model.{QUERY}") == {f"model.{QUERY}", f"model.{PACKED}", *inner}
-
-
-def test_what_reads_the_images_does_not_widen_the_rest() -> None:
-    """By kind, q_proj would be that of every layer of the decoder too."""
-    tower = "vision_tower.encoder.layers.0.self_attn"
-    assert named("gemma3", f"model.{tower}.q_proj") == {f"{tower}.q_proj", f"{tower}.qkv_proj"}
 
 
 @pytest.mark.parametrize("told", [["q_proj", "down_proj"], ["qkv_proj", "down_proj"], None])

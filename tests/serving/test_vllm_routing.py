@@ -2,9 +2,8 @@
 
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
-from gatewise.serving.vllm_plugin import hooks, register
-from gatewise.serving.vllm_plugin.adapter import NOT_ROUTED, Kind, kind_of, read_routed
+from gatewise.serving.vllm_plugin import hooks
+from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Routing
@@ -42,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_adapter_is_read_as_it_was_saved(folder: Path) -> None:
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
     found = read_routed(folder, D)
-    assert kind_of(folder) == Kind(routed=True, leaves_prefixes_alone=False)
+    assert is_routed(folder)
     assert (found.top_k, found.normalize_gates) == (2, True)
     assert {layer.path: list(layer.experts) for layer in found.layers} == config["experts"]
     for layer in found.layers:
@@ -54,9 +53,9 @@ def test_what_is_no_routed_adapter(folder: Path, tmp_path: Path) -> None:
     config = folder / "adapter_config.json"
     told = json.loads(config.read_text())
     config.write_text(json.dumps({**told, "peft_type": "LORA"}))
-    assert kind_of(tmp_path) == kind_of(tmp_path / "nowhere") == kind_of(folder) == NOT_ROUTED
+    assert not any(map(is_routed, (tmp_path, tmp_path / "nowhere", folder)))
     config.write_text("[]")
-    assert kind_of(folder) == NOT_ROUTED
+    assert not is_routed(folder)
 
 
 def rewrite(folder: Path, **settings: Any) -> None:
@@ -84,7 +83,10 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     rewrite(folder, experts=order, top_k=9)
     with pytest.raises(GatewiseError, match="top_k is 9 for 7 experts"):
         read_routed(folder, D)
-    rewrite(folder, top_k=2)
+    rewrite(folder, top_k=2, adapt="after_prompt")
+    with pytest.raises(GatewiseError, match="was trained with adapt='after_prompt', which gatewise has no more"):
+        read_routed(folder, D)
+    rewrite(folder, adapt="always")
     for name in ("weight", "center"):
         broken = {key: value * torch.nan if key.endswith(f"lora_router.{name}") else value for key, value in weights.items()}
         save_file(broken, folder / "adapter_model.safetensors")
@@ -193,98 +195,27 @@ def test_each_token_has_the_gates_of_its_request(folder: Path) -> None:
     assert torch.equal(torch.zeros(6) if gates is None else gates[0, :, 0], expected[3, name].expand(6))
 
 
-def test_an_adapter_that_leaves_the_prompt_alone(folder: Path) -> None:
-    """All before the prompt's last token is the base model's, also when it is computed once more."""
-    rewrite(folder, adapt="after_prompt")
-    routing = Routing(Engine(), modules_of_vllm(), 64, torch.device("cpu"))
-    placed = {2: routing.place(read_routed(folder, D), lambda path: path)}.get
-    path = "model.layers.0.self_attn.o_proj"
-    routing.begin([Part("one", 2, 5, 0, 5), Part("short", 2, 1, 0, 1)], placed)
-    routing._table[[routing._rows["one"], routing._rows["short"]]] = torch.tensor([[0.3], [0.7]])
-    for parts, wanted in (
-        (None, [0, 0, 0, 0, 0.3, 0.7]),
-        ([Part("one", 2, 1, 5, 5)], [0.3]),
-        ([Part("one", 2, 7, 0, 5), Part("short", 2, 1, 1, 1)], [0, 0, 0, 0, 0.3, 0.3, 0.3, 0.7]),
-        ([Part("one", 2, 5, 3, 5)], [0, 0.3, 0.3, 0.3, 0.3]),
-    ):
-        if parts is not None:
-            routing.begin(parts, placed)
-        assert routing.gates(path, len(wanted))[0, :, 0].tolist() == pytest.approx(wanted)
-    rewrite(folder, adapt="sometimes")
-    with pytest.raises(GatewiseError, match="has adapt 'sometimes', which this gatewise does not know"):
-        read_routed(folder, D)
-
-
-def test_an_adapter_that_chooses_by_the_last_token_may_have_prompts_in_pieces(folder: Path, tmp_path: Path) -> None:
-    rewrite(folder, adapt="after_prompt", pooler="last")
-    assert kind_of(folder) == Kind(routed=True, leaves_prefixes_alone=True)
-    file = folder / "adapter_model.safetensors"
-    save_file({name: one for name, one in load_file(file).items() if not name.endswith("lora_router.pool")}, file)
-    engine, adapter = Engine(), read_routed(folder, D)
-    routing = Routing(engine, modules_of_vllm(), 64, torch.device("cpu"))
-    placed = {2: routing.place(adapter, lambda path: path)}.get
-    path = "model.layers.0.self_attn.o_proj"
-    torch.manual_seed(1)
-    states = torch.randn(7, D)  # of the prompt
-    # Three tokens, of which another step has read the first two before; a base row; then the four that are left.
-    assert not routing.begin([Part("one", 2, 1, 2, 7), Part("base", 0, 1, 4, 4)], placed)
-    assert not routing.requests
-    assert routing.gates(path, 2) is None
-    routing.begin([Part("base", 0, 1, 5, 4), Part("one", 2, 4, 3, 7)], placed)
-    for layer in engine.model.layers:
-        layer(torch.arange(5), torch.cat([torch.randn(1, D), states[3:]]), None)
-    expected = {}
-    for layer in adapter.layers:
-        p = layer.router(states[None], torch.ones(1, 7, dtype=torch.bool))
-        expected |= {f"{layer.path}.{one}": gate for one, gate in zip(layer.experts, gates_of(p, 2, True)[0], strict=True)}
-    for module, names in modules_of_vllm().items():
-        if names[0] is not None:
-            wanted = torch.tensor([[0, 0, 0, 0, expected[str(name)]] for name in names])
-            torch.testing.assert_close(routing.gates(module, 5)[..., 0], wanted)
-    routing.begin([Part("one", 2, 1, 7, 7)], placed)
-    found = routing.gates(path, 1)
-    assert (0 if found is None else float(found)) == pytest.approx(float(expected[path]))
-    # Preempted, and read once more in pieces.
-    assert not routing.begin([Part("one", 2, 5, 0, 7)], placed)
-    assert routing.gates(path, 5) is None
-    routing.begin([Part("one", 2, 3, 5, 7)], placed)
-    found = routing.gates(path, 3)
-    assert ([0] * 3 if found is None else found[0, :, 0].tolist()) == pytest.approx(
-        [0, float(expected[path]), float(expected[path])]
-    )
-    with pytest.raises(GatewiseError, match=r"read in pieces \(7 tokens before and 1 now, of 7\)"):
-        routing.begin([Part("lost", 2, 1, 7, 7)], placed)
-
-
-def test_blocks_of_a_prompt_that_the_base_model_reads_are_everybodys(folder: Path) -> None:
+def test_blocks_of_the_prefix_cache_belong_to_one_routed_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
-        return (("lora", "name", str(folder)), *([("cache_salt", "s")] if start_token_idx == 0 else [])), start_mm_idx + 1
+        return (("lora", "name", str(folder)),), start_mm_idx + 1
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "_folder", lambda path: path)
-        hooks._kind_by_number.cache_clear()
-        keys = hooks._hash_keys(made)
-        lora = SimpleNamespace(lora_path=str(folder), lora_int_id=7)
-        request = SimpleNamespace(request_id="r", num_prompt_tokens=9, lora_request=lora)
-        found, _ = keys(request, 0, 4, 1)
-        assert found[:2] == (("lora", "name", str(folder)), ("cache_salt", "s"))
-        [own] = found[2:]
-        assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)), own), 2)
-        # Another one that comes later by the same id.
-        again = SimpleNamespace(**{name: one for name, one in vars(request).items() if not name.startswith("gatewise")})
-        assert keys(again, 0, 4, 1)[0] != found
-        # What lies in the folder by now counts for another number, as which it may be loaded.
-        rewrite(folder, adapt="after_prompt", pooler="last")
-        assert keys(request, 0, 4, 1)[0] == found
-        request.lora_request = SimpleNamespace(lora_path=str(folder), lora_int_id=8)
-        assert keys(request, 0, 4, 1) == ((("cache_salt", "s"),), 2)
-        (folder / "adapter_config.json").unlink()
-        assert keys(request, start_token_idx=4, end_token_idx=8, start_mm_idx=1) == (None, 2)
-        request.num_prompt_tokens = 8  # whose last token the second block holds
-        assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)), own), 2)
-        request.lora_request = None
-        assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)),), 2)
-        hooks._kind_by_number.cache_clear()
+    monkeypatch.setattr(hooks, "_folder", lambda path: path)
+    hooks._is_routed.cache_clear()
+    keys = hooks._hash_keys(made)
+    request = SimpleNamespace(request_id="r", lora_request=SimpleNamespace(lora_path=str(folder), lora_int_id=7))
+    (lora, own), following = keys(request, 0, 4, 1)
+    assert (lora, following) == (("lora", "name", str(folder)), 2)
+    assert keys(request, 4, 8, 1) == ((lora, own), 2)
+    again = SimpleNamespace(request_id="r", lora_request=request.lora_request)  # another one that comes later by the same id
+    assert keys(again, 0, 4, 1)[0] not in ((lora,), (lora, own))
+    # What lies in the folder by now counts for another number, as which it may be loaded.
+    rewrite(folder, peft_type="LORA")
+    assert keys(request, 0, 4, 1) == ((lora, own), 2)
+    request.lora_request = SimpleNamespace(lora_path=str(folder), lora_int_id=8)
+    assert keys(request, 0, 4, 1) == ((lora,), 2)
+    request.lora_request = None
+    assert keys(request, 4, 8, 1) == ((lora,), 2)
+    hooks._is_routed.cache_clear()
 
 
 def test_products_have_gates_between_a_and_b(folder: Path) -> None:
@@ -295,7 +226,7 @@ def test_products_have_gates_between_a_and_b(folder: Path) -> None:
     path, slices = "model.layers.1.self_attn.qkv_proj", (6, 4, 4)
     drawn = torch.rand(3)
     gates = torch.stack([drawn, drawn, torch.zeros(3), torch.ones(3)])
-    routing._table[routing._rows["one"], routing._of_module[path]] = drawn
+    routing._table[routing.requests["one"], routing._of_module[path]] = drawn
     adapters = [1, 1, 1, 0]  # the base row has another's, as in vLLM on a processor
     a, b = torch.randn(3, 2, 1, 3, D), tuple(torch.randn(2, 1, size, 3) for size in slices)
     module = SimpleNamespace(lora_a_stacked=tuple(a), lora_b_stacked=b, output_slices=slices, punica_wrapper=Punica(adapters))
@@ -364,7 +295,7 @@ def test_a_step_is_told_whether_its_gates_are_the_last_ones(folder: Path) -> Non
     of_one, of_plain = Part("one", 2, 1, 1, 1), Part("plain", 1, 1, 4, 4)
     assert not routing.begin([Part("one", 2, 1, 0, 1), of_plain], placed)  # it reads its prompt
     path = "model.layers.0.self_attn.o_proj"
-    routing._table[routing._rows["one"]] = 0.5
+    routing._table[routing.requests["one"]] = 0.5
     assert not routing.begin([of_one, of_plain], placed)  # a step like the last, but there the gates were not known at first
     assert routing.gates(path, 2)[0, :, 0].tolist() == [0.5, 1]
     assert routing.begin([of_one, of_plain], placed)
@@ -573,50 +504,3 @@ def test_requests_that_cannot_be_routed_are_refused() -> None:
     assert why_not_request(SimpleNamespace(**fine)) is None
     for changed in ({"prompt_embeds": 1}, {"resumable": True}, {"mm_features": [1]}):
         assert why_not_request(SimpleNamespace(**{**fine, **changed})) is not None
-
-
-# ---- another vLLM ----
-
-
-class WorkerLoRAManager:
-    """Of a vLLM that has this of what the plug-in looks for, and nothing else."""
-
-    def _load_adapter(self, lora_request: Any) -> str:
-        return f"loaded {lora_request.lora_path}"
-
-    def add_adapter(self, lora_request: Any) -> str:
-        return self._load_adapter(lora_request)
-
-
-@pytest.fixture
-def other_vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A stand-in for vLLM, whose version is to be set, and a plug-in that was not put into it yet."""
-    names = ("vllm", "vllm.lora", "vllm.lora.worker_manager")
-    modules = {name: ModuleType(name) for name in names}
-    own = type("WorkerLoRAManager", (WorkerLoRAManager,), {"_load_adapter": WorkerLoRAManager._load_adapter})
-    modules[names[2]].WorkerLoRAManager = own  # type: ignore[attr-defined]
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(hooks, "_is_installed", False)
-    return modules["vllm"]
-
-
-def test_another_vllm_refuses_routed_adapters_and_is_left_alone(other_vllm: ModuleType, folder: Path, tmp_path: Path) -> None:
-    other_vllm.__version__ = "0.31.4"  # type: ignore[attr-defined]
-    register()
-    register()
-    manager = sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager()
-    assert manager.add_adapter(SimpleNamespace(lora_path=str(tmp_path))) == f"loaded {tmp_path}"
-    with pytest.raises(GatewiseError) as found:
-        manager.add_adapter(SimpleNamespace(lora_path=str(folder)))
-    assert str(found.value).startswith(
-        f"the routed adapter {folder} cannot be served: this is vLLM 0.31.4, but gatewise serves routed adapters in 0.32.x alone"
-    )
-    assert {name for name in vars(type(manager)) if not name.startswith("__")} == {"_load_adapter"}
-
-
-def test_a_vllm_that_nothing_can_be_put_into_starts_all_the_same(other_vllm: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    other_vllm.__version__ = "0.40.0"  # type: ignore[attr-defined]
-    del sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager  # type: ignore[attr-defined]
-    register()
-    assert "routed adapters cannot be served by this vLLM" in caplog.text

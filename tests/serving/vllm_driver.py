@@ -91,9 +91,6 @@ class Engine:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(by, folder)
 
-    def delete(self, folder: str) -> None:
-        shutil.rmtree(folder)
-
     def load(self, folder: str) -> None:
         """As vLLM's server does before it serves an adapter."""
         self.llm.llm_engine.add_lora(self.adapter(folder))
@@ -101,21 +98,6 @@ class Engine:
     def unload(self, folder: str, name: str | None = None) -> bool:
         lora = self.adapter(folder, name)
         return bool(self.llm.llm_engine.remove_lora(lora.lora_int_id))
-
-    def load_in_place(self, folder: str, name: str, prompt: list[int], running: str) -> None:
-        """Puts a folder's adapter in the place of one that a request has, which then goes on."""
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-
-        engine, lora = self.llm.llm_engine, self.adapter(running, name)
-        asked = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False)
-        engine.add_request("running", {"prompt_token_ids": prompt}, asked, lora_request=lora)
-        engine.step()
-        try:
-            engine.add_lora(LoRARequest(name, lora.lora_int_id, folder, load_inplace=True))
-        finally:
-            while engine.has_unfinished_requests():
-                engine.step()
 
     def abort(self, prompt: list[int], adapter: str) -> int:
         """Stops a request after three steps, and goes on until nothing is left."""

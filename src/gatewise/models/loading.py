@@ -158,18 +158,25 @@ def pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
+def load_config(name_or_path: str | Path) -> Any:
+    """The Transformers configuration of a model, without its weights.
+
+    Raises GatewiseError when there is none or it cannot be read.
+    """
+    source = resolve(name_or_path)
+    try:
+        with quiet(bars=not Path(source).is_dir()):
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded("model", name_or_path, source, error) from error
+
+
 def class_names(name_or_path: str | Path) -> list[str] | None:
     """What a model's configuration calls the classes of a classifier, in order; None where it only counts them.
 
     Raises GatewiseError when there is no configuration or it cannot be read.
     """
-    source = resolve(name_or_path)
-    try:
-        with quiet(bars=not Path(source).is_dir()):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise _not_loaded("model", name_or_path, source, error) from error
-    return names_in(config)
+    return names_in(load_config(name_or_path))
 
 
 def names_in(config: Any) -> list[str] | None:

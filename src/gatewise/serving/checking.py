@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, read_config
 from gatewise.adapters.loading import load_adapter, read_data
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.models.cache import resolve
-from gatewise.models.loading import load_tokenizer
+from gatewise.models.loading import load_config, load_tokenizer
 from gatewise.serving.server.with_vllm import DIRECT, VllmServer
 from gatewise.tasks.encoding import prompt_ids
 
@@ -111,20 +109,21 @@ def check_in_vllm(
         raise GatewiseError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     folders = [Path(one).resolve() for one in adapters]
     base = _common_base(folders, options.base)
-    try:
-        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise GatewiseError(f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}") from error
-    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+    positions = int(getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or 2**31)
     prompted = [_prompts(folder, base, positions, data, replace(options, limit=prompts), tokens) for folder in folders]
     say(f"answering {max(map(len, prompted))} prompts in vLLM")
+    log: list[str] = []
     server = VllmServer(
         base, [f"adapter{number}={folder}" for number, folder in enumerate(folders)], python=python, name="base", port=0,
         dtype=dtype, most_tokens=tokens + max(len(ids) for one in prompted for ids in one), most_running=256, settled=0.0,
-        rest=["--enforce-eager", "--max-loras", str(len(folders) + 1)], say=lambda line: None,
+        rest=["--enforce-eager", "--max-loras", str(len(folders) + 1)], say=log.append,
         environment={"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")},  # GiB; else half of the memory
     )  # fmt: skip
-    version, answers, bare = _ask_all(server, prompted, tokens)
+    try:
+        version, answers, bare = _ask_all(server, prompted, tokens)
+    except GatewiseError:
+        say("\n".join(log))
+        raise
     checked = []
     for folder, asked, written, plain in zip(folders, prompted, answers, bare, strict=True):
         say(f"{folder.parent.name}/{folder.name}: comparing with PEFT")
@@ -159,8 +158,6 @@ def _ask_all(
             return [[one.result() for one in own] for own in asked]
 
     def ready() -> None:
-        if server.refused:
-            raise GatewiseError(next(iter(server.refused.values())))
         batches = [[f"adapter{number}" for number in range(len(prompted))], [server.name] * len(prompted)]
         found.extend((_json_of(f"{server.url}/version")["version"], *map(ask_batch, batches)))
         server.end()

@@ -1,7 +1,7 @@
 """What serving engines must be told of LoRA adapters: ``serving.json``."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -25,18 +25,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PACKED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
-    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
 }
-# What stands before "layers." in vLLM, by Transformers' model_type of the base. In these models all that follows is called as in
-# Transformers. Text models that are a part of one that also reads images can be served as either.
-_TEXT, _WITH_IMAGES = ("model",), ("language_model.model",)
-_BEFORE = {
-    **dict.fromkeys(("gemma", "gemma2", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3"), _TEXT),
-    **dict.fromkeys(("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"), _WITH_IMAGES),
-    **dict.fromkeys(("gemma3_text", "qwen3_5_text"), (*_TEXT, *_WITH_IMAGES)),
-}
-_LAYER = re.compile(r"model\.(?:language_model\.)?(layers\.\d+\.\w+)")
+# Base models whose layers are called in vLLM as in Transformers, by its model_type.
+_SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
+_LAYER = re.compile(r"model\.layers\.\d+\.\w+")
 
 
 def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, Any]:
@@ -45,7 +37,7 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
     and reserves room for ``--max-lora-rank``. A module that it is not told of loses its LoRA without a word. It takes no DoRA, no
     biases, no modules that were trained as a whole and nothing of ``NOT_SERVED``. A routed adapter needs gatewise beside vLLM, no
-    graphs, and whole prompts, unless it chooses by the last token of a prompt that it otherwise leaves to the base model.
+    graphs, and whole prompts.
 
     Args:
         model_type: of the base model, as Transformers calls it. Where it is not known what vLLM calls the modules of such a model,
@@ -58,19 +50,7 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     others = [name for name in adapter.others if f".{ROUTER}." not in name]
     extra = any(module.others for module in adapter.modules) or bool(others) or any(map(adapter.config.get, NOT_SERVED))
     routed = adapter.config.get("peft_type") == ROUTED
-    whole = routed and not leaves_prefixes_alone(adapter.config)
-    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed, whole)
-
-
-def leaves_prefixes_alone(config: Mapping[str, Any]) -> bool:
-    """Whether the base model reads the prompts of a routed adapter, up to the last token, by which alone it chooses.
-
-    Such a prompt may be read in pieces, and its keys and values are anybody's.
-
-    Args:
-        config: the adapter's.
-    """
-    return (config.get("peft_type"), config.get("adapt"), config.get("pooler")) == (ROUTED, "after_prompt", "last")
+    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed)
 
 
 def model_type_of(model: nn.Module) -> str | None:
@@ -81,55 +61,36 @@ def model_type_of(model: nn.Module) -> str | None:
 def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """The settings of an engine that serves several adapters of one base."""
     modules = sorted({path for one in settings for path in one["modules"]})
-    rank = max(one["largest_rank"] for one in settings)
-    first = settings[0]
     extra, routed = any(one["vllm"] is None for one in settings), any(one["routed"] for one in settings)
-    whole = any(one["whole_prompts"] for one in settings)
-    return _settings(modules, rank, first["base_model"], first["model_type"], extra, routed, whole)
+    rank = max(one["largest_rank"] for one in settings)
+    return _settings(modules, rank, settings[0]["base_model"], settings[0]["model_type"], extra, routed)
 
 
-def _settings(
-    modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool, routed: bool, whole_prompts: bool
-) -> dict[str, Any]:
+def _settings(modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool, routed: bool) -> dict[str, Any]:
     allowed = next((one for one in VLLM_RANKS if one >= rank), None)
     vllm: dict[str, Any] | None = None
     if not extra and allowed is not None:
         names = sorted({name for path in modules for name in _vllm_names(path, model_type)})
-        limits = [*(["--no-enable-chunked-prefill"] if whole_prompts else []), *(["--enforce-eager"] if routed else [])]
+        limits = ["--no-enable-chunked-prefill", "--enforce-eager"] if routed else []
         arguments = ["--enable-lora", "--max-lora-rank", str(allowed), *limits, "--lora-target-modules", *names]
         vllm = {"max_lora_rank": allowed, "arguments": arguments}
     return {
         "format": 1, "base_model": base, "model_type": model_type, "modules": modules, "largest_rank": rank, "routed": routed,
-        "whole_prompts": whole_prompts, "vllm": vllm,
+        "vllm": vllm,
     }  # fmt: skip
 
 
 def is_told(path: str, told: Collection[str], model_type: str | None) -> bool:
-    """Whether vLLM keeps the LoRA of a module where ``--lora-target-modules`` are those: by kind, or by all of its full names."""
+    """Whether vLLM keeps the LoRA of a module where ``--lora-target-modules`` are those: by kind, or by its full names."""
     above, _, kind = path.rpartition(".")
     # Experts are one module in vLLM, whatever it is that each has within.
     kinds = {"experts"} if ".experts" in path else {kind, _PACKED.get(kind, kind)}
-    if not kinds.isdisjoint(told):
-        return True
-    return any(
-        {f"{owner}.{kind}", f"{owner}.{_PACKED.get(kind, kind)}"} <= set(told) for owner in _owners(above, model_type) or [above]
-    )
-
-
-def _owners(above: str, model_type: str | None) -> list[str]:
-    """What the module above another one may be called in vLLM, as far as that is known."""
-    before = _BEFORE.get(model_type or "", ())
-    if before and (layer := _LAYER.fullmatch(above)):
-        return [f"{one}.{layer[1]}" for one in before]
-    if before and above.startswith(("model.visual.", "model.vision_tower.")):
-        return [above.removeprefix("model.")]
-    return []
+    return not kinds.isdisjoint(told) or {f"{above}.{kind}", f"{above}.{_PACKED.get(kind, kind)}"} <= set(told)
 
 
 def _vllm_names(path: str, model_type: str | None) -> list[str]:
     """What the module, or the one that it is packed into, may be called in vLLM. Names that a base does not have do nothing."""
     above, _, kind = path.rpartition(".")
-    owners = _owners(above, model_type)
-    if not owners:
-        return ["experts"] if ".experts" in path else [kind]
-    return [f"{owner}.{one}" for owner in owners for one in (kind, _PACKED.get(kind, kind))]
+    if model_type in _SAME_NAMES and _LAYER.fullmatch(above):
+        return [f"{above}.{one}" for one in (kind, _PACKED.get(kind, kind))]
+    return ["experts"] if ".experts" in path else [kind]

@@ -48,14 +48,12 @@ Forward = Callable[..., Tensor]
 class FastLora:
     """What ``fast_lora`` returns, in the manner of PyTorch's hook handles: it is on until ``remove()`` or the end of ``with``."""
 
-    def __init__(self, calls: "_Calls") -> None:
-        self._calls: _Calls | None = calls
+    def __init__(self, tuner: LoraModel) -> None:
+        self._tuner = tuner
 
     def remove(self) -> None:
-        """Gives the model back to PEFT, unless it was also made fast elsewhere. Doing it again changes nothing."""
-        if self._calls is not None:
-            self._calls.release()
-            self._calls = None
+        """Gives the model back to PEFT. Doing it again changes nothing."""
+        self._tuner.__dict__.pop(_ON_TUNER, None)
 
     def __enter__(self) -> "FastLora":
         return self
@@ -98,11 +96,8 @@ def fast_lora(model: nn.Module) -> FastLora:
     if type(tuner) is not LoraModel:
         kinds = ", ".join(sorted({str(config.peft_type).split(".")[-1] for config in model.peft_config.values()}))
         raise GatewiseError(f"expected LORA adapters, but the model's are {kinds}: this switch is for plain LoRA")
-    calls = getattr(tuner.__dict__.get(_ON_TUNER), "__self__", None)
-    if not isinstance(calls, _Calls):
-        calls = _Calls(tuner)
-    calls.hold()
-    return FastLora(calls)
+    tuner.__dict__.setdefault(_ON_TUNER, _Calls(tuner).open)
+    return FastLora(tuner)
 
 
 class _Calls:
@@ -114,7 +109,6 @@ class _Calls:
 
     def __init__(self, tuner: LoraModel) -> None:
         self._tuner = tuner
-        self._holders = 0
         self._known: list[str] = []
         self._layers: list[nn.Module] = []
         self._forwards: Mapping[nn.Module, Forward] = {}  # that layers have now, by the innermost call
@@ -125,17 +119,6 @@ class _Calls:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["tuner"])  # type: ignore[misc]
-
-    def hold(self) -> None:
-        """One more handle keeps the model fast."""
-        self._holders += 1
-        self._tuner.__dict__[_ON_TUNER] = self.open
-
-    def release(self) -> None:
-        """One less."""
-        self._holders -= 1
-        if not self._holders:
-            self._tuner.__dict__.pop(_ON_TUNER, None)
 
     @contextmanager
     def open(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -16,7 +16,6 @@ import pytest
 from served_models import POSITIONS, TEMPLATE, client, model_of, text_of, words, writes
 from tiny_models import word_tokenizer
 
-from gatewise.losses import prompts_at
 from gatewise.serving.server.bodies import BadRequestError, Chat, Completion, read
 from gatewise.serving.server.running import AdapterServer
 
@@ -115,82 +114,6 @@ def test_logprobs_are_the_models(server: AdapterServer, folders: Folders) -> Non
         assert sorted(top.values()) == pytest.approx(row.topk(3).values.flip(0).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_echo_tells_of_the_prompt(server: AdapterServer, folders: Folders, alone: Callable[..., str], name: str) -> None:
-    """Prompts of unlike lengths in one request; each log-probability by a call of the model, whose prompt the whole text is."""
-    import torch
-
-    prompts = [prompt_of(seed, most=20) for seed in (70, 71, 72)]
-    made = client(server).completions.create(model=name, prompt=prompts, max_tokens=2, temperature=0, logprobs=2, echo=True)
-    assert made.usage.prompt_tokens == sum(map(len, prompts))
-    model = model_of(folders[None], None if name == "tiny" else folders[name])
-    for prompt, found in zip(prompts, made.choices, strict=True):
-        assert found.text == words(prompt) + alone(name, prompt, 2)
-        told = found.logprobs
-        assert told.tokens[: len(prompt)] == [f"w{one - 2}" for one in prompt]
-        assert told.token_logprobs[0] is told.top_logprobs[0] is None
-        ids = torch.tensor([prompt])
-        with torch.no_grad(), prompts_at(model, torch.ones_like(ids)):
-            expected = model(input_ids=ids).logits[0].log_softmax(-1)
-        for place in range(1, len(prompt)):
-            assert told.token_logprobs[place] == pytest.approx(float(expected[place - 1, prompt[place]]), abs=1e-3)
-            top = expected[place - 1].topk(2).values.flip(0).tolist()
-            assert sorted(told.top_logprobs[place].values()) == pytest.approx(top, abs=1e-3)
-        assert told.token_logprobs[len(prompt)] == pytest.approx(float(expected[-1].max()), abs=1e-3)
-
-
-def test_echo_of_texts_streams_and_nothing_else(server: AdapterServer, alone: Callable[..., str]) -> None:
-    prompt = prompt_of(73)
-    settings: dict[str, Any] = {"model": "routed", "temperature": 0, "echo": True}
-    asked = client(server).completions
-    events = list(asked.create(**settings, prompt=words(prompt), max_tokens=4, stream=True, logprobs=0))
-    assert events[0].choices[0].text == words(prompt)
-    assert events[0].choices[0].logprobs.token_logprobs[0] is None
-    assert "".join(one.choices[0].text for one in events) == words(prompt) + alone("routed", prompt, 4)
-    made = asked.create(**settings, prompt="w3  w4 ", max_tokens=0, n=2, logprobs=1)
-    assert [(one.text, one.finish_reason, len(one.logprobs.tokens)) for one in made.choices] == [("w3  w4 ", "length", 2)] * 2
-    assert made.usage.completion_tokens == 0
-    plain = asked.create(**settings, prompt=[7] * POSITIONS, max_tokens=0).choices[0]
-    assert (plain.text, plain.logprobs) == (words([7] * POSITIONS), None)
-    with pytest.raises(openai.BadRequestError, match="echo is True, which is not served here"):
-        client(server).chat.completions.create(
-            model="routed", messages=[{"role": "w1", "content": "w2"}], extra_body={"echo": True}
-        )
-
-
-def test_echo_has_a_limit(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatewise.serving.server.app.MOST_LOGITS", 60 * 10)
-    asked = client(server).completions
-    settings: dict[str, Any] = {"model": "plain", "max_tokens": 1, "echo": True}
-    with pytest.raises(openai.BadRequestError, match="at most 10 tokens with this model, but this one has 11"):
-        asked.create(**settings, prompt=[5] * 11, logprobs=1)
-    assert len(asked.create(**settings, prompt=[[5] * 10] * 3, logprobs=1).choices) == 3
-    assert asked.create(**settings, prompt=[5] * 11).choices[0].logprobs is None
-
-
-def test_lm_evaluation_harness_asks(server: AdapterServer, folders: Folders) -> None:
-    """Its model "local-completions" gets the numbers of its model that gatewise has, in which nothing is served."""
-    completions = pytest.importorskip("lm_eval.models.openai_completions")
-    pytest.importorskip("tenacity")
-    from lm_eval.api.instance import Instance
-
-    from gatewise.runs.harness import HarnessModel
-
-    asked = completions.LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model="plain", tokenizer=str(folders[None]), max_length=POSITIONS, batch_size=3
-    )
-    texts = [words(prompt_of(seed)) for seed in range(80, 88)]
-    requests = [Instance("loglikelihood", {}, (text, f" {words(prompt_of(seed, 4))}"), 0) for seed, text in enumerate(texts)]
-    here = HarnessModel(model_of(folders[None], folders["plain"]), word_tokenizer()).loglikelihood(requests)
-    for (score, is_greedy), (expected, was_greedy) in zip(asked.loglikelihood(requests), here, strict=True):
-        assert score == pytest.approx(expected, abs=1e-3)
-        assert is_greedy == was_greedy
-    settings = {"until": ["w9"], "max_gen_toks": 7}
-    writing = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
-    local = HarnessModel(model_of(folders[None], folders["plain"]), word_tokenizer()).generate_until(writing)
-    assert [text.split() for text in asked.generate_until(writing)] == [text.split() for text in local]
-
-
 def test_stop_strings_end_an_answer(server: AdapterServer, alone: Callable[..., str]) -> None:
     prompt = prompt_of(61)
     text = alone("plain", prompt, 12)
@@ -244,7 +167,7 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"prompt": "\ud800"}, 400, None, "Invalid JSON"),
         ({"prompt": [5] * POSITIONS}, 400, "prompt", f"{POSITIONS} tokens"),
         ({"max_tokens": POSITIONS}, 400, "max_tokens", f"{POSITIONS} tokens"),
-        ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 10**400}, 400, "max_tokens", "a huge number"),
         ({"temperature": -1}, 400, "temperature", "temperature is -1: Input should be greater than or equal to 0"),
         ({"temperature": float("nan")}, 400, "temperature", "less than or equal to 2"),
@@ -255,9 +178,7 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"seed": 0.5}, 400, "seed", "valid integer"),
         ({"stop": [""]}, 400, "stop", "empty text"),
         ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
-        ({"echo": 1}, 400, "echo", "valid boolean"),
-        ({"echo": True, "max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
-        ({"echo": True, "prompt": [2] * (POSITIONS + 1), "max_tokens": 0}, 400, "prompt", "maximum context length"),
+        ({"echo": True}, 400, "echo", "not served here"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "not served here"),
         ({"truncate_prompt_tokens": 3}, 400, "truncate_prompt_tokens", "not served here"),
         ({"add_special_tokens": False}, 400, "add_special_tokens", "not served here"),
@@ -305,10 +226,8 @@ def test_broken_bodies(server: AdapterServer, body: bytes, status: int) -> None:
 
 def test_bodies_of_another_type_or_size(server: AdapterServer) -> None:
     assert post(server, json.dumps(GOOD).encode(), kind="text/plain")[0] == 415
-    assert raw(server, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-               b"Content-Length: 99999999\r\n\r\n{").startswith(b"HTTP/1.1 413")  # fmt: skip
     huge = b'{"prompt": "' + b"w" * (9 * 2**20)
-    assert post(server, huge, chunked=True)[0] == 413
+    assert post(server, huge)[0] == post(server, huge, chunked=True)[0] == 413
     assert raw(server, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert raw(server, b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 404")
     assert raw(server, b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 403")
@@ -338,13 +257,6 @@ def test_metrics_and_health(server: AdapterServer) -> None:
     text = metrics(server)
     assert 'gatewise_requests_total{model="other",how=' in text
     assert 'gatewise_first_token_seconds_count{model="other"}' in text
-    counted = dict.fromkeys(("gatewise_routing_kept_total", "gatewise_routing_layers_total"), 0)
-    for line in text.splitlines():
-        name = line.partition("{")[0]
-        if name in counted and 'model="other"' in line:
-            counted[name] += int(line.rpartition(" ")[2])
-    experts = 7  # of which top_k is 1
-    assert experts * counted["gatewise_routing_kept_total"] == counted["gatewise_routing_layers_total"] > 0
     assert raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 

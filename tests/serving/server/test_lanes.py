@@ -9,18 +9,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from served_models import adapter_folder, base_folder, model_of, writes
+from served_models import adapter_folder, base_folder, writes
 from tiny_models import random_adapter
 
 from gatewise.errors import GatewiseError
-from gatewise.losses import prompts_at
 from gatewise.models import load_model
 from gatewise.serving.products import BASE
 from gatewise.serving.server.lanes import Kind, Lane
 
 KINDS: list[tuple[Kind, list[dict[str, Any]]]] = [
     ("plain", [{}, {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}]),
-    ("routed", [{"kind": "routed"}, {"kind": "routed", "top_k": 1, "r": 2}, {"kind": "routed", "adapt": "after_prompt"}]),
+    ("routed", [{"kind": "routed"}, {"kind": "routed", "top_k": 1, "r": 2}]),
     ("alone", [{"kind": "dora"}]),
     ("alone", [{"kind": "prompts"}]),
 ]
@@ -100,25 +99,6 @@ def test_an_adapter_may_go_and_come_back_beside_rows_of_others(tmp_path: Path) -
     for (name, prompt), row in zip(asked, written, strict=True):
         alone = writes(base, folders[name], prompt, len(row))
         assert row[: len(alone)] == alone
-
-
-def test_rows_tell_of_the_modules_that_their_own_adapter_decided_on(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    lane = Lane(load_model(base), "routed")
-    lane.load(adapter_folder(base, tmp_path / "all", "routed"), "all", str(base))
-    some = adapter_folder(base, tmp_path / "some", "routed", target_modules=r".*layers\.0\..*(q_proj|v_proj)", top_k=1)
-    lane.load(some, "some", str(base))
-    prompt = [5, 6, 7]
-    assert lane.read(prompt, "some").routing == {"self_attn.q_proj": (1, 1), "self_attn.v_proj": (0, 1)}
-    kept = lane.read(prompt, "all").routing
-    with torch.no_grad(), prompts_at(model_of(base, tmp_path / "all"), torch.ones(1, 3)):
-        model_of(base, tmp_path / "all")(input_ids=torch.tensor([prompt]))
-    found = model_of(base, tmp_path / "all").base_model.routing()
-    expected = {module: [0, 0] for module in kept}
-    for modules, gates in zip(found.modules, found.gates[0].tolist(), strict=True):
-        for module, gate in zip(modules, gates, strict=True):
-            expected[module] = [expected[module][0] + (gate > 0), expected[module][1] + 1]
-    assert kept == {module: tuple(counts) for module, counts in expected.items()}
 
 
 def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None:

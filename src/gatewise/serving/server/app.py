@@ -35,9 +35,8 @@ from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
 from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, TokenLogprobs
 from gatewise.serving.server.guard import Guard
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.vocabularies import Tokenizers
+from gatewise.serving.server.text import Tokenizers
 
-MOST_LOGITS = 2**29  # of a prompt whose log-probabilities are asked for, which are all in memory at once
 _TYPES = {404: "NotFoundError", 415: "UnsupportedMediaTypeError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 _Made = TypeVar("_Made")
 
@@ -51,8 +50,9 @@ class Served:
         length: the most tokens of prompt and answer together.
         vocabulary: token ids are below it.
         constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
-        key: without which nothing but /health is answer_request; None: everybody may ask.
+        key: without which nothing but /health is answered; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
+        encoding: the one thread of the tokenizers, which are not for several; a long prompt then keeps nobody from being heard.
     """
 
     base: str
@@ -65,13 +65,12 @@ class Served:
     constraints: Mapping[str, Constraint]
     key: str | None
     hosts: frozenset[str] | None
+    encoding: ThreadPoolExecutor
 
 
 def app(served: Served) -> Starlette:
     """The app of a server whose engine runs."""
     created = int(time.time())
-    # Tokenizers are not for several threads, and a long prompt must not keep others from being heard.
-    encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
 
     def card(name: str, version: Version | None) -> dict[str, Any]:
         return {
@@ -121,7 +120,7 @@ def app(served: Served) -> Starlette:
         def send_piece(number: int, piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-        answers = await loop.run_in_executor(encoding, _answers, served, body, version, send_piece)
+        answers = await loop.run_in_executor(served.encoding, _answers, served, body, version, send_piece)
         served.engine.ask(answers)
         writing = _Writing(body, answers, pieces)
         try:
@@ -147,7 +146,6 @@ def app(served: Served) -> Starlette:
         exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _known_error) | {Exception: _unknown_error},
     )
     made.router.redirect_slashes = False
-    made.state.encoding = encoding  # whoever ends the server ends its thread
     return made
 
 
@@ -169,23 +167,15 @@ def _answers(served: Served, body: Chat | Completion, version: Version | None, s
     prompts: list[Any] = [_chat_ids(tokenizer, body)] if isinstance(body, Chat) else body.prompt
     answers: list[Answer] = []
     for prompt in prompts:
-        ids = _text_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise BadRequestError("prompt has no token: expected a text that is not empty", "prompt")
         most = _most_tokens(ids, body, served)
-        echo = None
-        if isinstance(body, Completion) and body.echo:
-            echo = prompt if isinstance(prompt, str) else str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         for copy in range(body.n):
             send = partial(send_piece, len(answers))
             limit = _limit(body, served, tokenizer, most)
-            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, send, limit, echo))
+            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, send, limit))
     return answers
-
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    if not ids:
-        raise BadRequestError("prompt has no token: expected a text that is not empty", "prompt")
-    return ids
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat) -> list[int]:
@@ -203,16 +193,9 @@ def _most_tokens(ids: Sequence[int], body: Chat | Completion, served: Served) ->
     """The most tokens of the answer to a prompt, which has to fit."""
     if not all(0 <= one < served.vocabulary for one in ids):
         raise BadRequestError(f"prompt has token ids outside of the model's vocabulary of {served.vocabulary}", "prompt")
-    is_echo = isinstance(body, Completion) and body.echo
-    if is_echo and body.counted_logprobs is not None and len(ids) * served.vocabulary > MOST_LOGITS:
-        raise BadRequestError(
-            f"echo with logprobs takes prompts of at most {MOST_LOGITS // served.vocabulary} tokens with this model, but this one "
-            f"has {len(ids)}: shorten it",
-            "echo",
-        )
     room = served.length - len(ids)
     asked = body.max_tokens
-    if room < (0 if asked == 0 else 1) or (asked or 0) > room:
+    if room < (asked or 1):
         wanted = "" if asked is None else f" and max_tokens is {asked}"
         raise BadRequestError(
             f"This model's maximum context length is {served.length} tokens, but the prompt has {len(ids)} tokens{wanted}: shorten "
@@ -247,7 +230,6 @@ class _Writing:
         self._is_chat = isinstance(body, Chat)
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created, self._tokens = int(time.time()), 0
-        self._offsets = [0] * len(answers)  # of the texts of tokens, where log-probabilities are asked for
 
     async def _each(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers, to the last one.
@@ -312,23 +294,16 @@ class _Writing:
 
         if self._is_chat:
 
-            def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            def entry(token: int, logprob: float) -> dict[str, Any]:
                 text = shown(token)
                 return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
             rows = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in found]
             return {"content": rows}
-        tokens = [shown(one.token) for one in found]
-        offsets = [self._offsets[number] + sum(map(len, tokens[:place])) for place in range(len(tokens))]
-        self._offsets[number] += sum(map(len, tokens))
         return {
-            "tokens": tokens,
+            "tokens": [shown(one.token) for one in found],
             "token_logprobs": [_finite(one.logprob) for one in found],
-            # The first token of a prompt has none.
-            "top_logprobs": [
-                None if one.logprob is None else {shown(token): _finite(logprob) for token, logprob in one.top} for one in found
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [{shown(token): _finite(logprob) for token, logprob in one.top} for one in found],
         }
 
 
@@ -383,8 +358,8 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is None or value > -9999.0 else -9999.0  # as vLLM; JSON has no infinity
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # as vLLM; JSON has no infinity
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -421,8 +396,7 @@ def _known_error(request: Request, error: Exception) -> Response:
     """What the client can put right, or has to wait for."""
     if isinstance(error, HTTPException):
         is_model = error.detail.startswith("The model")
-        nothing = error.status_code in (404, 405) and not is_model
-        return _error("nothing is here" if nothing else error.detail, error.status_code, "model" if is_model else None)
+        return _error(error.detail, error.status_code, "model" if is_model else None)
     answer = _error(
         _message_of(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
     )

@@ -10,6 +10,7 @@ from gatewise.serving.server.engine import Sampling
 # Settings that are not served, with the values that change nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -81,7 +82,7 @@ class Body(BaseModel):
     only: ClassVar[dict[str, tuple[Any, ...]]] = _ONLY
 
     model: str
-    max_tokens: int | None = Field(None, ge=0, le=2**31)
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -132,7 +133,6 @@ class Completion(Body):
 
     prompt: Any
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "Completion":
@@ -142,8 +142,6 @@ class Completion(Body):
             said = "prompt: expected a text, a list of texts, token ids or a list of token ids, none of them empty"
             raise BadRequestError(said, "prompt")
         self.prompt = prompts
-        if self.max_tokens == 0 and not self.echo:
-            raise BadRequestError("max_tokens is 0: expected at least 1, or echo as true", "max_tokens")
         return self
 
     @property
@@ -174,7 +172,7 @@ class Message(BaseModel):
 class Chat(Body):
     """The body of ``/v1/chat/completions``."""
 
-    only = _ONLY | {"add_special_tokens": (False,), "echo": (False,)}  # a chat template writes special tokens itself
+    only = _ONLY | {"add_special_tokens": (False,)}  # a chat template writes special tokens itself
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -186,8 +184,6 @@ class Chat(Body):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs was given without logprobs: give logprobs as true", "top_logprobs")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
-        if self.max_tokens == 0:
-            raise BadRequestError("max_tokens is 0: expected at least 1", "max_tokens")
         return self
 
     @property

@@ -1,9 +1,9 @@
 """Which adapters there are: what lies in the folders that a server watches, and in which version.
 
-A version is known by the names, sizes and times of its files. It is served from a copy that was taken of all of them while they
-stayed the same, so that no answer ever mixes old files with new ones. A folder that somebody still writes into is left alone until
-it has not changed for a moment. A name stays with the folder that was served by it, as long as that is there. Whatever is wrong
-with a folder that is watched is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
+A version is one state of a folder, known by the names, sizes and times of its files. It is served from a copy that was taken of all
+of them while they stayed the same, so that no answer ever mixes old files with new ones. A folder whose files changed a moment ago
+is left alone. Whatever is wrong with a folder, its last whole version is served until the folder is gone, and the other folders are
+served as ever. Only JSON, templates of chats and safetensors are read.
 """
 
 import glob
@@ -17,26 +17,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
 from gatewise.checks import has_half_a_pair
-from gatewise.errors import GatewiseError, reason_of, some
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.lanes import Kind
 
 SETTLED = 2.0  # seconds in which the files of a folder must not have changed
 RETRY = 10.0  # seconds after which an adapter that could not be loaded is tried again: a want of memory or disk may have passed
-_PATIENCE = 60.0  # seconds, at the start, for adapters that somebody still writes
 
-_SUFFIXES = (".json", ".jinja")
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
 _MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")  # which share no batch
-_GONE = (FileNotFoundError, NotADirectoryError)  # which is known then; other faults of a file system may pass
+_GONE = (FileNotFoundError, NotADirectoryError)  # other errors of a file system may pass
 _numbers = itertools.count(1)
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
@@ -58,7 +57,8 @@ class Version:
         key: its name in the model, which no other version ever has.
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
-        failed: when it could not be loaded the last time, by ``time.monotonic``.
+        used, failed: when it was asked for, and could not be loaded, the last time, by ``time.monotonic``.
+        tokenizer: its own, once somebody has asked.
     """
 
     name: str
@@ -70,7 +70,9 @@ class Version:
     key: str = field(default_factory=lambda: f"version{next(_numbers):012}")
     created: int = field(default_factory=lambda: int(time.time()))
     gone: bool = False
+    used: float = 0.0
     failed: float = -inf
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def is_given_up(self) -> bool:
@@ -81,48 +83,28 @@ class Version:
     def copy(self) -> Iterator[Path]:
         """A folder with a copy of its files, which nobody changes; it may be moved away.
 
-        What is raised of the copy meanwhile is said of the folder that the user knows.
-
         Raises:
             ReplacedError: they are not those of this version any more.
-            GatewiseError: they cannot be copied.
+            GatewiseError: they cannot be copied, or the caller could not use the copy: the error then names the user's folder.
         """
-        with ExitStack() as stack:
-            try:
-                copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gatewise-"))) / "adapter"
-                copy.mkdir()
-                for name, *_ in self.signature:
-                    shutil.copyfile(self.folder / name, copy / name)
-                is_whole = _signature(self.folder) == self.signature
-            except OSError as error:
-                if self._is_replaced():
-                    raise self._replaced() from error
-                raise self.not_copied(error) from error
-            if not is_whole:
-                raise self._replaced()
-            try:
-                yield copy
-            except GatewiseError as error:
-                raise GatewiseError(str(error).replace(str(copy), str(self.folder))) from error
-
-    def _is_replaced(self) -> bool:
         try:
-            return _signature(self.folder) != self.signature
+            with tempfile.TemporaryDirectory(prefix="gatewise-") as place:
+                copy = Path(place) / "adapter"
+                copy.mkdir()
+                try:
+                    for name, *_ in self.signature:
+                        shutil.copyfile(self.folder / name, copy / name)
+                    is_same = _signature(self.folder) == self.signature
+                except _GONE:
+                    is_same = False
+                if not is_same:
+                    raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
+                try:
+                    yield copy
+                except GatewiseError as error:
+                    raise GatewiseError(str(error).replace(str(copy), str(self.folder))) from error
         except OSError as error:
-            return isinstance(error, _GONE)
-
-    def _replaced(self) -> ReplacedError:
-        return ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
-
-    def not_copied(self, error: OSError) -> GatewiseError:
-        """What is said where there is no copy: it is tried again when somebody asks."""
-        # Of the file that is read. Each copy's own path is another one, and a line that changes is printed each time.
-        is_read = error.filename2 is None and str(error.filename).startswith(str(self.folder))
-        reason = f"{error.strerror or type(error).__name__}{f', {error.filename}' if is_read else ''}"
-        return GatewiseError(
-            f"the adapter {self.folder} cannot be copied ({reason}): if that does not pass, see that the temporary folder (TMPDIR) "
-            "has room, and that the user of this process may read its files"
-        )
+            raise GatewiseError(describe_fault(self.folder, error)) from error
 
 
 class Catalogue:
@@ -145,15 +127,11 @@ class Catalogue:
         self._places, self._taken, self._settled = list(places), set(taken), settled
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._versions: dict[str, Version] = {}
-        self._homes: dict[str, Path] = {}  # the folder that a name was served from, until it is gone
-        self._seen: dict[Path, tuple[Signature, float]] = {}  # and since when it has been so
         self._said: dict[Path, str] = {}
         self._ended = threading.Event()
-        limit = time.monotonic() + max(_PATIENCE, 2 * settled)
         self._is_starting = True
-        while late := self.scan():
-            if time.monotonic() > limit:
-                self._say(f"note: {some(sorted(map(str, late)))} changes all the time, and is served once it does not")
+        for _ in range(20):
+            if not self.scan():
                 break
             time.sleep(settled / 4)
         self._is_starting = False
@@ -180,45 +158,44 @@ class Catalogue:
     def end(self) -> None:
         self._ended.set()
 
-    def scan(self) -> list[Path]:
-        """Looks at all places. Returns the folders that are still being written.
+    def scan(self) -> bool:
+        """Looks at all places. Returns whether a folder is still being written.
 
         At the start, what cannot be served is an error where the user named the adapter itself, or where two have one name. Later,
-        the one that was served keeps its name, even while it cannot be: clients must not get another one's answers.
+        a name stays with the folder that is served by it: clients must not get another one's answers.
         """
         there: dict[str, Version] = {}
-        late: list[Path] = []
-        folders = self._folders()
-        homes = {name: folder for name, folder in self._homes.items() if folder in folders}
-        kept = dict(homes)
-        for folder, (name, is_named) in folders.items():
-            problem = self._refused_name(name, folder, homes)
+        is_late = False
+        for folder, (name, is_named) in self._folders().items():
+            problem = self._refused_name(name, folder, there)
             if problem is not None:
                 self._refuse(folder, problem, is_fatal=True)
                 continue
-            if self._is_starting:
-                homes[name] = folder
             try:
                 version = self._version_in(name, folder, is_named)
-            except Exception as error:
-                self._refuse(folder, f"{describe_fault(folder, error)}; it is not served", is_named, error)
+            except Exception as error:  # whatever it is, the other folders are looked at
+                if isinstance(error, _GONE) and not (is_named and self._is_starting):
+                    is_late = True  # it changes as we look
+                else:
+                    self._refuse(folder, describe_fault(folder, error), is_named, error)
                 continue
             if version is None:
-                late.append(folder)
+                is_late = True
             else:
                 there[name] = version
-                homes[name] = kept[name] = folder
         for name, version in self._versions.items():
+            if name not in there and not _is_gone(version.folder):
+                there[name] = version
             version.gone = there.get(name) is not version
-        self._versions, self._homes = there, kept
-        self._seen = {folder: seen for folder, seen in self._seen.items() if folder in folders}
-        return late
+        self._versions = there
+        return is_late
 
-    def _refused_name(self, name: str, folder: Path, homes: dict[str, Path]) -> str | None:
+    def _refused_name(self, name: str, folder: Path, there: dict[str, Version]) -> str | None:
         if name in self._taken:
             return f"the adapter {folder} is called {name!r} as the base model is: rename its folder, or give it as NAME=FOLDER"
-        if homes.get(name, folder) != folder:
-            return f"two adapters are called {name!r}, {homes[name]} and {folder}: rename one, or give them as NAME=FOLDER"
+        other = there.get(name) or self._versions.get(name)
+        if other is not None and other.folder != folder and not _is_gone(other.folder):
+            return f"two adapters are called {name!r}, {other.folder} and {folder}: rename one, or give them as NAME=FOLDER"
         if has_half_a_pair(name) or not name.isprintable():
             return f"the folder {folder!r} has a name that no client can send: rename it"
         return None
@@ -235,65 +212,37 @@ class Catalogue:
             self._say(f"note: {text}")
 
     def _folders(self) -> dict[Path, tuple[str, bool]]:
-        """The folder of each adapter -> its name, and whether the user named the very folder.
-
-        What was served is there until it is known to be gone: file systems have faults that pass, and ``glob`` tells of none.
-        """
+        """The folder of each adapter -> its name, and whether the user named the very folder."""
         found: dict[Path, tuple[str, bool]] = {}
         for place in self._places:
             given, path = _split(place)
-            listed: list[str] = []
-            is_named = False
+            is_named = given is not None or os.path.isfile(os.path.join(path, CONFIG_FILE))
             try:
-                if glob.has_magic(path):
-                    listed = sorted(glob.glob(path))
-                elif is_named := given is not None or _has_config(Path(path)):
+                if is_named:
                     listed = [path]
+                elif glob.has_magic(path):
+                    listed = sorted(glob.glob(path))
                 else:
                     listed = [os.path.join(path, name) for name in sorted(os.listdir(path))]
             except OSError as error:
-                self._pass_over(Path(path), error, is_fatal=True)
+                advice = "give an adapter, a folder of adapters or a pattern of folders that the user of this process may read"
+                problem = f"the folder {path} cannot be read ({error.strerror}): {advice}"
+                self._refuse(Path(path), problem, is_fatal=True, error=error)
+                continue
             for folder in map(Path.absolute, map(Path, listed)):
-                if folder.name.startswith(".") and not is_named:  # which is still being written
-                    continue
-                try:
-                    is_one = _has_config(folder)
-                except OSError as error:
-                    self._pass_over(folder, error, is_named)
-                    continue
-                if self._is_starting and is_named and not is_one:
-                    read_config(folder)  # whose error says what is there instead
-                if is_one:
+                # One that begins with a dot is still being written.
+                if is_named or (not folder.name.startswith(".") and os.path.isfile(folder / CONFIG_FILE)):
                     found.setdefault(folder, (given or name_of(folder), is_named))
-        for name, folder in self._homes.items():
-            if folder not in found and _may_have_config(folder):
-                found[folder] = (name, False)
         return found
 
-    def _pass_over(self, folder: Path, error: OSError, is_fatal: bool) -> None:
-        if self._is_starting or not (isinstance(error, _GONE) or folder in self._homes.values()):
-            advice = "give an adapter, a folder of adapters or a pattern of folders that the user of this process may read"
-            self._refuse(folder, f"the folder {folder} cannot be read ({error.strerror or error}): {advice}", is_fatal, error)
-
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
-        """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""
-        before = self._versions.get(name)
-        before = before if before is not None and before.folder == folder else None
-        try:
-            signature = _signature(folder)
-        except OSError as error:
-            if before is None and not isinstance(error, _GONE):
-                raise
-            return before  # what changes as we look is looked at again
-        if not signature or (before is not None and before.signature == signature):
+        """The version that lies in a folder; None while it is being written."""
+        before, signature = self._versions.get(name), _signature(folder)
+        if before is not None and before.folder == folder and before.signature == signature:
             return before
-        newest = max(max(one[2], one[3]) for one in signature) / 1e9
-        now = time.monotonic()
-        seen = self._seen.get(folder)
-        since = seen[1] if seen is not None and seen[0] == signature else now
-        self._seen[folder] = (signature, since)
-        if time.time() - newest < self._settled and now - since < self._settled:  # clocks of other machines may be ahead
-            return before
+        newest = max((max(one[2], one[3]) for one in signature), default=0) / 1e9
+        if abs(time.time() - newest) < self._settled:  # the clock of another machine may be far ahead
+            return None
         version = Version(name, folder, kind_of(folder), signature, is_named)
         self._said.pop(folder, None)
         return version
@@ -334,11 +283,11 @@ def kind_of(folder: Path) -> Kind:
 
 def describe_fault(folder: Path, error: Exception) -> str:
     """What is said of an error that came of an adapter's folder, whatever raised it."""
-    return (
-        str(error)
-        if isinstance(error, GatewiseError)
-        else f"the adapter {folder} cannot be read ({type(error).__name__}: {reason_of(error)})"
-    )
+    if isinstance(error, GatewiseError):
+        return str(error)
+    # Not the file that an OSError names: of each copy it is another one, and a line that changes would be printed each time.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {reason_of(error)}"
+    return f"the adapter {folder} cannot be read or copied ({reason})"
 
 
 def name_of(folder: Path) -> str:
@@ -351,28 +300,18 @@ def _split(place: str) -> tuple[str | None, str]:
     return (name, path) if equals and path and name and "/" not in name and not glob.has_magic(name) else (None, place)
 
 
-def _has_config(folder: Path) -> bool:
-    """Whether it is an adapter; OSError where nobody can tell."""
+def _is_gone(folder: Path) -> bool:
+    """Whether there is no adapter in a folder, for certain."""
     try:
-        return stat.S_ISREG(os.stat(folder / CONFIG_FILE).st_mode)
-    except _GONE:
-        return False
-
-
-def _may_have_config(folder: Path) -> bool:
-    try:
-        return _has_config(folder)
-    except OSError:
-        return True
+        return not stat.S_ISREG(os.stat(folder / CONFIG_FILE).st_mode)
+    except OSError as error:
+        return isinstance(error, _GONE)
 
 
 def _signature(folder: Path) -> Signature:
     with os.scandir(folder) as entries:
         names = sorted(
-            entry.name for entry in entries if (entry.name == WEIGHTS_FILE or entry.name.endswith(_SUFFIXES)) and entry.is_file()
+            one.name for one in entries if (one.name == WEIGHTS_FILE or one.name.endswith((".json", ".jinja"))) and one.is_file()
         )
-    found: list[tuple[str, int, int, int, int]] = []
-    for name in names:
-        told: Any = os.stat(folder / name)
-        found.append((name, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino))
-    return tuple(found)
+    stats = [os.stat(folder / name) for name in names]
+    return tuple((name, one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for name, one in zip(names, stats, strict=True))

@@ -15,7 +15,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.products import BASE
-from gatewise.serving.server.catalogue import ReplacedError, Version, describe_fault
+from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version, describe_fault
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.text import Writing
@@ -42,7 +41,7 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_tokens: of the answer, at most; 0 only reads the prompt.
+        max_tokens: of the answer, at most.
         temperature: 0 takes the most probable token.
         top_p: the smallest set of tokens that has this probability is drawn from.
         seed: of what is drawn; None takes a new one.
@@ -63,10 +62,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token, its log-probability, and the most probable ones at its place with theirs. The first of a prompt has none."""
+    """A token, its log-probability, and the most probable ones at its place with theirs."""
 
     token: int
-    logprob: float | None
+    logprob: float
     top: tuple[tuple[int, float], ...]
 
 
@@ -99,7 +98,6 @@ class Answer:
         prompt: token ids.
         send: called with each piece, in the engine's thread.
         limit: what may be written; None leaves it free.
-        echo: the prompt's text, which comes before the answer, with log-probabilities if it has them; None: only the answer.
     """
 
     model: str
@@ -109,7 +107,6 @@ class Answer:
     tokenizer: PreTrainedTokenizerBase
     send: Callable[[Piece], None]
     limit: Limit | None = None
-    echo: str | None = None
     cancelled: bool = False
     is_done: bool = False
     asked: float = field(default_factory=time.monotonic)
@@ -119,11 +116,6 @@ class Answer:
         self.writing = Writing(self.tokenizer, self.prompt, self.sampling.stop)
         seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed % 2**63
         self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def key(self) -> str:
-        """What its adapter is called in the model."""
-        return BASE if self.version is None else self.version.key
 
 
 class BusyError(Exception):
@@ -138,13 +130,6 @@ class NotLoadedError(Exception):
     """The adapter of a request could not be loaded."""
 
 
-@dataclass(eq=False)
-class _Loaded:
-    version: Version
-    lane: Lane
-    used: float = 0.0
-
-
 class Engine:
     """Writes answers.
 
@@ -152,10 +137,13 @@ class Engine:
         bare: the base model, in evaluation mode.
         base: its name.
         ends: token ids that end a text.
+        catalogue: told why an adapter cannot be loaded.
         most_loaded: adapters in the model at a time. The one that was not used for longest makes room.
         most_running, most_waiting: answers.
-        note: called with a folder, and why its adapter cannot be loaded.
         broke: called when a fault has ended it, in its thread.
+
+    Attributes:
+        is_broken: a fault has ended it.
     """
 
     def __init__(
@@ -163,22 +151,22 @@ class Engine:
         bare: PreTrainedModel,
         base: str,
         ends: Sequence[int],
+        catalogue: Catalogue,
         metrics: Metrics,
         *,
-        most_loaded: int = 32,
-        most_running: int = 32,
-        most_waiting: int = 256,
-        note: Callable[[Path, str], None] = lambda folder, problem: print(problem, file=sys.stderr),
-        broke: Callable[[], None] = lambda: None,
+        most_loaded: int,
+        most_running: int,
+        most_waiting: int,
+        broke: Callable[[], None],
     ) -> None:
-        self._bare, self._base, self.ends, self._metrics = bare, base, frozenset(ends), metrics
+        self._bare, self._base, self.ends, self._catalogue, self._metrics = bare, base, frozenset(ends), catalogue, metrics
         self._most_loaded, self._most_running, self.most_waiting = most_loaded, most_running, most_waiting
         self._plain = Lane(bare, "plain")
         self._running: dict[Lane, list[Answer]] = {self._plain: []}
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[Version, Lane] = {}
         self._waiting: deque[Answer] = deque()
         self._news = threading.Condition()
-        self._is_ending, self._is_broken, self._note, self._broke = False, False, note, broke
+        self._is_ending, self.is_broken, self._broke = False, False, broke
         self._thread = threading.Thread(target=self._run, name="gatewise-engine", daemon=True)
         metrics.gauges |= {
             "gatewise_running": lambda: _by_model([one for rows in list(self._running.values()) for one in list(rows)]),
@@ -229,7 +217,7 @@ class Engine:
             lane = self._lane_for(version)
             lane.load(folder, version.key, self._base)
         self._running.setdefault(lane, [])
-        self._loaded[version.key] = _Loaded(version, lane)
+        self._loaded[version] = lane
         self._metrics.count("gatewise_adapter_loads_total", model=version.name)
 
     @property
@@ -250,28 +238,30 @@ class Engine:
                 self._drop_cancelled()
                 self._unload_gone()
                 self._admit()
-                for lane in list(self._running):
+                for lane in list(self._running):  # no name here may hold an answer: this frame lives while nobody asks
                     if self._running[lane]:
                         self._step(lane)
         except Exception as error:  # a fault of ours, or a device that is dead: nobody must wait for answers that never come
             traceback.print_exception(error, file=sys.stderr)
-            self._is_broken = True
+            self.is_broken = True
         with self._news:
             self._is_ending = True
         for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
             self._fail(one, self._why_ended())
-        if self._is_broken:
+        if self.is_broken:
             self._broke()
+        for lane in self._running:
+            lane.clear()  # PEFT's call holds a lock that no other thread can give back
 
     def _why_ended(self) -> Exception:
-        return EndedError("the engine has ended: see the server's log") if self._is_broken else BusyError("the server is ending")
+        return EndedError("the engine has ended: see the server's log") if self.is_broken else BusyError("the server is ending")
 
     def _has_work(self) -> bool:
         """Waits until there is something to do; false at the end."""
         with self._news:
             while not (self._is_ending or self._waiting or any(self._running.values())):
                 self._news.wait(timeout=1.0)
-                if any(one.version.gone for one in self._loaded.values()):
+                if any(one.gone for one in self._loaded):
                     break
             return not self._is_ending
 
@@ -312,7 +302,7 @@ class Engine:
         version = answer.version
         if version is None:
             return self._plain
-        if version.key not in self._loaded:
+        if version not in self._loaded:
             hidden = NotLoadedError(f"the adapter {version.name!r} cannot be loaded: see the server's log")  # which names files
             if version.is_given_up:
                 raise hidden
@@ -325,20 +315,19 @@ class Engine:
             except Exception as error:
                 self._print(error)
                 version.failed = time.monotonic()
-                self._note(version.folder, describe_fault(version.folder, error))
+                self._catalogue.note(version.folder, describe_fault(version.folder, error))
                 raise hidden from error
-        held = self._loaded[version.key]
-        held.used = time.monotonic()
-        return held.lane
+        version.used = time.monotonic()
+        return self._loaded[version]
 
     def _make_room(self) -> bool:
         """Whether one more adapter can be loaded: the one that was not used for longest goes, if there are too many."""
         if self.room <= 0:
-            used = {one.key for rows in self._running.values() for one in rows}
-            free = [held for key, held in self._loaded.items() if key not in used]
+            used = {one.version for rows in self._running.values() for one in rows}
+            free = [version for version in self._loaded if version not in used]
             if not free:
                 return False
-            self._unload(min(free, key=lambda held: held.used))
+            self._unload(min(free, key=lambda version: version.used))
         return True
 
     def _lane_for(self, version: Version) -> Lane:
@@ -349,48 +338,43 @@ class Engine:
             return next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
         return self._plain
 
-    def _unload(self, held: _Loaded) -> None:
-        key, lane = held.version.key, held.lane
-        del self._loaded[key]
+    def _unload(self, version: Version) -> None:
+        lane = self._loaded.pop(version)
         try:
-            if lane is not self._plain and lane.names == {key}:
+            if lane is not self._plain and lane.names == {version.key}:
                 lane.clear()
                 del self._running[lane]
             else:
-                lane.unload(key)
+                lane.unload(version.key)
         except Exception as error:  # what is left of it is asked for by nobody
             self._print(error)
 
     def _unload_gone(self) -> None:
         """Versions that are no longer in their folders, once nobody needs them."""
         with self._news:
-            used = {one.key for one in self._waiting} | {one.key for rows in self._running.values() for one in rows}
-        for held in list(self._loaded.values()):
-            if held.version.gone and held.version.key not in used:
-                self._unload(held)
+            used = {one.version for rows in (self._waiting, *self._running.values()) for one in rows}
+        for version in list(self._loaded):
+            if version.gone and version not in used:
+                self._unload(version)
 
     # ---- rows ----
 
     def _enter(self, lane: Lane, one: Answer) -> None:
         """Reads a prompt, and writes the first token."""
-        self._metrics.took("gatewise_queue_seconds", time.monotonic() - one.asked, model=one.model)
         try:
-            prompt = lane.read(one.prompt, one.key, everywhere=one.echo is not None and one.sampling.logprobs is not None)
+            prompt = lane.read(one.prompt, BASE if one.version is None else one.version.key)
         except Exception as error:
             self._print(error)
             self._fail(one, error)
             return
         self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
-        for module, (kept, layers) in prompt.routing.items():
-            self._metrics.count("gatewise_routing_kept_total", kept, model=one.model, module=module)
-            self._metrics.count("gatewise_routing_layers_total", layers, model=one.model, module=module)
         self._running[lane].append(one)
         try:
             lane.join(prompt)
         except Exception as error:
             self._break(lane, error)
             return
-        self._write(lane, [one], prompt.logits, prompt.everywhere)
+        self._write(lane, [one], prompt.logits)
 
     def _step(self, lane: Lane) -> None:
         rows = self._running[lane]
@@ -401,19 +385,13 @@ class Engine:
             return
         self._write(lane, rows, logits)
 
-    def _write(self, lane: Lane, rows: Sequence[Answer], logits: Tensor, prompt_logits: Tensor | None = None) -> None:
-        """The next token of some rows of a lane, by logits (n, v). A fault in one of them, such as in its limit, ends that one.
-
-        Args:
-            prompt_logits: (t, v), of the tokens after those of a prompt whose log-probabilities are asked for.
-        """
+    def _write(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
+        """The next token of some rows of a lane, by logits (n, v). A fault in one of them, such as in its limit, ends that one."""
         for one, own in zip(rows, logits, strict=True):
             if one.cancelled:
                 self._ended(one, "cancelled")
                 continue
             try:
-                if one.echo is not None and not one.tokens:
-                    one.send(Piece(one.echo, logprobs=() if prompt_logits is None else _prompt_logprobs(prompt_logits, one)))
                 self._write_token(one, own)
             except Exception as error:
                 self._print(error)
@@ -424,10 +402,6 @@ class Engine:
     def _write_token(self, one: Answer, logits: Tensor) -> None:
         """Chooses a token by logits (v) and gives it out."""
         sampling = one.sampling
-        if sampling.max_tokens == 0:
-            self._ended(one, "length")
-            one.send(Piece(finish="length"))
-            return
         scores = logits if one.limit is None else one.limit(one.tokens, logits)
         best, place = scores.max(dim=-1)
         if not best.isfinite():  # there is a NaN, or nothing that may come
@@ -513,14 +487,6 @@ def _token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(min(count, len(logprobs)))
     return TokenLogprobs(token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
-
-
-def _prompt_logprobs(logits: Tensor, answer: Answer) -> tuple[TokenLogprobs, ...]:
-    """Of the tokens of a prompt, by the logits (t, v) after each."""
-    ids, count = answer.prompt, answer.sampling.logprobs or 0
-    # Row by row: in float32 all of them would take as much memory again, or twice.
-    later = [_token_logprobs(row.float(), token, count) for row, token in zip(logits[:-1], ids[1:], strict=True)]
-    return (TokenLogprobs(ids[0], None, ()), *later)
 
 
 def _by_model(answers: Sequence[Answer]) -> dict[tuple[tuple[str, str], ...], float]:

@@ -11,11 +11,9 @@ Shapes: b rows, t columns of the longest, v vocabulary.
 
 import copy
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +29,7 @@ from gatewise.errors import GatewiseError
 from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
 from gatewise.routed.request import regroup
-from gatewise.serving.lora import FastLora, fast_lora
+from gatewise.serving.lora import fast_lora
 
 Kind = Literal["plain", "routed", "alone"]
 """What an adapter can share a batch with: plain LoRA and the base model; routed adapters; nothing."""
@@ -44,18 +42,14 @@ class Prompt:
     Attributes:
         name: of its adapter.
         logits: (1, v) of the token after it, in float32.
-        routing: of each module that the adapter's routers choose from, in how many layers it was kept, and of how many.
         mask: (1, t).
         cache: its keys and values.
-        everywhere: (t, v) of the token after each of its own, in the model's precision, if that was asked for.
     """
 
     name: str
     logits: Tensor
-    routing: dict[str, tuple[int, int]]
     mask: Tensor
     cache: Any
-    everywhere: Tensor | None = None
 
 
 class Lane:
@@ -77,9 +71,7 @@ class Lane:
         self._bare = bare
         self._model: Any = with_same_weights(bare)
         self._peft: PeftModel | None = None
-        self._fast: FastLora | None = None
-        accepted = inspect.signature(self._model.forward).parameters
-        self._takes_positions, self._takes_length = "position_ids" in accepted, "logits_to_keep" in accepted
+        self._accepted = inspect.signature(self._model.forward).parameters
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
         self._call = ExitStack()  # of PEFT, open from step to step as long as rows and adapters stay the same
@@ -102,8 +94,8 @@ class Lane:
                 self._model = with_same_weights(self._bare)
             raise
         self.names.add(name)
-        if self.kind == "plain" and self._fast is None:
-            self._fast = fast_lora(self._peft)
+        if self.kind == "plain":
+            fast_lora(self._peft)
 
     def unload(self, name: str) -> None:
         """Takes off an adapter that no row has. After the last one the model is the base model again."""
@@ -115,31 +107,37 @@ class Lane:
             with quiet():  # PEFT says which adapter is active now, and each row says so itself
                 self._peft.delete_adapter(name)
         else:
-            self._model, self._peft, self._fast = with_same_weights(self._bare), None, None
+            self._model, self._peft = with_same_weights(self._bare), None
 
     # ---- rows ----
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int], name: str, everywhere: bool = False) -> Prompt:
-        """Reads a prompt of token ids by an adapter. The rows stay as they are.
-
-        Args:
-            everywhere: keep the logits of all positions.
-        """
+    def read(self, ids: Sequence[int], name: str) -> Prompt:
+        """Reads a prompt of token ids by an adapter. The rows stay as they are."""
         self._close()
         cache = DynamicCache(config=self._model.config)
         mask = torch.ones(1, len(ids), dtype=torch.long)
         with self._peft_call([name]):
-            logits = self._forward(torch.tensor([list(ids)]), mask, cache, keep=len(ids) if everywhere else 1)
-            routing = self._routing(name)
-        return Prompt(name, logits[:, -1].float(), routing, mask, cache, logits[0, -len(ids) :] if everywhere else None)
+            logits = self._forward(torch.tensor([list(ids)]), mask, cache)
+        return Prompt(name, logits, mask, cache)
 
     def join(self, prompt: Prompt) -> None:
         """A prompt that was read becomes the last row."""
         if self._cache is None:
             self._cache, self._mask = prompt.cache, prompt.mask
-        else:
-            self._append(prompt.cache, prompt.mask)
+        else:  # the shorter of both is filled up on the left
+            width, before = max(self._mask.shape[1], prompt.mask.shape[1]), len(self._mask)
+            for mine, theirs in zip(self._layers(self._cache), self._layers(prompt.cache), strict=True):
+                columns = max(mine.keys.shape[2], theirs.keys.shape[2])
+                mine.keys, mine.values = (
+                    torch.cat([F.pad(one, (0, 0, columns - one.shape[2], 0)) for one in both])
+                    for both in ((mine.keys, theirs.keys), (mine.values, theirs.values))
+                )
+                if isinstance(mine, DynamicSlidingWindowLayer):
+                    mine.cumulative_length = width
+            append_prompts(self._cache, prompt.cache)
+            regroup(self._cache, [(self._cache, range(before)), (prompt.cache, range(1))])
+            self._mask = torch.cat([F.pad(one, (width - one.shape[1], 0)) for one in (self._mask, prompt.mask)])
         self.rows.append(prompt.name)
 
     @torch.no_grad()
@@ -149,7 +147,7 @@ class Lane:
             self._call.enter_context(self._peft_call(self.rows))
             self._is_open = True
         self._mask = F.pad(self._mask, (0, 1), value=1)
-        return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache, keep=1)[:, -1].float()
+        return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """These rows stay, the others are done."""
@@ -160,7 +158,7 @@ class Lane:
         if not rows:
             self._cache = None
             return
-        self._cache.batch_select_indices(torch.tensor(rows, device=self._device))
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._model.device))
         regroup(self._cache, [(self._cache, rows)])
         self._mask = self._mask[list(rows)]
         spare = int(self._mask.any(dim=0).int().argmax())  # columns in which nobody has anything
@@ -168,7 +166,10 @@ class Lane:
             length = self._mask.shape[1]
             self._mask = self._mask[:, spare:]
             for layer in self._layers(self._cache):
-                _cut(layer, length - spare)
+                first = max(layer.keys.shape[2] - length + spare, 0)  # a layer may have fewer columns than the mask
+                layer.keys, layer.values = (one[:, :, first:].contiguous() for one in (layer.keys, layer.values))
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length = length - spare
 
     def clear(self) -> None:
         """All rows are gone, whatever state they were left in."""
@@ -176,10 +177,6 @@ class Lane:
         self.rows, self._cache = [], None
 
     # ---- within ----
-
-    @property
-    def _device(self) -> torch.device:
-        return self._model.device
 
     def _close(self) -> None:
         self._call.close()
@@ -196,54 +193,21 @@ class Lane:
         with tuner._enable_peft_forward_hooks(**given):
             yield
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any, keep: int) -> Tensor:
-        """Logits of the last positions, so many or more."""
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Logits (b, v) of the last position, in float32."""
+        device = self._model.device
         options: dict[str, Any] = {cache_argument(self._model): cache}
-        if self._takes_length:
-            options["logits_to_keep"] = keep
-        if self._takes_positions:
-            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(self._device)
-        given, mask = ids.to(self._device), mask.to(self._device)
-        logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
+        if "logits_to_keep" in self._accepted:
+            options["logits_to_keep"] = 1
+        if "position_ids" in self._accepted:
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
+        made = self._model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, **options)
+        logits: Tensor = made.logits[:, -1].float()
         return logits
-
-    def _routing(self, name: str) -> dict[str, tuple[int, int]]:
-        """What was decided for a prompt of the adapter of this name, as ``Prompt`` has it."""
-        if self.kind != "routed" or self._peft is None:
-            return {}
-        config: Any = self._peft.peft_config[name]
-        tuner: Any = self._peft.base_model
-        found = tuner.routing()
-        layers = zip(found.modules, found.gates[0].tolist(), strict=True)
-        kept = Counter(module for modules, gates in layers for module, gate in zip(modules, gates, strict=False) if gate > 0)
-        return {module: (kept[module], layers) for module, layers in Counter(chain(*config.experts.values())).items()}
-
-    def _append(self, cache: Any, mask: Tensor) -> None:
-        """The rows of another cache under one's own; the shorter of both is filled up on the left."""
-        width, before, after = max(self._mask.shape[1], mask.shape[1]), len(self._mask), len(mask)
-        for mine, theirs in zip(self._layers(self._cache), self._layers(cache), strict=True):
-            columns = max(mine.keys.shape[2], theirs.keys.shape[2])
-            mine.keys, mine.values = (
-                torch.cat([F.pad(one, (0, 0, columns - one.shape[2], 0)) for one in both])
-                for both in ((mine.keys, theirs.keys), (mine.values, theirs.values))
-            )
-            if isinstance(mine, DynamicSlidingWindowLayer):
-                mine.cumulative_length = width
-        append_prompts(self._cache, cache)
-        regroup(self._cache, [(self._cache, range(before)), (cache, range(after))])
-        self._mask = torch.cat([F.pad(one, (width - one.shape[1], 0)) for one in (self._mask, mask)])
 
     @staticmethod
     def _layers(cache: Any) -> list[Any]:
         return [layer for layer in cache.layers if layer.is_initialized]
-
-
-def _cut(layer: Any, length: int) -> None:
-    """Of the columns of a layer's keys and values those stay that belong to the last ``length``."""
-    columns = min(layer.keys.shape[2], length)
-    layer.keys, layer.values = (one[:, :, one.shape[2] - columns :].contiguous() for one in (layer.keys, layer.values))
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = length
 
 
 def with_same_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -16,7 +17,7 @@ from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
-from gatewise.serving.server.vocabularies import Tokenizers
+from gatewise.serving.server.text import Tokenizers
 
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
@@ -89,7 +90,7 @@ class AdapterServer:
         say: Callable[[str], None] | None = None,
     ) -> None:
         say = say or (lambda text: print(text, file=sys.stderr))
-        hosts = check_reach(host, port, key)
+        hosts = check_reach(host, key)
         self.socket = listen(host, port)
         self.port: int = self.socket.getsockname()[1]
         try:
@@ -116,9 +117,8 @@ class AdapterServer:
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
             self.metrics = metrics = Metrics()
             self.engine = Engine(
-                model, base, [one for one in ends if one is not None], metrics,
-                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, note=self.catalogue.note,
-                broke=self._broke,
+                model, base, [one for one in ends if one is not None], self.catalogue, metrics,
+                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self.end,
             )  # fmt: skip
             for version in self.catalogue.all():
                 if version.is_named and self.engine.room:
@@ -129,7 +129,8 @@ class AdapterServer:
             raise
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
-        self._every, self._is_broken = every, False
+        self._every = every
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
         self.url = url_of(host, self.port)
         served = Served(
             self.name,
@@ -142,12 +143,11 @@ class AdapterServer:
             constraints or {},
             key,
             hosts,
+            self._encoding,
         )
-        made = app(served)
-        self._encoding = made.state.encoding
         self._server = uvicorn.Server(
             uvicorn.Config(
-                made,
+                app(served),
                 http="h11",
                 ws="none",
                 loop="asyncio",
@@ -182,12 +182,8 @@ class AdapterServer:
             self.catalogue.end()
             self.engine.end()
             self._encoding.shutdown(wait=False, cancel_futures=True)
-        if self._is_broken:
+        if self.engine.is_broken:
             raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
-
-    def _broke(self) -> None:
-        self._is_broken = True
-        self.end()
 
     def end(self) -> None:
         """Ends :meth:`run`, from another thread."""

@@ -1,17 +1,68 @@
-"""Tokens to text while they come: no half characters, no spaces lost, and nothing of what may turn out to be a stop string."""
+"""Texts to tokens and back: the tokenizer of each adapter, and the text of an answer while its tokens come."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.models.loading import load_tokenizer
+from gatewise.serving.server.catalogue import Version
 
 _MOST_TOKENS = 4  # of a character
 _HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
 
 
+class Tokenizers:
+    """The tokenizer of each adapter: its own where its folder has one, else the base model's. Equal ones are kept once.
+
+    For one thread at a time; the engine's may decode with what it gives.
+
+    Args:
+        base: the base model's tokenizer.
+
+    Raises:
+        GatewiseError: it is none of the tokenizers library.
+    """
+
+    def __init__(self, base: PreTrainedTokenizerBase) -> None:
+        self._base = _warmed_up(base)
+        self._by_content: WeakValueDictionary[bytes, PreTrainedTokenizerBase] = WeakValueDictionary()
+
+    def of(self, version: Version | None) -> PreTrainedTokenizerBase:
+        """A version's, None for the base model's.
+
+        Raises:
+            ReplacedError: its folder is being replaced.
+            GatewiseError: it cannot be read.
+        """
+        if version is None or not {"tokenizer.json", "tokenizer_config.json"} <= {name for name, *_ in version.signature}:
+            return self._base
+        if version.tokenizer is None:
+            with version.copy() as folder:
+                files = sorted([*folder.glob("tokenizer*.json"), *folder.glob("chat_template.*")])
+                content = hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).digest()
+                version.tokenizer = self._by_content.get(content) or _warmed_up(load_tokenizer(folder))
+            self._by_content[content] = version.tokenizer
+        return version.tokenizer
+
+
+def _warmed_up(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer after its first text: it may change settings of its own by that, and must not while another thread decodes."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        name = type(tokenizer).__name__
+        raise GatewiseError(
+            f"the tokenizer ({name}) is none of the tokenizers library, which this engine needs: take --engine vllm"
+        )
+    tokenizer("a", verbose=False)
+    return tokenizer
+
+
 class Writing:
-    """The text of one answer as it grows. Half a character at its end is left out.
+    """The text of one answer as it grows. Half a character at its end is held back, and so is what may become a stop text.
 
     Args:
         prompt: the token ids before it; they may end within a character, which is then the first of the answer.

@@ -17,18 +17,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from typing import Any
 
-NO_VLLM = 3
-"""The exit code of a Python that has no vLLM."""
-NO_PLUGIN = 4
-"""The exit code of one whose vLLM does not load gatewise's plug-in, though ``NEEDS_PLUGIN`` says that it is needed."""
-NEEDS_PLUGIN = "GATEWISE_NEEDS_PLUGIN"
-"""The environment variable that is set where routed adapters are to be served."""
-REFUSED = "error: vLLM does not load the adapter "
-"""What stands before the name of an adapter, and why."""
 GUARD = "gatewise_guard"
 """What guard.py is called in this process."""
 STATE = "\u2063"
@@ -60,8 +50,8 @@ class Adapters:
             self._lines.extend(lines)
         os.killpg(0, signal.SIGKILL)
 
-    def begin(self, models: Any) -> None:
-        """From here on vLLM's ``models`` have them; called in the server's loop."""
+    async def begin(self, models: Any) -> None:
+        """From here on vLLM's ``models`` have them, those that it was told of before from the first request on."""
         name_of, list_all = models.model_name, models.show_available_models
 
         async def show_available_models() -> Any:
@@ -72,14 +62,18 @@ class Adapters:
 
         models.model_name = lambda *given, **more: client_name(name_of(*given, **more))
         models.show_available_models = show_available_models
+        await self._read(models)
         self._task = asyncio.create_task(self._follow(models))
 
     async def _follow(self, models: Any) -> None:
         while True:
-            while self._lines:
-                one = json.loads(self._lines.popleft())
-                await self._change(models, one["name"], one.get("path"))
             await asyncio.sleep(0.1)
+            await self._read(models)
+
+    async def _read(self, models: Any) -> None:
+        while self._lines:
+            one = json.loads(self._lines.popleft())
+            await self._change(models, one["name"], one.get("path"))
 
     async def _change(self, models: Any, name: str, path: str | None) -> None:
         from vllm.lora.request import LoRARequest
@@ -94,17 +88,10 @@ class Adapters:
         try:
             await models.engine_client.add_lora(made)
         except Exception as error:
-            print(f"{REFUSED}{name!r}: {error}", file=sys.stderr, flush=True)
+            print(f"error: vLLM does not load the adapter {name!r}: {error}", file=sys.stderr, flush=True)
             models.lora_requests.pop(name, None)
         else:
             models.lora_requests[name] = made
-
-
-def has_plugin() -> bool:
-    """Whether this Python's vLLM loads gatewise's plug-in."""
-    allowed = os.environ.get("VLLM_PLUGINS")
-    is_known = bool(entry_points(group="vllm.general_plugins", name="gatewise")) and find_spec("gatewise") is not None
-    return is_known and (allowed is None or "gatewise" in allowed.split(","))
 
 
 def run(adapters: Adapters) -> None:
@@ -116,7 +103,7 @@ def run(adapters: Adapters) -> None:
 
     async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
         await init(engine, state, *given, **more)
-        adapters.begin(state.openai_serving_models)
+        await adapters.begin(state.openai_serving_models)
 
     entry.init_app_state = init_app_state
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
@@ -127,8 +114,4 @@ if __name__ == "__main__":
 
     sys.modules[GUARD] = guard
     sys.path.pop(0)  # this folder, whose files would stand before libraries of their names
-    if find_spec("vllm") is None:
-        sys.exit(NO_VLLM)
-    if NEEDS_PLUGIN in os.environ and not has_plugin():
-        sys.exit(NO_PLUGIN)
     run(Adapters())

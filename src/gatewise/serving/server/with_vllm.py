@@ -8,7 +8,6 @@ neither vLLM's prefix cache nor an answer that is being written mixes two of the
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,23 +16,21 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from transformers import AutoConfig
-
 from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.cache import resolve
+from gatewise.models.loading import load_config
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, describe_fault
-from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, resolve_host, url_of
+from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 
 MOST_IN_BATCH = 8
 """Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
@@ -50,20 +47,16 @@ class Room:
         rank: the largest.
         modules: the names that are told to vLLM, None for all.
         routed: whether it can serve routed adapters.
-        whole_prompts: whether it reads prompts in one piece, which most of those need.
     """
 
     rank: int
     modules: frozenset[str] | None
     routed: bool
-    whole_prompts: bool
 
     def problem(self, version: Version, settings: Mapping[str, Any]) -> str | None:
         """Why an adapter does not fit in, to follow "it"."""
         if version.kind == "routed" and not self.routed:
             return "is routed, which this vLLM was not started for"
-        if settings["whole_prompts"] and not self.whole_prompts:
-            return "reads prompts in one piece, which this vLLM was not started for"
         if settings["largest_rank"] > self.rank:
             return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
         told, kind = self.modules, settings["model_type"]
@@ -112,13 +105,10 @@ def arguments_for(
     slots = own.max_loras or min(max(len(found), 1), MOST_IN_BATCH) + 1
     arguments += ["--max-lora-rank", str(rank), "--max-loras", str(slots), "--max-cpu-loras", str(max(most_loaded, slots))]
     routed = any(version.kind == "routed" for version, _ in found)
-    whole_prompts = any(settings["whole_prompts"] for _, settings in found)
     if routed:
-        arguments.append("--enforce-eager")
-    if whole_prompts:
-        arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(positions, 2048))]
+        arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(positions, 2048))]
     modules = own.lora_target_modules or modules
-    return arguments, Room(own.max_lora_rank or rank, modules and frozenset(modules), routed, whole_prompts)
+    return arguments, Room(own.max_lora_rank or rank, modules and frozenset(modules), routed)
 
 
 class VllmServer:
@@ -134,7 +124,6 @@ class VllmServer:
     Attributes:
         url: of the server.
         name: of the base model.
-        refused: why vLLM does not serve an adapter, by its name.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -163,23 +152,18 @@ class VllmServer:
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._python, self._every, self._key, self._constraints = str(python), every, key, constraints or {}
-        self._environment = environment or {}
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1", **(environment or {})}
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
-        self._hosts = check_reach(host, port, key)
+        self._hosts = check_reach(host, key)
         with listen(host, port) as free:  # told now, not in a log of vLLM's
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
-        source = resolve(base)
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            said = f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
-            raise GatewiseError(said) from error
+        config = load_config(base)
         self._model_type = config.model_type
         self._arguments = [
-            "--model", source, "--served-model-name", self.name, "--host", resolve_host(host, port)[1], "--port", str(port),
+            "--model", resolve(base), "--served-model-name", self.name, "--host", host, "--port", str(port),
             "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.GUARD}.GuardByEnvironment",
             *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
@@ -193,10 +177,8 @@ class VllmServer:
                 if version.is_named:
                     self._check(version)
         self._arguments += [*logits_processors(self._constraints), *rest]
-        self.refused: dict[str, str] = {}
         self._served: dict[str, Version] = {}
         self._retired: list[tuple[float, Path]] = []
-        self._lines: deque[str] = deque(maxlen=400)
         self._is_up = self._is_ending = False
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
@@ -218,14 +200,14 @@ class VllmServer:
                 self._update_adapters(process, Path(copies))
                 if not self._is_up and self._answers():
                     self._is_up = True
-                    self._lines.clear()  # what vLLM said when it began does not tell why it ended
                     if ready is not None:
                         ready()
                 if self._is_ending:
                     return
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self._every if self._is_up else 0.3)
-        raise GatewiseError(self._reason(code))
+        how = f"was killed by signal {-code}, as where memory runs out" if code < 0 else f"ended with exit code {code}"
+        raise GatewiseError(f"vLLM {how}: its log says why")
 
     def end(self) -> None:
         """Ends :meth:`run`."""
@@ -233,28 +215,24 @@ class VllmServer:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that vLLM was told of, and has not refused."""
-        return sorted(set(self._served).difference(self.refused))
+        """Of the adapters that vLLM was told of."""
+        return sorted(self._served)
 
     @contextmanager
     def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1", **self._environment}
+        self._check_python()
+        environment = dict(self._environment)
         if self._hosts is not None:
             environment[guard.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
             environment[guard.KEY] = self._key
-        if self._room is not None and self._room.routed:
-            environment[vllm_server.NEEDS_PLUGIN] = "1"
         if self._constraints:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # logits processors were tried with the first alone
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
-        try:
-            pipe = subprocess.PIPE
-            process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )  # fmt: skip
-        except OSError as error:
-            raise GatewiseError(f"{self._python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )  # fmt: skip
         reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
         reader.start()
         try:
@@ -270,15 +248,22 @@ class VllmServer:
             process.wait()
             reader.join(5)
 
+    def _check_python(self) -> None:
+        needed = ["vllm", *(["gatewise"] if self._room is not None and self._room.routed else [])]
+        try:
+            done = subprocess.run([self._python, "-c", _MISSING, *needed], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise GatewiseError(f"{self._python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
+        if missing := done.stdout.strip():
+            raise GatewiseError(
+                f"{self._python} has no {missing}: give the Python of an environment that has vLLM (--python), with gatewise for "
+                "routed adapters, or take --engine transformers"
+            )
+
     def _read(self, stream: IO[bytes]) -> None:
         """vLLM's log is said as it comes."""
         for line in iter(stream.readline, b""):
-            text = line.decode(errors="replace").rstrip()
-            self._lines.append(text)
-            if text.startswith(vllm_server.REFUSED):
-                told = tuple(self._served)  # the other thread changes it
-                self.refused |= {name: text for name in told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")}
-            self._say(text)
+            self._say(line.decode(errors="replace").rstrip())
 
     # ---- adapters ----
 
@@ -328,12 +313,10 @@ class VllmServer:
             except Exception as error:
                 shutil.rmtree(copies / version.key, ignore_errors=True)
                 version.failed = time.monotonic()
-                problem = version.not_copied(error) if isinstance(error, OSError) else error
-                self.catalogue.note(version.folder, describe_fault(version.folder, problem))
+                self.catalogue.note(version.folder, describe_fault(version.folder, error))
                 self._withdraw(process, copies, name)
                 continue
             self._retire(copies, name)
-            self.refused.pop(name, None)
             self._served[name] = version
             self._send(process, {"name": name, "path": str(copies / version.key)})
         for name in self._served.keys() - now.keys():
@@ -363,41 +346,16 @@ class VllmServer:
             process.stdin.flush()
 
     def _answers(self) -> bool:
-        """Whether vLLM serves all adapters that it was told of."""
-        asked = urllib.request.Request(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self._key}"})
-        with suppress(OSError, ValueError), DIRECT.open(asked, timeout=2) as answer:
-            return {one["id"] for one in json.load(answer)["data"]}.issuperset(self.names)
+        """Whether vLLM serves: it begins with the adapters that it was told of till then."""
+        with suppress(OSError), DIRECT.open(f"{self.url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
         return False
-
-    def _reason(self, code: int) -> str:
-        """One sentence for vLLM's end."""
-        if code == vllm_server.NO_VLLM:
-            return f"{self._python} has no vLLM: give the Python of an environment that has it (--python), or --engine transformers"
-        if code == vllm_server.NO_PLUGIN:
-            return (
-                f"vLLM does not know routed adapters, because {self._python} has no gatewise, whose plug-in serves them, or an old "
-                "one without it, or VLLM_PLUGINS leaves it out: install gatewise beside vLLM"
-            )
-        said = reason_in("\n".join(self._lines))
-        if code < 0:
-            return f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}"
-        return f"vLLM ended with exit code {code}: {said}"
 
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server without a proxy, which its key is not for."""
 
-# An error as Python prints it at the end of a traceback, after what vLLM's logger puts before a line; and lines of that logger
-# that tell of an error with which vLLM went on.
-_ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
-_NO_ERROR = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) ")
-
-
-def reason_in(log: str) -> str:
-    """The first error of the log: the later ones say that a process that another one waits for is gone."""
-    errors = [found[1] for line in log.splitlines() if not _NO_ERROR.search(line) and (found := _ERROR.search(line))]
-    lines = errors[:1] or log.strip().splitlines()[-1:] or ["it said nothing"]
-    return lines[0].strip()
+_MISSING = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
 
 
 @contextmanager
@@ -424,13 +382,11 @@ def _read_arguments(rest: Sequence[str]) -> argparse.Namespace:
         GatewiseError: one has no value, or not a number.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    for name in ("--max-loras", "--max-lora-rank"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--lora-target-modules", nargs="+")
-    parser.add_argument("--api-key")
-    parts = [one.partition("=") for one in rest]
-    dashed = [f"{head.replace('_', '-') if head.startswith('--') else head}{equals}{value}" for head, equals, value in parts]
+    parser.add_argument("--max-loras", "--max_loras", type=int)
+    parser.add_argument("--max-lora-rank", "--max_lora_rank", type=int)
+    parser.add_argument("--lora-target-modules", "--lora_target_modules", nargs="+")
+    parser.add_argument("--api-key", "--api_key")
     try:
-        return parser.parse_known_args(dashed)[0]
+        return parser.parse_known_args(rest)[0]
     except argparse.ArgumentError as error:
         raise GatewiseError(f"among vLLM's own arguments, {error}") from error

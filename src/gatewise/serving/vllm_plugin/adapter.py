@@ -3,7 +3,6 @@
 Needs neither vLLM nor Transformers; PEFT comes in with the routers, when the first adapter is read.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, weights_of
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.serving import engines
 from gatewise.serving.engines import ROUTED, ROUTER
 
 if TYPE_CHECKING:
@@ -38,38 +36,19 @@ class RoutedLayer:
 
 @dataclass(frozen=True)
 class RoutedAdapter:
-    """What is read of a routed adapter beside its A and B.
-
-    Attributes:
-        after_prompt: it adapts the prompt's last token and all after it.
-        by_last_token: and it is by that token's states alone that it chooses.
-    """
+    """What is read of a routed adapter beside its A and B."""
 
     top_k: int
     normalize_gates: bool
     layers: tuple[RoutedLayer, ...]
-    after_prompt: bool = False
-    by_last_token: bool = False
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What an engine must know of an adapter: whether it is routed, and ``leaves_prefixes_alone`` as in engines.py."""
-
-    routed: bool
-    leaves_prefixes_alone: bool
-
-
-NOT_ROUTED = Kind(False, False)
-
-
-def kind_of(folder: str | Path) -> Kind:
-    """Of the adapter in a folder; ``NOT_ROUTED`` where there is none that can be read."""
+def is_routed(folder: str | Path) -> bool:
+    """Whether there is a routed adapter in a folder; False where none can be read."""
     try:
-        config = read_config(folder)
+        return bool(read_config(folder).get("peft_type") == ROUTED)
     except GatewiseError:
-        return NOT_ROUTED
-    return Kind(config.get("peft_type") == ROUTED, engines.leaves_prefixes_alone(config))
+        return False
 
 
 def read_routed(folder: str | Path, hidden_size: int) -> RoutedAdapter:
@@ -79,25 +58,25 @@ def read_routed(folder: str | Path, hidden_size: int) -> RoutedAdapter:
         hidden_size: d of the model that the adapter is to be put on.
 
     Raises:
-        GatewiseError: the adapter was saved without the order of its experts, has an ``adapt`` of a later gatewise, is damaged, or
-            is for a model of another size.
+        GatewiseError: the adapter was saved without the order of its experts, was trained with ``adapt="after_prompt"``, is
+            damaged, or is for a model of another size.
     """
     from gatewise.routed.router import Router
 
     folder = Path(folder)
     config = read_config(folder)
-    order, adapt = config.get("experts"), config.get("adapt", "always")
+    order = config.get("experts")
     if order is None:
         raise GatewiseError(
             f"{folder} was saved by a gatewise that did not write down the order of each layer's experts, without which its "
             "routers cannot be read: load it once with PeftModel.from_pretrained and save it again with save_pretrained"
         )
-    if adapt not in ("always", "after_prompt"):
-        raise GatewiseError(f"{folder} has adapt {adapt!r}, which this gatewise does not know: upgrade gatewise beside vLLM")
+    if config.get("adapt", "always") != "always":
+        raise GatewiseError(f"{folder} was trained with adapt={config['adapt']!r}, which gatewise has no more: train it again")
     layers = []
     try:
         settings = [config[name] for name in ("pooler", "activation", "normalize_states", "center_states")]
-        top_k, states = int(config["top_k"]), dict(_router_states(folder))
+        top_k, states = int(config["top_k"]), _router_states(folder)
         for path, names in order.items():
             state = states.pop(f"{path}.{names[0]}")
             router = Router(hidden_size, len(names), *settings).eval().requires_grad_(False)
@@ -116,12 +95,11 @@ def read_routed(folder: str | Path, hidden_size: int) -> RoutedAdapter:
             f"{folder} does not fit a model of hidden size {hidden_size}, or is damaged ({reason_of(error)}): give an adapter of "
             "this base model, as save_pretrained wrote it"
         ) from error
-    normalize, waits = bool(config.get("normalize_gates", True)), adapt == "after_prompt"
-    return RoutedAdapter(top_k, normalize, tuple(layers), waits, engines.leaves_prefixes_alone(config))
+    return RoutedAdapter(top_k, bool(config.get("normalize_gates", True)), tuple(layers))
 
 
-def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """(path of the module that keeps a router, its state) of all routers of an adapter."""
+def _router_states(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The path of each module that keeps a router -> the router's state."""
     path = weights_of(folder)
     states: dict[str, dict[str, Tensor]] = {}
     try:
@@ -132,4 +110,4 @@ def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
                     states.setdefault(module, {})[name] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise GatewiseError(f"{path} is damaged or cut short ({error}): copy, download or save it again") from error
-    yield from states.items()
+    return states

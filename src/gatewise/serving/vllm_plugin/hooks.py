@@ -1,10 +1,10 @@
 """What the plug-in puts into vLLM, and where: the only file that imports it.
 
     front end    a request is refused before it is queued
-    engine       a request that came another way is refused; keys and values of routed requests are nobody else's
+    engine       keys and values of routed requests are nobody else's
     worker       routers are loaded with their adapter; a step says which tokens are whose; modules multiply gates between A and B
 
-All of it was read in the versions of ``TESTED``. Elsewhere routed adapters are refused in a sentence, and nothing else is changed.
+All of it was read in the versions of ``TESTED``. In others nothing is changed, and vLLM itself refuses the routers of an adapter.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import Any
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import CPU_LORA, ROUTER
 from gatewise.serving.server.vllm_server import client_name
-from gatewise.serving.vllm_plugin.adapter import NOT_ROUTED, Kind, kind_of, read_routed
+from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
@@ -29,8 +29,8 @@ TESTED = "0.32."
 """How the versions of vLLM begin that ``make test-serve`` was run with."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _KINDS, _OWN = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "kinds", "own")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _OWN = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "own")
 )
 _numbers = count()  # of this process's requests
 _is_installed = False
@@ -46,30 +46,11 @@ def install() -> None:
 
     version = str(vllm.__version__)
     try:
-        if version.startswith(TESTED):
-            _install_all()
-        else:
-            _refuse(
-                f"this is vLLM {version}, but gatewise serves routed adapters in {TESTED}x alone, where it was tried: install "
-                "that, or a gatewise that was tried with yours"
-            )
+        if not version.startswith(TESTED):
+            raise GatewiseError(f"it is version {version}, and gatewise was tried with {TESTED}x alone")
+        _install_all()
     except Exception as error:
         logger.warning("routed adapters cannot be served by this vLLM: %s", reason_of(error))
-
-
-def _refuse(why: str) -> None:
-    """Has routed adapters refused in these words where they are loaded, and changes nothing else."""
-    from vllm.lora.worker_manager import WorkerLoRAManager
-
-    def around(load: Any) -> Any:
-        def _load_adapter(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
-            if kind_of(lora_request.lora_path).routed:
-                raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served: {why}")
-            return load(self, lora_request, *args, **kwargs)
-
-        return _load_adapter
-
-    _replace(WorkerLoRAManager, "_load_adapter", around)
 
 
 def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
@@ -84,7 +65,6 @@ def _install_all() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -93,7 +73,6 @@ def _install_all() -> None:
     _replace(InputProcessor, "process_inputs", _process_inputs)
     for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
         _replace(mixin, "beam_search", _beam_search)
-    _replace(EngineCore, "preprocess_add_request", _preprocess_add_request)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
         _replace(module, "generate_block_hash_extra_keys", _hash_keys)
     _replace(WorkerLoRAManager, "__init__", _keep_config)
@@ -109,14 +88,14 @@ def _install_all() -> None:
 # ---------------------------------------------------------------- front end and engine
 
 
-def _kind(lora_request: Any) -> Kind:
-    """Of a request's adapter, as it was when its number was first asked for in this process, whatever lies there by now."""
-    return NOT_ROUTED if lora_request is None else _kind_by_number(lora_request.lora_int_id, lora_request.lora_path)
+def _asks_routed(lora_request: Any) -> bool:
+    """Whether a request's adapter is routed, as it was when its number was first asked for in this process."""
+    return lora_request is not None and _is_routed(lora_request.lora_int_id, lora_request.lora_path)
 
 
 @lru_cache(maxsize=4096)
-def _kind_by_number(number: int, path: str) -> Kind:
-    return kind_of(_folder(path))
+def _is_routed(number: int, path: str) -> bool:
+    return is_routed(_folder(path))
 
 
 def _folder(path: str) -> str:
@@ -125,24 +104,15 @@ def _folder(path: str) -> str:
     return str(get_adapter_absolute_path(path))
 
 
-def _refusal(config: Any, kind: Kind) -> str | None:
+def _refusal(config: Any) -> str | None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), kind.leaves_prefixes_alone)
-
-
-def _check(request: Any, config: Any) -> None:
-    """Refuses a request, as one of vLLM's own errors, for which a server answers 400."""
-    kind = _kind(request.lora_request)
-    if kind.routed:
-        why = _refusal(config, kind) or why_not_request(request)
-        if why is not None:
-            name = client_name(request.lora_request.lora_name)
-            _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
+    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM))
 
 
 def _raise(message: str) -> None:
+    """One of vLLM's own errors, for which a server answers 400."""
     from vllm.exceptions import VLLMValidationError
 
     raise VLLMValidationError(message)
@@ -151,18 +121,12 @@ def _raise(message: str) -> None:
 def _process_inputs(made: Any) -> Any:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = made(self, *args, **kwargs)
-        _check(request, self.vllm_config)
+        if _asks_routed(request.lora_request) and (why := _refusal(self.vllm_config) or why_not_request(request)):
+            name = client_name(request.lora_request.lora_name)
+            _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
         return request
 
     return process_inputs
-
-
-def _preprocess_add_request(made: Any) -> Any:
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        _check(request, self.vllm_config)
-        return made(self, request)
-
-    return preprocess_add_request
 
 
 def _beam_search(made: Any) -> Any:
@@ -171,7 +135,7 @@ def _beam_search(made: Any) -> Any:
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = call.bind(self, *args, **kwargs).arguments.get("lora_request")
         for one in given if isinstance(given, Sequence) else [given]:
-            if one is not None and _kind(one).routed:
+            if one is not None and _asks_routed(one):
                 _raise(
                     f"beam search with the routed adapter {client_name(one.lora_name)} is refused, for vLLM reads what was "
                     "written as a new prompt at every token, by which other modules would be chosen: sample, or write greedily"
@@ -186,12 +150,8 @@ def _hash_keys(made: Any) -> Any:
 
     def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
         found, following = made(request, start_token_idx, end_token_idx, start_mm_idx)
-        kind = _kind(request.lora_request)
-        if not kind.routed:
+        if not _asks_routed(request.lora_request):
             return found, following
-        if kind.leaves_prefixes_alone and end_token_idx < request.num_prompt_tokens:
-            # The base model's keys and values, whoever asks.
-            return tuple(one for one in found or () if one[0] != "lora") or None, following
         # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
         own = request.__dict__.setdefault(_OWN, str(next(_numbers)))
         return (*(found or ()), ("gatewise", own)), following
@@ -212,19 +172,17 @@ def _keep_config(made: Any) -> Any:
 
 def _load_adapter(load: Any) -> Any:
     def _load(self: Any, lora_request: Any) -> Any:
-        number, path, kind = lora_request.lora_int_id, lora_request.lora_path, kind_of(_folder(lora_request.lora_path))
-        loaded = self.__dict__.setdefault(_KINDS, {})
-        before = loaded.get(number, kind) if number in self.list_adapters() else kind
-        if not kind == before == _kind(lora_request):  # requests and keys of the prefix cache are there that count on what it was
+        path = lora_request.lora_path
+        routed = is_routed(_folder(path))
+        if routed != _asks_routed(lora_request):  # requests and keys of the prefix cache count on what it was
             raise GatewiseError(
-                f"the adapter {client_name(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
-                "before, routed or not, or with another adapt or pooler: load it under another name"
+                f"the adapter {client_name(lora_request.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
+                "asked for by its number before: load it under another name"
             )
-        loaded[number] = kind
-        if not kind.routed:
+        if not routed:
             return load(self, lora_request)
         config, manager = getattr(self, _CONFIG), self._adapter_manager
-        why = _refusal(config, kind)
+        why = _refusal(config)
         if why is not None:
             raise GatewiseError(f"the routed adapter {path} cannot be served, for routed adapters {why}")
         adapter = read_routed(_folder(path), config.model_config.get_hidden_size())

@@ -1,8 +1,7 @@
 """Where routed adapters cannot be right in vLLM, or were not tried: what was set, why that does not go, what to do.
 
 A routed adapter chooses its modules by the hidden states of the whole prompt. So whatever has vLLM compute a prompt in pieces, or
-leave a part of it out, is refused, and so is what was not tried. One that leaves all of a prompt but its last token to the base
-model, and chooses by that token, may have it in pieces.
+leave a part of it out, is refused, and so is what was not tried.
 """
 
 from typing import Any
@@ -11,17 +10,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_tex
 """Base models, by Transformers' ``model_type``, that ``make test-serve`` compares with PEFT."""
 
 
-def why_not(config: Any, platform: Any, dual_stream: bool, in_pieces: bool = False) -> str | None:
+def why_not(config: Any, platform: Any, dual_stream: bool) -> str | None:
     """Why an engine cannot serve routed adapters, in the words that follow "routed adapters"; None where it can.
 
     Args:
         config: vLLM's ``VllmConfig``.
         platform: vLLM's ``current_platform``.
         dual_stream: ``VLLM_LORA_ENABLE_DUAL_STREAM``.
-        in_pieces: of an adapter for which prompts may be read so.
     """
-    reasons = [*([] if in_pieces else _in_pieces(config)), *_untried(config, platform, dual_stream)]
-    return next((why for is_so, why in reasons if is_so), None)
+    return next((why for is_so, why in (*_in_pieces(config), *_untried(config, platform, dual_stream)) if is_so), None)
 
 
 def _in_pieces(config: Any) -> list[tuple[bool, str]]:

@@ -75,9 +75,12 @@ class Routing:
         modules: path of each module with LoRA -> the paths of the experts that its slices are; None for a slice that no adapter
             can name.
         tokens: that a step has at most.
-        device: where it all lies.
+        device: of the table.
         agree: makes a tensor the same in all processes that share the model's layers. Each has all hidden states and all routers,
             but where two experts are all but equally probable a last bit could have them choose differently.
+
+    Attributes:
+        requests: the row of each request that has gates.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Routing:
         }
         self._table = torch.ones(_RESERVED + _ROWS, nobody + 1, device=device)
         self._table[BASE] = 0
-        self._rows: dict[str, int] = {}
+        self.requests: dict[str, int] = {}
         self._free = list(range(_RESERVED, len(self._table)))
         self._row_of_token = torch.zeros(tokens, dtype=torch.long, device=device)
         self._prompts: list[_Prompt] = []
@@ -107,11 +110,6 @@ class Routing:
         self._spans: list[tuple[int, int]] | None = None  # of the last step, if all its gates were decided before
         self._watched: set[str] = set()
         self.is_at_work = False
-
-    @property
-    def requests(self) -> set[str]:
-        """Those that have gates."""
-        return set(self._rows)
 
     def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str]) -> Placed:
         """Finds an adapter's experts among the modules.
@@ -135,29 +133,24 @@ class Routing:
                 f"vLLM adapts no modules {some(missing)}, which are experts of this adapter: start it with --lora-target-modules "
                 "as serving.json or gatewise.serving.engines.serving_settings gives them"
             )
-        for path in layers:
-            self._watch(path)
+        for path in layers.keys() - self._watched:
+            module = self._model.get_submodule(path)
+            bound = signature(type(module).forward)
+            if "hidden_states" not in bound.parameters:
+                raise GatewiseError(
+                    f"vLLM's layer {path} ({type(module).__name__}) is not given hidden_states, by which its modules are chosen: "
+                    "serve this adapter with PEFT"
+                )
+            module.register_forward_pre_hook(partial(self._read, path, bound), with_kwargs=True)
+            self._watched.add(path)
         return Placed(adapter, layers)
-
-    def _watch(self, path: str) -> None:
-        if path in self._watched:
-            return
-        layer = self._model.get_submodule(path)
-        bound = signature(type(layer).forward)
-        if "hidden_states" not in bound.parameters:
-            raise GatewiseError(
-                f"vLLM's layer {path} ({type(layer).__name__}) is not given hidden_states, by which its modules are chosen: serve "
-                "this adapter with PEFT"
-            )
-        layer.register_forward_pre_hook(partial(self._read, path, bound), with_kwargs=True)
-        self._watched.add(path)
 
     # ---- requests ----
 
     def release(self, requests: Iterable[str]) -> None:
         """These have ended; their names may come again."""
         for request in requests:
-            row = self._rows.pop(request, None)
+            row = self.requests.pop(request, None)
             if row is not None:
                 self._free.append(row)
 
@@ -168,8 +161,8 @@ class Routing:
     def begin(self, parts: Sequence[Part], placed: Callable[[int], Placed | None]) -> bool:
         """Tells what the next step computes, in the order of its tokens; and whether all tokens have the gates of the last step's.
 
-        A request that has no gates yet reads its prompt now, all of it; in pieces only if its last token alone decides. One that
-        has some keeps them, also where it computes its prompt and what it had written once more, after it was preempted.
+        A request that has no gates yet reads its prompt now, all of it. One that has some keeps them, also where it computes its
+        prompt and what it had written once more, after it was preempted.
 
         Args:
             placed: a routed adapter by its number; None for a plain one.
@@ -183,14 +176,13 @@ class Routing:
         start = 0
         for part in parts:
             routed = placed(part.adapter) if part.adapter else None
-            if routed is None:
-                spans.append((PLAIN if part.adapter else BASE, part.tokens))
-            else:
+            if routed is not None:
                 self.is_at_work = True
-                untouched = min(max(part.prompt - 1 - part.computed, 0), part.tokens) if routed.adapter.after_prompt else 0
-                if part.request not in self._rows and not (routed.adapter.by_last_token and untouched == part.tokens):
+                if part.request not in self.requests:
                     self._start(part, start, routed)
-                spans += [(BASE, untouched), (self._rows.get(part.request, BASE), part.tokens - untouched)]
+                spans.append((self.requests[part.request], part.tokens))
+            else:
+                spans.append((PLAIN if part.adapter else BASE, part.tokens))
             start += part.tokens
         # While prompts are read gates change, and only so does a row become another request's.
         self._spans = None if self._prompts else spans
@@ -207,10 +199,7 @@ class Routing:
         return False
 
     def _start(self, part: Part, start: int, placed: Placed) -> None:
-        first, end = -part.computed, part.prompt - part.computed  # of the prompt, within the part
-        if placed.adapter.by_last_token:
-            first = end - 1
-        if first < 0 or part.tokens < end:
+        if part.computed or part.tokens < part.prompt:
             raise GatewiseError(
                 f"the prompt of {part.request} was to be read in pieces ({part.computed} tokens before and {part.tokens} now, of "
                 f"{part.prompt}), but a routed adapter chooses its modules by the whole prompt: report this"
@@ -219,9 +208,9 @@ class Routing:
             more = torch.ones_like(self._table)
             self._free = list(range(len(self._table), 2 * len(self._table)))
             self._table = torch.cat([self._table, more])
-        row = self._rows[part.request] = self._free.pop()
+        row = self.requests[part.request] = self._free.pop()
         self._table[row] = 0
-        self._prompts.append(_Prompt(start + first, start + end, row, placed))
+        self._prompts.append(_Prompt(start, start + part.prompt, row, placed))
 
     # ---- while the model runs ----
 
