@@ -1,7 +1,7 @@
 """Qualities by row, and the paired bootstrap."""
 
 import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,27 +26,20 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_means_over_rows_are_what_evaluate_says(loaded: Loaded) -> None:
     wanted = evaluate(loaded.model, loaded.tokenizer, loaded.records, loaded.template)
-    right = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "right")
+    right = qualities(loaded, loaded.records, "right")
     assert set(right.tolist()) <= {0.0, 1.0}
     assert float(right.mean()) == pytest.approx(wanted["accuracy"])
-    loss = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
+    loss = qualities(loaded, loaded.records, "loss")
     assert len(loss) == 30
     if loaded.template is None:  # one label a row, as evaluate counts them
         assert -float(loss.mean()) == pytest.approx(wanted["loss"], rel=1e-4)
 
 
-def test_a_note_that_says_null_says_nothing(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", 30)
-    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
-    (adapter / "gatewise.json").write_text('{"max_length": null}')
-    assert load_with_data(adapter, str(rows)).max_length == 512
-
-
 def test_losses_lie_with_their_rows(loaded: Loaded) -> None:
-    together = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
+    together = qualities(loaded, loaded.records, "loss")
     for at in (0, 7, 29):
         alone = Records(loaded.records.kind, [loaded.records.rows[at]], loaded.records.labels, "one")
-        found = qualities(loaded.model, loaded.tokenizer, alone, loaded.template, "loss")
+        found = qualities(loaded, alone, "loss")
         assert float(found[0]) == pytest.approx(float(together[at]), rel=1e-4)
 
 
@@ -55,7 +48,6 @@ def test_equal_answers_are_bounded_by_the_rule_of_three() -> None:
         gap = difference(torch.ones(n), torch.ones(n))
         assert gap.mean == 0
         assert gap.high == pytest.approx(3 / n, rel=0.05)
-        assert gap.low == pytest.approx(-3 / n, rel=0.05)  # the smaller one may be better where no row shows it
     assert difference(torch.ones(300), torch.ones(300)).within(0.01)
     assert not difference(torch.ones(200), torch.ones(200)).within(0.01)
 
@@ -155,18 +147,6 @@ def test_rare_large_losses_are_counted_with(monkeypatch: pytest.MonkeyPatch) -> 
     assert missed / trials < 0.08
 
 
-def test_the_interval_of_losses_is_that_of_the_mean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(500, generator=generator).double()
-    gaps = torch.randn(500, generator=generator).double() * 0.2 + 0.05
-    found = difference(whole, whole - gaps, "loss")
-    error = float(gaps.std() / math.sqrt(500))
-    assert found.mean == pytest.approx(float(gaps.mean()))
-    assert found.high == pytest.approx(float(gaps.mean()) + 1.645 * error, abs=0.2 * error)
-    assert found.low == pytest.approx(float(gaps.mean()) - 1.645 * error, abs=0.2 * error)
-    assert found == difference(whole, whole - gaps, "loss")
-
-
 def test_losses_that_do_not_differ_are_the_same() -> None:
     assert difference(torch.randn(160).double(), torch.zeros(160).double(), "loss").high > 0
     same = torch.randn(160).double()
@@ -178,44 +158,30 @@ def test_too_few_rows_have_no_bound(measure: Any, least: int) -> None:
     whole, smaller = torch.ones(least).double(), torch.zeros(least).double()
     enough, few = difference(whole, smaller, measure), difference(whole[1:], smaller[1:], measure)
     assert enough.mean == few.mean == 1
-    assert 0.5 < enough.low <= enough.high == 1
-    assert math.isnan(few.low)
+    assert enough.high == 1
     assert math.isnan(few.high)
     assert not few.within(1e9)
-    assert (enough.at_most, few.at_most) == ("at most by 1.0000", "too few rows to say at most how much")
+    assert str(few) == "worse by 1.0000, too few rows to say at most how much"
 
 
-def test_too_few_rows_are_refused_with_what_would_do() -> None:
-    few = Records("label", [{"text": "a", "label": "x"}] * 100, ["x", "y"], "dev.jsonl")
-    larger = r": give more rows, or a larger tolerance \(--tolerance\)$"
-    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 300" + larger):
-        check_enough(few, "right", 0.01)
-    check_enough(few, "right", 0.05)
-    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 150: give more rows$"):
-        check_enough(few, "loss", 0.01)
-    fewer = Records("label", few.rows[:19], ["x", "y"], "dev.jsonl")
-    with pytest.raises(
-        GatewiseError, match=r"and that right answers are as good cannot be shown with fewer than 20: give more rows$"
-    ):
-        check_enough(fewer, "right", 0.5)
-    with pytest.raises(GatewiseError, match=r"and a tolerance of 0.01 cannot be shown with fewer than 300: give more rows$"):
-        check_enough(fewer, "right", 0.01)
+@pytest.mark.parametrize(
+    ("rows", "measure", "tolerance", "needed"),
+    [
+        (100, "right", 0.01, "300: give more rows, or a larger tolerance"),
+        (100, "loss", 0.01, "150: give more rows$"),
+        (19, "right", 0.5, "20"),
+    ],
+)
+def test_too_few_rows_are_refused_with_what_would_do(rows: int, measure: Any, tolerance: float, needed: str) -> None:
+    few = Records("label", [{"text": "a", "label": "x"}] * rows, ["x", "y"], "dev.jsonl")
+    with pytest.raises(GatewiseError, match=f"dev.jsonl has {rows} rows .* cannot be shown with fewer than {needed}"):
+        check_enough(few, measure, tolerance)
+    check_enough(replace(few, rows=few.rows * 3), measure, tolerance)
 
 
 def test_rows_are_split_apart() -> None:
-    records = Records("label", [{"text": str(i), "label": "x"} for i in range(20)], ["x"], "rows")
-    one, rest = split(records, 6, seed=1)
-    assert (len(one), len(rest)) == (6, 14)
-    assert sorted(int(row["text"]) for row in (*one.rows, *rest.rows)) == list(range(20))
-    assert split(records, 6, seed=1)[0].rows == one.rows != split(records, 6, seed=2)[0].rows
-
-
-def test_rows_that_are_alike_stay_together() -> None:
-    records = Records("label", [{"text": str(i % 8), "label": "xy"[i // 8 % 2]} for i in range(20)], ["x", "y"], "rows")
-    for seed in range(20):
-        one, rest = split(records, 6, seed, [row["text"] for row in records.rows])
-        assert len(one) + len(rest) == 20
-        assert 4 <= len(one) <= 6  # of two or three that are alike
-        assert not {row["text"] for row in one.rows} & {row["text"] for row in rest.rows}
-    one, rest = split(records, 6, 0, ["a"] * 13 + ["b"] * 7)
-    assert (len(one), len(rest)) == (7, 13)
+    records = Records("label", [{"text": str(i), "label": "x"} for i in range(40)], ["x"], "rows")
+    for count, drawn in ((6, 6), (30, 10)):
+        one, rest = split(records, count)
+        assert (len(one), len(rest)) == (drawn, 40 - drawn)
+        assert sorted(int(row["text"]) for row in (*one.rows, *rest.rows)) == list(range(40))

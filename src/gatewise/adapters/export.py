@@ -65,7 +65,7 @@ def to_lora(
     if rank is not None and not padded:
         raise GatewiseError(f"rank is {rank}, but without padding every module has its true rank: ask for padded (--padded) too")
     with _folder_of(model_or_dir, adapter) as folder:
-        _check_plain_lora(folder)
+        check_plain_lora(folder)
         file = read_lora(folder)
         before = {module.path: _rank(module) for module in file.modules}
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
@@ -114,7 +114,12 @@ def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Ite
         yield Path(folder) / ("" if name == "default" else name)
 
 
-def _check_plain_lora(folder: Path) -> None:
+def check_plain_lora(folder: Path) -> None:
+    """Refuses an adapter of another kind than LoRA, or one that is only right at the rank that it was made with.
+
+    Raises:
+        GatewiseError: it is one.
+    """
     config = read_config(folder)
     kind = str(config.get("peft_type"))
     if kind in _UNLIKE_LORA:

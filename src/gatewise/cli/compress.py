@@ -1,11 +1,7 @@
 """The ``compress`` command: a finished adapter -> the smallest one that is as good on some data."""
 
-import json
-import math
-from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -16,32 +12,10 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
 from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
-from gatewise.files import finite
 from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
     from gatewise.compress import Compressed
-
-
-class Least(StrEnum):
-    """What the smaller adapter has least of."""
-
-    parameters = "parameters"
-    modules = "modules"
-
-
-class MeasureBy(StrEnum):
-    """What says how good an adapter is."""
-
-    right = "right"
-    loss = "loss"
-
-
-class Order(StrEnum):
-    """How ranks are valued."""
-
-    path_moments = "path_moments"
-    singular = "singular"
 
 
 @takes_data_options()
@@ -54,10 +28,11 @@ def compress(
         float | None,
         typer.Option(help="How much worse it may be: share of right answers, or nats. [default: 0.01]"),
     ] = None,
-    least: Annotated[Least | None, typer.Option(help="What to have least of. [default: parameters]")] = None,
+    least: Annotated[
+        Literal["parameters", "modules"] | None, typer.Option(help="What to have least of. [default: parameters]")
+    ] = None,
     parameters: Annotated[str | None, typer.Option(help="Instead of a tolerance: so many parameters, such as 500k.")] = None,
     modules: Annotated[int | None, typer.Option(help="Instead of a tolerance: so many modules.", min=1)] = None,
-    rank_cap: Annotated[int | None, typer.Option(help="No module keeps more ranks than this, such as 8.", min=1)] = None,
     recover: Annotated[
         str | None, typer.Option(help="Rows to train on where ranks that went are missed.", show_default=False)
     ] = None,
@@ -66,9 +41,9 @@ def compress(
     learning_rate: Annotated[
         float | None, typer.Option(help="Of that training. [default: a quarter of the run's, or 1e-4]")
     ] = None,
-    order: Annotated[Order, typer.Option(help="How ranks are valued.")] = Order.path_moments,
+    order: Annotated[Literal["path_moments", "singular"], typer.Option(help="How ranks are valued.")] = "path_moments",
     measure: Annotated[
-        MeasureBy | None,
+        Literal["right", "loss"] | None,
         typer.Option(help="What says how good it is. [default: right answers where there are some, else the loss]"),
     ] = None,
     score_rows: Annotated[int, typer.Option(help="Rows that value the ranks; they do not measure.", min=1)] = 128,
@@ -84,64 +59,43 @@ def compress(
     Examples:
       gatewise compress runs/quickstart/adapter --data sample:support-dev --out small --tolerance 0.1
       gatewise compress hub-adapter --data dev.jsonl --recover train.jsonl --steps 60 --out small
-      gatewise compress hub-adapter --data dev.jsonl --modules 60 --rank-cap 8 --out fast
+      gatewise compress hub-adapter --data dev.jsonl --modules 60 --out fast
     """
     from gatewise.compress import Goal, Recovery
     from gatewise.compress import compress as run
 
-    for name, given in {"--parameters": parameters, "--modules": modules}.items():
-        for other, value in {"--tolerance": tolerance, "--least": least}.items():
-            if given is not None and value is not None:
-                raise GatewiseError(f"{name} was given with {other}, which looks for a size: leave one of the two out")
+    asked = {"--parameters": parameters, "--modules": modules, "--tolerance": tolerance, "--least": least}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1 and given != ["--tolerance", "--least"]:
+        raise GatewiseError(f"{given[0]} asks for a size: leave {given[1]} out")
     for name, setting in {"--recover-split": recover_split, "--steps": steps, "--learning-rate": learning_rate}.items():
         if recover is None and setting is not None:
             raise GatewiseError(f"{name} was given without --recover, the rows to train on: add them or leave it out")
-    goal = Goal(
-        least=least.value if least else "parameters",
-        tolerance=0.01 if tolerance is None else tolerance,
-        parameters=None if parameters is None else number_of(parameters, "--parameters"),
-        modules=modules,
-        rank_cap=rank_cap,
-    )
+    goal = Goal(least or "parameters", tolerance=0.01 if tolerance is None else tolerance)
+    if parameters is not None:
+        goal = Goal("parameters", number_of(parameters, "--parameters"))
+    elif modules is not None:
+        goal = Goal("modules", modules)
     recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate, split=recover_split)
-    result = run(
-        adapter, data, out, goal, options=options, recovery=recovery, order=order.value,
-        measure=measure.value if measure else None, score_rows=score_rows,
-    )  # fmt: skip
+    result = run(adapter, data, out, goal, options=options, recovery=recovery, order=order, measure=measure, score_rows=score_rows)
     if as_json:
-        typer.echo(json.dumps(finite({**asdict(result), "out": str(result.out)})))
+        typer.echo((out / "compress.json").read_text(encoding="utf-8"), nl=False)
         return
     Console().print(_table(result))
-    for line in _lines(result):
-        typer.echo(line)
+    size, whole, gap = result.chosen.size, result.whole_size, result.chosen.difference
+    share, how = size.parameters / whole.parameters, ", after recovery" if result.chosen.recovered else ""
+    unit = "share of right answers" if result.measure == "right" else "nats a token"
+    typer.echo(f"{share:.0%} of the parameters, {size.modules} of {whole.modules} modules{how}")
+    typer.echo(f"{gap}, with 95% confidence on {gap.rows} rows ({unit})")
+    typer.echo(f"written: {out}, with what engines need to know in serving.json; its logits differ by {result.deviation:.1g}")
 
 
 def _table(result: "Compressed") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("adapter", "parameters", "modules", "ranks", "largest rank", "right" if result.measure == "right" else "loss"):
-        table.add_column(name, justify="left" if name == "adapter" else "right")
-    table.add_row("none", "", "", "", "", f"{abs(result.base_quality):.4f}")
-    whole, smaller = (result.whole_size, result.whole_quality), (result.chosen.size, result.chosen.quality)
-    for name, (size, quality) in {"whole": whole, "smaller": smaller}.items():
-        counts = (size.parameters, size.modules, size.ranks, size.largest)
-        table.add_row(name, *(f"{count:,}" for count in counts), f"{abs(quality):.4f}")
+    table = Table("adapter", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("parameters", "modules", "ranks", "right" if result.measure == "right" else "loss"):
+        table.add_column(name, justify="right")
+    table.add_row("none", "", "", "", f"{abs(result.base_quality):.4f}")
+    chosen = result.chosen
+    for name, size, quality in (("whole", result.whole_size, result.whole_quality), ("smaller", chosen.size, chosen.quality)):
+        table.add_row(name, f"{size.parameters:,}", f"{size.modules:,}", f"{size.ranks:,}", f"{abs(quality):.4f}")
     return table
-
-
-def _lines(result: "Compressed") -> list[str]:
-    gap, size = result.chosen.difference, result.chosen.size
-    unit = "of the answers" if result.measure == "right" else "nats a token"
-    how = ", after recovery" if result.chosen.recovered else ""
-    share = size.parameters / result.whole_size.parameters
-    checks = [f"{name} {value:.1g}" for name, value in result.deviation.items()]
-    lines = [
-        f"{share:.0%} of the parameters, {size.modules} of {result.whole_size.modules} modules{how}",
-        f"worse by {gap.mean:.4f} {unit}, {gap.at_most}{'' if math.isnan(gap.high) else ' with 95% confidence'} ({gap.rows} rows)",
-        f"as measured: logits differ by {', '.join(checks)}",
-    ]
-    if result.merges is False:
-        another = "merged" in result.deviation
-        why = "the model is another one then, as where embeddings are tied" if another else "PEFT cannot"
-        lines.append(f"do not merge it: {why}")
-    lines.append(f"written: {result.out}, with what engines need to know in serving.json")
-    return lines

@@ -9,26 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gatewise.compress.compressing import compress
-    from gatewise.compress.goal import Candidate, Compressed, Goal, Size
-    from gatewise.compress.quality import Difference
+    from gatewise.compress.compressing import Compressed, compress
     from gatewise.compress.recovery import Recovery
+    from gatewise.compress.search import Goal
 
-_HOME = {
-    **dict.fromkeys(("Candidate", "Compressed", "Goal", "Size"), "goal"),
-    "compress": "compressing",
-    "Difference": "quality",
-    "Recovery": "recovery",
-}
-__all__ = [
-    "Candidate",
-    "Compressed",
-    "Difference",
-    "Goal",
-    "Recovery",
-    "Size",
-    "compress",
-]
+_HOME = {"Compressed": "compressing", "compress": "compressing", "Goal": "search", "Recovery": "recovery"}
+__all__ = ["Compressed", "Goal", "Recovery", "compress"]
 
 
 def __getattr__(name: str) -> Any:

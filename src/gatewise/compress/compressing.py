@@ -3,49 +3,75 @@
 1. Every module is turned into its singular basis (``basis``), so that a rank is a singular direction.
 2. Ranks are valued on rows of their own, and all that can be dropped is put into one order by value a unit of cost (``order``).
 3. The whole adapter and what is left without any rank are measured on held-out rows (``quality``).
-4. Bisection over the order finds how far one can go (``search``). Each candidate is measured on the same held-out rows; what does
-   not hold is trained on for some steps where there are rows to do so (``recovery``), and measured again.
-5. The winner is written as plain LoRA at its true ranks, with what engines need to know, loaded again and compared (``writing``).
+4. Bisection over the order finds how far one can go (``search``). Each candidate is measured on the same held-out rows; what is
+   not good enough is trained on for some steps where there are rows to do so (``recovery``), and measured again.
+5. The chosen one is written as plain LoRA at its true ranks, with what engines need to know, loaded again and compared (here).
 
 The idea is gatewise's own, not a paper's; the parts that are others' (the scores, low-rank rotations) are named where they stand.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import hashlib
+import json
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
-from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import save_file
 
 from gatewise import __version__
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import read_note, read_tensors, weights_of
-from gatewise.adapters.loading import Loaded, load_with_data, read_rows
-from gatewise.adapters.lora import active_adapter
-from gatewise.compress.goal import Compressed, Goal
+from gatewise.adapters.export import check_plain_lora, copy_tokenizer, to_lora
+from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, fingerprint, read_lora
+from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.compress.order import ORDERS
-from gatewise.compress.quality import MEASURES, Measure
+from gatewise.compress.quality import Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.rows import Rows, rows_for
-from gatewise.compress.search import Search, left_as_it_was
-from gatewise.compress.work import files_of, fingerprint_of, locked_work
-from gatewise.compress.writing import write_chosen
-from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder
-from gatewise.losses import base_of, loss_kind
+from gatewise.compress.search import Candidate, Goal, Search, Size, Work
+from gatewise.errors import GatewiseError, some
+from gatewise.files import check_new_folder, finite, whole_folder, write_json
+from gatewise.losses import scored
 from gatewise.models.cache import folder_of
-from gatewise.models.loading import names_in
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.tasks import Records, default_template
+from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
+from gatewise.tasks.metrics import measuring
 
+REPORT_FILE = "compress.json"
+_CHECK = "gatewise-check"  # what the adapter as written is called, beside the one that was measured
 WITHIN = Goal()
+_BOUND = 0.02  # of the largest logit: more than rounding
+_READ = (".json", ".txt", ".model", ".jinja", ".py")  # configurations, and what tokenizers are made of
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a compression did, which ``compress.json`` says too.
+
+    Attributes:
+        chosen: the smaller adapter; whole_size, whole_quality and base_quality: of the whole one, and quality without any.
+        candidates: all that were measured, in order.
+        measure: "right" or "loss"; order, goal: how it was searched.
+        deviation: the largest difference of logits between the adapter as measured and as written.
+    """
+
+    chosen: Candidate
+    whole_size: Size
+    whole_quality: float
+    base_quality: float
+    candidates: tuple[Candidate, ...]
+    measure: str
+    order: str
+    goal: Goal
+    deviation: float
 
 
 def compress(
-    model_or_dir: PeftModel | str | Path,
-    data: str | Path | Records,
+    adapter: str | Path,
+    data: str | Path,
     out: str | Path,
     goal: Goal = WITHIN,
     *,
@@ -54,130 +80,118 @@ def compress(
     order: str = ORDERS[0],
     measure: Measure | None = None,
     score_rows: int = 128,
-    looks: int = 7,
-    seed: int = 0,
-    tokenizer: Any = None,
-    template: Any = None,
-    adapter: str | None = None,
-    console: Console | None = None,
 ) -> Compressed:
-    """Gives back the smallest adapter that is as good on the data, or the best of a given size, and writes it.
+    """Writes the smallest adapter that is as good on the data, or the best of a given size.
 
     Args:
-        model_or_dir: the folder of any LoRA adapter that PEFT loads, or a model in memory, which is afterwards as it was.
-        data: rows that measure, of which the scored ones are taken out unless there are rows to recover on; with a model in memory
-            a file, a sample or ``Records``.
+        adapter: the folder of any LoRA adapter that PEFT loads.
+        data: rows that measure, of which the scored ones are taken out unless there are rows to recover on.
         out: the folder to write, new or empty. Beside it lies OUT.work while this runs: what was measured and trained, so that the
-            same call, or one with another tolerance, goes on after an interruption or a refusal. Not for a model in memory.
+            same call, or one with another tolerance or size, goes on after an interruption or a refusal.
         goal: what the smaller adapter is to be.
-        options: how to read the data, and where the model runs; of a model in memory, how to read a file.
+        options: how to read the data, and where the model runs.
         recovery: rows to train on after ranks are gone. Without them nothing is trained but one number a rank.
         order: how ranks are valued, see ``rank_values``.
         measure: "right" answers, or "loss"; None for right answers where there are some.
         score_rows: rows that value ranks, and that single numbers are fitted on.
-        looks: candidates that bisection measures at most.
-        seed: of all draws.
-        tokenizer, template: of a model in memory, without a template ``default_template``; ``adapter``: which of its adapters,
-            None for the active one.
-        console: where progress is shown; stderr by default.
 
     Raises:
         GatewiseError: adapter, model or data cannot be read or do not fit; too few rows; an adapter that does nothing here; a
-            target or tolerance that nothing meets.
+            size or tolerance that nothing meets.
     """
-    if order not in ORDERS:
-        raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
-    if measure is not None and measure not in MEASURES:
-        raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
-    if score_rows < 1 or looks < 1:
-        raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
+    for name, value, known in (("order", order, ORDERS), ("measure", measure or "loss", get_args(Measure))):
+        if value not in known:
+            raise GatewiseError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
     check_new_folder(out)
-    source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
-    progress = ConsoleProgress(console or Console(stderr=True))
+    source, progress = Path(adapter), ConsoleProgress(Console(stderr=True))
+    check_plain_lora(source)
     with quiet(bars=True):
-        loaded, note = _loaded(model_or_dir, data, options, tokenizer, template, recovery is not None, progress)
-        rows = rows_for(loaded, measure, goal, recovery, score_rows, seed, progress.say)
+        loaded = load_with_data(source, str(data), options, trainable=True, say=progress.say)
+        rows = rows_for(loaded, measure, goal.tolerance if goal.size is None else None, recovery, score_rows, progress.say)
         # Neither a tolerance nor a size changes what is measured, only how far the search goes.
-        settings = {
-            "unit": goal.unit,
-            "rank_cap": goal.rank_cap,
-            "recovery": recovery and asdict(recovery),
-            "order": order,
-            "seed": seed,
-        }
-        fingerprint = None if source is None else _fingerprint(settings, source, loaded, rows, note)
-        name = active_adapter(loaded.model, adapter)
-        with locked_work(out, fingerprint) as work, left_as_it_was(loaded.model, name):
-            formats = _stored_formats(source) if source is not None else (torch.float32, {})
-            search = Search(loaded, name, rows, goal, recovery, order, seed, note, work, progress, *formats)
-            try:
-                search.prepare()
-            except GatewiseError as error:
-                if error.__cause__ is None:  # it would be refused again; a full disk may be mended
-                    work.remove()
-                raise
-            chosen = search.of_size() if goal.has_target else search.smallest(looks)
-            return write_chosen(chosen, Path(out), search, source)
+        work = work_folder(out) / _fingerprint(source, loaded, rows, goal, recovery, order)
+        search = Search(source, loaded, rows, goal, recovery, order, Work(work), progress)
+        result = _write(search, order, Path(out), source)
+    for folder in work_folder(out).glob("[0-9a-f]" * 16):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        work_folder(out).rmdir()
+    return result
 
 
-def _loaded(
-    model_or_dir: PeftModel | str | Path,
-    data: str | Path | Records,
-    options: DataOptions,
-    tokenizer: Any,
-    template: Any,
-    trainable: bool,
-    progress: ConsoleProgress,
-) -> tuple[Loaded, Mapping[str, Any]]:
-    data = str(data) if isinstance(data, Path) else data
-    if not isinstance(model_or_dir, PeftModel):
-        if not isinstance(data, str):
-            raise GatewiseError(
-                "data is Records, which go with a model in memory: give the name of a file with an adapter's folder"
-            )
-        return load_with_data(model_or_dir, data, options, trainable=trainable, say=progress.say), read_note(model_or_dir)
-    if tokenizer is None:
-        raise GatewiseError("a model in memory was given without its tokenizer: pass tokenizer=")
-    kind, base = loss_kind(model_or_dir), base_of(model_or_dir)
-    if kind not in ("causal", "rows"):
-        named = type(base).__name__
-        raise GatewiseError(f"{named} neither writes token by token nor sorts rows into classes: only such models are made smaller")
-    if options.base is not None or options.device != "auto":
-        raise GatewiseError("options name a base model or a device, but the model is in memory: leave them out")
-    names = names_in(base.config)
-    if isinstance(data, Records):
-        if options != DataOptions():
-            raise GatewiseError("options say how to read a file, but data is Records, which are read already: leave them out")
-        records, own = data, default_template(data) if kind == "causal" else None
-        if kind == "rows" and names is not None and set(data.labels or ()) == set(names):
-            records = replace(data, labels=names)  # in the order of the classes, and not that of a file
-    else:
-        records, own = read_rows("the model in memory", data, options, {}, kind == "causal", lambda: names)
-    if template is not None and kind == "rows":
-        raise GatewiseError("a template was given for a classifier, which reads the text itself: leave it out")
-    if template is not None and (options.prompt is not None or "=" in (options.labels or "")):
-        raise GatewiseError("a template was given, and a prompt or words for labels in options: give them in one of the two")
-    return Loaded(model_or_dir, tokenizer, "", records, template or own, 512), {}
+def work_folder(out: str | Path) -> Path:
+    """OUT.work."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.work")
 
 
-def _fingerprint(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
-    """Of a call's settings, data, adapter and base: another call with the same may go on with what it measured."""
-    weight: Any = next(loaded.model.parameters())
-    records = [one for one in (rows.held_out, rows.scored, rows.train) if one]
+def _fingerprint(source: Path, loaded: Loaded, rows: Rows, goal: Goal, recovery: Recovery | None, order: str) -> str:
+    """Of all that measurements rest on: a call with another one does not go on with them."""
+    weight = next(loaded.model.parameters())
     base = folder_of(loaded.base)
-    read = {
-        "template": None if loaded.template is None else [loaded.template.prompt, loaded.template.labels],
-        "max_length": loaded.max_length, "base": loaded.base, "dtype": str(weight.dtype), "device": str(weight.device),
-        "note": note, "measure": rows.measure, "version": __version__,
-        "rows": [one.rows for one in records], "labels": [one.labels for one in records],
-        "base_files": files_of(base) if base else None,
+    asked = {
+        "version": __version__, "adapter": fingerprint(source), "files": [_files(source), base and _files(base)],
+        "base": loaded.base, "template": loaded.template, "max_length": loaded.max_length, "recovery": recovery, "order": order,
+        "unit": goal.unit, "rows": rows, "dtype": weight.dtype, "device": weight.device,
     }  # fmt: skip
-    return fingerprint_of({**settings, **read}, source)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _stored_formats(folder: Path) -> tuple[torch.dtype, dict[str, torch.dtype]]:
-    """The number format of an adapter's factors on disk, and of its other tensors there by name."""
-    tensors, _ = read_tensors(weights_of(folder))
-    formats = {name: tensor.dtype for name, tensor in tensors.items()}
-    factors = next((dtype for name, dtype in formats.items() if ".lora_" in name), torch.float32)
-    return factors, {name: dtype for name, dtype in formats.items() if ".lora_" not in name}
+def _files(folder: Path) -> dict[str, Any]:
+    """File name -> what tells a change of it, for what is loaded from a model's folder; weights may be large and are not read."""
+    found: dict[str, Any] = {}
+    for path in filter(Path.is_file, folder.iterdir()):
+        if path.suffix in _READ:
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.suffix in (".safetensors", ".bin"):
+            found[path.name] = path.stat().st_size, path.stat().st_mtime_ns
+    return found
+
+
+def _write(search: Search, order: str, out: Path, source: Path) -> Compressed:
+    """Writes the adapter that a search chooses, checks that it is the one that was measured, and reports.
+
+    Raises:
+        GatewiseError: it cannot be written, or what was written is another function.
+    """
+    chosen = search.chosen()
+    with whole_folder(out) as part:
+        with tempfile.TemporaryDirectory() as folder:
+            # Beside what was trained the file may have embeddings of the base model, whose vocabulary was resized.
+            tensors = search.stored | {name: value.cpu().contiguous() for name, value in search.as_stored().items()}
+            save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata=search.metadata)
+            for name in filter(lambda name: (source / name).is_file(), (CONFIG_FILE, NOTE_FILE)):
+                shutil.copyfile(source / name, Path(folder) / name)
+            to_lora(folder, part)
+        copy_tokenizer(source, part)
+        result = Compressed(
+            chosen=chosen, whole_size=search.sizes[0], whole_quality=float(search.whole_rows.mean()),
+            base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
+            order=order, goal=search.goal, deviation=_deviation(search, part),
+        )  # fmt: skip
+        write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(search.loaded.model)))
+        write_json(part / REPORT_FILE, {"format": 1, **finite(asdict(result))})
+    return result
+
+
+def _deviation(search: Search, folder: Path) -> float:
+    """Loads what was written beside the adapter that was measured: the largest difference of their logits on a few rows.
+
+    Raises:
+        GatewiseError: what was written is another function.
+    """
+    model = search.loaded.model
+    few = {key: value[:4].to(next(model.parameters()).device) for key, value in search.batch.items()}
+    report = "so nothing was written: please report this, with the adapter's adapter_config.json"
+    with measuring(model):
+        wanted = scored(model, few).logits.float()
+        result = model.load_adapter(str(folder), _CHECK)
+        if odd := [*result.missing_keys, *result.unexpected_keys]:
+            raise GatewiseError(f"the adapter as written does not fit its base model ({some(sorted(odd), 1)}), {report}")
+        model.set_adapter(_CHECK)
+        found = float((scored(model, few).logits.float() - wanted).abs().max())
+    if not found <= _BOUND * max(1.0, float(wanted.abs().max())):
+        raise GatewiseError(
+            f"the adapter as written gives logits that differ by {found:.3g} from those that were measured, {report}"
+        )
+    return found

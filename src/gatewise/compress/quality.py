@@ -5,38 +5,28 @@ Two adapters are compared on the same rows, and only the differences row by row 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
+from gatewise.adapters.loading import Loaded
 from gatewise.losses import loss_kind, microbatches, row_losses
-from gatewise.tasks import PadCollator, Records, Template, evaluate
+from gatewise.tasks import PadCollator, Records, evaluate
 from gatewise.tasks.metrics import encoded, measuring
 
 Measure = Literal["right", "loss"]
-MEASURES: tuple[str, ...] = get_args(Measure)
 CONFIDENCE = 0.95
-LEAST_ROWS = 150
-"""Rows that measure losses. Where one row in fifty gets much worse, fewer may hold none of them, and the bootstrap cannot know."""
-_LEAST_ANSWERS = 20  # rows that measure right answers, whatever the tolerance
+LEAST_ROWS: dict[Measure, int] = {"right": 20, "loss": 150}
+"""Fewer rows have no bound. Where one row in fifty loses much more, fewer than 150 may hold none, and the bootstrap cannot know."""
 _DRAWS = 10_000
 _TOKENS = 4096  # padded, in one forward pass that takes losses
 
 
-def qualities(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Records,
-    template: Template | None,
-    measure: Measure,
-    *,
-    max_length: int = 512,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
+def qualities(loaded: Loaded, records: Records, measure: Measure, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """(n,) one number a row, higher is better: 1 for a right answer and 0 for another, or minus the loss (nats a token)."""
+    model, tokenizer, template, max_length = loaded.model, loaded.tokenizer, loaded.template, loaded.max_length
     if measure == "right":
         answers: list[dict[str, Any]] = []
         evaluate(model, tokenizer, records, template, max_length=max_length, progress=progress, answers=answers)
@@ -65,13 +55,11 @@ class Difference:
 
     Attributes:
         mean: the mean over rows of the whole one's quality less the smaller one's; below zero where the smaller one is better.
-        low, high: it is at most ``high`` with a confidence of 95%, and at least ``low`` with one of 95%. NaN where there are too
-            few rows for a bound, see ``least_rows``.
+        high: with a confidence of 95% it is no more than this. NaN where there are fewer than ``LEAST_ROWS``.
         rows: how many were compared.
     """
 
     mean: float
-    low: float
     high: float
     rows: int
 
@@ -79,16 +67,14 @@ class Difference:
         """Whether the smaller adapter is worse by at most the tolerance, with a confidence of 95%."""
         return self.high <= tolerance
 
-    @property
-    def at_most(self) -> str:
-        """The upper bound in words."""
-        return "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f}"
+    def __str__(self) -> str:
+        most = "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f}"
+        return f"worse by {self.mean:.4f}, {most}"
 
 
 def difference(whole: Tensor, smaller: Tensor, measure: Measure = "right", seed: int = 0) -> Difference:
-    """Compares two adapters by their qualities (n,) on the same rows: ``differences`` of one; bounds need ``least_rows``."""
-    found = differences(whole, [smaller], measure, seed)[0]
-    return found if len(whole) >= least_rows(measure) else replace(found, low=math.nan, high=math.nan)
+    """``differences`` for one adapter."""
+    return differences(whole, [smaller], measure, seed)[0]
 
 
 def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "right", seed: int = 0) -> list[Difference]:
@@ -101,13 +87,11 @@ def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "ri
 
     What is rare is seldom among the rows: where answers differ in none of them the bootstrap would be sure of that, and of losses
     it would see too short a tail. So one row more is drawn from, on which the smaller adapter fails, or loses as much as on the
-    worst row there is. For equal answers the bound is then 3 / n, the rule of three. For the lower bound that row is one on
-    which the whole adapter fails.
+    worst row there is. For equal answers the bound is then 3 / n, the rule of three.
     """
     gaps = torch.stack([whole.double() - one.double() for one in smaller])
-    both = torch.cat([gaps, -gaps])
-    unseen = torch.ones_like(both[:, :1]) if measure == "right" else both.amax(dim=1, keepdim=True).clamp_min(0.0)
-    drawn_from = torch.cat([both, unseen], dim=1)
+    unseen = torch.ones_like(gaps[:, :1]) if measure == "right" else gaps.amax(dim=1, keepdim=True).clamp_min(0.0)
+    drawn_from = torch.cat([gaps, unseen], dim=1)
     generator = torch.Generator().manual_seed(seed)
     n = drawn_from.shape[1]
     parts = []
@@ -115,20 +99,8 @@ def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "ri
         rows = torch.randint(n, (len(part), n), generator=generator)
         parts.append(torch.stack([one[rows].mean(dim=1) for one in drawn_from]))
     means = torch.cat(parts, dim=1)
-    high, low = _at_one_rank(means[: len(gaps)]), -_at_one_rank(means[len(gaps) :])
-    return [
-        Difference(float(gap.mean()), float(bottom), float(top), len(gap)) for gap, bottom, top in zip(gaps, low, high, strict=True)
-    ]
-
-
-def _at_one_rank(draws: Tensor) -> Tensor:
-    """(k,) of draws (k, m): the values at the least rank for which a share CONFIDENCE of the m columns are all at it or below."""
-    in_order = draws.sort(dim=1).values
-    ranks = torch.searchsorted(in_order, draws.contiguous(), right=True)  # of equal ones the last
-    rank = int(ranks.amax(dim=0).sort().values[math.ceil(CONFIDENCE * draws.shape[1]) - 1])
-    return in_order[:, rank - 1]
-
-
-def least_rows(measure: Measure) -> int:
-    """The rows without which nothing can be said with 95% confidence, see ``LEAST_ROWS``."""
-    return LEAST_ROWS if measure == "loss" else _LEAST_ANSWERS
+    in_order = means.sort(dim=1).values
+    ranks = torch.searchsorted(in_order, means, right=True)  # of equal means the last
+    rank = int(ranks.amax(dim=0).sort().values[math.ceil(CONFIDENCE * _DRAWS) - 1])
+    bounds = in_order[:, rank - 1] if len(whole) >= LEAST_ROWS[measure] else torch.full((len(gaps),), math.nan)
+    return [Difference(float(gap.mean()), float(high), len(gap)) for gap, high in zip(gaps, bounds, strict=True)]

@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
 
 from gatewise.adapters.loading import Loaded
-from gatewise.compress.goal import Goal
-from gatewise.compress.quality import Measure, least_rows
+from gatewise.compress.quality import LEAST_ROWS, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind
 from gatewise.tasks import Records, Template
-from gatewise.tasks.encoding import check_labelled, references
+from gatewise.tasks.encoding import check_labelled
 from gatewise.tasks.metrics import check_classes
 from gatewise.tasks.records import Row, load_like
 
@@ -32,50 +31,43 @@ class Rows:
 def rows_for(
     loaded: Loaded,
     measure: Measure | None,
-    goal: Goal,
+    tolerance: float | None,
     recovery: Recovery | None,
     score_rows: int,
-    seed: int,
     say: Callable[[str], None],
 ) -> Rows:
-    """Deals out the rows. Rows that say the same count once, and rows that show the same are in one set only.
+    """Deals out the rows. Rows that show a model the same count once, and are in one set only.
+
+    Args:
+        measure: None for right answers where rows have some.
+        tolerance: that has to be shown; None for none.
 
     Raises:
         GatewiseError: too few rows, or rows that cannot be measured so.
     """
-    template = loaded.template
+    records, template, train = loaded.records, loaded.template, None
     if loss_kind(loaded.model) == "rows":
-        check_labelled(loaded.records)
-        check_classes(loaded.model, loaded.records)
-    records, train = _without_repeats(loaded.records, template, say), None
+        check_labelled(records)
+        check_classes(loaded.model, records)
     measure = measure or ("loss" if records.kind == "generation" else "right")
     if measure == "right" and records.kind == "generation":
         raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
+    held_out = _without_repeats(records, template, say)
     if recovery is None:
-        shown = _shown_text(records, template)
-        if len(set(shown)) < 2:
-            rows = "1 row" if len(shown) == 1 else f"{len(shown)} rows, which all show the same"
-            raise GatewiseError(f"{records.source} has {rows}: expected some to value ranks on and some to measure on")
-        scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed, shown)
+        scored, held_out = split(held_out, score_rows)
     else:
-        held_out = records
         train = load_like(recovery.data, records.labels, split=recovery.split)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
-        measuring = set(_shown_text(records, template))
-        others = set(_shown_text(train, template)) - measuring
-        if len(others) < 2:
-            rows = f"all rows of {recovery.data}" + (" but one" if others else "")
-            raise GatewiseError(f"{rows} are in {held_out.source} too, which measures: train (--recover) on other rows")
-        train = _without_repeats(train, template, say, measuring)
-        scored, train = split(train, min(score_rows, max(1, len(train) // 4)), seed, _shown_text(train, template))
-    if not goal.has_target:
-        check_enough(held_out, measure, goal.tolerance)
+        train = _without_repeats(train, template, say, set(_shown_text(records, template)))
+        scored, train = split(train, score_rows)
+    if tolerance is not None:
+        check_enough(held_out, measure, tolerance)
     return Rows(held_out, scored, train, measure)
 
 
 def _shown_text(records: Records, template: Template | None) -> list[str]:
-    """What a model is shown of each row, whatever the spacing: its text and the choices it has. An id does not count."""
+    """What a model is shown of each row, whatever the spacing: its text and the choices it has, but not an id or the answer."""
     found = []
     for row in records.rows:
         shown = [template.render(row)] if template else [row.get(name) for name in ("text", "premise", "hypothesis")]
@@ -84,50 +76,30 @@ def _shown_text(records: Records, template: Template | None) -> list[str]:
     return found
 
 
-def _answers(records: Records, row: Row) -> list[str]:
-    if records.kind == "choice":
-        answers = [row["choices"][records.gold_index(row)]]
-    else:
-        answers = references(row) if records.kind == "generation" else [row["label" if records.kind == "label" else "answer"]]
-    return [" ".join(str(one).split()) for one in answers]
-
-
 def _without_repeats(
-    records: Records, template: Template | None, say: Callable[[str], None], apart_from: Collection[str] = ()
+    records: Records, template: Template | None, say: Callable[[str], None], elsewhere: Collection[str] = ()
 ) -> Records:
-    """The rows that say, with their answer, what no row before them says.
+    """The first of the rows that show the same; of what rows ``elsewhere`` show, none.
 
-    Args:
-        apart_from: what the rows of another set show. Rows that show it too are left out, whatever their answer.
+    Raises:
+        GatewiseError: fewer than two are left, which cannot serve two purposes.
     """
-    kept, seen = [], set()
+    kept: dict[str, Row] = {}
     for row, shown in zip(records.rows, _shown_text(records, template), strict=True):
-        said = json.dumps([shown, _answers(records, row)])
-        if shown not in apart_from and said not in seen:
-            seen.add(said)
-            kept.append(row)
+        if shown not in elsewhere:
+            kept.setdefault(shown, row)
+    if len(kept) < 2:
+        where = ", and not in the rows that measure" if elsewhere else ""
+        raise GatewiseError(f"{records.source} has {len(kept)} rows that are in it once{where}: at least 2 are needed, give others")
     if len(kept) < len(records):
-        say(f"{len(records) - len(kept)} rows of {records.source} say what other rows say and are left out")
-    return replace(records, rows=kept)
+        say(f"{len(records) - len(kept)} rows of {records.source} show what other rows show and are left out")
+    return replace(records, rows=list(kept.values()))
 
 
-def split(records: Records, count: int, seed: int, alike: Sequence[str] | None = None) -> tuple[Records, Records]:
-    """``count`` rows drawn by the seed, and the others in their order.
-
-    Args:
-        alike: a key for each row. Rows with the same key are on the same side, for which fewer than ``count`` may be drawn, or more
-            where each key has more rows.
-    """
-    groups: dict[str | int, list[int]] = {}
-    for at in range(len(records)):
-        groups.setdefault(at if alike is None else alike[at], []).append(at)
-    together, drawn = list(groups.values()), set[int]()
-    for number in torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(drawn) + len(together[number]) <= count:
-            drawn.update(together[number])
-    if not drawn:
-        fewest = min(together, key=len)
-        drawn.update(fewest)
+def split(records: Records, count: int) -> tuple[Records, Records]:
+    """``count`` rows drawn at random, at most a quarter of all, and the others, each in their order."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = set(order[: min(count, max(1, len(records) // 4))])
     first = [row for at, row in enumerate(records.rows) if at in drawn]
     rest = [row for at, row in enumerate(records.rows) if at not in drawn]
     return replace(records, rows=first), replace(records, rows=rest)
@@ -137,18 +109,14 @@ def check_enough(records: Records, measure: Measure, tolerance: float) -> None:
     """Refuses rows that can show nothing, before long work.
 
     Right answers need 3 / tolerance rows: with fewer not even an adapter that answers all of them alike is within the tolerance
-    with 95% confidence. Losses need ``quality.LEAST_ROWS``.
+    with 95% confidence.
 
     Raises:
         GatewiseError: too few rows.
     """
-    least = least_rows(measure)
-    needed = least if measure == "loss" else max(least, math.ceil(3 / tolerance))
+    needed = LEAST_ROWS[measure] if measure == "loss" else max(LEAST_ROWS[measure], math.ceil(3 / tolerance))
     if len(records) < needed:
-        answers = "losses" if measure == "loss" else "right answers"
-        what = f"a tolerance of {tolerance:g}" if needed > least else f"that {answers} are as good"
-        more = "rows" if len(records) < least else "rows, or a larger tolerance (--tolerance)"
         raise GatewiseError(
-            f"{records.source} has {len(records)} rows to measure on, and {what} cannot be shown with fewer than {needed}: "
-            f"give more {more}"
+            f"{records.source} has {len(records)} rows to measure on, and a tolerance of {tolerance:g} cannot be shown with fewer "
+            f"than {needed}: give more rows" + ("" if measure == "loss" else ", or a larger tolerance (--tolerance)")
         )
