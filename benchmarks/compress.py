@@ -24,7 +24,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from transformers import set_seed
 import gatewise
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import from_nothing, live_only, losses_without_and_with, parts_of, scoring
-from gatewise.allocation.slots import by_slot, factors, live_slots, lora_layers, prune
+from gatewise.allocation.slots import by_slot, costs, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.order import ORDERS as KEPT_ORDERS
-from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
+from gatewise.compress.order import moves, rank_values
 from gatewise.compress.recovery import RATE_OF_RUN, Recovery, recover, refit
 from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
         "refitted": (("path_moments", "singular", "activation"), (1 / 16,), (1 / 3,)),
         "recovered": (("path_moments", "random"), (1 / 4,), (1 / 3,)),
-        "fast": (0,), "rates": (1e-3, 2e-3, 4e-3),
+        "rates": (1e-3, 2e-3, 4e-3),
     },
     "smollm2": {
         "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
@@ -69,14 +69,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": {"parameters": (1 / 4, 1 / 16), "modules": (1 / 3,)},
         "refitted": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
         "recovered": (("path_moments",), (1 / 4,), (1 / 3,)),
-        "fast": (), "rates": (5e-4, 1e-3, 2e-3),
+        "rates": (5e-4, 1e-3, 2e-3),
     },
 }  # fmt: skip
 ALPHA, RANK, SMALL, RECOVERY, HELD_BACK = 16, 8, 2, 60, 128
 SCORED = {"text2mdt": 32}  # rows that value ranks and fit numbers; of the others all that are held back, which have one label each
 BATCH = {"text2mdt": 8}  # rows a step; of the others, which are shorter, 16
-FAST = "recovered fast"  # at the learning rate of the training, in some seeds, in place of a quarter of it
-ONLY_SEEDS = {"path_integral": (0, 1), "taylor": (0, 1)}  # what these two seeds say of them is enough
 TASKS = ("trec", "subj", "mr", "sst2", "rte", "text2mdt")
 
 
@@ -149,24 +147,18 @@ def trained(case: Case, work: Path) -> Any:
     return model
 
 
-def wanted(settings: Mapping[str, Any], seed: int) -> dict[tuple[str, str, float], list[str]]:
+def wanted(settings: Mapping[str, Any]) -> dict[tuple[str, str, float], list[str]]:
     """(order, unit, fraction) -> the stages that are measured of it."""
-    fast = [FAST] if seed in settings["fast"] else []
-    found = {("whole", "parameters", 1.0): ["as it is", "recovered", *fast]}
-    for order in settings["orders"]:
-        if seed not in ONLY_SEEDS.get(order, (seed,)):
-            continue
-        for unit, sizes in settings["sizes"].items():
-            for fraction in sizes:
-                if (order in PER_MODULE and unit == "modules") or (order == "even" and RANK * fraction != int(RANK * fraction)):
-                    continue
-                stages = found[order, unit, fraction] = ["as it is"]
-                for stage in ("refitted", "recovered"):
-                    orders, *fractions = settings[stage]
-                    if order in orders and fraction in fractions[unit == "modules"]:
-                        stages.append(stage)
-                if stages[-1] == "recovered" and order == "path_moments":
-                    stages += fast
+    found = {("whole", "parameters", 1.0): ["as it is", "recovered"]}
+    for order, (unit, sizes) in product(settings["orders"], settings["sizes"].items()):
+        for fraction in sizes:
+            if order in PER_MODULE and (unit == "modules" or (order == "even" and RANK * fraction != int(RANK * fraction))):
+                continue
+            found[order, unit, fraction] = ["as it is"]
+            for stage in ("refitted", "recovered"):
+                orders, *fractions = settings[stage]
+                if order in orders and fraction in fractions[unit == "modules"]:
+                    found[order, unit, fraction].append(stage)
     return found
 
 
@@ -221,7 +213,7 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
 
     missing = {
         cell: left
-        for cell, stages in wanted(case.settings, case.seed).items()
+        for cell, stages in wanted(case.settings).items()
         if (left := [stage for stage in stages if not done(row(*cell, stage))])
     }
     if not missing:
@@ -232,15 +224,14 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
     to_singular_basis(model)
     whole = {name: value.detach().clone() for name, value in own.items()}
     live = {path: live_slots(layer, "default") for path, layer in layers.items()}
-    each = {path: cost.each for path, cost in parameter_costs(model, "default").items()}
-    total = {"parameters": sum(each[path] * len(ranks) for path, ranks in live.items()), "modules": len(live)}
+    each = costs(layers, "default")
 
     def back(to: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(to[name])
 
-    def size() -> dict[str, float]:
+    def size() -> dict[str, int]:
         left = {path: len(live_slots(layer, "default")) for path, layer in layers.items()}
         return {"parameters": sum(each[path] * n for path, n in left.items()), "modules": sum(map(bool, left.values()))}
 
@@ -256,23 +247,18 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
         return {path: [float(one[one <= own].sum() / one.sum()) for own in one] for path, one in squares.items()}
 
     values: dict[str, Mapping[str, Any]] = {}
+    total = size()
     for (order, unit, fraction), stages in missing.items():
         back(whole)
         if order != "whole":
             if order not in values:
                 values = {order: values_of(order)}
-            costs = (module_costs if unit == "modules" else parameter_costs)(model, "default")
-            if order in PER_MODULE:  # by rank, and no module goes
-                costs = {path: Cost(0.0, 1.0, stays=True) for path in costs}
-            left = {path: len(ranks) for path, ranks in live.items()}
-            held = dict(total)
-            for move in moves(values[order], costs):
-                if held[unit] <= fraction * total[unit]:
+            kept = [*live] if order in PER_MODULE else []  # by rank, and no module goes
+            by_cost = None if unit == "modules" else dict.fromkeys(each, 1) if kept else each
+            for move in moves(values[order], by_cost, kept):
+                if size()[unit] <= fraction * total[unit]:
                     break
                 prune(layers[move.path], "default", [live[move.path][rank] for rank in move.ranks])
-                left[move.path] -= len(move.ranks)
-                held["parameters"] -= each[move.path] * len(move.ranks)
-                held["modules"] -= not left[move.path]
         if "as it is" in stages:
             yield {**row(order, unit, fraction, "as it is"), **size(), **case.measured(model)}
         if stages == ["as it is"]:
@@ -281,12 +267,9 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
             refit(model, case.batch)
         if "refitted" in stages:
             yield {**row(order, unit, fraction, "refitted"), **size(), **case.measured(model)}
-        fitted = {name: value.detach().clone() for name, value in own.items()}
-        for stage, rate in (("recovered", RATE_OF_RUN), (FAST, 1.0)):
-            if stage in stages:
-                back(fitted)
-                case.train(model, RECOVERY, rate * case.settings["learning_rate"])
-                yield {**row(order, unit, fraction, stage), **size(), **case.measured(model)}
+        if "recovered" in stages:
+            case.train(model, RECOVERY, RATE_OF_RUN * case.settings["learning_rate"])
+            yield {**row(order, unit, fraction, "recovered"), **size(), **case.measured(model)}
 
 
 def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
@@ -309,11 +292,6 @@ def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]
         yield {**row, "learning_rate": rate, "parameters": count, **case.measured(model)}
 
 
-SPEED_CELLS = {
-    "1/4 of the parameters": ("parameters", 0.25), "1/16 of the parameters": ("parameters", 0.0625),
-    "1/3 of the modules": ("modules", 0.3333),
-}  # fmt: skip
-"""Sizes of benchmarks/compress_speed.py -> unit and fraction here."""
 KEYS = ("model", "task", "seed", "order", "unit", "fraction", "stage")
 
 
@@ -327,8 +305,6 @@ SAME_STEPS = {
     "1/3 of the modules, recovered, less the whole one with the same steps": (TRAINED_ON, (*THIRD, "recovered")),
     "small LoRA less the whole one with the same steps": (TRAINED_ON, SMALL_LORA),
     "small LoRA less 1/4 of the parameters, recovered": ((*QUARTER, "recovered"), SMALL_LORA),
-    "small LoRA less 1/4 of the parameters, as it is": ((*QUARTER, "as it is"), SMALL_LORA),
-    "1/3 of the modules, recovered, path_moments less random": (("random", *THIRD[1:], "recovered"), (*THIRD, "recovered")),
 }
 
 
@@ -352,15 +328,11 @@ def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dic
 
 
 def gaps(
-    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]],
-    cell: tuple[Any, ...],
-    measure: str,
-    other: tuple[Any, ...] = WHOLE,
+    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]], cell: tuple[Any, ...], other: tuple[Any, ...] = WHOLE
 ) -> dict[tuple[str, int], float]:
-    """(task, seed) -> what a cell has more than another one, mostly the whole adapter: points of accuracy, or nats."""
+    """(task, seed) -> points of accuracy that a cell has more than another one, mostly the whole adapter."""
     less = cells.get(other, {})
-    factor = 100 if measure == "accuracy" else 1
-    return {at: factor * (row[measure] - less[at][measure]) for at, row in cells.get(cell, {}).items() if at in less}
+    return {at: 100 * (row["accuracy"] - less[at]["accuracy"]) for at, row in cells.get(cell, {}).items() if at in less}
 
 
 def interval(values: Mapping[tuple[str, int], float]) -> str:
@@ -379,70 +351,28 @@ def interval(values: Mapping[tuple[str, int], float]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """What is lost by order, size and stage, paired with the whole adapter; then by task for the order that is the default."""
-    print("Points of accuracy less than the whole adapter as it is, on the same tasks and seeds; 95% interval; nats; n")
+    """What is lost by order, size and stage, paired with the whole adapter; by task; and what is compared with something else."""
+    print("Points of accuracy less than the whole adapter as it is, on the same tasks and seeds; 95% interval; n")
     for model in SETTINGS:
         cells = by_cell(rows, model)
-        for unit in ("parameters", "modules"):
-            for stage in ("as it is", "refitted", "recovered", FAST, "trained"):
-                here = [cell for cell in cells if (cell[1], cell[3]) == (unit, stage) and cell != WHOLE]
-                if here:
-                    print(f"\n{model}, {unit}, {stage}")
-                for order in dict.fromkeys(cell[0] for cell in here):
-                    told = []
-                    for cell in sorted((cell for cell in here if cell[0] == order), key=lambda cell: -cell[2]):
-                        points, nats = gaps(cells, cell, "accuracy"), gaps(cells, cell, "loss").values()
-                        if points:
-                            told.append(f"{cell[2]:.3g}: {interval(points)} {statistics.mean(nats):+.3f} n={len(points)}")
-                    print(f"  {order:14s} {'   '.join(told)}")
-        for unit, fraction in (("parameters", 0.25), ("modules", 0.3333)):
-            print(f"\n{model}, {fraction:.2g} of the {unit} by task: the whole one; path_moments less it; small LoRA (trained)")
-            for task in TASKS:
-                whole = [100 * row["accuracy"] for at, row in cells.get(WHOLE, {}).items() if at[0] == task]
-                told = []
-                for stage in ("as it is", "refitted", "recovered", FAST, "trained"):
-                    cell = ("small LoRA" if stage == "trained" else "path_moments", unit, fraction, stage)
-                    points = {at: gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task}
-                    if points:
-                        told.append(f"{stage} {interval(points)} n={len(points)}")
-                if whole:
-                    print(f"  {task:9s} {statistics.mean(whole):.1f}   {'   '.join(told)}")
-        _compared(rows, cells, model)
-
-
-def _compared(rows: list[dict[str, Any]], cells: dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]], model: str) -> None:
-    """What is compared with something else than the whole adapter as it is."""
-    print(f"\n{model}, with the same steps")
-    for name, (other, cell) in SAME_STEPS.items():
-        if points := gaps(cells, cell, "accuracy", other):
-            later = {at: gap for at, gap in points.items() if at[1]}  # the first seed chose the small LoRA's rate
-            print(f"  {name}: {interval(points)} n={len(points)}; without the first seed {interval(later)}")
-            by_task = {task: {at: gap for at, gap in points.items() if at[0] == task} for task in TASKS}
-            print("    " + "   ".join(f"{task} {interval(own)}" for task, own in by_task.items() if own))
-    later = {at: gap for at, gap in gaps(cells, SMALL_LORA, "accuracy").items() if at[1]}
-    print(f"  small LoRA less the whole one as it is, without the first seed: {interval(later)} n={len(later)}")
-    print(f"\n{model}, small LoRA in the first seed by its learning rate, less the whole one as it is; that one's rate first")
-    at_own: list[float] = []
-    for task in TASKS:
-        tried = {
-            one["learning_rate"]: 100 * (one["accuracy"] - cells[WHOLE][task, 0]["accuracy"])
-            for one in rows
-            if (one["model"], one["stage"], one["task"], one["seed"]) == (model, "trained", task, 0)
-        }
-        if tried:
-            print(f"  {task:9s} " + "   ".join(f"{rate:g}: {gap:+.1f}" for rate, gap in sorted(tried.items())))
-            at_own.extend(gap for rate, gap in tried.items() if rate == SETTINGS[model]["learning_rate"])
-    if at_own:
-        print(f"  mean at the whole one's rate: {statistics.mean(at_own):+.1f}")
-    print(f"\n{model}, path_moments less another order, on the pairs of both")
-    for stage in ("as it is", "refitted"):
-        for order in ("singular", "activation", "path_integral", "random"):
-            told = []
+        for cell in sorted(cells, key=lambda cell: (cell[1], cell[3], cell[0], -cell[2])):
+            if points := gaps(cells, cell):
+                order, unit, fraction, stage = cell
+                print(f"{model}, {order}, {fraction:.3g} of the {unit}, {stage}: {by_task(points)}")
+        for name, (other, cell) in SAME_STEPS.items():
+            if points := gaps(cells, cell, other):
+                print(f"{model}, {name}: {by_task(points)}")
+        for order, stage in product(("singular", "activation", "path_integral", "random"), ("as it is", "refitted")):
             for _, unit, fraction, _ in sorted(cell for cell in cells if cell[0] == order and cell[3] == stage):
-                if points := gaps(cells, ("path_moments", unit, fraction, stage), "accuracy", (order, unit, fraction, stage)):
-                    told.append(f"{fraction:.3g} of the {unit} {interval(points)} n={len(points)}")
-            if told:
-                print(f"  {stage}, less {order}: {'   '.join(told)}")
+                if points := gaps(cells, ("path_moments", unit, fraction, stage), (order, unit, fraction, stage)):
+                    print(f"{model}, path_moments less {order}, {fraction:.3g} of the {unit}, {stage}: {by_task(points)}")
+
+
+def by_task(points: Mapping[tuple[str, int], float]) -> str:
+    """The interval over all tasks, then of each."""
+    tasks = {task: {at: gap for at, gap in points.items() if at[0] == task} for task in TASKS}
+    told = "   ".join(f"{task} {interval(own)}" for task, own in tasks.items() if own)
+    return f"{interval(points)} n={len(points)}\n    {told}"
 
 
 def table(rows: list[dict[str, Any]], model: str) -> None:
@@ -455,7 +385,7 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
         told, pairs = [], 0
         for unit, fraction in sizes:
             cell = (order, unit, round(fraction, 4), "as it is")
-            points = gaps(cells, cell, "accuracy")
+            points = gaps(cells, cell)
             # One share of the squares for all keeps a rank in each module, and is no smaller than that.
             if any(row[unit] > 1.2 * fraction * cells[WHOLE][at][unit] for at, row in cells.get(cell, {}).items() if at in points):
                 points = {}
@@ -464,52 +394,31 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
         print(f"| `{order}` | " + " | ".join(told) + f" | {pairs} |")
 
 
-def plot(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], out: Path) -> None:
-    """The frontier: points lost against parameters and against modules (MiniLM), and against decoding speed (SmolLM2)."""
+def plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """The frontier: points lost against the share of parameters and of modules (MiniLM)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = by_cell(rows, "smollm2")
-    speed: dict[str, list[float]] = {}
-    for one in speeds:
-        if one["part"] == "alone" and one["way"] == "PEFT" and one["batch"] == 8:
-            speed.setdefault(one["size"], []).append(statistics.mean(one["base"]) / one["seconds"])
-    whole = speed.get("whole", [])
-    points = [
-        (name, stage, statistics.median(speed[name]) / statistics.median(whole), gaps(cells, at, "accuracy").values())
-        for name, cell in SPEED_CELLS.items()
-        for stage in ("as it is", "recovered")
-        if whole and name in speed and (at := ("path_moments", *cell, stage)) in cells
-    ]
-    with_speed = len(points) > len(SPEED_CELLS)  # else the campaign has too little of SmolLM2
-    figure, axes = plt.subplots(1, 2 + with_speed, figsize=(13 if with_speed else 9, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     cells = by_cell(rows, "minilm")
     lines = [(order, "as it is") for order in ("path_moments", "activation", "singular", "even", "last", "random")]
     lines += [("path_moments", "recovered"), ("small LoRA", "trained")]
-    for axis, unit in zip(axes, ("parameters", "modules"), strict=False):
+    for axis, unit in zip(axes, ("parameters", "modules"), strict=True):
         for number, (order, stage) in enumerate(lines):  # each with its colour in both
             here = sorted(cell for cell in cells if cell[:2] == (order, unit) and cell[3] == stage)
             if here:
-                lost = [statistics.mean(gaps(cells, cell, "accuracy").values()) for cell in here]
-                style = "^" if stage == "recovered" else "-o" if stage == "as it is" else "*"
-                label = order if stage in ("as it is", "trained") else f"{order}, {stage}"
-                size = 4 if stage == "as it is" else 8
-                axis.plot([cell[2] for cell in here], lost, style, color=f"C{number}", label=label, markersize=size)
+                lost = [statistics.mean(gaps(cells, cell).values()) for cell in here]
+                style = {"recovered": "^", "as it is": "-o", "trained": "*"}[stage]
+                label = f"{order}, {stage}" if stage == "recovered" else order
+                axis.plot([cell[2] for cell in here], lost, style, color=f"C{number}", label=label)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"share of the {unit}", title=f"MiniLM-L6, by {unit}", ylim=(-25, 2))
         axis.set_xticks(HALVES, [f"1/{round(1 / share)}" for share in HALVES])
         axis.minorticks_off()
     axes[0].set_ylabel("points of accuracy, less the whole adapter's")
     axes[0].legend(fontsize=7)
-    if with_speed:
-        axes[2].plot([1], [0], "ks", label="whole")
-        for name, stage, faster, lost in points:
-            axes[2].plot([faster], [statistics.mean(lost)], "o" if stage == "as it is" else "^", label=f"{name}, {stage}")
-        axes[2].axhline(0, color="grey", linewidth=0.8)
-        axes[2].set(xlabel="decoding speed, times the whole adapter's in PEFT", title="SmolLM2-135M, batch 8")
-        axes[2].legend(fontsize=7)
     figure.savefig(out, dpi=110)
 
 
@@ -553,7 +462,7 @@ def main() -> None:
                             print(json.dumps(row | on), flush=True)
     report(read(options.results))
     if options.plot:
-        plot(read(options.results), read(RESULTS.with_name("compress_speed.jsonl")), options.plot)
+        plot(read(options.results), options.plot)
 
 
 if __name__ == "__main__":

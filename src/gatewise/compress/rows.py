@@ -89,8 +89,8 @@ def _without_repeats(
         if shown not in elsewhere:
             kept.setdefault(shown, row)
     if len(kept) < 2:
-        where = ", and not in the rows that measure" if elsewhere else ""
-        raise GatewiseError(f"{records.source} has {len(kept)} rows that are in it once{where}: at least 2 are needed, give others")
+        which = " that are not among the rows that measure" if elsewhere else ""
+        raise GatewiseError(f"{records.source} has {len(kept)} different rows{which}: expected at least 2, give others")
     if len(kept) < len(records):
         say(f"{len(records) - len(kept)} rows of {records.source} show what other rows show and are left out")
     return replace(records, rows=list(kept.values()))
