@@ -24,6 +24,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 import gatewise
-from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import from_nothing, live_only, losses_without_and_with, parts_of, scoring
+from gatewise.allocation.scoring import GateBank, from_nothing, losses_without_and_with, parts_of, scoring
 from gatewise.allocation.slots import by_slot, costs, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.order import ORDERS as KEPT_ORDERS
@@ -174,23 +174,23 @@ def lost_values(model: Any, batch: Any, order: str, seed: int) -> dict[str, torc
         without, whole = losses_without_and_with(model, batch, "default")
         return from_nothing({path: one.double() for path, one in gatewise.scores.taylor(model, batch).items()}, without - whole)
     if order == "activation":
-        with scoring(model, None), GateBank(model, "default") as gates, torch.no_grad():
-            sums = {path: torch.zeros_like(gate, dtype=torch.float32) for path, gate in gates.fill(1.0).items()}
+        with scoring(model, float32=False), GateBank(model, "default") as gates, torch.no_grad():
+            sums = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
             seen = dict.fromkeys(sums, 0)
-            gates.open()
 
-            def look(path: str, hidden: torch.Tensor) -> None:
-                flat = hidden.flatten(0, -2).float()
+            def look(path: str, _: object, args: tuple[torch.Tensor, ...]) -> None:
+                flat = args[0].flatten(0, -2).float()
                 sums[path] += flat.square().sum(dim=0)
                 seen[path] += len(flat)
 
-            with gates.looking(look):
-                for part in parts_of(model, batch, single_rows=True).own:  # padding would count as tokens
-                    row_losses(model, part)
+            for path, layer in gates.layers.items():
+                layer.lora_B["default"].register_forward_pre_hook(partial(look, path))
+            for part in parts_of(model, batch, single_rows=True).own:  # padding would count as tokens
+                row_losses(model, part)
             for path, layer in gates.layers.items():
                 _, columns = by_slot(layer, "default", *(factor.detach() for factor in factors(layer, "default")))
                 sums[path] = sums[path] / seen[path] * (layer.scaling["default"] * columns.float()).square().sum(dim=1)
-            return {path: one.double() for path, one in live_only(gates, sums).items()}
+            return {path: one.double() for path, one in gates.live_only(sums).items()}
     generator = torch.Generator().manual_seed(seed)
     sizes = rank_values(model, batch, "singular")
     found: dict[str, torch.Tensor] = {}

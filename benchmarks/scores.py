@@ -29,12 +29,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from gatewise.allocation import slots
-from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores.ablation import exact as exactly
 from gatewise.allocation.scores.path_integral import quadrature
-from gatewise.allocation.scoring import parts_of, scoring
+from gatewise.allocation.scoring import GateBank, parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
-from gatewise.losses import mean_loss, row_losses
+from gatewise.losses import mean_loss
 from gatewise.models import load_model, load_tokenizer
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.scores import sensitivity
@@ -191,15 +190,9 @@ def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels:
         counts = torch.zeros(rows)
         for part in parts_of(model, {**batch, "row": torch.arange(rows)}).own:
             own = part.pop("row")
-            leaves = {
-                path: torch.full((len(own), 1, len(gate)), node, requires_grad=True) for path, gate in gates.fill(node).items()
-            }
-            for path, leaf in leaves.items():
-                gates.assign(path, leaf)
-            sums, number = row_losses(model, part)
-            found = torch.autograd.grad(sums.sum(), list(leaves.values()))
-            gradients[own] = torch.cat([gradient[:, 0] for gradient in found], dim=1)
-            losses[own], counts[own] = sums.detach(), number.float()
+            found, sums, number = gates.row_gradients(part, node, apart=True)
+            gradients[own] = torch.cat(list(found.values()), dim=1)
+            losses[own], counts[own] = sums, number.float()
     return gradients, losses, counts if labels is None or len(counts) > len(labels) else labels
 
 
@@ -264,8 +257,7 @@ def measured_loss(model: Any, state: State, off: Tensor | None = None) -> float:
     with scoring(model, float32=False), GateBank(model) as gates:
         if off is not None:
             parts = (~off).float().split([len(gate) for gate in gates.fill(1.0).values()])
-            for path, gate in zip(gates.layers, parts, strict=True):
-                gates.assign(path, gate)
+            gates.gates = dict(zip(gates.layers, parts, strict=True))
         return mean_loss(model, parts_of(model, state.collate(state.measured)).own)
 
 
@@ -358,7 +350,9 @@ def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
     began = time.perf_counter()
     with scoring(model), GateBank(model) as gates:
-        exact = exactly(model, state.collate(state.scored[: state.settings["few"]]), gates, [ranks[i] for i in drawn.tolist()])
+        exact = exactly(
+            model, parts_of(model, state.collate(state.scored[: state.settings["few"]])), gates, [ranks[i] for i in drawn.tolist()]
+        )
     few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in state.rules.items()}
     return {
         "ranks": len(drawn),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gatewise.adapters import export
     from gatewise.allocation import RankAllocation, Round
     from gatewise.allocation import algorithm as budget
-    from gatewise.allocation.schedule import ConstantBudget, Cubic
+    from gatewise.allocation.algorithm import ConstantBudget, Cubic
     from gatewise.allocation.slots import ranks
     from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
@@ -27,8 +27,8 @@ __version__ = "0.1.0"
 # Public name -> where it is: a module, or (module, name).
 _HOME: dict[str, str | tuple[str, str]] = {
     "BilevelTrainer": ("gatewise.bilevel", "BilevelTrainer"),
-    "ConstantBudget": ("gatewise.allocation.schedule", "ConstantBudget"),
-    "Cubic": ("gatewise.allocation.schedule", "Cubic"),
+    "ConstantBudget": ("gatewise.allocation.algorithm", "ConstantBudget"),
+    "Cubic": ("gatewise.allocation.algorithm", "Cubic"),
     "GatewiseError": ("gatewise.errors", "GatewiseError"),
     "RankAllocation": ("gatewise.allocation", "RankAllocation"),
     "Round": ("gatewise.allocation", "Round"),

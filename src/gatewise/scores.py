@@ -1,15 +1,13 @@
 """The scores of ranks as functions: ``gatewise.scores.taylor(model, batch)``. Each has its file in ``allocation/scores``."""
 
-from gatewise.allocation.scores import SCORES, Score
 from gatewise.allocation.scores.ablation import ablation
 from gatewise.allocation.scores.path_integral import path_integral
 from gatewise.allocation.scores.path_moments import path_moments
 from gatewise.allocation.scores.sensitivity import sensitivity
 from gatewise.allocation.scores.taylor import taylor
-from gatewise.allocation.scoring import Scores, losses_without_and_with
+from gatewise.allocation.scoring import Score, Scores, losses_without_and_with
 
 __all__ = [
-    "SCORES",
     "Score",
     "Scores",
     "ablation",

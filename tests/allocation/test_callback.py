@@ -14,7 +14,6 @@ from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import EXPERTS, OTHER_LAYERS, tiny_base
-from torch.utils.data import IterableDataset
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -227,7 +226,6 @@ def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path, conftest_b
         folder = tmp_path / "run" / f"checkpoint-{step}"
         loaded = PeftModel.from_pretrained(conftest_base("llama"), folder)
         torch.testing.assert_close(logits(loaded, examples()), expected, rtol=1e-5, atol=1e-5)
-        assert (folder / "allocation.json").is_file()
 
 
 BEST = {
@@ -263,32 +261,6 @@ def test_a_best_checkpoint_that_has_gone_leaves_the_last_weights_and_their_histo
     assert slots.ranks(model) == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}
 
 
-@pytest.mark.parametrize(("beside", "active"), [(False, ["named"]), (True, ["named"]), (True, ["named", "default"])])
-def test_best_checkpoint_of_a_named_adapter(adapted, run, beside, active):
-    """Its folder lies in the checkpoint, where Transformers loads nothing, or the weights of the adapter called "default"."""
-    named = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    if beside:
-        model = adapted(r=5)  # whose weights do not fit the other
-        model.add_adapter("named", named)
-        model.base_model.set_adapter(active)
-    else:
-        model = get_peft_model(tiny_base("llama"), named, adapter_name="named")
-    allocation = [{"adapter": one, "schedule": when(rounds=2)} for one in active]
-    training = BEST | {"max_steps": 6, "greater_is_better": True}
-    _, allocations, trainer = run(model=model, allocation=allocation, training=training)
-    best = trainer.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2")
-    for allocation, adapter in zip(allocations, active, strict=True):
-        assert allocation.history == []
-        weights = load_file(f"{best}/{'' if adapter == 'default' else adapter}/adapter_model.safetensors")
-        for path, layer in slots.lora_layers(model, adapter).items():
-            for name, part in zip(("lora_A", "lora_B"), slots.factors(layer, adapter), strict=True):
-                saved = weights[f"base_model.model.{path}.{name}.weight"]
-                rank = model.peft_config[adapter].r
-                assert part.shape[name == "lora_B"] == rank
-                assert torch.equal(part, saved[:rank] if name == "lora_A" else saved[:, :rank])
-
-
 @pytest.mark.parametrize(("family", "score"), [("llama", "path_moments"), ("t5", "ablation")])
 def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatch, family, score):
     """On an accelerator, for which the CPU stands in here: as many rows as a training step, each like the longest."""
@@ -302,7 +274,7 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
             model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
 
     of_an_accelerator = partial(scoring.step_tokens, torch.device("cuda"))
-    monkeypatch.setattr(scoring, "step_tokens", lambda device: of_an_accelerator())
+    monkeypatch.setattr(scoring, "step_tokens", lambda device, longest: of_an_accelerator(longest))
     run(
         family,
         allocation={"score": score, "schedule": when(rounds=1)},
@@ -310,10 +282,10 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
         callbacks=[Watch()],
     )
     assert max(taken[True]) >= max(taken[False]) > min(taken[True]) // 2
-    assert of_an_accelerator() == 8192
+    assert of_an_accelerator(10**6) == 8192
 
 
-@pytest.mark.parametrize("score", [partial(scores.taylor), partial(partial(scores.taylor), float32=True), "gatewise.scores:taylor"])
+@pytest.mark.parametrize("score", [partial(scores.taylor), "gatewise.scores:taylor"])
 def test_a_score_in_other_clothes_prunes_the_same_ranks(run, score):
     """A partial of "taylor" was taken for a score on which a rank that does nothing scores zero."""
     (_, expected, _), (_, found, _) = run(), run(allocation={"score": score})
@@ -324,18 +296,22 @@ def test_a_score_in_other_clothes_prunes_the_same_ranks(run, score):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda path: {path: torch.rand(1)}, r"gave .*q_proj numbers of shape \(1,\), expected one .* its 3 live ranks"),
-        (lambda path: {}, r"has no entry for model\.layers\.0\.self_attn\.q_proj: expected an entry for each of the 14 paths"),
         (
-            lambda path: {f"base.{path}": [0.0] * 3},
-            r"has no entry for model\..*q_proj and an unknown entry base\.model\.layers\.0.*q_proj",
+            lambda paths: {**dict.fromkeys(paths, [0.0] * 3), paths[0]: torch.rand(1)},
+            r"does not fit at model.*0.*q_proj: expected an",
         ),
+        (
+            lambda paths: dict.fromkeys(paths[1:], [0.0] * 3),
+            r"does not fit at .*q_proj: expected an entry for each of the 14 paths",
+        ),
+        (lambda paths: dict.fromkeys([*paths, "elsewhere"], [0.0] * 3), r"does not fit at elsewhere"),
+        (lambda paths: None, r"returned NoneType; expected path -> one number for each live rank"),
+        (lambda paths: dict.fromkeys(paths, [math.nan] * 3), r"at step 3: a score of module .* the round was not carried out"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused_by_the_name_of_what_does_not(run, wrong, message):
     def wrong_score(model, batch, adapter=None):
-        first, *paths = slots.lora_layers(model, adapter)
-        return {**wrong(first), **{path: [0.0] * 3 for path in paths}}
+        return wrong(list(slots.lora_layers(model, adapter)))
 
     with pytest.raises(GatewiseError, match=rf"^score 'wrong_score' {message}"):
         run(allocation={"score": wrong_score})
@@ -546,37 +522,18 @@ def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(r
                 assert [value - got for value in scores] == pytest.approx(shifted[path], abs=1e-5)
 
 
-def test_a_checkpoint_of_another_schedule_is_refused(run, tmp_path):
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"schedule": when(r_max=3)}, r"schedule 'cubic', but now it is 'constant-budget'"),
+        ({"budget": "ranks"}, "unit 'parameters'"),
+    ],
+)
+def test_a_checkpoint_of_other_rounds_is_refused(run, tmp_path, now, message):
     training = {"save_strategy": "steps", "save_steps": 4}
     run(training=training, allocation={"schedule": down(2)})
-    checkpoint = str(tmp_path / "run" / "checkpoint-4")
-    with pytest.raises(
-        GatewiseError,
-        match=r"checkpoint's schedule is 'cubic', but schedule is 'constant-budget': resume with schedule=gatewise\.Cubic\(",
-    ):
-        run(training=training, allocation={"schedule": when(r_max=3)}, resume=checkpoint)
-
-
-def test_a_checkpoint_of_another_budget_is_refused(run, tmp_path):
-    training = {"save_strategy": "steps", "save_steps": 4}
-    run(training=training)
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    with pytest.raises(
-        GatewiseError, match=r"checkpoint's budget counts parameters, but budget is 'ranks': resume with budget='para"
-    ):
-        run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
-    file = checkpoint / "trainer_state.json"
-    state = json.loads(file.read_text())
-    state["stateful_callbacks"]["RankAllocation"]["attributes"]["unit"] = "modules"
-    file.write_text(json.dumps(state))
-    with pytest.raises(GatewiseError, match=r"counts modules, but budget is 'ranks': no rounds count that any more, so train anew"):
-        run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
-    # One from before there were other budgets counts ranks, as all did.
-    del state["stateful_callbacks"]["RankAllocation"]["attributes"]["unit"]
-    file.write_text(json.dumps(state))
-    with pytest.raises(GatewiseError, match=r"budget counts ranks, but budget is 'parameters': resume with budget='ranks'"):
-        run(training=training, resume=str(checkpoint))
-    run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
+    with pytest.raises(GatewiseError, match=rf"the checkpoint's rounds have {message}"):
+        run(training=training, allocation={"schedule": down(2), **now}, resume=str(tmp_path / "run" / "checkpoint-4"))
 
 
 def test_module_pruning_takes_whole_modules_for_good(run):
@@ -681,18 +638,6 @@ def test_what_it_cannot_work_with_is_refused(adapted, examples, tmp_path, run):
         trainer.train()
 
 
-def test_epochs_of_a_stream_are_refused(adapted, examples, batch, tmp_path):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from examples()
-
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_steps=4, use_cpu=True, disable_tqdm=True)
-    allocation = RankAllocation(validation_batch=batch())
-    trainer = Trainer(model=adapted(), args=arguments, train_dataset=Stream(), callbacks=[allocation])
-    with pytest.raises(GatewiseError, match=r"first_round=1\.0 means epochs"):
-        trainer.train()
-
-
 def test_diverged_training_stops(run):
     class Break(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -754,14 +699,6 @@ def test_an_adapter_saved_without_the_allocated_one_has_no_history(run, tmp_path
     assert not (tmp_path / "left" / "allocation.json").exists()
 
 
-def test_a_score_that_is_not_a_number_is_one_sentence(run):
-    def broken(model, batch, adapter=None):
-        return {path: torch.full((r,), torch.nan) for path, r in slots.ranks(model, adapter).items()}
-
-    with pytest.raises(GatewiseError, match=r"'broken' at step 3: a score of module .* the round was not carried out"):
-        run(allocation={"score": broken})
-
-
 @pytest.mark.parametrize("score", ["path_moments", "taylor"])
 def test_the_loss_before_a_round_is_that_of_all_ranks(run, score):
     """Measured by the round, or told by the score that meets it: a round that prunes nothing leaves it as it is."""
@@ -772,78 +709,48 @@ def test_the_loss_before_a_round_is_that_of_all_ranks(run, score):
 
 
 @pytest.mark.parametrize(
-    ("score", "given", "float32"),
-    [(score, {"float32": asked}, asked) for score in ("ablation", "path_moments") for asked in (True, False)]
-    # Differences of losses are too small for bfloat16; gradients are not.
-    + [("ablation", {}, True), ("path_moments", {}, False), ("taylor", {}, False)],
-)
-def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, given, float32):
-    """Twice is there and back; ``score_options={"float32": False}`` holds for the losses of a round too."""
+    ("score", "float32"), [("ablation", True), ("path_moments", False), ("taylor", False)]
+)  # differences of losses are too small for bfloat16; gradients are not
+def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, float32):
+    """Twice is there and back."""
     monkeypatch.setattr(scoring, "has_bfloat16", lambda device: True)
-    seen = []
-    found = scoring._half_precision
+    found, seen, dtypes = scoring._half_precision, [], []
 
     def half_precision(*args):
-        tensors = found(*args)
-        seen.append(len(tensors))
-        return tensors
+        seen.append(len(found(*args)))
+        return found(*args)
 
-    monkeypatch.setattr(scoring, "_half_precision", half_precision)
-    dtypes = []
     measured = scoring.mean_loss
 
     def mean_loss(model, *args, **kwargs):
         dtypes.append(model.get_input_embeddings().weight.dtype)
         return measured(model, *args, **kwargs)
 
+    monkeypatch.setattr(scoring, "_half_precision", half_precision)
     monkeypatch.setattr(scoring, "mean_loss", mean_loss)
-    options = {"score": score, "schedule": when(rounds=1), "score_options": given}
-    model, _, _ = run(allocation=options, base_dtype=torch.bfloat16)
+    model, _, _ = run(allocation={"score": score, "schedule": when(rounds=1)}, base_dtype=torch.bfloat16)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert set(dtypes) == {torch.float32 if float32 else torch.bfloat16}
     # path_moments tells the loss before the round, which it meets on its way. AB-LoRA's scores are counted from no rank, where
-    # their order is by cost: at the end, and for the cut that "screened" looks for.
-    ranks_ablated = 16
-    losses = {"path_moments": 1, "taylor": 3, "ablation": 5 + 2 * ranks_ablated}[score]
-    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * losses
+    # their order is by cost: at the end, and for the cut that "screened" looks for, near which it ablates 16 ranks.
+    assert len(dtypes) == {"path_moments": 1, "taylor": 3, "ablation": 5 + 2 * 16}[score]
     assert sum(count > 0 for count in seen) == float32
 
 
-def test_two_callbacks_in_one_trainer_resume_bit_for_bit(adapted, examples, run, tmp_path):
-    """Each moves the ranks of its own adapter, and finds its own history in a checkpoint, where Transformers alone resumes one."""
+def test_what_transformers_would_not_load_again_is_refused(adapted, run, batch):
+    model = get_peft_model(tiny_base("llama"), LoraConfig(r=3, target_modules="all-linear"), adapter_name="named")
+    with pytest.raises(GatewiseError, match="only an adapter called 'default' of the best checkpoint, not 'named'"):
+        run(model=model, training=BEST)
+    with pytest.raises(GatewiseError, match="the Trainer has two RankAllocations"):
+        run(callbacks=[RankAllocation(validation_batch=batch())])
 
-    def rounds(allocation):
-        return [replace(one, seconds=0) for one in allocation.history]
 
-    def trained(**settings):
-        torch.manual_seed(0)
-        model = adapted(trained=False)
-        model.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
-        model.base_model.set_adapter(["default", "other"])
-        schedules = {"default": when(prune_fraction=1 / 4, rounds=2, first_round=2), "other": when(prune_fraction=1 / 4)}
-        allocation = [{"adapter": name, "schedule": schedule} for name, schedule in schedules.items()]
-        return run(model=model, allocation=allocation, training={"save_strategy": "steps", "save_steps": 2}, **settings)
-
-    whole, first, _ = trained()
-    assert [[done.step for done in one.history] for one in first] == [[2, 4], [3, 5, 7]]
-    assert [
-        json.loads((tmp_path / "run" / name / "allocation.json").read_text())["rounds"][0]["step"] for name in ("", "other")
-    ] == [2, 3]
-    whole.save_pretrained(tmp_path / "other only", selected_adapters=["other"])
-    assert [(tmp_path / "other only" / name / "allocation.json").is_file() for name in ("", "other")] == [False, True]
-    # Both load in stock PEFT, where they do together what they did in training.
-    whole.save_pretrained(tmp_path / "saved")
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "saved")
-    loaded.load_adapter(tmp_path / "saved" / "other", "other")
-    loaded.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(logits(loaded, examples()), logits(whole, examples()))
-    # What is trained is all there again, and goes on as if nothing had happened.
-    again, second, _ = trained(resume=str(tmp_path / "run" / "checkpoint-6"))
-    assert [rounds(one) for one in second] == [rounds(one) for one in first]
-    assert [one.budget for one in second] == [one.budget for one in first]
-    expected = dict(whole.named_parameters())
-    assert all(torch.equal(parameter, expected[name]) for name, parameter in again.named_parameters())
-    assert again.active_adapters == ["default", "other"]
+def test_layers_that_cannot_be_trained_beside_a_sharded_base_are_refused(monkeypatch, run):
+    """With two processes DeepSpeed stopped with an assertion in the first backward pass, FSDP2 when it saved a checkpoint."""
+    monkeypatch.setattr("gatewise.allocation.callback.is_sharded", lambda model: True)
+    for family, peft in (("llama", {"target_modules": ["embed_tokens", "q_proj"]}), ("mixtral", EXPERTS)):
+        with pytest.raises(GatewiseError, match=r"embeddings and stacked experts does not train under FSDP2 and ZeRO-3"):
+            run(family, peft=peft)
 
 
 def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples, tmp_path):
@@ -858,37 +765,15 @@ def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples
         model = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"], inference_mode=frozen))
         model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
         model.base_model.set_adapter(active, inference_mode=frozen)
-        allocations = [RankAllocation("taylor", when(), held_out, adapter=name) for name in active]
-        return model, Trainer(model=model, args=arguments, train_dataset=data, callbacks=allocations)
+        allocation = RankAllocation("taylor", when(), held_out, adapter=active)
+        return model, Trainer(model=model, args=arguments, train_dataset=data, callbacks=[allocation])
 
-    model, one = trainer(["other"])
+    model, one = trainer("other")
     model.base_model.set_adapter("default")
     with pytest.raises(GatewiseError, match=r"adapter 'other' is not active when training begins \('default' is\)"):
         one.train()
     with pytest.raises(GatewiseError, match=r"adapter 'default' is frozen .* is_trainable=True$"):
-        trainer(["default"], frozen=True)[1].train()
-
-
-def test_layers_that_cannot_be_trained_beside_a_sharded_base_are_refused(adapted, monkeypatch, run):
-    """With two processes DeepSpeed stopped with an assertion in the first backward pass, FSDP2 when it saved a checkpoint."""
-    monkeypatch.setattr("gatewise.allocation.callback.is_sharded", lambda model: True)
-    with pytest.raises(GatewiseError, match=r"^model.embed_tokens is an adapted embedding, .*: take DDP or ZeRO, or leave it out"):
-        run(peft={"target_modules": ["embed_tokens", "q_proj"]})
-    run("mixtral", peft=EXPERTS)
-    monkeypatch.setattr("gatewise.allocation.callback.zero_of", lambda optimizer: object())
-    with pytest.raises(GatewiseError, match=r"down_proj\[0\] is an adapted parameter .* ZeRO-3 cannot train: take ZeRO-2"):
-        run("mixtral", peft=EXPERTS)
-
-
-def test_two_callbacks_for_one_adapter_are_refused(run, batch):
-    with pytest.raises(GatewiseError, match="two RankAllocations in one Trainer move the ranks of adapter 'default'"):
-        run(callbacks=[RankAllocation(score="taylor", validation_batch=batch())])
-
-
-def test_cubic_without_rounds_needs_a_batch_too(run):
-    """All of the pruning is done at the end of training, which must not be lost for want of a batch."""
-    with pytest.raises(GatewiseError, match="needs validation_batch"):
-        run(allocation={"schedule": down(2, rounds=0), "validation_batch": None})
+        trainer("default", frozen=True)[1].train()
 
 
 @pytest.mark.parametrize(
@@ -896,20 +781,19 @@ def test_cubic_without_rounds_needs_a_batch_too(run):
     [
         (
             lambda data: {name: value.tolist() for name, value in data.items()},
-            r"has 'input_ids' as a list, but models take tensors",
+            r"has 'input_ids' as a list of 6 rows; expected a te",
         ),
-        (lambda data: [data, {**data, "labels": data["labels"].tolist()}], r"has 'labels' as a list, but models take tensors"),
-        (lambda data: {**data, "labels": data["labels"][:2]}, r"has 6 rows of 'input_ids' and 2 of labels: give as many of both$"),
-        (lambda data: None, r"needs validation_batch"),
+        (lambda data: [data, {**data, "labels": data["labels"].tolist()}], r"has 'labels' as a list"),
         (
-            lambda data: {"input_ids": data["input_ids"]},
-            r"validation_batch.* a batch of tensors with 'labels' to score the ranks on$",
+            lambda data: {**data, "labels": data["labels"][:2]},
+            r"has 'input_ids' as a Tensor of 6 rows; expected a tensor of 2 rows",
         ),
+        (lambda data: None, r"needs validation_batch"),
         (lambda data: {**data, "labels": None}, r"a batch of tensors with 'labels' to score the ranks on$"),
-        (lambda data: [], r"a batch of tensors with 'labels' to score the ranks on$"),
         (lambda data: "rows.jsonl", r"a batch of tensors with 'labels' to score the ranks on$"),
     ],
 )
 def test_a_validation_batch_that_is_none_is_refused_before_training(run, batch, change, message):
+    """Also for a cubic budget without rounds, whose pruning is done at the end of training."""
     with pytest.raises(GatewiseError, match=message):
-        run(allocation={"validation_batch": change(batch(rows=6))})
+        run(allocation={"validation_batch": change(batch(rows=6)), "schedule": down(2, rounds=0)})

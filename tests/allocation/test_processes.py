@@ -14,6 +14,7 @@ from tiny_models import tiny_base
 from transformers import Trainer, TrainingArguments
 
 from gatewise import ConstantBudget, RankAllocation, processes, scores
+from gatewise.allocation.scores import NAMES
 from gatewise.allocation.scoring import parts_of
 from gatewise.internals.sharding import share_cpu_models
 from gatewise.internals.zero import without_compiling
@@ -27,7 +28,7 @@ SEEN: dict[str, scores.Scores] = {}
 def all_scores(model: Any, batch: Any, adapter: str) -> scores.Scores:
     """path_moments, and in the first round the numbers of every other score too."""
     if not SEEN:
-        SEEN.update({name: score(model, batch, adapter=adapter) for name, score in scores.SCORES.items()})
+        SEEN.update({name: getattr(scores, name)(model, batch, adapter=adapter) for name in NAMES})
     return scores.path_moments(model, batch, adapter=adapter)
 
 
@@ -53,8 +54,6 @@ def trained(
     settings: dict[str, Any],
     score: Any = "path_moments",
     resume: str | None = None,
-    family: str = "llama",
-    accepts_loss_kwargs: bool | None = None,
     rounds: int = 2,
     scored_rows: slice = slice(None),
 ) -> Any:
@@ -71,16 +70,8 @@ def trained(
         without_compiling()
     count = processes.count() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
-    base = tiny_base(family)
-    if accepts_loss_kwargs is not None:
-        base.accepts_loss_kwargs = accepts_loss_kwargs
-    for module in base.modules():  # no dropout, of which each process draws masks of its own
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    task = "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type=task))
+    settings_of_lora = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_base("llama"), settings_of_lora)
     rows, scored = data()
     held_out = {name: value[scored_rows] for name, value in scored.items()}
     allocation = RankAllocation(score, ConstantBudget(rounds=rounds, first_round=2, recover=2), held_out)
@@ -165,9 +156,6 @@ def all_of_two(folder: str) -> dict[str, Any]:
         )
     mine = slice(3 * processes.index(), 3 * processes.index() + 3)
     found["own-rows"] = trained(f"{folder}/own-rows", SETTINGS["ddp"], scored_rows=mine)
-    for name in SHARING[:2]:
-        found[f"t5-{name}"] = trained(f"{folder}/t5-{name}", SETTINGS[name], family="t5", accepts_loss_kwargs=False)
-    found["t5-as-it-comes"] = trained(f"{folder}/t5", SETTINGS["ddp-accumulating"], family="t5")
     if "zero2" in SETTINGS:
         found["zero2-half"] = trained(f"{folder}/half", HALF, rounds=1)
     found["parts"] = {rows: parts(rows) for rows in (1, 3, 7)}
@@ -229,7 +217,7 @@ def test_processes_with_rows_of_their_own_take_the_same_decisions(two: list[dict
 
 def test_shared_out_scores_are_those_of_one_process(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     expected = one["ddp"]["scores"]
-    assert expected.keys() == set(scores.SCORES)
+    assert expected.keys() == set(NAMES)
     for score, of_modules in expected.items():
         largest = max(float(values.abs().max()) for values in of_modules.values())
         for name in SHARING:
@@ -256,22 +244,6 @@ def test_half_precision_under_zero_trains_on_after_a_round(tmp_path: Path, two: 
         for name, value in expected["state"].items():
             assert half["state"][name].dtype == torch.bfloat16
             torch.testing.assert_close(half["state"][name].float(), value, rtol=0, atol=5e-3)
-
-
-def test_an_encoder_decoder_whose_embeddings_are_shared(tmp_path: Path, two: list[dict[str, Any]]) -> None:
-    expected = trained(str(tmp_path), {}, family="t5", accepts_loss_kwargs=False)
-    for found in two:
-        for name in SHARING[:2]:
-            assert found[f"t5-{name}"]["sharded"] == name.startswith(("fsdp", "zero3"))
-            assert_same_run(expected, found[f"t5-{name}"])
-
-
-def test_transformers_multiplies_the_loss_of_an_encoder_decoder(two: list[dict[str, Any]]) -> None:
-    """docs/limits.md says so, and what helps. The scores are none of the Trainer's business."""
-    for found in two:
-        known, as_it_comes = found["t5-ddp"], found["t5-as-it-comes"]
-        assert as_it_comes["losses"][0] == pytest.approx(4 * known["losses"][0], rel=1e-4)  # two processes, two batches a step
-        assert as_it_comes["rounds"][0][3] == pytest.approx(known["rounds"][0][3], rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])

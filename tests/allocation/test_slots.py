@@ -251,7 +251,7 @@ def test_layers_that_share_their_factors_are_refused():
     base.tie_weights()
     config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM")
     with pytest.raises(GatewiseError, match="share their LoRA factors"):
-        slots.widen(get_peft_model(base, config))
+        slots.check_movable(get_peft_model(base, config), "default")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -283,11 +283,9 @@ def test_each_expert_has_ranks_of_its_own(adapted, batch, family):
     grown, _ = slots.by_slot(layers[f"{path}[0]"], "default", *slots.factors(layers[f"{path}[0]"], "default"))
     assert (grown[3:] != 0).all()
     dead = slots.dead_places(layers, "default")
-    assert len(dead) == 2 * 2 * 4  # A and B of two linear layers and two parameters in each of two layers
     for parameter, dim, index in dead:
         assert (parameter.index_select(dim, index) == 0).all()
-    live = sum(rank for one, rank in slots.ranks(model).items() if one.startswith(path))
-    assert {len(index) for parameter, _, index in dead if parameter is slots.factors(lost, "default")[0]} == {5 * experts - live}
+    assert sum(len(one.indices) for one in dead) == 2 * (5 * len(layers) - sum(slots.ranks(model).values()))  # in A and in B
     assert grown[3:].abs().max() <= grown.shape[1] ** -0.5
 
 
@@ -350,24 +348,6 @@ def test_experts_of_one_parameter_and_a_parameter_that_is_no_stack(adapted, batc
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
     torch.testing.assert_close(output(PeftModel.from_pretrained(tiny_base("llama"), tmp_path), data), expected)
-
-
-def test_moments_in_eight_bits_are_cleared_to_the_code_of_zero(adapted):
-    """The state bitsandbytes keeps: codes of a table, of the parameter's shape."""
-    layer = slots.lora_layers(adapted())["model.layers.0.mlp.up_proj"]
-    parameters = slots.factors(layer, "default")
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    table = torch.linspace(-1, 1, 256)
-    for parameter in parameters:
-        codes = torch.full(parameter.shape, 200, dtype=torch.uint8)
-        optimizer.state[parameter] = {"state1": codes, "qmap1": table, "state2": codes.clone(), "qmap2": table.abs()}
-    slots.prune(layer, "default", [1], optimizer)
-    for dim, parameter in enumerate(parameters):
-        state = optimizer.state[parameter]
-        for number in "12":
-            codes = state[f"state{number}"].select(dim, 1)
-            assert (state[f"qmap{number}"][codes.long()].abs() < 0.01).all()
-            assert (state[f"state{number}"].select(dim, 0) == 200).all()
 
 
 OF_PRODUCTS = ("svd", "cat", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")

@@ -93,7 +93,7 @@ def test_a_batch_in_parts_of_like_length_gives_the_same_adapter(monkeypatch: pyt
     rows[1]["labels"] = [-100] * 9  # alone in its part, where there are parts
     trained = []
     for most, parts in ((10**6, range(8, 9)), (9, range(17, 33))):
-        monkeypatch.setattr(scoring, "step_tokens", lambda _, most=most: most)
+        monkeypatch.setattr(scoring, "step_tokens", lambda *_, most=most: most)
         model, seen = adapted(), []
         model.get_base_model().register_forward_hook(lambda *_, seen=seen: seen.append(1))
         recover(model, word_tokenizer(), rows, Recovery("", steps=8, learning_rate=0.02, batch_size=4), {})

@@ -16,7 +16,7 @@ from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.allocation.scores import DEFAULT, NAMES, SCORES
+from gatewise.allocation.scores import DEFAULT, NAMES, as_score
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import importance_lines
@@ -151,7 +151,7 @@ def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batc
 
 def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapted, batch: Batch) -> None:
     found = importance_of(adapted(), batch())
-    assert (found.score, found.meaning, found.unit) == (DEFAULT, SCORES[DEFAULT].meaning, SCORES[DEFAULT].unit)
+    assert (found.score, found.meaning, found.unit) == (DEFAULT, as_score(DEFAULT).meaning, as_score(DEFAULT).unit)
     assert not any("lower the loss by" in line for line in importance_lines(found))
     assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
 
@@ -167,14 +167,6 @@ def by_place(model, batch, adapter):
     found = importance_of(adapted(), batch(), "mine_to_inspect:by_place")
     assert {module.scores for module in found.modules} == {(0.5, 1.5, 2.5)}
     assert "score: mine_to_inspect:by_place, without a unit; of each rank, higher is worth more" in importance_lines(found)
-
-
-def test_first_order_is_twice_the_trapezoid(adapted: Adapted, batch: Batch) -> None:
-    model, rows = adapted(), batch()
-    options = {"points": 2, "rule": "trapezoid"}
-    trapezoid = importance_of(model, rows, "path_integral", score_options=options)
-    for one, other in zip(importance_of(model, rows, "taylor").modules, trapezoid.modules, strict=True):
-        assert one.scores == pytest.approx([2 * score for score in other.scores], rel=1e-3, abs=2e-6)
 
 
 def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Adapted, batch: Batch) -> None:

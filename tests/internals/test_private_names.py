@@ -13,7 +13,7 @@ from tiny_models import tiny_base
 from torch import nn
 
 import gatewise
-from gatewise.internals.library_attributes import adapters_off, attention_implementation, execution_device, set_model_name
+from gatewise.internals.library_attributes import attention_implementation, execution_device, set_model_name
 from gatewise.internals.private_names import PRIVATE_NAMES, fault_of
 
 SOURCE = Path(gatewise.__file__).parent
@@ -38,7 +38,7 @@ OF_PYTHON = {
     "_value2member_map_",
 }
 # Attributes that gatewise itself puts on objects of others.
-ON_OTHERS = {"_gatewise_request", "_adapters_allocated", "_gatewise"}
+ON_OTHERS = {"_gatewise_request", "_gatewise"}
 
 
 @pytest.mark.parametrize("one", NAMES, ids=lambda one: f"{one.owner.partition(':')[2]}.{one.name}")
@@ -164,16 +164,6 @@ def test_private_methods_that_subclasses_override_are_listed():
 
 
 # ---- what is relied on beyond a name ----
-
-
-def test_an_adapter_layer_is_switched_off_and_nothing_else():
-    model = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"]))
-    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
-    trained = [parameter.requires_grad for parameter in layer.parameters()]
-    with adapters_off(layer):
-        assert layer.disable_adapters
-        assert [parameter.requires_grad for parameter in layer.parameters()] == trained
-    assert not layer.disable_adapters
 
 
 def test_peft_puts_a_hook_with_the_names_on_every_layer():

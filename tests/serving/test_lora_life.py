@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 
 import gatewise
 from gatewise import GatewiseError, fast_lora
-from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import GateBank
 
 MIXED = NAMES["mixed"]
 
@@ -235,7 +235,7 @@ def test_gates_on_ranks_are_seen() -> None:
     fast_lora(model)
     plain = logits(model, None, prompts(5))
     with GateBank(model) as gates:
-        gates.assign(next(iter(gates.layers)), torch.tensor([0.0, 0.0, 0.0]))
+        gates.gates[next(iter(gates.layers))] = torch.tensor([0.0, 0.0, 0.0])
         assert not torch.equal(logits(model, None, prompts(5)), plain)
 
 

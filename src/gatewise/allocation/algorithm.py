@@ -1,9 +1,10 @@
-"""A round of rank allocation, from scores to what is pruned and what grows. Read it downwards.
+"""A round of rank allocation: when it runs and how much it prunes, from scores to what is pruned and what grows. Read it downwards.
 
 ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1): score every live rank on a validation batch, prune the lowest over
-the whole model, and grow as many in the modules that lost none. ``run_round`` does that to a model. What follows it decides, in
-functions that know no model: modules are names, a module's scores are listed by its live ranks, and the answer is positions in
-those lists, or counts. Ties are broken by the order of the modules and then of the ranks: the same input gives the same answer.
+the whole model, and grow as many in the modules that lost none. ``ConstantBudget`` and ``Cubic`` say when; ``run_round`` does it to
+a model. What follows it decides, in functions that know no model: modules are names, a module's scores are listed by its live
+ranks, and the answer is positions in those lists, or counts. Ties are broken by the order of the modules and then of the ranks: the
+same input gives the same answer.
 
 The paper counts ranks. With ``costs``, module -> what one of its ranks costs, the same rules count what ranks cost: a rank is
 judged by its score per cost, and budgets and what is to be pruned are in that unit. That is gatewise's own.
@@ -13,17 +14,138 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from gatewise.allocation import slots
-from gatewise.allocation.scores import Score
-from gatewise.allocation.scoring import Batches, from_nothing, loss_without, parts_of, scoring
+from gatewise.allocation.scoring import Batches, Score, from_nothing, loss_without, parts_of, scoring
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.processes import summed
+
+# ---------------------------------------------------------------- when rounds run, and how much each prunes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """When rounds run.
+
+    Attributes:
+        rounds: most rounds to run (the paper's N_A). Those that would fall on or after the last step are left out: what they
+            grow could not learn any more.
+        first_round: when the first round runs: epochs, or steps when an int above 1 (K1).
+        recover: training between rounds: epochs, or steps when an int above 1 (K2).
+
+    Raises:
+        GatewiseError: a setting that cannot be.
+    """
+
+    name: ClassVar[str]
+    rounds: int = 8
+    first_round: float = 1.0
+    recover: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "first_round", "recover", "grace_rounds"):
+            number = getattr(self, name, 0)
+            span = name in ("first_round", "recover")
+            if not (is_number(number) and number > 0 if span else is_whole(number) and number >= 0):
+                expected = "epochs or steps above 0" if span else "a whole number of at least 0"
+                raise GatewiseError(f"{name} is {number!r}; expected {expected}")
+
+    def steps(self, steps_per_epoch: int | None) -> list[int]:
+        """The steps after which rounds run, if training goes on for so long.
+
+        Args:
+            steps_per_epoch: None where the training data has no length.
+
+        Raises:
+            GatewiseError: epochs of data that has no length.
+        """
+        for name, value in (("first_round", self.first_round), ("recover", self.recover)):
+            if steps_per_epoch is None and not _is_steps(value):
+                raise GatewiseError(f"{name}={value} means epochs, but the training data has no length: give steps, an int above 1")
+        first, between = (in_steps(value, steps_per_epoch or 0) for value in (self.first_round, self.recover))
+        return [first + between * index for index in range(self.rounds)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantBudget(Rounds):
+    """ALoRA's schedule (arXiv 2403.16187, algorithm 1): what is pruned is given to other modules.
+
+    Attributes:
+        prune_fraction: share of the budget pruned in a round (n_A).
+        r_max: slots of each layer, the most ranks that it can grow to; None for twice its rank at the start.
+        grace_rounds: for so many rounds a new rank is not pruned. It starts with B at zero, so that in a short round it has no
+            time to earn a score; 0, the paper's rule, prunes it like any other.
+    """
+
+    name: ClassVar[str] = "constant-budget"
+    prune_fraction: float = 1 / 8
+    r_max: int | None = None
+    grace_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.prune_fraction) or not 0 < self.prune_fraction < 1:
+            raise GatewiseError(f"prune_fraction is {self.prune_fraction!r}; expected a share between 0 and 1, such as 1/8")
+        if self.r_max is not None and not is_whole(self.r_max):
+            raise GatewiseError(f"r_max is {self.r_max!r}; expected a number of ranks, or None for twice as many as at the start")
+
+    def cut(self, start: int, target: int, live: int, done: int, rounds: int) -> tuple[int, int]:
+        """What a round prunes at least, and the most that lives after it: the same share in each round.
+
+        Args:
+            start: what lived at the start, in the unit of the budget.
+            target: what is to live at the end.
+            live: what lives before the round.
+            done: how many rounds there will have been, this one included.
+            rounds: how many there are in all.
+        """
+        return max(1, round(self.prune_fraction * start)), start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cubic(Rounds):
+    """A budget that comes down from a larger adapter on AdaLoRA's curve (arXiv 2303.10512, eq. 12), fast at first. Nothing grows.
+
+    Attributes:
+        target_rank: what is left at the end: so many ranks a module on average, or the parameters of an adapter that has this
+            rank everywhere.
+    """
+
+    name: ClassVar[str] = "cubic"
+    target_rank: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.target_rank) or not 0 < self.target_rank < math.inf:
+            raise GatewiseError(
+                f"target_rank is {self.target_rank!r}; expected a number above 0, the mean rank of a module at the end"
+            )
+
+    def cut(self, start: int, target: int, live: int, done: int, rounds: int) -> tuple[int, int]:
+        """As for ``ConstantBudget``: down to target + (start - target) (1 - done / rounds)^3, the target from the last round on."""
+        left = max(0.0, 1 - done / rounds) if rounds else 0.0
+        budget = target + round((start - target) * left**3)
+        return max(0, live - budget), budget
+
+
+def in_steps(value: float, steps_per_epoch: int) -> int:
+    """A span of training, in epochs, or in steps where it is a whole number above 1, as a number of optimiser steps."""
+    return int(value) if _is_steps(value) else max(1, round(value * steps_per_epoch))
+
+
+def _is_steps(value: float) -> bool:
+    return isinstance(value, Integral) and value > 1
+
+
+# ---------------------------------------------------------------- a round
 
 ModuleScores = Mapping[str, Sequence[float]]
 Costs = Mapping[str, int]
@@ -104,75 +226,74 @@ class Round:
     seconds: float
 
 
-@dataclass(frozen=True)
-class HowToDecide:
-    """How rounds score and decide: see ``RankAllocation``, which has the same settings."""
-
-    score: Score
-    rule: Rule
-    score_options: Mapping[str, Any] = field(default_factory=dict)
-    grace_rounds: int = 0
-    seed: int = 0
-
-
 def run_round(
     model: PeftModel,
     adapter: str,
+    layers: Mapping[str, LoraLinear],
     optimizer: torch.optim.Optimizer | None,
     batch: Batches,
-    how: HowToDecide,
+    rows: int,
+    score: Score,
+    rule: Rule,
+    limits: Limits,
     history: Sequence[Round],
     step: int,
-    limits: Limits,
+    grace_rounds: int,
+    seed: int,
 ) -> Round:
     """One round on a model in training: its LoRA factors and the optimiser's state of them change, nothing else.
 
     Args:
+        layers: those of the adapter, as ``slots.layers_of`` gives them.
         optimizer: of the training; None when there is none any more.
         batch: the validation batch, or several.
+        rows: how many rows training takes at once.
+        score, rule, grace_rounds, seed: see ``RankAllocation`` and ``ConstantBudget``.
+        limits: without ``spared``, which the history tells.
         history: the rounds before.
         step: the optimiser step after which it runs.
-        limits: without ``spared``, which the history tells.
 
     Raises:
         GatewiseError: a loss or a score that is not a finite number, scores of other modules or ranks than the live ones, or a
             plan that cannot be carried out.
     """
     began = time.perf_counter()
-    layers = slots.layers_of(model, adapter)
     live = {path: slots.live_slots(layer, adapter) for path, layer in layers.items()}
-    options = {**(how.score.options or {}), **how.score_options}
     # Opened once: each opening may convert a half-precision model to float32, and back.
-    with scoring(model, options.get("float32", True)):
+    with scoring(model, score.by_losses, rows):
         # Score every live rank: with AB-LoRA IS(r) = S(M) - S(M\r) + S(M_r), ALoRA's equation 3.
-        losses: list[float] = []  # from a score that meets the loss with all ranks on its way
-        told = {"prune": limits.count, "costs": limits.costs, "on_loss": losses.append}
-        found = how.score.of(model, batch, adapter, how.score_options, **told)
         parts = parts_of(model, batch)
+        losses: list[float] = []  # from a score that computes the loss with all ranks on its way
+        given = score.of(model, batch, adapter, prune=limits.count, costs=limits.costs, on_loss=losses.append)
         loss_before = losses[0] if losses else parts.loss(model)
         if not math.isfinite(loss_before):
             raise GatewiseError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
                 "lower the learning rate and resume from the last checkpoint"
             )
-        if not how.score.idle_is_zero and limits.costs is not None:
+        found = _checked_scores(given, layers, live, score.name)
+        if not score.idle_is_zero and limits.costs is not None:
             # A constant on every rank changes no order of ranks, but that by score per cost, and sums over modules.
             found = from_nothing(found, loss_without(model, parts, adapter) - loss_before)
-        scores = _same_in_all_processes(found, layers, live, parts.processes, how.score.name)
+        if parts.processes > 1:  # the mean, so that every process takes the same decision
+            sums = summed([value.cpu() for value in found.values()], parts.device)
+            found = {path: total / parts.processes for path, total in zip(found, sums, strict=True)}
+        # Rounded as they are stored.
+        scores = {path: [float(f"{number:.9g}") for number in value.tolist()] for path, value in found.items()}
         for path, values in scores.items():
             if not all(map(math.isfinite, values)):
                 raise GatewiseError(
-                    f"score {how.score.name!r} at step {step}: a score of module {path} is not a finite number: {values}; "
+                    f"score {score.name!r} at step {step}: a score of module {path} is not a finite number: {values}; "
                     "the round was not carried out"
                 )
         # Prune the lowest n_A over the whole model, and grow as many in the modules that lost none.
-        limits = replace(limits, spared=_grown_lately(history, live, how.grace_rounds))
-        plan = _checked(how.rule(scores, limits), scores, limits)
+        limits = replace(limits, spared=_grown_lately(history, live, grace_rounds))
+        plan = _checked_plan(rule(scores, limits), scores, limits)
         pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
         for path, dead in pruned.items():
             slots.prune(layers[path], adapter, dead, optimizer)
         # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
-        generator = torch.Generator().manual_seed(how.seed * 1_000_003 + len(history))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(history))
         grown = {path: slots.grow(layers[path], adapter, n, generator, optimizer) for path, n in plan.grown.items()}
         loss_after = parts.loss(model)
     return Round(
@@ -189,32 +310,23 @@ def run_round(
     )
 
 
-def _same_in_all_processes(
-    scores: Mapping[str, Any], layers: Mapping[str, Any], live: Mapping[str, list[int]], processes: int, score: str
-) -> dict[str, list[float]]:
-    """Scores in module order, the mean over all processes, so that every process takes the same decision.
+def _checked_scores(given: Any, layers: Mapping[str, Any], live: Mapping[str, list[int]], score: str) -> dict[str, Tensor]:
+    """What a score returned, as tensors in module order.
 
-    They are rounded as they are stored.
+    Raises:
+        GatewiseError: it has not one number for each live rank of each module.
     """
-    if scores.keys() != layers.keys():
-        missing, unknown = ([path for path in one if path not in other] for one, other in ((layers, scores), (scores, layers)))
-        parts = [f"{what} {some(paths, 3)}" for what, paths in (("no entry for", missing), ("an unknown entry", unknown)) if paths]
+    if not isinstance(given, Mapping):
+        raise GatewiseError(f"score {score!r} returned {type(given).__name__}; expected path -> one number for each live rank")
+    strange = [path for path in layers if path not in given] + [path for path in given if path not in layers]
+    found = {path: torch.as_tensor(given[path]) for path in layers if path in given}  # a user's own score may give lists
+    strange += [path for path, values in found.items() if values.shape != (len(live[path]),)]
+    if strange:
         raise GatewiseError(
-            f"score {score!r} has {' and '.join(parts)}: expected an entry for each of the {len(layers)} paths of "
-            "gatewise.allocation.slots.lora_layers(model, adapter)"
+            f"score {score!r} does not fit at {some(strange, 3)}: expected an entry for each of the {len(layers)} paths of "
+            "gatewise.allocation.slots.lora_layers(model, adapter), with one number for each of its live ranks (live_slots)"
         )
-    values: list[Tensor] = [torch.as_tensor(scores[path]) for path in layers]  # a score of the user's own may give lists
-    for path, value in zip(layers, values, strict=True):
-        if value.shape != (len(live[path]),):
-            raise GatewiseError(
-                f"score {score!r} gave {path} numbers of shape {tuple(value.shape)}, expected one for each of its "
-                f"{len(live[path])} live ranks: gatewise.allocation.slots.live_slots(layer, adapter) has their places"
-            )
-    if processes > 1:
-        # On the device of the factors, where the processes' backend can reduce it.
-        device = next(next(iter(layers.values())).parameters()).device
-        values = [total / processes for total in summed([value.cpu() for value in values], device)]
-    return {path: [float(f"{number:.9g}") for number in value.tolist()] for path, value in zip(layers, values, strict=True)}
+    return found
 
 
 def _grown_lately(history: Sequence[Round], live: Mapping[str, list[int]], rounds: int) -> dict[str, set[int]]:
@@ -226,7 +338,7 @@ def _grown_lately(history: Sequence[Round], live: Mapping[str, list[int]], round
     return {path: {at for at, slot in enumerate(live[path]) if slot in new} for path, new in young.items()}
 
 
-def _checked(given: Any, scores: ModuleScores, limits: Limits) -> Plan:
+def _checked_plan(given: Any, scores: ModuleScores, limits: Limits) -> Plan:
     """The plan that a rule returned, in the order of the modules, if it can be carried out.
 
     Raises:

@@ -28,16 +28,13 @@ from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.adapters.lora import active_adapter
 from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import Unit, load_function, slots
-from gatewise.allocation.algorithm import HowToDecide, Limits, Round, Rule, cost_of, plan_round, run_round
-from gatewise.allocation.refusals import refuse_what_cannot_work
-from gatewise.allocation.schedule import ConstantBudget, Cubic
-from gatewise.allocation.scores import DEFAULT, Score, as_score
-from gatewise.allocation.scoring import Batches, as_batches, in_steps_of
+from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Round, Rule, cost_of, plan_round, run_round
+from gatewise.allocation.scores import DEFAULT, as_score
+from gatewise.allocation.scoring import Batches, Score
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
-from gatewise.internals.several_adapters import load_all_active_adapters
 from gatewise.internals.zero import Zero, zero_of
 from gatewise.processes import is_sharded
 
@@ -50,7 +47,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     Give it to ``Trainer(callbacks=[...])`` or ``SFTTrainer(callbacks=[...])`` with a ``PeftModel`` on plain ``LoraConfig``. It
     widens every LoRA layer to ``r_max`` slots when the Trainer is made (the added ones dead), runs the rounds during training,
     and at the end compacts the adapter to its true ranks. ``model.save_pretrained`` then writes an ordinary LoRA adapter with
-    ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds.
+    ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds. One
+    Trainer takes one ``RankAllocation``.
 
     Args:
         score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
@@ -63,7 +61,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             in every process, which then scores its part of it.
         rule: who is pruned and who grows: a function (scores, ``gatewise.budget.Limits``) -> ``gatewise.budget.Plan``, or its name
             as "module:function". None for the papers' rule, ``gatewise.budget.plan_round``.
-        score_options: further arguments of the score. For "ablation" the default is ``{"mode": "screened"}``.
+        score_options: further arguments of the score. For "ablation" the default is ``{"mode": "screened"}``, for "path_integral"
+            ``{"points": 8}``.
         min_rank: ranks every module keeps.
         module_pruning: modules whose scores add up to zero or less lose all their ranks, as far as they fit into the round's
             number, get none back and leave the adapter; all others keep at least one. For scores that are signed and complete.
@@ -118,24 +117,18 @@ class RankAllocation(TrainerCallback, ExportableState):
                 f"rule is {rule!r}; expected a function (scores, limits) -> gatewise.budget.Plan, or module:function"
             )
         self.score = as_score(score, score_options)
-        self.how = HowToDecide(
-            score=self.score,
-            rule=load_function(rule) if isinstance(rule, str) else rule,
-            score_options=score_options or {},
-            grace_rounds=schedule.grace_rounds if isinstance(schedule, ConstantBudget) else 0,
-            seed=seed,
-        )
+        self.rule: Rule = load_function(rule) if isinstance(rule, str) else rule
         self.schedule = schedule
         self.validation_batch = validation_batch
         self.min_rank = min_rank
         self.module_pruning = module_pruning
+        self.seed = seed
         self.on_round = on_round
         self.unit = budget
         self.history: list[Round] = []
         self.budget = 0
         self.target = 0
         self._name = adapter or ""  # known when the Trainer is made
-        self._folder = ""  # in which PEFT saves the adapter, beside others
         self._capacity: dict[str, int] = {}
         self._costs: dict[str, int] | None = None
         self._floor = min_rank
@@ -157,24 +150,31 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the Trainer was given a ready optimizer, but RankAllocation replaces the parameters it holds: "
                 "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
             )
-        name = self._name = active_adapter(model, self._name or None)
-        self._folder = "" if name == "default" else name
-        never_pack(model)  # or an evaluation would break the training that follows it
-        refuse_what_cannot_work(model, name)
-        # Two callbacks in one Trainer are told of the same state.
-        taken = state.__dict__.setdefault("_adapters_allocated", set())
-        if name in taken:
+        stored: Any = state.stateful_callbacks
+        if isinstance(stored[type(self).__name__], list):
             raise GatewiseError(
-                f"two RankAllocations in one Trainer move the ranks of adapter {name!r}: give one of them, or name another "
-                "adapter with adapter="
+                "the Trainer has two RankAllocations, but the checkpoints of several adapters do not resume: give one"
             )
-        taken.add(name)
+        name = self._name = active_adapter(model, self._name or None)
+        if args.load_best_model_at_end and name != "default":
+            raise GatewiseError(
+                f"load_best_model_at_end is on, but Transformers loads only an adapter called 'default' of the best checkpoint, "
+                f"not {name!r}: turn it off, or make the adapter under that name"
+            )
+        never_pack(model)  # or an evaluation would break the training that follows it
+        slots.check_movable(model, name)
         layers = slots.layers_of(model, name)
         start = slots.live_ranks(layers, name)
         if not start:
             raise GatewiseError(f"adapter {name!r} has no LoRA layer to place ranks in")
         self._floor = max(self.min_rank, int(slots.keep_a_rank(model, name)))
         self._costs = slots.costs(layers, name) if self.unit == "parameters" else None
+        others = slots.left_alone(model, name)
+        if isinstance(self.schedule, ConstantBudget):
+            self._capacity = slots.widen(model, self.schedule.r_max, name)
+        else:  # a budget that only comes down needs no room to grow
+            slots.write_config(model, name)
+            self._capacity = slots.capacities(layers, name)
         self.budget = self.target = cost_of(start, self._costs)
         if isinstance(self.schedule, Cubic):
             self.target = self._target(self.schedule.target_rank, start)
@@ -183,16 +183,11 @@ class RankAllocation(TrainerCallback, ExportableState):
                 f"no module starts with more than {max(start.values())} ranks, and min_rank, DoRA or trained biases keep "
                 f"{self._floor} in each: no rank could move; give a smaller min_rank, or start with a larger r"
             )
-        if others := slots.left_alone(model, name):
+        if others:
             logger.warning(
                 "%s: no ranks of this kind of layer are moved or taken away, and the budget of %d %s does not count them",
                 some(others, 3), self.target, self.unit,
             )  # fmt: skip
-        # A budget that only comes down needs no room to grow.
-        room = self.schedule.r_max if isinstance(self.schedule, ConstantBudget) else slots.capacities(layers, name)
-        self._capacity = slots.widen(model, room, name)
-        self._write_beside(model)
-        load_all_active_adapters()
         self._whole.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -211,47 +206,43 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
         # The Trainer may have looked for a number that fits into memory.
         self._rows = (state.train_batch_size or args.train_batch_size) // max(1, args.n_gpu)
-        self._whole.on_train_begin(args, state, control, **kwargs)
+        self._whole.on_train_begin(args, state, control, **kwargs)  # first: ZeRO-3 then has the factors whole
+        self._zero = zero_of(optimizer)
         layers = slots.layers_of(model, self._name)
         if slots.capacities(layers, self._name) != self._capacity:
             raise GatewiseError(
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
-        _check_trained(model, layers, self._name)
-        # Under ZeRO only torch's own optimisers and DeepSpeed's are let through, and these compute exactly: see slots.py.
-        kind = type(getattr(optimizer, "optimizer", optimizer))
-        self._zero = zero_of(optimizer)
-        self._moves_dead = self._zero is None and not kind.__module__.startswith("torch.optim.")
+        # An optimiser of torch's computes exactly, and leaves dead ranks, which have no gradient, dead.
+        kind = getattr(optimizer, "optimizer", optimizer)
+        if hasattr(kind, "eval"):
+            raise GatewiseError(
+                f"the optimizer is {type(kind).__name__}, which trains beside the average that is its result: no rank can be moved "
+                "in that, so take another one, such as optim='adamw_torch'"
+            )
+        self._moves_dead = not type(kind).__module__.startswith(("torch.optim.", "deepspeed."))
         self._dead = slots.dead_places(layers, self._name) if self._moves_dead else []
-        if is_sharded(model):
-            _check_sharded(layers, self._name, zero=self._zero is not None)
-
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keeps dead ranks dead, where the optimiser moves what has no gradient."""
-        if self._moves_dead:
-            slots.put_back_dead(self._dead)
+        _check_trained(model, layers, self._name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Runs a round where one is due."""
+        """Keeps dead ranks dead, and runs a round where one is due."""
+        if self._moves_dead:
+            slots.zero_dead(self._dead)
         if state.global_step in self._steps[len(self.history) :]:
             self._run_round(kwargs["model"], kwargs.get("optimizer"), state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
         self._whole.on_train_end(args, state, control, **kwargs)
-        model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        # Schedule-free optimisers train beside the average that is their result. A best checkpoint has that average already.
-        if hasattr(optimizer, "eval") and not (args.load_best_model_at_end and state.best_model_checkpoint):
-            optimizer.eval()  # type: ignore[union-attr]
+        model = kwargs["model"]
         if self._zero is not None:
             self._zero.gather(self._factors(model))
-        best_folder = Path(state.best_model_checkpoint or "", self._folder)
+        best = Path(state.best_model_checkpoint or "")
         # Where the best checkpoint has gone, the Trainer says so and keeps the last weights.
-        if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():
+        if args.load_best_model_at_end and state.best_model_checkpoint and (best / WEIGHTS_FILE).is_file():
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
-            best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
-            self.history = [one for one in self.history if one.step <= best]
+            self.history = [one for one in self.history if one.step <= int(best.name.rsplit("-", 1)[-1])]
         missed = len(self.history) < len(self._steps) or not self._steps
         if missed and self._above_target(model):
             logger.warning(
@@ -261,7 +252,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             self._run_round(model, None, state.global_step, last=True)
         self.finish(model)
         if state.is_world_process_zero and args.output_dir:
-            self.save(Path(args.output_dir, self._folder))
+            self.save(Path(args.output_dir, "" if self._name == "default" else self._name))
 
     # The same for training loops of one's own.
 
@@ -281,6 +272,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                     above, self.unit, self.target, why if self.module_pruning else "",
                 )  # fmt: skip
             slots.compact(model, self._name)
+            self._write_beside(model)
             self._compacted = True
             if self._zero is not None:
                 self._zero.adopt(model)
@@ -310,43 +302,33 @@ class RankAllocation(TrainerCallback, ExportableState):
             "schedule": self.schedule.name,
             "prune_fraction": float(self.schedule.prune_fraction) if isinstance(self.schedule, ConstantBudget) else None,
             "module_pruning": self.module_pruning,
-            "grace_rounds": self.how.grace_rounds,
-            "seed": self.how.seed,
+            "grace_rounds": self._grace_rounds,
+            "seed": self.seed,
             "r_max": self._capacity,
             "rounds": [asdict(one) for one in self.history],
         }
 
     def state(self) -> dict[str, Any]:
         """What a Trainer checkpoint keeps of this callback."""
-        kept = {"adapter": self._name, "budget": self.budget, "unit": self.unit, "schedule": self.schedule.name}
+        kept = {"budget": self.budget, "unit": self.unit, "schedule": self.schedule.name}
         return {"args": {}, "attributes": {**kept, "history": [asdict(one) for one in self.history]}}
 
     def _restore(self, state: TrainerState) -> None:
-        self.history = []
-        callbacks: Any = state.stateful_callbacks if state.global_step else None
-        stored = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
-        # Several callbacks of a kind are stored as a list, to which each checkpoint adds: the last entry of an adapter counts.
-        entries = [one["attributes"] for one in (stored if isinstance(stored, list) else [stored]) if isinstance(one, dict)]
-        for entry in entries:
-            if entry.get("adapter", self._name) != self._name:
-                continue
-            unit = entry.get("unit", "ranks")  # which all counted before there were others
-            if unit != self.unit:
-                known = f"resume with budget={unit!r} (allocation.budget: {unit} in a recipe)"
-                gone = "no rounds count that any more, so train anew (gatewise compress takes whole modules out)"
+        """Takes up the history of the checkpoint that training resumes from, which may have none."""
+        stored: Any = state.stateful_callbacks if state.global_step else {}
+        kept = stored.get(type(self).__name__, {}).get("attributes", {})
+        for name, now in (("unit", self.unit), ("schedule", self.schedule.name)):
+            if kept.get(name, now) != now:
                 raise GatewiseError(
-                    f"the checkpoint's budget counts {unit}, but budget is {self.unit!r}: "
-                    + (known if unit in get_args(Unit) else gone)
+                    f"the checkpoint's rounds have {name} {kept[name]!r}, but now it is {now!r}: resume with the same budget= and "
+                    "schedule=, or train anew"
                 )
-            schedule = entry.get("schedule", self.schedule.name)  # which they did not say at first
-            if schedule != self.schedule.name:
-                kind = Cubic if schedule == Cubic.name else ConstantBudget
-                raise GatewiseError(
-                    f"the checkpoint's schedule is {schedule!r}, but schedule is {self.schedule.name!r}: resume with "
-                    f"schedule=gatewise.{kind.__name__}(...) (allocation.schedule: {schedule} in a recipe)"
-                )
-            self.budget = entry["budget"]
-            self.history = [Round(**one) for one in entry["history"]]
+        self.budget = kept.get("budget", self.budget)
+        self.history = [Round(**one) for one in kept.get("history", ())]
+
+    @property
+    def _grace_rounds(self) -> int:
+        return self.schedule.grace_rounds if isinstance(self.schedule, ConstantBudget) else 0
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
@@ -366,7 +348,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int, last: bool = False) -> None:
         assert self.validation_batch is not None
         constant = isinstance(self.schedule, ConstantBudget)
-        ranks = slots.live_ranks(slots.layers_of(model, self._name), self._name)
+        layers = slots.layers_of(model, self._name)
+        ranks = slots.live_ranks(layers, self._name)
         done = len(self._steps) if last else len(self.history) + 1
         live = cost_of(ranks, self._costs)
         count, budget = self.schedule.cut(self.budget, self.target, live, done, len(self._steps))
@@ -376,11 +359,25 @@ class RankAllocation(TrainerCallback, ExportableState):
         state: AbstractContextManager[Any] = nullcontext(optimizer)
         if self._zero is not None and optimizer is not None:
             state = self._zero.whole(self._factors(model))
-        with state as whole, in_steps_of(self._rows, self.validation_batch, model):
-            one = run_round(model, self._name, whole, self.validation_batch, self.how, self.history, step, limits)
+        with state as whole:
+            one = run_round(
+                model,
+                self._name,
+                layers,
+                whole,
+                self.validation_batch,
+                self._rows,
+                self.score,
+                self.rule,
+                limits,
+                self.history,
+                step,
+                self._grace_rounds,
+                self.seed,
+            )
         self.history.append(one)
         if self._moves_dead:
-            self._dead = slots.dead_places(slots.layers_of(model, self._name), self._name)
+            self._dead = slots.dead_places(layers, self._name)
         pruned, grown = ({path: len(some) for path, some in changed.items()} for changed in (one.pruned, one.grown))
         freed, given = (cost_of(changed, self._costs) for changed in (pruned, grown))
         if constant and freed - given >= max((self._costs or {"": 1}).values()):
@@ -423,68 +420,54 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def _write_beside(self, model: PeftModel) -> None:
         """From now on ``model.save_pretrained`` also writes ``allocation.json``, beside the adapter it describes."""
-        original = model.save_pretrained
-        parameters = inspect.signature(type(model).save_pretrained)
+        save, name = type(model).save_pretrained, self._name
+        parameters = inspect.signature(save)
 
         def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
             given = parameters.bind(it, save_directory, *args, **kwargs).arguments
-            ours = self._name in (given.get("selected_adapters") or it.peft_config)
+            ours = name in (given.get("selected_adapters") or it.peft_config)
             if ours and given.get("path_initial_model_for_weight_conversion"):
                 raise GatewiseError(
                     "path_initial_model_for_weight_conversion takes an adapter's start off it, rank by rank, but its ranks have "
                     "moved: leave it out, and save the base as the start changed it (model.unload().save_pretrained)"
                 )
-            # Through the function, not the bound method: a deep copy of the model must save itself.
-            result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
+            result = save(it, save_directory, *args, **kwargs)
             if ours and given.get("is_main_process", True):
-                self.save(Path(save_directory, self._folder))
+                self.save(Path(save_directory, "" if name == "default" else name))
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
 
 
 def _check_batches(given: Any) -> None:
-    batches = [] if given is None else as_batches(given)
+    batches = [given] if isinstance(given, Mapping) else list(given or ())
     if not batches or not all(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches):
         raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
     for batch in batches:
         for name, value in batch.items():
-            if isinstance(value, (list, tuple)):
+            one_a_row = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
+            if one_a_row and (not isinstance(value, Tensor) or len(value) != len(batch["labels"])):
                 raise GatewiseError(
-                    f"validation_batch has {name!r} as a {type(value).__name__}, but models take tensors: give what the data "
-                    "collator makes of the rows"
-                )
-            if isinstance(value, Tensor) and value.ndim and len(value) != len(batch["labels"]):
-                raise GatewiseError(
-                    f"validation_batch has {len(value)} rows of {name!r} and {len(batch['labels'])} of labels: give as many of both"
+                    f"validation_batch has {name!r} as a {type(value).__name__} of {len(value)} rows; expected a tensor of "
+                    f"{len(batch['labels'])} rows, as many as labels: give what the data collator makes of the rows"
                 )
 
 
 def _check_trained(model: PeftModel, layers: Mapping[str, LoraLinear], name: str) -> None:
-    """Refuses an adapter that training would pass by: of several on a model, those that are active are trained."""
+    """Refuses an adapter that training would pass by, and layers that do not train beside a base model that is cut up."""
     if any(name not in layer.active_adapters or layer.disable_adapters for layer in layers.values()):
         active = ", ".join(map(repr, model.active_adapters)) or "none"
         raise GatewiseError(
             f"adapter {name!r} is not active when training begins ({active} is), so it would not be trained: activate it with "
-            "model.set_adapter, or several with model.base_model.set_adapter"
+            "model.set_adapter"
         )
     if not any(factor.requires_grad for layer in layers.values() for factor in slots.factors(layer, name)):
         raise GatewiseError(
             f"adapter {name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make it with "
             "inference_mode=False, or load it with is_trainable=True"
         )
-
-
-def _check_sharded(layers: Mapping[str, LoraLinear], name: str, zero: bool) -> None:
-    """Refuses layers that PEFT and what shards the base model do not bring through training together."""
-    for path, layer in layers.items():
-        if zero and isinstance(layer, slots.Expert):
-            raise GatewiseError(
-                f"{path} is an adapted parameter (target_parameters), which DeepSpeed's ZeRO-3 cannot train: take ZeRO-2, FSDP2 "
-                "or DDP"
-            )
-        if not zero and name in layer.lora_embedding_A:
-            raise GatewiseError(
-                f"{path} is an adapted embedding, whose base weights PEFT saves with the adapter, which FSDP2 has cut up: take DDP "
-                "or ZeRO, or leave it out of target_modules"
-            )
+    other = [path for path, layer in layers.items() if isinstance(layer, slots.Expert) or name in layer.lora_embedding_A]
+    if other and is_sharded(model):
+        raise GatewiseError(
+            f"{some(other, 3)}: LoRA on embeddings and stacked experts does not train under FSDP2 and ZeRO-3, take DDP or ZeRO-2"
+        )

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from gatewise.adapters.method import Lora
 from gatewise.allocation import Unit
-from gatewise.allocation.algorithm import Round
+from gatewise.allocation.algorithm import ConstantBudget, Cubic, Round, in_steps
 from gatewise.allocation.callback import RankAllocation
-from gatewise.allocation.schedule import ConstantBudget, Cubic, in_steps
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.errors import GatewiseError
 from gatewise.parts import Count, Fraction, Run, Section, only_if

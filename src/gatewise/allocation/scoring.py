@@ -1,53 +1,273 @@
-"""What every score shares: the shape of its result, the batches it reads, and gradients with respect to gates.
+"""What every score shares: the gates on ranks, the state in which a model is scored, and the batches that a score reads.
 
-A score maps each module path to one float32 number a *live* rank, in the order of the live slots, on the CPU. Higher means more
+With A (r, d_in), B (d_out, r) and gates alpha (r,), a module with LoRA computes x W + s (x A^T * alpha) B^T: the G = diag(alpha) of
+ALoRA (arXiv 2403.16187), put between the two factors by hooks, so that PEFT's forward is not touched. Where no module of its own
+computes the second product (embeddings, stacked experts), the gates multiply the rows of A.
+
+A score maps each module's path to one float32 number a *live* rank, in the order of the live slots, on the CPU. Higher means more
 worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``batch`` is one batch with labels or a list of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from gatewise.allocation.gates import GateBank
-from gatewise.allocation.slots import live_mask
+from gatewise.adapters.lora import active_adapter
+from gatewise.allocation.slots import Expert, carries_more_than_ranks, layers_of, live_mask
+from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import original_forward, recomputed_layers
 from gatewise.internals.quantised import computing_as_in_training, is_quantised
+from gatewise.internals.torch_modules import replaced_while_running
 from gatewise.losses import Batch, base_of, labelled_microbatches, loss_kind, mean_loss, padded_tokens, row_losses, rows_of
-from gatewise.models.device import has_bfloat16, random_state_kept
+from gatewise.models.device import has_bfloat16
 from gatewise.processes import count, is_sharded, own_share, summed
 
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
 
 
-def as_batches(batch: Batches) -> list[Batch]:
-    """One batch or several, as a list."""
-    return [batch] if isinstance(batch, Mapping) else list(batch)
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A way to score ranks. It is called like its function.
+
+    Attributes:
+        function: (model, batch, adapter=..., **options) -> path -> one number a live rank, higher for ranks worth more.
+        meaning: what a rank's number says, for tables and pages.
+        unit: "nats", or "" for a number without a unit.
+        idle_is_zero: True if a rank that does nothing scores zero. If not, it scores CE(all ranks) - CE(no rank).
+        by_losses: True for differences of losses, which half precision does not resolve: a round then measures its own losses in
+            float32 too. Gradients are precise enough in bfloat16.
+        options: option -> its value in rounds and ``inspect --scores``, of all that the function takes; None if that is not known.
+        takes: what the function wants to be given, each an argument of it: "prune", how much the round will prune, and "costs",
+            where the budget counts parameters, what a rank of each module costs (``prune`` is then in that unit); "on_loss", to be
+            called with the mean loss with all ranks on, which the round then need not measure; "progress", to be called with
+            (done, total).
+        check: called with the options, to refuse wrong ones before training.
+    """
+
+    function: Callable[..., Any]
+    meaning: str = "higher is worth more"
+    unit: str = ""
+    idle_is_zero: bool = True
+    by_losses: bool = True
+    options: Mapping[str, Any] | None = None
+    takes: tuple[str, ...] = ()
+    check: Callable[..., object] | None = None
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.__dict__.update(name=getattr(self.function, "__name__", "custom"), __doc__=self.function.__doc__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def of(self, model: Any, batch: Any, adapter: str | None, **told: Any) -> Any:
+        """The scores of an adapter's ranks, with ``options`` and what the function ``takes`` of what is told; None is not told."""
+        told = {name: value for name, value in told.items() if name in self.takes and value is not None}
+        return self.function(model, batch, adapter=adapter, **{**told, **(self.options or {})})
 
 
-_most_tokens: ContextVar[int] = ContextVar("most_tokens", default=8192)
+class GateBank:
+    """Gates on every rank of an adapter while the context is open.
+
+    Attributes:
+        adapter: its name.
+        layers: path -> LoRA layer.
+        live: path -> (r_max,) bool, the slots that live.
+        gates: path -> gates, (r_max,) for the whole batch, or (b, 1, r_max) with one row for each row of the batch where
+            ``rows_apart`` says so. A module that is not listed has all its gates open.
+
+    Raises:
+        GatewiseError: the adapter is merged into the base weights, or is not the active one, so gates would do nothing.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
+        self.adapter = active_adapter(model, adapter)
+        self.layers: dict[str, LoraLinear] = layers_of(model, self.adapter)
+        self.live = {path: live_mask(layer, self.adapter) for path, layer in self.layers.items()}
+        self.gates: dict[str, Tensor] = {}
+        self._model = model
+        # DoRA computes its weight norm through the same modules.
+        self._plain = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
+        self._shapes: list[torch.Size] = []
+        self._undo = ExitStack()
+        for path, layer in self.layers.items():
+            if layer.merged:
+                raise GatewiseError(f"the adapter is merged into {path}: call model.unmerge_adapter() before scoring ranks")
+            if self.adapter not in layer.active_adapters or layer.disable_adapters:
+                raise GatewiseError(f"adapter {self.adapter!r} is not active: call model.set_adapter({self.adapter!r}) first")
+
+    def __enter__(self) -> "GateBank":
+        in_rows: dict[nn.Module, list[str]] = {}  # one LoRA layer has the factors of all experts of a parameter
+        for path, layer in self.layers.items():
+            if isinstance(layer, Expert) or self.adapter in layer.lora_embedding_A:
+                in_rows.setdefault(layer.layer if isinstance(layer, Expert) else layer, []).append(path)
+            else:
+                hook = layer.lora_B[self.adapter].register_forward_pre_hook(partial(self._gated, path))
+                self._undo.callback(hook.remove)
+        self._plain = self._plain and not in_rows
+        for module, paths in in_rows.items():
+            embeddings: nn.ParameterDict = module.lora_embedding_A  # type: ignore[assignment]
+            linear: nn.ModuleDict = module.lora_A  # type: ignore[assignment]
+            holder, name = (embeddings, self.adapter) if self.adapter in embeddings else (linear[self.adapter], "weight")
+            self._undo.callback(replaced_while_running(module, holder, name, partial(self._gated_rows, paths)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+        self.gates.clear()
+
+    def fill(self, value: float, requires_grad: bool = False) -> dict[str, Tensor]:
+        """Sets every gate to ``value`` and returns them: path -> (r_max,) float32, leaves of the graph if asked for."""
+        self.gates = {
+            path: torch.full(live.shape, value, dtype=torch.float32, device=live.device, requires_grad=requires_grad)
+            for path, live in self.live.items()
+        }
+        return dict(self.gates)
+
+    def rows_apart(self, part: Batch) -> bool:
+        """True where each module sees one row of hidden states for each row of a batch, so that gates may be (b, 1, r_max).
+
+        Not so in an LM head that sees labelled positions only, with DoRA, on embeddings and stacked experts, and where a model
+        flattens batch and tokens (OPT, some mixtures of experts): two rows are run to see that.
+        """
+        head, few = base_of(self._model).get_output_embeddings(), rows_of(part, slice(2))
+        if not self._plain or any(layer is head for layer in self.layers.values()):
+            return False
+        self._shapes = []
+        with torch.no_grad():
+            row_losses(self._model, few)
+        return all(len(shape) in (2, 3) and shape[0] == len(few["labels"]) for shape in self._shapes)
+
+    @torch.enable_grad()
+    def row_gradients(self, part: Batch, value: float, apart: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Gradients of each row's summed loss with respect to the gates, all of which are ``value``.
+
+        Args:
+            part: a microbatch of b rows.
+            apart: each row has gates of its own, see ``rows_apart``; else the microbatch must be one row.
+
+        Returns:
+            Path -> (b, r_max) gradients, summed losses (b,) in nats, and numbers of labels (b,).
+        """
+        leaves = self.fill(value, requires_grad=not apart)
+        if apart:
+            rows = len(part["labels"])
+            leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
+            self.gates = dict(leaves)
+        sums, counts = row_losses(self._model, part)
+        gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return {path: g.reshape(-1, g.shape[-1]) for path, g in zip(leaves, gradients, strict=True)}, sums.detach(), counts
+
+    def live_only(self, values: Mapping[str, Tensor]) -> Scores:
+        """Keeps the entries (..., r_max) of live slots, as float32 on the CPU."""
+        return {path: values[path].detach()[..., live].float().cpu() for path, live in self.live.items()}
+
+    def _gated(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiplies what A gives, (b, t, r), or (b, r) of one pooled token a row, by the module's gates."""
+        hidden, *more = args
+        self._shapes.append(hidden.shape)
+        gate = self.gates.get(path)
+        if gate is None:
+            return args
+        if gate.ndim == 3 and hidden.ndim == 2:
+            gate = gate[:, 0]
+        # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
+        full = hidden.dtype in (torch.float32, torch.float64)
+        return (hidden * gate if full else (hidden.float() * gate).to(hidden.dtype), *more)
+
+    def _gated_rows(self, paths: list[str], a: Tensor) -> Tensor:
+        """A with its rows multiplied by the gates, (r_max,) each, of the modules that it has the ranks of."""
+        if not any(path in self.gates for path in paths):
+            return a
+        gate = torch.cat([self.gates.get(path, torch.ones_like(self.live[path], dtype=torch.float32)) for path in paths])
+        return (a * gate[:, None]).to(a.dtype)
 
 
-def step_tokens(device: torch.device) -> int:
-    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it."""
-    return 384 if device.type == "cpu" else _most_tokens.get()
+# ---------------------------------------------------------------- the state in which a model is scored
+
+_being_scored: ContextVar[nn.Module | None] = ContextVar("being_scored", default=None)
+_rows_of_step: ContextVar[int | None] = ContextVar("rows_of_step", default=None)
 
 
 @contextmanager
-def in_steps_of(rows: int, batches: Batches, model: nn.Module) -> Iterator[None]:
-    """While open, a scoring step takes no more memory on an accelerator than training on so many rows like the longest of these."""
-    several, kind = as_batches(batches), loss_kind(model)
-    longest = max(padded_tokens(one, kind) // len(one["labels"]) for one in several)
-    token = _most_tokens.set(min(rows * longest, _most_tokens.get()))
-    try:
+def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> Iterator[None]:
+    """The state in which ranks are scored, undone exactly afterwards: dropout off, no autocast, float32 weights.
+
+    Half-precision weights are converted in place and back, which loses nothing; quantised weights and those of a sharded model are
+    left alone. Every module's training mode is as before when it closes. Opened inside itself it does nothing: a round opens it
+    once around all that it measures. Layers under gradient checkpointing keep no activations here either.
+
+    Args:
+        float32: convert all half-precision weights, as the differences of losses that single ranks make are smaller than half
+            precision resolves. False is for gradients: it converts float16, in which small ones are lost, and bfloat16 where the
+            device only emulates it, which is slower.
+        rows: how many rows training takes at once, so that scoring takes no more memory on an accelerator.
+    """
+    if _being_scored.get() is model:
         yield
-    finally:
-        _most_tokens.reset(token)
+        return
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    kinds = (torch.float16,) if not float32 and has_bfloat16(device) else (torch.bfloat16, torch.float16)
+    half = _half_precision(model, kinds)
+    if half and is_sharded(model):
+        half = []
+    # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
+    before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
+    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
+    original, recomputed = original_forward(model), recomputed_layers(model)
+    wrapped = model.__dict__.get("forward") if original is not None else None
+    tokens = _being_scored.set(model), _rows_of_step.set(rows)
+    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        try:
+            model.eval()
+            for layer in recomputed:
+                layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off
+            stack.enter_context(computing_as_in_training(model))
+            if original is not None:
+                model.forward = original
+            for tensor in half:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            stack.close()  # first: it gives quantised layers the mode that they were in under ``model.eval()``
+            for tensor, dtype, place in before:
+                tensor.data = tensor.data.to(dtype) if place is None else place.copy_(tensor.data)
+            if wrapped is not None:
+                model.forward = wrapped
+            for module in training:
+                module.training = True
+            _being_scored.reset(tokens[0])
+            _rows_of_step.reset(tokens[1])
+
+
+def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """The weights and buffers of a model in these kinds of half precision, each once, without those of quantised modules.
+
+    A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
+            found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
+    return list(found.values())
+
+
+# ---------------------------------------------------------------- batches, losses and gradients
+
+
+def as_batches(batch: Batches) -> list[Batch]:
+    """One batch or several, as a list."""
+    return [batch] if isinstance(batch, Mapping) else list(batch)
 
 
 @dataclass(frozen=True)
@@ -75,6 +295,16 @@ class Parts:
         return mean_loss(model, self.own, over_all=self.processes > 1)
 
 
+def step_tokens(device: torch.device, longest: int) -> int:
+    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it.
+
+    Args:
+        longest: tokens of the longest row.
+    """
+    rows = _rows_of_step.get()
+    return 384 if device.type == "cpu" else min(8192, rows * longest) if rows else 8192
+
+
 def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
     """The batches as the model reads them, cut into microbatches of like length, without rows that have no label.
 
@@ -85,8 +315,8 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         single_rows: a microbatch is one row.
     """
     given, device = as_batches(batch), next(model.parameters()).device
-    most_tokens = 1 if single_rows else step_tokens(device)
     n, kind, dtype = count(), loss_kind(model), getattr(base_of(model), "dtype", None)
+    longest = max((padded_tokens(one, kind) // len(one["labels"]) for one in given if one.get("labels") is not None), default=1)
     batches = [
         {
             key: value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
@@ -96,22 +326,12 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         }
         for one in given
     ]
-    parts = labelled_microbatches(batches, most_tokens, kind)
+    parts = labelled_microbatches(batches, 1 if single_rows else step_tokens(device, longest), kind)
     while len(parts) % n and (rows := max(len(part["labels"]) for part in parts)) > 1:
         at = [len(part["labels"]) for part in parts].index(rows)
         parts[at : at + 1] = [rows_of(parts[at], slice(rows // 2)), rows_of(parts[at], slice(rows // 2, None))]
     own, copies = own_share(parts, even=is_sharded(model)) if n > 1 else (parts, 1)
     return Parts(own, n, copies, device)
-
-
-def labelled_parts(model: nn.Module, *batches: Batch) -> list[dict[str, Any]]:
-    """The batches cut into microbatches of like length, without rows that have no label; their losses add up to those of all."""
-    return labelled_microbatches(batches, step_tokens(next(model.parameters()).device), loss_kind(model))
-
-
-def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
-    """Keeps the entries (..., r_max) of live slots, as float32 on the CPU."""
-    return {path: values[path].detach()[..., live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
 
 
 def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
@@ -126,12 +346,13 @@ def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
 
 def loss_without(model: nn.Module, parts: Parts, adapter: str | None = None) -> float:
     """The mean cross-entropy (nats) without any rank."""
-    with GateBank(model, adapter) as gates, gates.only(set()):
+    with GateBank(model, adapter) as gates:
+        gates.fill(0.0)
         return parts.loss(model)
 
 
 def losses_without_and_with(
-    model: nn.Module, batch: Batches, adapter: str | None = None, float32: bool | None = True
+    model: nn.Module, batch: Batches, adapter: str | None = None, float32: bool = True
 ) -> tuple[float, float]:
     """Mean cross-entropy (nats) over the labels of the batch without any rank and with all of them."""
     with scoring(model, float32):
@@ -140,11 +361,7 @@ def losses_without_and_with(
 
 
 @torch.enable_grad()
-def gate_gradients(
-    model: nn.Module,
-    parts: Parts,
-    leaves: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], float]:
+def gate_gradients(model: nn.Module, parts: Parts, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     """Gradient of the mean cross-entropy with respect to leaf tensors, and the loss itself.
 
     Only the paths from the leaves to the loss are walked back: the frozen weights get no gradient, and memory does not grow
@@ -165,69 +382,3 @@ def gate_gradients(
     (told,) = parts.total(torch.tensor([loss, labels], dtype=torch.float32 if parts.device.type == "mps" else torch.float64))
     loss, labels = told.tolist()
     return {name: value / labels for name, value in zip(leaves, parts.total(*total.values()), strict=True)}, loss / labels
-
-
-_being_scored: ContextVar[nn.Module | None] = ContextVar("being_scored", default=None)
-
-
-@contextmanager
-def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
-    """The state in which ranks are scored, undone exactly afterwards: dropout off, no autocast, float32 weights.
-
-    Half-precision weights are converted in place and back, which loses nothing; the differences of losses that single ranks make
-    are smaller than half precision resolves. Their gradients are not: for these bfloat16 will do. The random state and every
-    module's training mode are as before when it closes. Opened inside itself it does nothing: a round opens it once around all
-    that it measures. Layers under gradient checkpointing keep no activations here either.
-
-    Args:
-        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). None, for
-            gradients, converts float16, in which small ones are lost, and bfloat16 where the device only emulates it, which is
-            slower. Quantised weights and those of a sharded model are left as they are in any case.
-    """
-    if _being_scored.get() is model:
-        yield
-        return
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
-    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
-    original, recomputed = original_forward(model), recomputed_layers(model)
-    wrapped = model.__dict__.get("forward") if original is not None else None
-    kept = float32 is None and has_bfloat16(device)
-    kinds = (torch.float16,) if kept else (torch.bfloat16, torch.float16)
-    half = _half_precision(model, kinds) if float32 is not False and not is_sharded(model) else []
-    # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
-    before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
-    token = _being_scored.set(model)
-    with random_state_kept(device), torch.autocast(device.type, enabled=False), ExitStack() as stack:
-        try:
-            model.eval()
-            for layer in recomputed:
-                layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off
-            stack.enter_context(computing_as_in_training(model))
-            if original is not None:
-                model.forward = original
-            for tensor in half:
-                tensor.data = tensor.data.float()
-            yield
-        finally:
-            stack.close()  # first: it gives quantised layers the mode that they were in under ``model.eval()``
-            for tensor, dtype, place in before:
-                tensor.data = tensor.data.to(dtype) if place is None else place.copy_(tensor.data)
-            if wrapped is not None:
-                model.forward = wrapped
-            for module in training:
-                module.training = True
-            _being_scored.reset(token)
-
-
-def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """The weights and buffers of a model in these kinds of half precision, each once, without those of quantised modules.
-
-    A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
-    """
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
-            found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
-    return list(found.values())

@@ -11,12 +11,11 @@ factors of all of them in one A (experts * r_max, d_in) and one B (d_out, r_max 
 A pruned slot's optimiser state is cleared. A grown one starts with a state of zero, as any new parameter does. For SGD, Lion or
 RMSprop that is all. Adam and its relatives also divide their running averages by 1 - beta^t, where t counts the steps of the whole
 parameter, which is old: the slot would move several learning rates a step. So its running average of squares starts at the mean of
-the live slots', and its steps are about as large as theirs. An optimiser that computes exactly leaves dead slots where they are;
-one that rounds its averages to 8 bits does not, and ``put_back_dead`` zeroes them after each step.
+the live slots', and its steps are about as large as theirs. States in 8 bits (bitsandbytes) are not rewritten: a module that grows
+begins them anew, and ``zero_dead`` zeroes dead slots after each step, which such an optimiser moves although they have no gradient.
 """
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +25,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from gatewise.adapters.files import PEFT_PREFIX
@@ -35,13 +33,16 @@ from gatewise.errors import GatewiseError
 
 logger = logging.getLogger(__name__)
 
+_WORKING_VARIANTS = ("Dora", "ALora", "Velora")
+"""How the names of PEFT's classes of variants begin whose ranks can be moved (read in PEFT 0.21: ``peft.tuners.lora.variants``)."""
+
 
 class Place(NamedTuple):
     """Where some slots of a LoRA layer lie in one of its factors.
 
     Attributes:
         parameter: A or B.
-        dim: the dimension of the slots, counted from the end (-2 or -1): AdEMAMix stacks two averages in one tensor.
+        dim: the dimension of the slots: 0 or 1.
         indices: theirs along it.
     """
 
@@ -128,12 +129,18 @@ def left_alone(model: nn.Module, adapter: str) -> list[str]:
     return [path for path in _targeted(model, adapter) if path not in held and ".base_layer" not in path]
 
 
-def check_not_tied(model: nn.Module, name: str) -> None:
-    """Refuses an adapter whose layers share ranks: ``ensure_weight_tying`` gives an LM head those of the embedding, transposed.
+def check_movable(model: nn.Module, name: str) -> None:
+    """Refuses an adapter of a variant of LoRA that was not tried, and one whose layers share their ranks.
 
     Raises:
-        GatewiseError: there are some.
+        GatewiseError: there is such a layer.
     """
+    for path, any_layer in _targeted(model, name).items():
+        variant = type(any_layer.lora_variant.get(name)).__name__
+        if name in any_layer.lora_variant and not variant.startswith(_WORKING_VARIANTS):
+            raise GatewiseError(
+                f"{path} has LoRA of the variant {variant}, whose ranks cannot be moved: leave it out of the LoraConfig"
+            )
     owners: dict[int, str] = {}
     for path, layer in _holders(model, name).items():
         for factor in factors(layer, name):
@@ -188,7 +195,7 @@ def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tu
     """Where slots lie in A and in B."""
     (a, b), (number, experts) = factors(layer, adapter), _number_and_experts(layer)
     index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
-    return Place(a, -2, index + number * (len(a) // experts)), Place(b, -1, index * experts + number)
+    return Place(a, 0, index + number * (len(a) // experts)), Place(b, 1, index * experts + number)
 
 
 def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +299,7 @@ def _alive_in_factors(layer: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
 # Running averages of squares, by the names that optimisers give them ("state2" is bitsandbytes'). Adafactor keeps the mean of those
 # of each row and of each column: Transformers drops the dimension that it averages over, torch keeps it with size 1.
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
-_FACTORED_SQUARES = {-2: ("exp_avg_sq_row", "row_var"), -1: ("exp_avg_sq_col", "col_var")}
+_FACTORED_SQUARES = (("exp_avg_sq_row", "row_var"), ("exp_avg_sq_col", "col_var"))
 
 
 def _clear(places: Iterable[Place], optimizer: Optimizer | None) -> None:
@@ -302,16 +309,9 @@ def _clear(places: Iterable[Place], optimizer: Optimizer | None) -> None:
     for parameter, dim, slots in places:
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, slots, 0)
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.shape[-parameter.ndim :] != parameter.shape:
-                continue
-            if type(value) is not Tensor:  # torchao's states are tensors of its own classes
-                value.copy_(value.dequantize().index_fill(dim, slots, 0))
-                continue
-            # bitsandbytes keeps codes of a table ("state1" of "qmap1"), in which code 0 is not the number 0.
-            table = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
-            value.index_fill_(dim, slots, 0 if table is None else int(table.abs().argmin()))
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                value.index_fill_(dim, slots, 0)
 
 
 def _start_in_optimizer(grown: Sequence[Place], live: Sequence[Tensor], optimizer: Optimizer | None) -> None:
@@ -321,93 +321,64 @@ def _start_in_optimizer(grown: Sequence[Place], live: Sequence[Tensor], optimize
         grown: where the grown slots lie in A and in B.
         live: where along A and B the slots lie that lived before.
     """
-    _clear(grown, optimizer)
     if optimizer is None:
         return
+    _clear(grown, optimizer)
     for (parameter, dim, new), old in zip(grown, live, strict=True):
         state = optimizer.state.get(parameter, {})
-        if "z" in state:  # schedule-free optimisers: a second copy of the weights, which the parameter is drawn towards
-            state["z"].index_copy_(dim, new, parameter.detach().index_select(dim, new).to(state["z"].dtype))
         squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[dim]) if key in state]
-        if squares and not len(old):  # no mean to take, and nothing to lose: the optimiser makes this parameter's state anew
+        in_8_bits = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values())
+        if in_8_bits or (squares and not len(old)):  # no mean to take: the optimiser makes this parameter's state anew
             del optimizer.state[parameter]
             continue
         for key in squares:
-            _start_at_mean(state, key, -1 if state[key].ndim == 1 else dim, new, old)
-
-
-def _start_at_mean(state: Mapping[str, Any], key: str, dim: int, grown: Tensor, live: Tensor) -> None:
-    """Sets a state of grown slots to the mean of the live slots', however the optimiser stores it."""
-    stored = state[key]
-    if stored.dtype == torch.uint8:  # bitsandbytes: codes of an ascending table, times the largest number of each block
-        table, largest = state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"]
-        # The size of a block is not kept: 256, or in older versions 2048.
-        block = 2 ** math.ceil(math.log2(stored.numel() / len(largest)))
-        scale = largest.repeat_interleave(block)[: stored.numel()].view(stored.shape)
-        values = table[stored.long()] * scale
-    else:
-        values = stored if type(stored) is Tensor else stored.dequantize()
-    mean = values.index_select(dim, live).mean(dim, keepdim=True)
-    values = values.index_copy(dim, grown, mean.repeat_interleave(len(grown), dim))
-    if stored.dtype == torch.uint8:
-        blocks = pad(values.flatten(), (0, len(largest) * block - values.numel())).view(-1, block)
-        largest.copy_(blocks.amax(1))
-        shares = blocks / largest.clamp(min=torch.finfo(largest.dtype).tiny)[:, None]
-        nearest = torch.bucketize(shares, (table[1:] + table[:-1]) / 2)
-        values = nearest.flatten()[: stored.numel()].view(stored.shape)
-    stored.copy_(values)
-
-
-def dead_places(layers: Mapping[str, LoraLinear], adapter: str) -> list[Place]:
-    """Where the dead slots of all layers lie in their factors, one place a factor."""
-    found: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
-    for layer in layers.values():
-        for parameter, dim, index in places(layer, adapter, (~live_mask(layer, adapter)).nonzero().flatten()):
-            found.setdefault((parameter, dim), []).append(index)
-    together = [Place(parameter, dim, torch.cat(indices)) for (parameter, dim), indices in found.items()]
-    return [place for place in together if len(place.indices)]
+            along = min(dim, state[key].ndim - 1)
+            mean = state[key].index_select(along, old).mean(along, keepdim=True)
+            state[key].index_copy_(along, new, mean.repeat_interleave(len(new), along))
 
 
 @torch.no_grad()
-def put_back_dead(dead: Sequence[Place]) -> None:
-    """Sets to zero what a step of the optimiser made of dead slots."""
+def zero_dead(dead: Sequence[Place]) -> None:
+    """Sets dead slots to zero again after a step of an optimiser that moves what has no gradient."""
     for parameter, dim, index in dead:
         parameter.index_fill_(dim, index, 0)
+
+
+def dead_places(layers: Mapping[str, LoraLinear], adapter: str) -> list[Place]:
+    """Where the dead slots of all layers lie in their factors."""
+    found = [places(layer, adapter, (~live_mask(layer, adapter)).nonzero().flatten()) for layer in layers.values()]
+    return [place for both in found for place in both if len(place.indices)]
 
 
 # ---------------------------------------------------------------- more room, and none that is not used
 
 
-def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
+def widen(model: PeftModel, r_max: int | None = None, adapter: str | None = None) -> dict[str, int]:
     """Gives every LoRA layer ``r_max`` slots, the added ones dead. The function computed does not change.
 
     Call it before the optimiser exists: the parameters are replaced. The scaling stays what it was (alpha / r of the
     adapter as it was made), and the adapter's config is rewritten so that a checkpoint is a valid plain LoRA adapter.
 
     Args:
-        r_max: slots a layer, one number or a number per path; None doubles each layer's rank. The experts of a parameter all get
-            as many as the one that is to have most.
+        r_max: slots a layer; None doubles each layer's rank.
 
     Returns:
         Path -> slots.
 
     Raises:
-        GatewiseError: a layer already has more ranks than ``r_max``, or layers share their ranks.
+        GatewiseError: a layer already has more ranks than ``r_max``.
     """
-    name = active_adapter(model, adapter)
-    check_not_tied(model, name)
-    slots: dict[str, int] = {}
-    for held_at, layer in _holders(model, name).items():
-        modules = dict(_modules_of(held_at, layer))
-        old = capacity(next(iter(modules.values())), name)
-        new = 2 * old if r_max is None else max(r_max[path] for path in modules) if isinstance(r_max, Mapping) else int(r_max)
+    name = adapter or active_adapter(model)
+    for path, layer in _holders(model, name).items():
+        modules = [module for _, module in _modules_of(path, layer)]
+        old = capacity(modules[0], name)
+        new = 2 * old if r_max is None else int(r_max)
         if new < old:
-            raise GatewiseError(f"r_max is {new} but {held_at} already has rank {old}: give an r_max of at least {old}")
-        slots |= dict.fromkeys(modules, new)
+            raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
         if new > old:
-            _move_slots(layer, name, list(modules.values()), [list(range(old))] * len(modules), new)
-    _write_config(model, name)
-    return slots
+            _move_slots(layer, name, modules, [list(range(old))] * len(modules), new)
+    write_config(model, name)
+    return capacities(layers_of(model, name), name)
 
 
 def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kept: Sequence[Sequence[int]], slots: int) -> None:
@@ -452,7 +423,7 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     Raises:
         GatewiseError: no live rank is left anywhere.
     """
-    name = active_adapter(model, adapter)
+    name = adapter or active_adapter(model)
     if not any(bool(live_mask(layer, name).any()) for layer in layers_of(model, name).values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
     kept: dict[str, int] = {}
@@ -469,11 +440,11 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
         if max(most, 1) < capacity(next(iter(modules.values())), name):
             _move_slots(layer, name, list(modules.values()), live, max(most, 1))
         kept |= dict.fromkeys(modules, max(most, 1))
-    _write_config(model, name, spell_out=gone)
+    write_config(model, name, spell_out=gone)
     return kept
 
 
-def _write_config(model: PeftModel, name: str, spell_out: bool = False) -> None:
+def write_config(model: PeftModel, name: str, spell_out: bool = False) -> None:
     """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.slots import by_slot, check_not_tied, factors, lora_layers, set_slots
+from gatewise.allocation.slots import by_slot, check_movable, factors, lora_layers, set_slots
 
 
 def to_singular_basis(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def to_singular_basis(model: nn.Module, adapter: str | None = None) -> dict[str,
         GatewiseError: no LoRA adapter, or layers that share their factors.
     """
     name = active_adapter(model, adapter)
-    check_not_tied(model, name)
+    check_movable(model, name)
     found: dict[str, Tensor] = {}
     for path, layer in lora_layers(model, name).items():
         rows, columns = by_slot(layer, name, *(factor.detach().cpu().double() for factor in factors(layer, name)))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.scores import SCORES
+from gatewise.allocation.scores import as_score
 from gatewise.allocation.scoring import Batches, Scores
 from gatewise.allocation.slots import by_slot, factors, live_mask, lora_layers
 from gatewise.errors import GatewiseError
@@ -46,7 +46,7 @@ def rank_values(
             sizes = a.square().sum(dim=1) * b.square().sum(dim=1) * layer.scaling[name] ** 2
             values[path] = sizes[live_mask(layer, name).cpu()]
     else:
-        found = SCORES[order].of(model, batch, None, progress=progress)
+        found = as_score(order).of(model, batch, None, progress=progress)
         values = {path: scores.double() for path, scores in found.items()}
     for path, one in values.items():
         if not bool(torch.isfinite(one).all()):

@@ -10,8 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import gate_gradients, labelled_parts, parts_of, scoring
+from gatewise.allocation.scoring import GateBank, gate_gradients, parts_of, scoring
 from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
@@ -61,14 +60,13 @@ def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int
     rows = len(batch["labels"])
     if rows < 4:
         return 0
-    with scoring(model, None), GateBank(model, adapter) as gates:
+    with scoring(model, float32=False), GateBank(model, adapter) as gates:
         parts, check = (parts_of(model, rows_of(batch, part)) for part in (slice(rows - rows // 4), slice(rows - rows // 4, None)))
         leaves = gates.fill(1.0, requires_grad=True)
         optimizer = torch.optim.Adam(leaves.values(), lr=learning_rate)
         best, least, at = gates.fill(1.0), check.loss(model), 0
         for step in range(1, steps + 1):
-            for path, leaf in leaves.items():
-                gates.assign(path, leaf)
+            gates.gates = dict(leaves)
             gradients, _ = gate_gradients(model, parts, leaves)
             for path, leaf in leaves.items():
                 leaf.grad = gradients[path]
@@ -137,7 +135,7 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         # Of a batch of sentences in random order, a third to a half is padding, and each of it costs what a real token does.
-        made = [scored(model, part).losses() for part in labelled_parts(model, inputs)]
+        made = [scored(model, part).losses() for part in parts_of(model, inputs).own]
         loss = torch.cat([sums for sums, _ in made]).sum()
         loss = loss / (sum(counts.sum() for _, counts in made) if num_items_in_batch is None else num_items_in_batch)
         if not bool(torch.isfinite(loss)):

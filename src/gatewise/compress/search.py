@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gatewise.adapters.files import read_note, read_tensors, weights_of
 from gatewise.adapters.loading import Loaded
 from gatewise.allocation import slots
-from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scoring import parts_of
 from gatewise.allocation.slots import Expert, carries_more_than_ranks, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
@@ -319,7 +318,7 @@ class Search:
 
 def _refuse(model: Any) -> None:
     """Refuses an adapter whose ranks cannot go, before long work."""
-    refuse_what_cannot_work(model, ADAPTER)
+    slots.check_movable(model, ADAPTER)
     bias = model.peft_config[ADAPTER].bias
     if bias != "none":
         raise GatewiseError(f"the adapter trained biases of the base model too (bias={bias!r}), which no smaller LoRA holds")

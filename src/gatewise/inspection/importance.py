@@ -65,7 +65,7 @@ class Importance:
 
     Attributes:
         modules: one entry a module, by layer and then by kind.
-        score: how ranks were scored, a name in ``gatewise.allocation.scores.SCORES`` or "module:function".
+        score: how ranks were scored, a name in ``gatewise.allocation.scores.NAMES`` or "module:function".
         rows: rows scored on.
         data: where they came from, as the user wrote it.
         base_model: the base model's name.
@@ -169,7 +169,7 @@ def score_adapter(
     Args:
         adapter: its folder; any LoRA adapter of PEFT's, trained by gatewise or not.
         data, options: as for ``gatewise.adapters.loading.load_with_data``.
-        score: a name in ``gatewise.allocation.scores.SCORES``, or "module:function".
+        score: a name in ``gatewise.allocation.scores.NAMES``, or "module:function".
         rows: rows drawn from the data without replacement; all of them if there are fewer.
         seed: of that draw.
         score_options: further arguments of the score.
@@ -223,9 +223,8 @@ def importance_of(
     layers = lora_layers(model, name)
     if not layers:
         raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, an embedding or experts: it has no ranks to score")
-    scores: dict[str, Tensor] = how.of(model, batch, name, score_options, progress=progress)
-    float32 = {**(how.options or {}), **(score_options or {})}.get("float32", True)
-    loss_base, loss_adapted = losses_without_and_with(model, batch, name, float32)
+    scores: dict[str, Tensor] = how.of(model, batch, name, progress=progress)
+    loss_base, loss_adapted = losses_without_and_with(model, batch, name, how.by_losses)
     # AB-LoRA gives a rank that does nothing CE(all ranks) - CE(no rank), far below zero for a good adapter: a sum over the ranks of
     # a module would mostly count them. Less that constant, zero is a rank that does nothing.
     shift = 0.0 if how.idle_is_zero else loss_base - loss_adapted

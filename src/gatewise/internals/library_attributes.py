@@ -4,8 +4,7 @@ The names are listed in private_names.py.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,16 +22,6 @@ def attention_implementation(model: Any) -> str:
 def set_model_name(model: Any, name: str) -> None:
     """Gives a model the name of its base: PEFT writes one attribute to adapter_config.json and the other to the model card."""
     model.name_or_path = model.config._name_or_path = name
-
-
-@contextmanager
-def adapters_off(layer: Any) -> Iterator[None]:
-    """While open, an adapter layer of PEFT is its base module. The public switch also changes which parameters are trained."""
-    layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        layer._disable_adapters = False
 
 
 def execution_device(module: Any) -> torch.device | None:

@@ -132,7 +132,6 @@ PRIVATE_NAMES = (
         (*_BOTH_TUNERS, "serving/lora.py", "serving/server/lanes.py"),
     ),
     # PEFT: adapter layers
-    PrivateName(_LAYER, "_disable_adapters", "switches a layer off without changing what is trained"),
     PrivateName(_LAYER, "_active_adapter", "names the adapter that a new layer begins with", None, ("routed/layer.py",)),
     PrivateName(_LAYER, "_cast_input_dtype", "gives A its own precision", ("x", "dtype"), ("routed/layer.py",)),
     PrivateName(

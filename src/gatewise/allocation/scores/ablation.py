@@ -15,28 +15,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import Score
 from gatewise.allocation.scores.taylor import taylor
-from gatewise.allocation.scoring import Batches, Scores, losses_without_and_with, parts_of, scoring
-from gatewise.allocation.slots import live_slots
-from gatewise.checks import is_whole
+from gatewise.allocation.scoring import Batches, GateBank, Parts, Score, Scores, parts_of, scoring
 from gatewise.errors import GatewiseError
 
 Mode = Literal["exact", "screened"]
-MODES: tuple[str, ...] = get_args(Mode)
 Rank = tuple[str, int]
 """A module path and one of its slots."""
 Progress = Callable[[int, int], None]
 
 
-def check_options(mode: str = "exact", prune: int | None = None, max_exact: int | None = None, **_: Any) -> None:
-    """Raises GatewiseError for a mode that there is not, or numbers of ranks that are none."""
-    for name, number in (("prune", prune), ("max_exact", max_exact)):
-        if number is not None and not (is_whole(number) and number >= 0):
-            raise GatewiseError(f"{name} is {number!r}; expected a number of ranks, at least 0")
-    if mode not in MODES:
-        raise GatewiseError(f"ablation mode {mode!r} is not known; expected one of {', '.join(MODES)}")
+def check_mode(mode: str = "exact", **_: Any) -> None:
+    """Raises GatewiseError for a mode that there is not."""
+    if mode not in get_args(Mode):
+        raise GatewiseError(f"ablation mode {mode!r} is not known; expected one of {', '.join(get_args(Mode))}")
 
 
 @partial(
@@ -44,9 +36,9 @@ def check_options(mode: str = "exact", prune: int | None = None, max_exact: int 
     meaning="the loss without it less the loss with all, plus what it takes away alone",
     unit="nats",
     idle_is_zero=False,
-    options={"mode": "screened", "prune": None, "max_exact": None, "float32": True},
+    options={"mode": "screened", "max_exact": None},
     takes=("prune", "costs", "progress"),
-    check=check_options,
+    check=check_mode,
 )
 def ablation(
     model: nn.Module,
@@ -57,7 +49,6 @@ def ablation(
     prune: int | None = None,
     max_exact: int | None = None,
     costs: Mapping[str, int] | None = None,
-    float32: bool = True,
     progress: Progress | None = None,
 ) -> Scores:
     """AB-LoRA score of every live rank.
@@ -69,7 +60,6 @@ def ablation(
         prune: where "screened" puts the cut: the number of ranks to be pruned; None for an eighth of the live ranks.
         costs: path -> what a rank costs: the cut is then by score per cost, and ``prune`` what the pruned ranks cost at least.
         max_exact: at most this many ranks are ablated by "screened"; None for a 64th of the live ranks, at least 16.
-        float32: score in float32 even if the weights are in half precision.
         progress: called with (ranks done, ranks to do) while ranks are ablated.
 
     Returns:
@@ -78,65 +68,66 @@ def ablation(
     Raises:
         GatewiseError: unknown mode, or a batch without labels.
     """
-    check_options(mode, prune, max_exact)
-    with scoring(model, float32), GateBank(model, adapter) as gates:
-        live = {path: live_slots(layer, gates.adapter) for path, layer in gates.layers.items()}
-        ranks = [(path, slot) for path, slots in live.items() for slot in slots]
+    check_mode(mode)
+    with scoring(model), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        ranks = [(path, slot) for path, live in gates.live.items() for slot in live.nonzero().flatten().tolist()]
         if mode == "exact":
-            values = exact(model, batch, gates, ranks, progress)
+            values = exact(model, parts, gates, ranks, progress)
         else:
-            values = _screened(model, batch, gates, ranks, prune, max_exact, costs, progress)
-    return dict(zip(live, values.float().split(list(map(len, live.values()))), strict=True))
+            values = torch.cat(list(taylor(model, batch, adapter=gates.adapter).values())).double()
+            near = _near_the_cut(model, parts, gates, [path for path, _ in ranks], values, prune, max_exact, costs)
+            if len(near):
+                ablated = exact(model, parts, gates, [ranks[i] for i in near], progress)
+                # What curvature does to every rank alike must not move the ablated ones across the cut.
+                values += (ablated - values[near]).median()
+                values[near] = ablated
+        sizes = [int(live.sum()) for live in gates.live.values()]
+    return dict(zip(gates.live, values.float().split(sizes), strict=True))
 
 
-def exact(model: nn.Module, batch: Batches, gates: GateBank, ranks: Sequence[Rank], progress: Progress | None = None) -> Tensor:
+def exact(model: nn.Module, parts: Parts, gates: GateBank, ranks: Sequence[Rank], progress: Progress | None = None) -> Tensor:
     """(len(ranks),) scores of the ranks named, float64 on the CPU: of all, a sample, or those that a screen left undecided."""
     scores = torch.zeros(len(ranks), dtype=torch.float64)
-    parts = parts_of(model, batch)
     for index, (path, slot) in enumerate(ranks):
-        without = gates.like(path, 1.0)
-        without[slot] = 0.0
-        gates.assign(path, without)
-        loss_without = parts.loss(model)
-        gates.assign(path, 1.0 - without)
-        with gates.only({path}):
-            scores[index] = loss_without - parts.loss(model)
-        gates.open()
+        gates.fill(1.0)[path][slot] = 0.0
+        without = parts.loss(model)
+        gates.fill(0.0)[path][slot] = 1.0
+        scores[index] = without - parts.loss(model)
         if progress:
             progress(index + 1, len(ranks))
     return scores
 
 
-def _screened(
+def _near_the_cut(
     model: nn.Module,
-    batch: Batches,
+    parts: Parts,
     gates: GateBank,
-    ranks: Sequence[Rank],
+    modules: Sequence[str],
+    scores: Tensor,
     prune: int | None,
     max_exact: int | None,
     costs: Mapping[str, int] | None,
-    progress: Progress | None,
 ) -> Tensor:
-    """First-order scores (len(ranks),) of all live ranks, with those nearest the cut ablated exactly; float64 on the CPU.
+    """The places of the ranks nearest the cut by first-order ``scores``, at most ``max_exact``; none where there is no cut.
 
-    The median difference between exact and first order among the ablated ranks is added to all the others: what curvature does
-    to every rank alike must not move the ablated ones across the cut.
+    Args:
+        modules: the path of each rank's module.
     """
-    scores = torch.cat(list(taylor(model, batch, adapter=gates.adapter).values())).double()
-    limit = max(16, len(ranks) // 64) if max_exact is None else max_exact
+    limit = max(16, len(modules) // 64) if max_exact is None else max_exact
     each, idle = torch.ones_like(scores), 0.0
     if costs is not None:
-        each = scores.new_tensor([costs[path] for path, _ in ranks])
-        without, whole = losses_without_and_with(model, batch, gates.adapter)
-        idle = whole - without
+        each = scores.new_tensor([costs[path] for path in modules])
+        losses = []
+        for value in (1.0, 0.0):
+            gates.fill(value)
+            losses.append(parts.loss(model))
+        idle = losses[0] - losses[1]
     worth = (scores - idle) / each
     order = worth.argsort(stable=True)
     wanted = int(each.sum()) // 8 if prune is None else prune
     cut = int((each[order].cumsum(0) < wanted).sum()) + 1 if wanted else 0
-    if 0 < cut < len(ranks) and limit > 0:
-        middle = (worth[order[cut - 1]] + worth[order[cut]]) / 2
-        near = ((worth - middle).abs() * each).argsort(stable=True)[:limit]
-        ablated = exact(model, batch, gates, [ranks[i] for i in near], progress)
-        scores += (ablated - scores[near]).median()
-        scores[near] = ablated
-    return scores
+    if not 0 < cut < len(modules):
+        return order[:0]
+    middle = (worth[order[cut - 1]] + worth[order[cut]]) / 2
+    return ((worth - middle).abs() * each).argsort(stable=True)[:limit]

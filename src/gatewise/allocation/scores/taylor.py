@@ -12,9 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import Score
-from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
+from gatewise.allocation.scoring import Batches, GateBank, Score, Scores, gate_gradients, parts_of, scoring
 
 
 @partial(
@@ -22,22 +20,22 @@ from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_on
     meaning="the loss without it less the loss with all, plus what it takes away alone, to first order",
     unit="nats",
     idle_is_zero=False,
-    options={"float32": None},
+    by_losses=False,
+    options={},
 )
-def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool | None = None) -> Scores:
+def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None) -> Scores:
     """First-order estimate of the AB-LoRA score of every live rank.
 
     Cost: two forward and two backward passes over the batch, whatever the number of ranks.
 
     Args:
         batch: one batch (b, t) with labels, or several.
-        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
 
     Returns:
         Path -> (live ranks,) estimates of CE(M without r) - CE(only r), in nats.
     """
-    with scoring(model, float32), GateBank(model, adapter) as gates:
+    with scoring(model, float32=False), GateBank(model, adapter) as gates:
         parts = parts_of(model, batch)
         on, loss_on = gate_gradients(model, parts, gates.fill(1.0, requires_grad=True))
         off, loss_off = gate_gradients(model, parts, gates.fill(0.0, requires_grad=True))
-        return live_only(gates, {path: (loss_on - loss_off) - (on[path] + off[path]) for path in on})
+        return gates.live_only({path: (loss_on - loss_off) - (on[path] + off[path]) for path in on})
