@@ -400,7 +400,6 @@ class Soak:
         row, number, tokens, body = self._pick(chance)
         count = chance.randint(1, 3)
         body |= {"temperature": 0.9, "top_p": 0.9, "seed": chance.randrange(1000), "n": count, "stop": ["w7", "green"]}
-        body |= {"logprobs": True, "top_logprobs": 2} if "messages" in body else {"logprobs": 2}
         asked = time.monotonic()
         with self._asked(self.material.prompts[number].path, body) as (_, answer):
             content = answer.read()

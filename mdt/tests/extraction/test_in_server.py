@@ -84,13 +84,3 @@ def test_a_fault_of_a_limit_ends_its_answer_alone(server: AdapterServer, monkeyp
             client(server).completions.create(model="plain", prompt="a", max_tokens=5, extra_body=body)
     assert client(server).completions.create(model="plain", prompt="a", max_tokens=5)
     assert server.engine.is_alive
-
-
-def test_log_probabilities_are_those_of_the_model(server: AdapterServer) -> None:
-    asked: Any = {"model": "plain", "prompt": TEXTS[0], "max_tokens": 1, "temperature": 0, "logprobs": 5}
-    free = client(server).completions.create(**asked).choices[0]
-    course = {"vllm_xargs": {"gatewise_tree": '{"language": "en"}'}}
-    bound = client(server).completions.create(**asked, extra_body=course).choices[0]
-    assert bound.text != free.text
-    assert bound.logprobs.top_logprobs == free.logprobs.top_logprobs
-    assert bound.logprobs.token_logprobs[0] <= free.logprobs.token_logprobs[0]

@@ -1,12 +1,9 @@
 """Adapters that come and go under requests, room that runs out, and keys."""
 
 import errno
-import json
 import shutil
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +20,6 @@ from served_models import POSITIONS, adapter_folder, base_folder, client, servin
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import Lane
-from gatewise.serving.server.reach import check_reach
 from gatewise.serving.server.running import AdapterServer
 
 PROMPT = [7, 19, 23]
@@ -205,27 +201,30 @@ def test_a_long_answer_keeps_nobody_waiting(made: dict[str, Path]) -> None:
         assert len(list(stream)) > 10  # it was not done
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory, say"), torch.AcceleratorError("CUDA error: out of memory")], ids=type
+)
 def test_a_fault_ends_its_answers_alone(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     step = Lane.step
 
     def fails(self: Lane, tokens: Any) -> torch.Tensor:
         if self.kind == "routed":
-            raise RuntimeError("out of memory, say")
+            raise error
         return step(self, tokens)
 
     with serving(made["base"], made["a"], made["routed"]) as server:
         with monkeypatch.context() as patch:
             patch.setattr(Lane, "step", fails)
-            with pytest.raises(openai.InternalServerError, match="RuntimeError"):
+            with pytest.raises(openai.InternalServerError, match=type(error).__name__):
                 ask(server, "routed")
             events = ask(server, "routed", stream=True)
-            with pytest.raises(openai.APIError, match="RuntimeError"):
+            with pytest.raises(openai.APIError, match=type(error).__name__):
                 list(events)
             assert ask(server, "a").choices[0].text == text(made, "a")
         assert ask(server, "routed").choices[0].text == text(made, "routed")
-    assert "out of memory, say" in capsys.readouterr().err
+    assert "out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("slow")
@@ -236,7 +235,7 @@ def test_who_goes_while_the_prompt_is_read_harms_no_other(
     enter = Engine._enter
 
     def gone(self: Engine, lane: Lane, one: Any) -> None:
-        if one.sampling.max_tokens == 5:
+        if one.max_tokens == 5:
             self.cancel([one])
         enter(self, lane, one)
 
@@ -249,29 +248,6 @@ def test_who_goes_while_the_prompt_is_read_harms_no_other(
         assert found + "".join(one.choices[0].text for one in stream) == text(made, name, 60, ends=False)
 
 
-def test_a_key_is_asked_for(made: dict[str, Path]) -> None:
-    with serving(made["base"], key="secret") as server:
-        for key in ("none", "Secret", "secret2"):
-            with pytest.raises(openai.AuthenticationError):
-                client(server, key).models.list()
-        assert [one.id for one in client(server, "secret").models.list()] == ["tiny"]
-        assert urllib.request.urlopen(f"{server.url}/health").status == 200
-        for path in ("/metrics", "/v1/models"):
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(f"{server.url}{path}")
-
-
-def test_nobody_else_is_let_in_without_a_key() -> None:
-    assert check_reach("127.0.0.1", None) == {"127.0.0.1", "localhost", "[::1]"}
-    assert check_reach("0.0.0.0", "secret") is None
-    with pytest.raises(GatewiseError, match="lets other machines in: give a key"):
-        check_reach("0.0.0.0", None)
-    for key in ("", " ", "a\nb", "é", " secret", "secret "):  # HTTP takes blanks off, and nobody would be let in
-        with pytest.raises(GatewiseError, match="the API key is empty"):
-            check_reach("127.0.0.1", key)
-    assert check_reach("127.0.0.1", "a secret") is None
-
-
 def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
     with serving(made["base"]) as server:
         with (
@@ -281,43 +257,6 @@ def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
             pass
         with pytest.raises(GatewiseError, match=f"has {POSITIONS} positions"), serving(made["base"], most_tokens=POSITIONS + 1):
             pass
-
-
-def test_settings_of_the_base_model_that_are_passed_over_are_told(made: dict[str, Path], tmp_path: Path) -> None:
-    base = shutil.copytree(made["base"], tmp_path / "base")
-    said: list[str] = []
-    for settings in (
-        {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
-        {"repetition_penalty": 1.5, "suppress_tokens": [40, 42]},
-    ):
-        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": True, "top_k": 5, **settings}))
-        with serving(base, say=said.append) as server:
-            assert ask(server, "tiny", 12).choices[0].text == text_of(writes(made["base"], None, PROMPT, 12))
-    assert [one.partition(" in the ")[0] for one in said if one.startswith("note: ")] == [
-        "note: repetition_penalty, suppress_tokens"
-    ]
-
-
-def test_an_engine_that_ended_ends_its_server(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With an error, so that whatever started it starts it again; and who waits is told."""
-
-    def breaks(*_: Any) -> None:
-        raise RuntimeError("a fault of ours")
-
-    given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None}
-    with AdapterServer(str(made["base"]), **given) as server, ThreadPoolExecutor(1) as threads:
-        run = threads.submit(server.run)
-        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
-        monkeypatch.setattr("gatewise.serving.server.engine.Engine._admit", breaks)
-        with pytest.raises(openai.InternalServerError, match="the engine has ended: see the server's log") as told:
-            ask(server, "tiny")
-        assert told.value.status_code == 503
-        assert "Retry-After" not in told.value.response.headers
-        with pytest.raises(GatewiseError, match="the engine has ended by a fault"):
-            run.result(30)
-    assert "a fault of ours" in capsys.readouterr().err
 
 
 def test_however_small_top_p_is_the_first_token_may_come(made: dict[str, Path]) -> None:
@@ -343,27 +282,6 @@ def test_a_fault_in_one_answer_ends_no_other(
     assert "out of memory, say" in capsys.readouterr().err
 
 
-def test_an_adapter_that_cannot_be_taken_off_harms_no_other(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("a fault of PEFT's")
-
-    for name in ("a", "b"):
-        put(made[name], tmp_path / name)
-    with serving(made["base"], tmp_path, every=0.05) as server:
-        for name in ("a", "b"):
-            assert ask(server, name).choices[0].text == text(made, name)
-        monkeypatch.setattr(PeftModel, "delete_adapter", fails)
-        shutil.rmtree(tmp_path / "a")
-        soon(lambda: gauge(server, "gatewise_adapters_loaded") == 1)
-        put(made["a"], tmp_path / "c")
-        soon(lambda: "c" in listed(server))
-        for name in ("b", "c"):
-            assert ask(server, name).choices[0].text == text(made, "a" if name == "c" else "b")
-    assert "a fault of PEFT's" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
     made: dict[str, Path], tmp_path: Path, temperature: int
@@ -375,59 +293,29 @@ def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
         assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
 
 
-DEVICE_FAULT = "CUDA error: an illegal memory access was encountered"
-
-
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize(
-    ("place", "more"),
-    [
-        ("lanes.Lane.read", {}),
-        ("lanes.Lane.step", {}),
-        ("lanes.Lane.keep", {"tokens": 2}),
-        ("lanes.Lane.load", {"name": "later"}),
-        ("engine._draw", {"temperature": 1}),
-    ],
-)
-def test_a_dead_device_ends_the_engine(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, more: dict[str, Any]
+@pytest.mark.parametrize("place", ["lanes.Lane.read", "lanes.Lane.step", "lanes.Lane.load", "engine.Engine._admit"])
+def test_a_dead_device_or_a_fault_of_ours_ends_the_server(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    """It went on, in good health by what it said, and failed everybody for ever."""
+    """With an error, so that whatever started it starts it again; and everybody who waits is told."""
 
     def fails(*_: Any, **more: Any) -> Any:
-        raise RuntimeError(DEVICE_FAULT)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     shutil.copytree(made["b"], tmp_path / "later")
-    with serving(made["base"], made["a"], made["routed"], tmp_path) as server, ThreadPoolExecutor(3) as threads:
+    given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None}
+    places = [str(made["routed"]), str(tmp_path)]
+    with AdapterServer(str(made["base"]), places, **given) as server, ThreadPoolExecutor(4) as threads:
+        run = threads.submit(server.run)
         stream = iter(ask(server, "routed", 90, stream=True, extra_body={"ignore_eos": True}))
         next(stream)
         monkeypatch.setattr(f"gatewise.serving.server.{place}", fails)
-        for one in [threads.submit(ask, server, **{"name": "a", **more}) for _ in range(3)]:
-            if more.get("tokens") == 2 and one.exception(30) is None:
-                continue  # that was whole before it left
+        for one in [threads.submit(ask, server, "later") for _ in range(3)]:
             with pytest.raises((openai.InternalServerError, openai.APIConnectionError), match=r"the engine has ended|Connection"):
                 one.result(30)  # who comes later finds no server
         with pytest.raises(openai.APIError, match="the engine has ended"):
             list(stream)
-        soon(lambda: not server.engine.is_alive)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        torch.AcceleratorError("CUDA error: out of memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-    ids=type,
-)
-def test_a_device_without_memory_goes_on(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fails(*_: Any) -> Any:
-        raise error
-
-    with serving(made["base"]) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(Lane, "step", fails)
-            with pytest.raises(openai.InternalServerError, match=type(error).__name__):
-                ask(server, "tiny")
-        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+        with pytest.raises(GatewiseError, match="the engine has ended by a fault"):
+            run.result(30)
+    assert "illegal memory access" in capsys.readouterr().err

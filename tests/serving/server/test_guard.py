@@ -9,7 +9,9 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from gatewise.errors import GatewiseError
 from gatewise.serving.server import guard
+from gatewise.serving.server.reach import check_reach
 
 Guarded = Callable[..., TestClient]
 
@@ -82,6 +84,16 @@ def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:
     assert asked.options("/v1/completions").status_code == 401
     assert asked.post("/v1/completions", headers=first).status_code == 401
     assert guarded(VLLM_API_KEY="").get("/metrics").is_success  # which vLLM takes for none, too
+
+
+def test_nobody_else_is_let_in_without_a_key() -> None:
+    assert check_reach("127.0.0.1", None) == {"127.0.0.1", "localhost", "[::1]"}
+    assert check_reach("0.0.0.0", "a secret") is None
+    with pytest.raises(GatewiseError, match="lets other machines in: give a key"):
+        check_reach("0.0.0.0", None)
+    for key in ("", " ", "a\nb", "é", " secret", "secret "):  # HTTP takes blanks off, and nobody would be let in
+        with pytest.raises(GatewiseError, match="the API key is empty"):
+            check_reach("127.0.0.1", key)
 
 
 def test_no_page_of_another_site_asks_without_a_key(guarded: Guarded) -> None:

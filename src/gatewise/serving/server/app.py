@@ -8,67 +8,39 @@ Who may ask is settled before, by guard.py. A POST has to come as JSON, which no
 
 import asyncio
 import json
+import secrets
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.serving.constraints import Constraint
-from gatewise.serving.server.bodies import BadRequestError, Body, Chat, Completion, read
-from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
-from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, TokenLogprobs
+from gatewise.serving.server.bodies import Body, Chat, Completion, RefusedError, read
+from gatewise.serving.server.catalogue import Version
+from gatewise.serving.server.engine import Answer, Limit, Piece
 from gatewise.serving.server.guard import Guard
-from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.text import Tokenizers
+
+if TYPE_CHECKING:
+    from gatewise.serving.server.running import AdapterServer
 
 _TYPES = {404: "NotFoundError", 415: "UnsupportedMediaTypeError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 _Made = TypeVar("_Made")
 
 
-@dataclass(frozen=True)
-class Served:
-    """What an app answers with.
-
-    Attributes:
-        base: the base model's name.
-        length: the most tokens of prompt and answer together.
-        vocabulary: token ids are below it.
-        constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
-        key: without which nothing but /health is answered; None: everybody may ask.
-        hosts: what may stand in ``Host``, None for anything.
-        encoding: the one thread of the tokenizers, which are not for several; a long prompt then keeps nobody from being heard.
-    """
-
-    base: str
-    engine: Engine
-    catalogue: Catalogue
-    tokenizers: Tokenizers
-    metrics: Metrics
-    length: int
-    vocabulary: int
-    constraints: Mapping[str, Constraint]
-    key: str | None
-    hosts: frozenset[str] | None
-    encoding: ThreadPoolExecutor
-
-
-def app(served: Served) -> Starlette:
+def app(server: "AdapterServer") -> Starlette:
     """The app of a server whose engine runs."""
     created = int(time.time())
 
@@ -79,26 +51,26 @@ def app(served: Served) -> Starlette:
             "created": created if version is None else version.created,
             "owned_by": "gatewise",
             "root": name,
-            "parent": None if version is None else served.base,
-            "max_model_len": served.length,
+            "parent": None if version is None else server.name,
+            "max_model_len": server.length,
         }
 
     def version_of(name: str) -> Version | None:
-        if name == served.base:
+        if name == server.name:
             return None
         try:
-            return served.catalogue[name]
+            return server.catalogue[name]
         except KeyError:
-            raise HTTPException(404, f"The model {name!r} does not exist.") from None
+            raise RefusedError(f"The model {name!r} does not exist.", 404, "model") from None
 
     async def health(request: Request) -> Response:
-        return Response() if served.engine.is_alive else _error("the engine has ended", 503)
+        return Response(status_code=200 if server.engine.is_alive else 503)
 
     async def metrics(request: Request) -> Response:
-        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(request: Request) -> Response:
-        rows = [card(served.base, None), *(card(one.name, one) for one in served.catalogue.all())]
+        rows = [card(server.name, None), *(card(one.name, one) for one in server.catalogue.all())]
         return _json({"object": "list", "data": rows})
 
     async def model(request: Request) -> Response:
@@ -107,21 +79,21 @@ def app(served: Served) -> Starlette:
 
     async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "expected a body of type application/json")
+            raise RefusedError("expected a body of type application/json", 415)
         body: Chat | Completion = read(kind, await request.body())
         version = version_of(body.model)
         count = body.n * (len(body.prompt) if isinstance(body, Completion) else 1)
-        if count > served.engine.most_waiting:
-            said = f"{count} answers were asked for at once: expected at most {served.engine.most_waiting}"
-            raise BadRequestError(said, "n")
+        if count > server.engine.most_waiting:
+            said = f"{count} answers were asked for at once: expected at most {server.engine.most_waiting}"
+            raise RefusedError(said, param="n")
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
         def send_piece(number: int, piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-        answers = await loop.run_in_executor(served.encoding, _answers, served, body, version, send_piece)
-        served.engine.ask(answers)
+        answers = await loop.run_in_executor(server.encoding, _answers, server, body, version, send_piece)
+        server.engine.ask(answers)
         writing = _Writing(body, answers, pieces)
         try:
             if not body.stream:
@@ -129,9 +101,9 @@ def app(served: Served) -> Starlette:
             events = writing.events()
             first = await _while_connected(request, anext(events))  # an error until then is an answer with its own status
         except BaseException:
-            served.engine.cancel(answers)
+            server.engine.cancel(answers)
             raise
-        return _Stream(_lines(first, events), lambda: served.engine.cancel(answers))
+        return _Stream(_lines(first, events), lambda: server.engine.cancel(answers))
 
     made = Starlette(
         routes=[
@@ -142,8 +114,8 @@ def app(served: Served) -> Starlette:
             Route("/v1/completions", partial(answer_request, kind=Completion), methods=["POST"]),
             Route("/v1/chat/completions", partial(answer_request, kind=Chat), methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, hosts=served.hosts, key=served.key)],
-        exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _known_error) | {Exception: _unknown_error},
+        middleware=[Middleware(Guard, hosts=server.hosts, key=server.key)],
+        exception_handlers={HTTPException: _known_error, RefusedError: _known_error, Exception: _unknown_error},
     )
     made.router.redirect_slashes = False
     return made
@@ -152,71 +124,72 @@ def app(served: Served) -> Starlette:
 # ---- what is asked ----
 
 
-def _answers(served: Served, body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
+def _answers(server: "AdapterServer", body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
     """The answers that a request asks for, in the thread of the tokenizers.
 
     Args:
         send_piece: called with the number of an answer, and a piece of it.
     """
     try:
-        tokenizer = served.tokenizers.of(version)
+        tokenizer = server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
-            served.catalogue.note(version.folder, str(error))
-        raise NotLoadedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log") from error
+            server.catalogue.note(version.folder, str(error))
+        raise RefusedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log", 500, "model") from error
     prompts: list[Any] = [_chat_ids(tokenizer, body)] if isinstance(body, Chat) else body.prompt
     answers: list[Answer] = []
     for prompt in prompts:
         ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if isinstance(prompt, str) else prompt
         if not ids:
-            raise BadRequestError("prompt has no token: expected a text that is not empty", "prompt")
-        most = _most_tokens(ids, body, served)
+            raise RefusedError("prompt has no token: expected a text that is not empty", param="prompt")
+        most = _most_tokens(ids, body, server)
         for copy in range(body.n):
             send = partial(send_piece, len(answers))
-            limit = _limit(body, served, tokenizer, most)
-            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, send, limit))
+            limit = _limit(body, server, tokenizer, most)
+            seed = secrets.randbits(63) if body.seed is None else (body.seed + copy) % 2**63
+            answers.append(Answer(body, version, ids, most, seed, tokenizer, send, limit))
     return answers
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        raise BadRequestError(f"the tokenizer of {body.model!r} has no chat template: ask /v1/completions", "messages")
+        raise RefusedError(f"the tokenizer of {body.model!r} has no chat template: ask /v1/completions", param="messages")
     messages = [one.model_dump(include={"role", "content"}) for one in body.messages]
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise BadRequestError(f"the chat template does not take these messages: {reason_of(error)}", "messages") from error
+        raise RefusedError(f"the chat template does not take these messages: {reason_of(error)}", param="messages") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _most_tokens(ids: Sequence[int], body: Chat | Completion, served: Served) -> int:
+def _most_tokens(ids: Sequence[int], body: Chat | Completion, server: "AdapterServer") -> int:
     """The most tokens of the answer to a prompt, which has to fit."""
-    if not all(0 <= one < served.vocabulary for one in ids):
-        raise BadRequestError(f"prompt has token ids outside of the model's vocabulary of {served.vocabulary}", "prompt")
-    room = served.length - len(ids)
+    if not all(0 <= one < server.vocabulary for one in ids):
+        raise RefusedError(f"prompt has token ids outside of the model's vocabulary of {server.vocabulary}", param="prompt")
+    room = server.length - len(ids)
     asked = body.max_tokens
     if room < (asked or 1):
         wanted = "" if asked is None else f" and max_tokens is {asked}"
-        raise BadRequestError(
-            f"This model's maximum context length is {served.length} tokens, but the prompt has {len(ids)} tokens{wanted}: shorten "
+        raise RefusedError(
+            f"This model's maximum context length is {server.length} tokens, but the prompt has {len(ids)} tokens{wanted}: shorten "
             "either",
-            "prompt" if room < 1 else "max_tokens",
+            param="prompt" if room < 1 else "max_tokens",
         )
     return asked if asked is not None else room if isinstance(body, Chat) else min(room, 16)
 
 
-def _limit(body: Body, served: Served, tokenizer: PreTrainedTokenizerBase, most: int) -> Limit | None:
+def _limit(body: Body, server: "AdapterServer", tokenizer: PreTrainedTokenizerBase, most: int) -> Limit | None:
     """What keeps an answer to what was asked for."""
     if not body.vllm_xargs:
         return None
     (name, value), *others = body.vllm_xargs.items()
-    if others or name not in served.constraints:
-        known = ", ".join(served.constraints) or "nothing"
-        raise BadRequestError(f"vllm_xargs has {', '.join(body.vllm_xargs)}: this server serves one of {known}", "vllm_xargs")
+    if others or name not in server.constraints:
+        known = ", ".join(server.constraints) or "nothing"
+        raise RefusedError(f"vllm_xargs has {', '.join(body.vllm_xargs)}: this server serves one of {known}", param="vllm_xargs")
     try:
-        return served.constraints[name].limit(str(value), tokenizer, sorted(served.engine.ends), most, served.vocabulary)
+        return server.constraints[name].limit(str(value), tokenizer, sorted(server.engine.ends), most, server.vocabulary)
     except GatewiseError as error:
-        raise BadRequestError(f"vllm_xargs, {name}: {error}", "vllm_xargs") from error
+        raise RefusedError(f"vllm_xargs, {name}: {error}", param="vllm_xargs") from error
 
 
 # ---- answers ----
@@ -248,15 +221,14 @@ class _Writing:
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request that is no stream."""
-        pieces: list[list[Piece]] = [[] for _ in self._answers]
+        texts, ends = [""] * len(self._answers), [""] * len(self._answers)
         async for number, piece in self._each():
-            pieces[number].append(piece)
+            texts[number] += piece.text
+            ends[number] = piece.finish or ""
         choices = []
-        for number, own in enumerate(pieces):
-            text, tokens = "".join(piece.text for piece in own), [one for piece in own for one in piece.logprobs]
+        for number, text in enumerate(texts):
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            end = {"logprobs": self._logprobs(number, tokens), "finish_reason": own[-1].finish}
-            choices.append({"index": number, **content, **end})
+            choices.append({"index": number, **content, "logprobs": None, "finish_reason": ends[number]})
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
@@ -269,10 +241,10 @@ class _Writing:
             content: dict[str, Any] = {"text": piece.text}
             if self._is_chat:
                 content = {"delta": {**({} if number in started else {"role": "assistant"}), "content": piece.text}}
-            is_news = piece.text or piece.finish or piece.logprobs or (self._is_chat and number not in started)
+            is_news = piece.text or piece.finish or (self._is_chat and number not in started)
             started.add(number)
-            choice = {"index": number, **content, "logprobs": self._logprobs(number, piece.logprobs), "finish_reason": piece.finish}
             if is_news:
+                choice = {"index": number, **content, "logprobs": None, "finish_reason": piece.finish}
                 yield {**self._head(kind), "choices": [choice], **({"usage": None} if usage else {})}
         if usage:
             yield {**self._head(kind), "choices": [], "usage": self._usage()}
@@ -284,41 +256,19 @@ class _Writing:
         read = sum(len(one.prompt) for one in self._answers) // self._body.n
         return {"prompt_tokens": read, "completion_tokens": self._tokens, "total_tokens": read + self._tokens}
 
-    def _logprobs(self, number: int, found: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if self._body.counted_logprobs is None:
-            return None
-        tokenizer = self._answers[number].tokenizer
-
-        def shown(token: int) -> str:
-            return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
-        if self._is_chat:
-
-            def entry(token: int, logprob: float) -> dict[str, Any]:
-                text = shown(token)
-                return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
-
-            rows = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in found]
-            return {"content": rows}
-        return {
-            "tokens": [shown(one.token) for one in found],
-            "token_logprobs": [_finite(one.logprob) for one in found],
-            "top_logprobs": [{shown(token): _finite(logprob) for token, logprob in one.top} for one in found],
-        }
-
 
 async def _while_connected(request: Request, made: Awaitable[_Made]) -> _Made:
     """What an awaitable gives, which is given up when the client goes.
 
     Raises:
-        ClientDisconnect: it went.
+        RefusedError: it went.
     """
     making = asyncio.ensure_future(made)
     going = asyncio.ensure_future(request.receive())  # after the body comes nothing but that the client is gone
     try:
         await asyncio.wait((making, going), return_when=asyncio.FIRST_COMPLETED)
         if not making.done():
-            raise ClientDisconnect
+            raise RefusedError("the client is gone")
         return making.result()
     finally:
         going.cancel()
@@ -350,16 +300,12 @@ async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -
         async for event in events:
             yield _event(event)
     except Exception as error:
-        yield _event(_error_of(_message_of(error), 500))
+        yield _event(_error_of(error, 500))
     yield b"data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # as vLLM; JSON has no infinity
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -368,39 +314,21 @@ def _json(value: Any, status: int = 200) -> Response:
 
 # ---- errors ----
 
-# Errors whose messages clients get, with their status.
-_KNOWN: dict[type[Exception], int] = {
-    BadRequestError: 400,
-    ClientDisconnect: 400,
-    BusyError: 503,
-    ReplacedError: 503,
-    EndedError: 503,
-    NotLoadedError: 500,
-}
 
-
-def _error_of(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+def _error_of(error: Exception, status: int, param: str | None = None) -> dict[str, Any]:
+    message = f"a fault in gatewise ({type(error).__name__}): see the server's log"
+    if isinstance(error, GatewiseError | RefusedError):
+        message = str(error)
+    elif isinstance(error, HTTPException):
+        message = error.detail
     return {"error": {"message": message, "type": _TYPES.get(status, "BadRequestError"), "param": param, "code": status}}
 
 
-def _error(message: str, status: int, param: str | None = None) -> Response:
-    return _json(_error_of(message, status, param), status)
-
-
-def _message_of(error: Exception) -> str:
-    is_known = isinstance(error, (GatewiseError, *_KNOWN))
-    return str(error) if is_known else f"a fault in gatewise ({type(error).__name__}): see the server's log"
-
-
-def _known_error(request: Request, error: Exception) -> Response:
+def _known_error(request: Request, error: Any) -> Response:
     """What the client can put right, or has to wait for."""
-    if isinstance(error, HTTPException):
-        is_model = error.detail.startswith("The model")
-        return _error(error.detail, error.status_code, "model" if is_model else None)
-    answer = _error(
-        _message_of(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
-    )
-    if isinstance(error, BusyError | ReplacedError):
+    status = getattr(error, "status", None) or error.status_code
+    answer = _json(_error_of(error, status, getattr(error, "param", None)), status)
+    if status == 503:
         answer.headers["Retry-After"] = "2"
     return answer
 
@@ -408,4 +336,4 @@ def _known_error(request: Request, error: Exception) -> Response:
 def _unknown_error(request: Request, error: Exception) -> Response:
     """A fault of ours, which must not look like one of the client's."""
     traceback.print_exception(error, file=sys.stderr)
-    return _error(_message_of(error), 500)
+    return _json(_error_of(error, 500), 500)

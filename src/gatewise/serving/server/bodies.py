@@ -5,12 +5,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gatewise.checks import is_whole
-from gatewise.serving.server.engine import Sampling
 
 # Settings that are not served, with the values that change nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -55,16 +56,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-class BadRequestError(Exception):
-    """What the client can put right.
+class RefusedError(Exception):
+    """What a client is told.
 
     Args:
-        param: the field that it is about.
+        status: of HTTP; 503 where it helps to ask again.
+        param: the field of the request that it is about.
     """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.status, self.param = status, param
 
 
 class StreamOptions(BaseModel):
@@ -79,7 +81,7 @@ class Body(BaseModel):
     """What requests for texts and for chats have in common. A field that is null is one that was left out."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    only: ClassVar[dict[str, tuple[Any, ...]]] = _ONLY
+    only: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -106,33 +108,22 @@ class Body(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "Body":
         if "" in self.stop:
-            raise BadRequestError("stop has an empty text: leave it out", "stop")
+            raise RefusedError("stop has an empty text: leave it out", param="stop")
         if self.stream_options is not None and not self.stream:
-            raise BadRequestError("stream_options goes with stream as true: leave it out", "stream_options")
+            raise RefusedError("stream_options goes with stream as true: leave it out", param="stream_options")
         for name, given in (self.model_extra or {}).items():
             neutral = self.only.get(name, (given,))
             if not any(given == one and isinstance(given, bool) == isinstance(one, bool) for one in neutral):
-                raise BadRequestError(f"{name} is {_shown(given)}, which is not served here: leave it out", name)
+                raise RefusedError(f"{name} is {_shown(given)}, which is not served here: leave it out", param=name)
         return self
-
-    def sampling(self, most: int, number: int) -> Sampling:
-        """How the tokens of the answer of this number are chosen, at most so many."""
-        seed = None if self.seed is None else self.seed + number
-        return Sampling(most, self.temperature, self.top_p, seed, tuple(self.stop), self.ignore_eos, self.counted_logprobs)
-
-    @property
-    def counted_logprobs(self) -> int | None:
-        """Of how many tokens at each place log-probabilities are told, beside the chosen one; None: of none."""
-        raise NotImplementedError
 
 
 class Completion(Body):
     """The body of ``/v1/completions``."""
 
-    only = _ONLY | {"add_special_tokens": (True,), "max_completion_tokens": (), "top_logprobs": (0,)}
+    only = _ONLY | {"add_special_tokens": (True,), "max_completion_tokens": ()}
 
     prompt: Any
-    logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "Completion":
@@ -140,13 +131,9 @@ class Completion(Body):
         prompts = given if isinstance(given, list) and given and not all(map(is_whole, given)) else [given]
         if not all(isinstance(one, str) or (isinstance(one, list) and one and all(map(is_whole, one))) for one in prompts):
             said = "prompt: expected a text, a list of texts, token ids or a list of token ids, none of them empty"
-            raise BadRequestError(said, "prompt")
+            raise RefusedError(said, param="prompt")
         self.prompt = prompts
         return self
-
-    @property
-    def counted_logprobs(self) -> int | None:
-        return self.logprobs
 
 
 class Message(BaseModel):
@@ -165,7 +152,7 @@ class Message(BaseModel):
         if not isinstance(content, list):
             return content
         if not all(isinstance(one, dict) and one.get("type") == "text" and isinstance(one.get("text"), str) for one in content):
-            raise BadRequestError("messages: content has parts that are no text, which is not served here", "messages")
+            raise RefusedError("messages: content has parts that are no text, which is not served here", param="messages")
         return "\n".join(one["text"] for one in content)
 
 
@@ -176,19 +163,11 @@ class Chat(Body):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
 
     @model_validator(mode="after")
     def _check_chat(self) -> "Chat":
-        if self.top_logprobs and not self.logprobs:
-            raise BadRequestError("top_logprobs was given without logprobs: give logprobs as true", "top_logprobs")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
-
-    @property
-    def counted_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -198,7 +177,7 @@ def read(kind: type[AnyBody], content: bytes) -> AnyBody:
     """A body of JSON.
 
     Raises:
-        BadRequestError: it makes no sense, or is not served.
+        RefusedError: it makes no sense, or is not served.
     """
     try:
         return kind.model_validate_json(content)
@@ -206,7 +185,7 @@ def read(kind: type[AnyBody], content: bytes) -> AnyBody:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         what = f"{place} is {_shown(first['input'])}" if place and first["type"] != "missing" else place or "the body"
-        raise BadRequestError(f"{what}: {first['msg']}", str(first["loc"][0]) if place else None) from None
+        raise RefusedError(f"{what}: {first['msg']}", param=str(first["loc"][0]) if place else None) from None
 
 
 def _shown(value: Any) -> str:

@@ -25,9 +25,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
-from gatewise.checks import has_half_a_pair
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import NOT_SERVED
+from gatewise.serving.server.bodies import RefusedError
 from gatewise.serving.server.lanes import Kind
 
 SETTLED = 2.0  # seconds in which the files of a folder must not have changed
@@ -42,7 +42,7 @@ Signature = tuple[tuple[str, int, int, int, int], ...]
 """Of each file: name, bytes, times of its content and of itself, number on its disk."""
 
 
-class ReplacedError(Exception):
+class ReplacedError(RefusedError):
     """A version's files are no longer there."""
 
 
@@ -98,7 +98,7 @@ class Version:
                 except _GONE:
                     is_same = False
                 if not is_same:
-                    raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
+                    raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment", 503)
                 try:
                     yield copy
                 except GatewiseError as error:
@@ -196,7 +196,7 @@ class Catalogue:
         other = there.get(name) or self._versions.get(name)
         if other is not None and other.folder != folder and not _is_gone(other.folder):
             return f"two adapters are called {name!r}, {other.folder} and {folder}: rename one, or give them as NAME=FOLDER"
-        if has_half_a_pair(name) or not name.isprintable():
+        if not name.isprintable():
             return f"the folder {folder!r} has a name that no client can send: rename it"
         return None
 

@@ -7,7 +7,6 @@ when it is asked, and ends with it.
 Shapes: t tokens of a prompt, n rows, v vocabulary.
 """
 
-import secrets
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.products import BASE
+from gatewise.serving.server.bodies import Body, RefusedError
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version, describe_fault
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.metrics import Metrics
@@ -37,53 +37,18 @@ _GREEDY = 1e-5  # a lower temperature is none
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        max_tokens: of the answer, at most.
-        temperature: 0 takes the most probable token.
-        top_p: the smallest set of tokens that has this probability is drawn from.
-        seed: of what is drawn; None takes a new one.
-        stop: texts that end the answer.
-        ignore_eos: go on after the token that ends a text.
-        logprobs: of so many of the most probable tokens at each place, log-probabilities are given, and of the chosen one; None: of
-            none. They are those of the model, before a limit, temperature and top_p.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A token, its log-probability, and the most probable ones at its place with theirs."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
 class Piece:
     """What comes next of an answer.
 
     Attributes:
         text: that can be given out.
         tokens: that were written since the last piece; a piece's text may end with a part of theirs, the rest comes later.
-        logprobs: of each of them, if they were asked for.
         finish: "stop" or "length" in the last one.
         problem: in the last one, why there will be no more.
     """
 
     text: str = ""
     tokens: int = 0
-    logprobs: tuple[TokenLogprobs, ...] = ()
     finish: str | None = None
     problem: Exception | None = None
 
@@ -93,17 +58,20 @@ class Answer:
     """One answer that is asked for.
 
     Args:
-        model: the name that the client gave.
+        body: the request.
         version: of the adapter, None for the base model.
         prompt: token ids.
+        max_tokens: of the answer, at most.
+        seed: of what is drawn.
         send: called with each piece, in the engine's thread.
         limit: what may be written; None leaves it free.
     """
 
-    model: str
+    body: Body
     version: Version | None
     prompt: list[int]
-    sampling: Sampling
+    max_tokens: int
+    seed: int
     tokenizer: PreTrainedTokenizerBase
     send: Callable[[Piece], None]
     limit: Limit | None = None
@@ -113,21 +81,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.writing = Writing(self.tokenizer, self.prompt, self.sampling.stop)
-        seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed % 2**63
-        self.generator = torch.Generator().manual_seed(seed)
-
-
-class BusyError(Exception):
-    """There is no room for more requests at the moment."""
-
-
-class EndedError(Exception):
-    """The engine has ended by a fault, and writes nothing more."""
-
-
-class NotLoadedError(Exception):
-    """The adapter of a request could not be loaded."""
+        self.writing = Writing(self.tokenizer, self.prompt, self.body.stop)
+        self.generator = torch.Generator().manual_seed(self.seed)
 
 
 class Engine:
@@ -188,14 +143,13 @@ class Engine:
         """Has answers written, all of them or none.
 
         Raises:
-            BusyError: too many wait already, or the server is ending.
-            EndedError: it has ended by a fault.
+            RefusedError: too many wait already, or it has ended.
         """
         with self._news:
             if self._is_ending:
                 raise self._why_ended()
             if len(self._waiting) + len(answers) > self.most_waiting:
-                raise BusyError(f"{len(self._waiting)} requests wait already: ask again in a moment")
+                raise RefusedError(f"{len(self._waiting)} requests wait already: ask again in a moment", 503)
             self._waiting.extend(answers)
             self._news.notify()
 
@@ -254,7 +208,7 @@ class Engine:
             lane.clear()  # PEFT's call holds a lock that no other thread can give back
 
     def _why_ended(self) -> Exception:
-        return EndedError("the engine has ended: see the server's log") if self.is_broken else BusyError("the server is ending")
+        return RefusedError("the engine has ended: see the server's log" if self.is_broken else "the server is ending", 503)
 
     def _has_work(self) -> bool:
         """Waits until there is something to do; false at the end."""
@@ -281,7 +235,7 @@ class Engine:
             one = self._waiting[0]
             try:
                 lane = self._lane_of(one)
-            except (NotLoadedError, ReplacedError) as error:
+            except RefusedError as error:
                 self._fail(one, error)
             else:
                 if lane is None:
@@ -297,13 +251,14 @@ class Engine:
         """The lane of an answer, with its adapter loaded; None where all that are loaded are in use.
 
         Raises:
-            NotLoadedError, ReplacedError: it cannot be loaded.
+            RefusedError: it cannot be loaded.
         """
         version = answer.version
         if version is None:
             return self._plain
         if version not in self._loaded:
-            hidden = NotLoadedError(f"the adapter {version.name!r} cannot be loaded: see the server's log")  # which names files
+            said = f"the adapter {version.name!r} cannot be loaded: see the server's log"  # which names files
+            hidden = RefusedError(said, 500, "model")
             if version.is_given_up:
                 raise hidden
             if not self._make_room():
@@ -340,14 +295,11 @@ class Engine:
 
     def _unload(self, version: Version) -> None:
         lane = self._loaded.pop(version)
-        try:
-            if lane is not self._plain and lane.names == {version.key}:
-                lane.clear()
-                del self._running[lane]
-            else:
-                lane.unload(version.key)
-        except Exception as error:  # what is left of it is asked for by nobody
-            self._print(error)
+        if lane is not self._plain and lane.names == {version.key}:
+            lane.clear()
+            del self._running[lane]
+        else:
+            lane.unload(version.key)
 
     def _unload_gone(self) -> None:
         """Versions that are no longer in their folders, once nobody needs them."""
@@ -367,7 +319,7 @@ class Engine:
             self._print(error)
             self._fail(one, error)
             return
-        self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
+        self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.body.model)
         self._running[lane].append(one)
         try:
             lane.join(prompt)
@@ -401,24 +353,22 @@ class Engine:
 
     def _write_token(self, one: Answer, logits: Tensor) -> None:
         """Chooses a token by logits (v) and gives it out."""
-        sampling = one.sampling
         scores = logits if one.limit is None else one.limit(one.tokens, logits)
         best, place = scores.max(dim=-1)
         if not best.isfinite():  # there is a NaN, or nothing that may come
-            raise NotLoadedError(f"the model {one.model!r} wrote what is no number")
-        token = int(place) if sampling.temperature < _GREEDY else _draw(scores.cpu(), sampling, one.generator)
-        logprobs = () if sampling.logprobs is None else (_token_logprobs(logits, token, sampling.logprobs),)
+            raise RefusedError(f"the model {one.body.model!r} wrote what is no number", 500, "model")
+        token = int(place) if one.body.temperature < _GREEDY else _draw(scores.cpu(), one)
         one.tokens.append(token)
         if len(one.tokens) == 1:
-            self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.model)
-        self._metrics.count("gatewise_generated_tokens_total", model=one.model)
-        is_end = token in self.ends and not sampling.ignore_eos
+            self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.body.model)
+        self._metrics.count("gatewise_generated_tokens_total", model=one.body.model)
+        is_end = token in self.ends and not one.body.ignore_eos
         text = "" if is_end else one.writing.add(token)
-        finish = "stop" if is_end or one.writing.stopped else "length" if len(one.tokens) >= sampling.max_tokens else None
+        finish = "stop" if is_end or one.writing.stopped else "length" if len(one.tokens) >= one.max_tokens else None
         if finish is not None:
             text += one.writing.end()
             self._ended(one, finish)
-        one.send(Piece(text, 1, logprobs, finish))
+        one.send(Piece(text, 1, finish))
 
     def _keep(self, lane: Lane) -> None:
         """Those who are done leave."""
@@ -439,13 +389,13 @@ class Engine:
 
     def _fail(self, one: Answer, problem: Exception) -> None:
         if not one.is_done and not one.cancelled:
-            self._ended(one, "refused" if isinstance(problem, BusyError | ReplacedError) else "failed")
+            self._ended(one, "refused" if getattr(problem, "status", 500) == 503 else "failed")
             one.send(Piece(problem=problem))
 
     def _ended(self, one: Answer, how: str) -> None:
         one.is_done = True
-        self._metrics.count("gatewise_requests_total", model=one.model, how=how)
-        self._metrics.took("gatewise_request_seconds", time.monotonic() - one.asked, model=one.model)
+        self._metrics.count("gatewise_requests_total", model=one.body.model, how=how)
+        self._metrics.took("gatewise_request_seconds", time.monotonic() - one.asked, model=one.body.model)
 
     def _print(self, error: Exception) -> None:
         """Prints a fault that is not one of a request or an adapter.
@@ -456,7 +406,7 @@ class Engine:
         """
         if self.is_alive and _is_dead(error):
             raise error
-        if not isinstance(error, GatewiseError | NotLoadedError):
+        if not isinstance(error, GatewiseError | RefusedError):
             traceback.print_exception(error, file=sys.stderr)
 
 
@@ -472,22 +422,16 @@ def _is_dead(error: BaseException | None) -> bool:
     return is_fault and not any(one in str(error) for one in wants_memory)
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _draw(logits: Tensor, one: Answer) -> int:
     """A token of logits (v,)."""
-    probabilities = (logits / sampling.temperature).softmax(dim=-1)
-    if sampling.top_p < 1:
+    probabilities = (logits / one.body.temperature).softmax(dim=-1)
+    if one.body.top_p < 1:
         ordered, places = probabilities.sort(descending=True)
-        is_out = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        is_out = ordered.cumsum(dim=-1) - ordered >= one.body.top_p
         is_out[0] = False  # or no token would be in where top_p is zero in this precision
         probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered.masked_fill(is_out, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    logprobs = logits.log_softmax(dim=-1)
-    top = logprobs.topk(min(count, len(logprobs)))
-    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    return int(torch.multinomial(probabilities, 1, generator=one.generator))
 
 
 def _by_model(answers: Sequence[Answer]) -> dict[tuple[tuple[str, str], ...], float]:
-    return dict(Counter((("model", one.model),) for one in answers))
+    return dict(Counter((("model", one.body.model),) for one in answers))

@@ -8,17 +8,6 @@ from collections.abc import Callable, Mapping
 Labels = tuple[tuple[str, str], ...]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_HELP = {
-    "gatewise_requests_total": "Answers that ended, by model and how: stop, length, cancelled, failed or refused.",
-    "gatewise_prompt_tokens_total": "Tokens of prompts that were read.",
-    "gatewise_generated_tokens_total": "Tokens that were written.",
-    "gatewise_adapter_loads_total": "Times that an adapter was loaded into the model.",
-    "gatewise_first_token_seconds": "From the request to the first token.",
-    "gatewise_request_seconds": "From the request to the last token.",
-    "gatewise_running": "Answers that are being written.",
-    "gatewise_waiting": "Requests that wait for their turn.",
-    "gatewise_adapters_loaded": "Adapters that are in the model.",
-}
 
 
 class Metrics:
@@ -26,11 +15,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
+        self._counts: dict[str, dict[Labels, int]] = defaultdict(lambda: defaultdict(int))
         self._seconds: dict[str, dict[Labels, list[float]]] = defaultdict(dict)  # buckets, then the sum
         self.gauges: dict[str, Callable[[], Mapping[Labels, float]]] = {}
 
-    def count(self, name: str, by: float = 1, **labels: str) -> None:
+    def count(self, name: str, by: int = 1, **labels: str) -> None:
         with self._lock:
             self._counts[name][tuple(labels.items())] += by
 
@@ -45,25 +34,19 @@ class Metrics:
         lines: list[str] = []
         with self._lock:
             for name, rows in sorted(self._counts.items()):
-                _head(lines, name, "counter")
-                lines += [f"{name}{_labels(labels)} {_number(value)}" for labels, value in rows.items()]
+                lines += [f"# TYPE {name} counter", *(f"{name}{_labels(labels)} {value}" for labels, value in rows.items())]
             for name, histograms in sorted(self._seconds.items()):
-                _head(lines, name, "histogram")
+                lines.append(f"# TYPE {name} histogram")
                 for labels, held in histograms.items():
                     total = 0.0
                     for most, value in zip((*map(str, _SECONDS), "+Inf"), held, strict=False):
                         total += value
-                        lines.append(f"{name}_bucket{_labels((*labels, ('le', most)))} {_number(total)}")
+                        lines.append(f"{name}_bucket{_labels((*labels, ('le', most)))} {total}")
                     lines.append(f"{name}_sum{_labels(labels)} {held[-1]:.6f}")
-                    lines.append(f"{name}_count{_labels(labels)} {_number(total)}")
+                    lines.append(f"{name}_count{_labels(labels)} {total}")
         for name, ask in sorted(self.gauges.items()):
-            _head(lines, name, "gauge")
-            lines += [f"{name}{_labels(labels)} {_number(value)}" for labels, value in ask().items()]
+            lines += [f"# TYPE {name} gauge", *(f"{name}{_labels(labels)} {value}" for labels, value in ask().items())]
         return "\n".join(lines) + "\n"
-
-
-def _head(lines: list[str], name: str, kind: str) -> None:
-    lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} {kind}"]
 
 
 def _labels(labels: Labels) -> str:
@@ -72,7 +55,3 @@ def _labels(labels: Labels) -> str:
 
 
 _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(value)

@@ -11,7 +11,7 @@ from gatewise.errors import GatewiseError
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_model, load_tokenizer, text_positions
 from gatewise.serving.constraints import Constraint
-from gatewise.serving.server.app import Served, app
+from gatewise.serving.server.app import app
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
@@ -20,27 +20,6 @@ from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_o
 from gatewise.serving.server.text import Tokenizers
 
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
-
-# Of a model's generation_config.json what would change the most probable answer, with the values that change nothing.
-_PASSED_OVER: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "exponential_decay_length_penalty": (),
-    "bad_words_ids": ([],),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": ({}, []),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "stop_strings": ([],),
-    "guidance_scale": (1,),
-    "watermarking_config": (),
-    "num_beams": (1,),
-}
 
 
 class AdapterServer:
@@ -56,7 +35,7 @@ class AdapterServer:
         device, dtype: of the base model.
         most_tokens: of prompt and answer together; by default the model's positions.
         most_loaded, most_running, most_waiting: see :class:`Engine`.
-        constraints: see :class:`Served`.
+        constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
         every, settled: seconds between two looks at the folders, and in which a folder must not have changed.
         say: told in a line what happens.
 
@@ -64,6 +43,10 @@ class AdapterServer:
         url: of the server.
         name: of the base model.
         catalogue, metrics: what there is, and what it did.
+        length: the most tokens of prompt and answer together.
+        vocabulary: token ids are below it.
+        hosts: what may stand in ``Host``, None for anything.
+        encoding: the one thread of the tokenizers, which are not for several; a long prompt then keeps nobody from being heard.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -90,7 +73,7 @@ class AdapterServer:
         say: Callable[[str], None] | None = None,
     ) -> None:
         say = say or (lambda text: print(text, file=sys.stderr))
-        hosts = check_reach(host, key)
+        self.hosts, self.key, self.constraints = check_reach(host, key), key, constraints or {}
         self.socket = listen(host, port)
         self.port: int = self.socket.getsockname()[1]
         try:
@@ -103,21 +86,18 @@ class AdapterServer:
             tokenizer = load_tokenizer(base)
             check_model(model)
             positions = text_positions(model)
-            length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
-            if length > positions:
-                raise GatewiseError(f"--max-model-len is {length}, but {base} has {positions} positions: give at most that")
+            self.length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
+            if self.length > positions:
+                raise GatewiseError(f"--max-model-len is {self.length}, but {base} has {positions} positions: give at most that")
             settings = model.generation_config
-            passed_over = [name for name, same in _PASSED_OVER.items() if getattr(settings, name, None) not in (None, *same)]
-            if passed_over:
-                names = ", ".join(passed_over)
-                say(
-                    f"note: {names} in the generation_config.json of {base}: passed over, answers are what the model writes without"
-                )
+            if getattr(settings, "repetition_penalty", None) not in (None, 1):
+                say(f"note: the repetition_penalty in the generation_config.json of {base} is passed over")
             given = getattr(settings, "eos_token_id", None)
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
-            self.metrics = metrics = Metrics()
+            self.metrics = Metrics()
+            self.tokenizers = Tokenizers(tokenizer)
             self.engine = Engine(
-                model, base, [one for one in ends if one is not None], self.catalogue, metrics,
+                model, base, [one for one in ends if one is not None], self.catalogue, self.metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self.end,
             )  # fmt: skip
             for version in self.catalogue.all():
@@ -128,26 +108,13 @@ class AdapterServer:
             self.socket.close()
             raise
         embeddings: Any = model.get_input_embeddings()
-        vocabulary = int(embeddings.weight.shape[0])
+        self.vocabulary = int(embeddings.weight.shape[0])
         self._every = every
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
+        self.encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
         self.url = url_of(host, self.port)
-        served = Served(
-            self.name,
-            self.engine,
-            self.catalogue,
-            Tokenizers(tokenizer),
-            metrics,
-            length,
-            vocabulary,
-            constraints or {},
-            key,
-            hosts,
-            self._encoding,
-        )
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app(served),
+                app(self),
                 http="h11",
                 ws="none",
                 loop="asyncio",
@@ -181,7 +148,7 @@ class AdapterServer:
         finally:
             self.catalogue.end()
             self.engine.end()
-            self._encoding.shutdown(wait=False, cancel_futures=True)
+            self.encoding.shutdown(wait=False, cancel_futures=True)
         if self.engine.is_broken:
             raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
 
