@@ -63,13 +63,13 @@ def random_adapter_folder(folder: Path) -> Path:
 
 
 def pdf(*pages: str) -> bytes:
-    """A PDF with a line of text a line, made by hand; an empty page has none, as a scanned one."""
+    """A PDF with a line of text a line, made by hand, and white for empty ones; an empty page has no text, as a scanned one."""
     objects = ["<< /Type /Catalog /Pages 2 0 R >>", "", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
     kids = []
     for page in pages:
         escape = str.maketrans({"(": "\\(", ")": "\\)"})
-        shown = "".join(f"({line.translate(escape)}) Tj 0 -14 Td " for line in page.split("\n") if line)
-        stream = f"BT /F1 11 Tf 40 780 Td {shown}ET" if shown else "q Q"
+        shown = "".join(f"({line.translate(escape)}) Tj 0 -14 Td " if line else "0 -14 Td " for line in page.split("\n"))
+        stream = f"BT /F1 11 Tf 40 780 Td {shown}ET" if page else "q Q"
         objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
         objects.append(
             "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Resources << /Font << /F1 3 0 R >> >>"

@@ -52,13 +52,10 @@ def test_extract_gives_every_format(gatewise: Gatewise, format: str) -> None:
 
 
 def test_extracted_trees_can_be_read_back(gatewise: Gatewise) -> None:
-    for name in ("trees.json", "trees.txt"):
-        result = gatewise("extract", "good.txt", "long.md", "-f", "json" if name.endswith("json") else "text", "-o", name)
-        assert result.exit_code == 0, result.output
-        read = read_trees(name)
-        assert not read.faults
-        assert read.records[0].text == TEXT
-        assert len(read.records) == 3
+    result = gatewise("extract", "good.txt", "long.md", "-f", "json", "-o", "trees.json")
+    assert result.exit_code == 0, result.output
+    read = read_trees("trees.json")
+    assert (read.faults, read.records[0].text, len(read.records)) == ({}, TEXT, 3)
     record = json.loads(Path("trees.json").read_text())[2]
     assert record["text"] == "Children with gout@Give naproxen to them."
     assert (record["source"], record["place"], record["headings"]) == ("long.md", "line 7", ["Children with gout"])

@@ -37,7 +37,6 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
     monkeypatch.setattr("gatewise_mdt.commands.review.webbrowser.open", lambda url: opened.append(url))
     opened: list[str] = []
     Path("trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": gout()[:3]}]))
-    Path("trees.txt").write_text("text: x\nif:\n")
     return lambda *words: CliRunner().invoke(app, ["mdt", "review", *map(str, words)])
 
 
@@ -53,7 +52,6 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
     ("words", "said"),
     [
         (["none.json"], "none.json: there is no such file"),
-        (["trees.txt"], "trees.txt, record 1, line 2"),
         (["trees.json", "--adapter", "nowhere"], "nowhere: there is no such folder"),
         (["trees.json", "--adapter", "."], "is not an adapter"),
         (["trees.json", "--out", "x.json"], "expected .jsonl"),
@@ -118,7 +116,7 @@ def test_without_the_extra_it_says_what_to_install(gatewise: Gatewise, monkeypat
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     assert_refused(gatewise("trees.json"), f"a review needs {name}, which is not installed: pip install gatewise-mdt")
-    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+    assert sorted(os.listdir()) == ["trees.json"]
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -144,7 +142,7 @@ def test_nothing_is_made_for_what_is_not_there(gatewise: Gatewise) -> None:
     assert_refused(gatewise("none/deep/er/x.pdf"), "there is no such file")
     assert_refused(gatewise("none.pdf", "--out", "new/deep/x.jsonl"), "there is no such file")
     assert_refused(gatewise("trees.json", "--adapter", "nowhere", "--out", "new/deep/x.jsonl"), "nowhere: there is no such folder")
-    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+    assert sorted(os.listdir()) == ["trees.json"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")

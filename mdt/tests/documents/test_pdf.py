@@ -1,12 +1,10 @@
-"""Pictures in a PDF, whose text no reader sees, are said to be there; logos, icons and what was recognised are not.
-
-A footnote leaves the foot of its page only for a place that refers to it.
-"""
+"""PDF beside the layout of its pages: what is printed on several pages, pictures, footnotes."""
 
 import io
 from collections.abc import Sequence
 
 import pytest
+from gatewise_mdt.documents.document import Document
 from gatewise_mdt.documents.reading import document_of
 from mdt_models import pdf
 
@@ -57,14 +55,10 @@ def notes(writer) -> tuple[str, ...]:
 def pages(count: int, text: str = WHOLE):
     writer = pypdf.PdfWriter(io.BytesIO(pdf(*[text] * count)))
     for page in writer.pages:
-        contents(writer, page, b"/Drawing0 Do /Drawing1 Do " + page.get_contents().get_data())
+        stream = pypdf.generic.StreamObject()
+        stream.set_data(b"/Drawing0 Do /Drawing1 Do " + page.get_contents().get_data())
+        page[pypdf.generic.NameObject("/Contents")] = writer._add_object(stream)
     return writer
-
-
-def contents(writer, page, data: bytes) -> None:
-    stream = pypdf.generic.StreamObject()
-    stream.set_data(data)
-    page[pypdf.generic.NameObject("/Contents")] = writer._add_object(stream)
 
 
 def test_pages_with_pictures_are_named() -> None:
@@ -79,60 +73,53 @@ def test_pages_with_pictures_are_named() -> None:
     assert note.startswith("gout.pdf has pictures on pages 2-3 of 4, which were not read: if they show text, such as a flow chart,")
 
 
-def test_a_page_whose_text_was_recognised_has_been_read() -> None:
-    writer = pages(1)
-    draws(writer.pages[0], [picture(writer)])
-    assert "pictures" in notes(writer)[0]
-    page = writer.pages[0]
-    contents(writer, page, page.get_contents().get_data().replace(b"BT ", b"BT 3 Tr "))
-    assert notes(writer) == ()
-
-
-RAISED = "<super rise=4 size=5>{}</super>".format
-FAILED = "Adults with gout should be given colchicine, unless the kidneys have failed"
-NEVER = "Never give it to adults who take clarithromycin."
-TABLETS = "2 tablets daily is the dose of adults."
-
-
-def footed(text: str, *notes: str) -> list[str]:
-    """The texts of a page with small print below."""
+def test_a_footnote_stays_where_it_is_printed_with_a_note() -> None:
     pytest.importorskip("reportlab")
     from reportlab.lib.styles import ParagraphStyle
     from reportlab.platypus import Paragraph, SimpleDocTemplate
 
+    raised = "<super rise=4 size=5>{}</super>".format
+    text = (
+        f"With platelets below 10{raised(9)}/L or an eGFR below 45 mL/min/1.73 m{raised(2)}{raised('a')} never give any{raised(1)}."
+    )
+    notes = [f"{raised(1)}Not to adults who take clarithromycin,<br/>nor to children.", f"{raised('a')}In acute illness."]
+    styles = [ParagraphStyle("p", fontSize=size, leading=1.2 * size, spaceAfter=12) for size in (12, 9)]
     made = io.BytesIO()
-    styles = [ParagraphStyle("p", fontSize=size, leading=16, spaceAfter=12) for size in (12, 9)]
     SimpleDocTemplate(made).build([Paragraph(text, styles[0]), *(Paragraph(note, styles[1]) for note in notes)])
-    return [block.text for block in document_of(made.getvalue(), "gout.pdf", ".pdf").blocks]
+    blocks = document_of(made.getvalue(), "gout.pdf", ".pdf").blocks
+    assert [block.text for block in blocks] == [
+        "With platelets below 10^9/L or an eGFR below 45 mL/min/1.73 m2a never give any[1].",
+        "1 Not to adults who take clarithromycin, nor to children.",
+        "a In acute illness.",
+    ]
+    assert [["perhaps a footnote" in note for note in block.notes] for block in blocks] == [[], [True], [True]]
 
 
-def test_a_footnote_stays_where_it_stands_unless_something_refers_to_it() -> None:
-    assert footed(f"{FAILED}{RAISED(1)}.", f"{RAISED(1)}{NEVER}") == [f"{FAILED}.", f"Footnote: {NEVER}"]
-    after_a_number = footed(f"{FAILED} or the eGFR is below 30{RAISED(1)}.", f"{RAISED(1)}{NEVER}")
-    assert after_a_number == [f"{FAILED} or the eGFR is below 30^1.", f"1{NEVER}"]
-    both = footed(f"{FAILED}{RAISED(1)} or the eGFR is below 30{RAISED(2)}.", f"{RAISED(1)}{NEVER}", f"{RAISED(2)}Give less.")
-    assert both == [f"{FAILED} or the eGFR is below 30^2.", f"Footnote: {NEVER}", "2Give less."]
+BODY = "\n".join([WHOLE] * 3)
 
 
-@pytest.mark.parametrize("begin", ["99</super>mTc", "18</super>F", "a</super>FP"])
-def test_a_line_of_a_footnote_may_begin_with_something_raised(begin: str) -> None:
-    """What can be the mark of no footnote after it ends none."""
-    more = f"{NEVER}<br/><super rise=4 size=5>{begin} says more."
-    (_, note) = footed(f"{FAILED} {FAILED} {FAILED}{RAISED(1)}.", f"{RAISED(1)}{more}")
-    assert note == f"Footnote: {NEVER} {begin.replace('</super>', '')} says more."
+def printed(*texts: str) -> Document:
+    return document_of(pdf(*texts), "gout.pdf", ".pdf")
 
 
-@pytest.mark.parametrize("marks", ["1,2", "2,1"])
-def test_of_several_marks_those_are_followed_whose_footnotes_are_there(marks: str) -> None:
-    assert footed(f"{FAILED}{RAISED(marks)}.", f"{RAISED(1)}{NEVER}") == [f"{FAILED}[2].", f"Footnote: {NEVER}"]
+def test_what_stands_at_the_edges_of_pages_is_left_out_with_a_note_unless_it_is_a_warning() -> None:
+    pages = [f"House guideline\n\n\n{BODY}{chr(10) * 46}Do not use in pregnancy\n\n{number} of 3" for number in (1, 2, 3)]
+    document = printed(*pages)
+    assert document.notes == ('gout.pdf: "House guideline", at the top or bottom of 3 pages, was left out',)
+    texts = [block.text for block in document.blocks]
+    assert texts.count("Do not use in pregnancy") == 1
+    assert document.blocks[0].notes == ("this stands at the top or bottom of 3 pages",)
+    assert not any("House" in text or "of 3" in text for text in texts)
 
 
-def test_the_power_of_a_unit_is_no_mark_of_a_footnote() -> None:
-    text = f"If the eGFR is above 45 mL/min/1.73 m{RAISED(2)} and the body mass index above 30 kg/m{RAISED(2)}, give metformin"
-    read = "If the eGFR is above 45 mL/min/1.73 m2 and the body mass index above 30 kg/m2, give metformin"
-    assert footed(f"{text}.", TABLETS) == [f"{read}.", TABLETS]
-    footnote = f"{RAISED(2)}{NEVER}"
-    assert footed(f"{text}{RAISED(2)}.", footnote) == [f"{read}.", f"Footnote: {NEVER}"]
-    assert footed(f"{text}{RAISED(2)}.", TABLETS, footnote) == [f"{read}.", f"Footnote: {NEVER}", TABLETS]
-    owned = f"If the weight is the patient's{RAISED(2)} and the eGFR is above 45 mL/min/1.73 m"
-    assert footed(f"{owned}{RAISED(2)}.", footnote)[1] == f"Footnote: {NEVER}"
+def test_a_number_at_the_edge_of_a_page_is_left_out_only_if_white_parts_it_from_the_text() -> None:
+    alone = printed(f"{BODY}{chr(10) * 50}4")
+    assert [block.text for block in alone.blocks] == [" ".join([WHOLE] * 3)]
+    dose = printed(f"{'It is so.' + chr(10) * 50}Give prednisolone at a dose of\n30\nmg.")
+    assert dose.blocks[-1].text == "Give prednisolone at a dose of 30 mg."
+
+
+def test_pages_without_text_are_named() -> None:
+    (note,) = printed(WHOLE, "", "", WHOLE, "").notes
+    assert note.startswith("gout.pdf has no text, or next to none, on pages 2-3, 5 of 5, as scanned pages have none: run text")
+    assert printed(WHOLE).notes == ()

@@ -1,22 +1,13 @@
 """Plain text and printed pages: headings are told from sentences, page numbers from doses, and the notes say what is left out."""
 
-import time
-
 import pytest
+from gatewise_mdt.documents.document import Document
 from gatewise_mdt.documents.passages import Passage, split_passages
-from gatewise_mdt.documents.reading import Document, document_of
-from mdt_models import pdf
-
-WHOLE = "Adults with an acute flare of gout should be given colchicine at once, unless their kidneys fail."
+from gatewise_mdt.documents.reading import document_of
 
 
 def text(said: str) -> Document:
     return document_of(said.encode(), "gout.txt", ".txt")
-
-
-def printed(*pages: str) -> Document:
-    pytest.importorskip("pypdf")
-    return document_of(pdf(*pages), "gout.pdf", ".pdf")
 
 
 def said(found: list[Passage]) -> str:
@@ -87,50 +78,6 @@ def test_a_title_stands_above_the_headings_of_a_text() -> None:
         ("Gout in adults", "Treatment", "1.1 Diet"),
     ]
     assert document.notes == ('gout.txt: a heading was left out, as nothing stands under: "Authors" (line 11)',)
-
-
-def test_a_number_within_a_page_or_a_text_is_a_dose() -> None:
-    lines = "Give prednisolone at a dose of\n30\nmg daily to adults with gout who cannot take colchicine."
-    assert said(split_passages(printed(lines))) == lines.replace("\n", " ")
-    assert said(split_passages(text(lines.replace("of\n30", "of\n\n30")))) == lines.replace("\n", " ")
-    assert said(split_passages(text(f"12\n{lines}\n12"))) == f"12 {lines} 12".replace("\n", " ")
-
-
-def test_page_numbers_go_from_the_edges_of_pages_alone() -> None:
-    dose = "Give prednisolone at a daily dose of"
-    assert "dose of 30 mg of it" in said(split_passages(printed(f"{WHOLE}\n{dose}\n30", f"mg of it.\n{WHOLE}")))
-    numbered = printed(f"7\n{WHOLE} Give\n30", f"8\nmg. {WHOLE}\n4/9")
-    assert said(split_passages(numbered)) == f"{WHOLE} Give 30 mg. {WHOLE}"
-    assert said(split_passages(printed(f"{WHOLE}\nPage 1 of 2", f"page 2\n{WHOLE}"))) == f"{WHOLE} {WHOLE}"
-
-
-def test_form_feeds_part_the_pages_of_a_text() -> None:
-    document = text(f"第 1 页\n{WHOLE} Give\n\n1\n\f\nit with\n30\nmg.\n\n2\n\fStop it.\n3\n")
-    assert said(split_passages(document)) == f"{WHOLE} Give it with 30 mg. Stop it."
-
-
-def test_what_stands_on_several_pages_is_left_out_with_a_note_unless_it_is_a_warning() -> None:
-    document = printed(*(f"House guideline\n{WHOLE}\nDo not use in pregnancy" for _ in range(3)))
-    assert document.notes == ('gout.pdf: "House guideline", at the top or bottom of 3 pages, was left out',)
-    assert said(split_passages(document)).count("Do not use in pregnancy") == 3
-
-
-def test_pages_without_text_are_named() -> None:
-    (note,) = printed(WHOLE, "", "", WHOLE, "").notes
-    assert note.startswith("gout.pdf has no text, or next to none, on pages 2-3, 5 of 5, as scanned pages have none: run text")
-    assert printed(WHOLE).notes == ()
-
-
-def test_reading_takes_time_in_proportion_to_the_text() -> None:
-    def seconds(count: int) -> float:
-        content = "the patient should be given colchicine and then reviewed by\n" * count
-        start = time.process_time()
-        (only,) = text(content).blocks
-        assert len(only.text) == len(content) - 1
-        return time.process_time() - start
-
-    # Four times the text took sixteen times as long, 10 s for these 480 KB.
-    assert seconds(8000) < 2
 
 
 def test_numbered_headings_need_no_empty_line_before_their_text() -> None:

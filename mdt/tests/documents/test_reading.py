@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gatewise_mdt.documents.document import Block, Document
+from gatewise_mdt.documents.headings import population_mark
 from gatewise_mdt.documents.passages import Passage, split_passages
-from gatewise_mdt.documents.reading import Block, Document, document_of, documents_in, population_mark, read_document
+from gatewise_mdt.documents.reading import document_of, documents_in, read_document
 from mdt_models import pdf
 
 from gatewise.errors import GatewiseError
@@ -61,7 +63,7 @@ def test_a_pdf_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "For an acute flare with normal kidneys, give colchicine twice daily, or non-\nsteroidal drugs that inflam-\nmation needs."
     )
     file = tmp_path / "gout.pdf"
-    file.write_bytes(pdf(*(f"House guideline\nAdults with gout {n}\n{lines}\nPage {n} of 3" for n in "123")))
+    file.write_bytes(pdf(*(f"House guideline\n\n\nAdults with gout {n}\n{lines}{chr(10) * 48}Page {n} of 3" for n in "123")))
     found = passages(file)
     assert [one.population for one in found] == ["Adults with gout 1", "Adults with gout 2", "Adults with gout 3"]
     assert found[1].where == "page 2"

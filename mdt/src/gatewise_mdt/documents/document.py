@@ -95,7 +95,7 @@ def one_line(said: str) -> str:
     joined = said.replace(LOWERED + RAISED, "")
     marked = re.sub(rf"(?<=\d){RAISED}(?=[-−–+]?\d)", "^", joined)
     # After a word or a full stop it is a reference, unless the word is a unit: "visits[3]", and "30 kg/m2".
-    marked = re.sub(rf"([^\W\d_]{{3}}|[a-z)][.,;:?!]){RAISED}([\d,–-]+){LOWERED}", r"\1[\2]", marked)
+    marked = re.sub(rf"([^\W\d_]{{3}}|[a-z)][.,;:?!]){RAISED}([\d,–-]+|[a-z]|[*†‡§¶]{{1,3}}){LOWERED}", r"\1[\2]", marked)
     return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
 
 

@@ -8,7 +8,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
@@ -19,16 +19,18 @@ from gatewise_mdt.documents.tables import Cell, table_blocks
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _MATH = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
-_CHOICE = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
+_FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"  # says again what stands before it
 _DELETED = {f"{_W}del", f"{_W}moveFrom"}
 _MOVED = {*_DELETED, f"{_W}ins", f"{_W}moveTo"}
-# Properties and instructions, and the reading aids over Chinese characters.
+# Properties and instructions, the reading aids over Chinese characters, and text boxes, which are read by themselves.
 _UNSAID = {
     *_DELETED,
+    _FALLBACK,
     *(f"{_W}{tag}" for tag in ("pPr", "rPr", "tblPr", "tblGrid", "trPr", "tcPr", "sdtPr", "sectPr", "delText", "instrText", "rt")),
+    f"{_W}txbxContent",
 }
+_SAID = {f"{_W}noBreakHyphen": "-", **dict.fromkeys((f"{_W}tab", f"{_W}ptab", f"{_W}br", f"{_W}cr"), " ")}
 _TEXT = {f"{_W}t", f"{_MATH}t", f"{_DRAWING}t"}
-_SPACES = {f"{_W}tab", f"{_W}ptab", f"{_W}br", f"{_W}cr"}
 _UNREADABLE = {
     f"{_DRAWING}blip": "picture",
     "{urn:schemas-microsoft-com:vml}imagedata": "picture",
@@ -60,96 +62,66 @@ def read_docx(content: bytes, name: str) -> Document:
 
     try:
         opened = docx.Document(io.BytesIO(content))
-        notes = {key: said for key, kind, said in _parts_beside(opened) if kind in ("footnotes", "endnotes")}
-        reading = _Reading(name, _Styles.of(opened), notes)
-        blocks = tuple(reading.read(opened.element.body))
-        return Document(
-            name, blocks, (*reading.notes(), *_changes(opened.element.body, name), *_beside(opened, name, reading.referred))
-        )
+        beside = list(_parts_beside(opened))
+        reading = _Reading(_Styles(opened.styles.element), {key: said for key, kind, said in beside if kind.endswith("notes")})
+        body = opened.element.body
+        blocks = tuple(reading.read(body))
+        left_out = [(kind, said) for key, kind, said in beside if key not in reading.referred and any(map(str.isalpha, said))]
+        notes = [*reading.notes(), *_changes(body), *_left_out(left_out)]
+        return Document(name, blocks, tuple(f"{name}: {note}" for note in notes))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
         raise GatewiseError(
             f"{name} cannot be read as DOCX ({reason_of(error, 150)}): save it again as a Word document (.docx)"
         ) from error
 
 
-@dataclass(frozen=True)
 class _Styles:
-    """What styles say of paragraphs and runs, with what they are based on.
+    """What styles say of paragraphs and runs, with what they are based on."""
 
-    Attributes:
-        known: id of a style -> its element.
-        normal: id of the style of paragraphs that name none.
-        defaults: properties of all runs; None without any.
-    """
+    def __init__(self, root: Any) -> None:
+        self.known = {style.get(f"{_W}styleId", ""): style for style in root.iter(f"{_W}style")}
+        default = (key for key, one in self.known.items() if _is_on(one, "default") and one.get(f"{_W}type") == "paragraph")
+        self.normal = next(default, "")  # of paragraphs that name none
+        self.defaults = root.findall(f"{_W}docDefaults/{_W}rPrDefault")  # of all runs
 
-    known: dict[str, Any]
-    normal: str
-    defaults: Any
-    found: dict[tuple[str, str], Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, opened: Any) -> "_Styles":
-        root = opened.styles.element
-        known = {style.get(f"{_W}styleId", ""): style for style in root.iter(f"{_W}style")}
-        normal = next((key for key, one in known.items() if _is_on(one, "default") and one.get(f"{_W}type") == "paragraph"), "")
-        return cls(known, normal, root.find(f"{_W}docDefaults/{_W}rPrDefault/{_W}rPr"))
-
-    def chain(self, style: str) -> Iterator[Any]:
+    def chain(self, style: str) -> list[Any]:
         """A style, the one that it is based on, and so on."""
-        seen: set[str] = set()
-        while style in self.known and style not in seen:
-            seen.add(style)
-            yield self.known[style]
-            base = self.known[style].find(f"{_W}basedOn")
-            style = base.get(f"{_W}val", "") if base is not None else ""
+        found: list[Any] = []
+        while style in self.known and self.known[style] not in found:
+            found.append(self.known[style])
+            style = _value(found[-1].find(f"{_W}basedOn"))
+        return found
 
-    def of_paragraph(self, paragraph: Any) -> str:
-        named = paragraph.find(f"{_W}pPr/{_W}pStyle")
-        return self.normal if named is None else named.get(f"{_W}val", "")
-
-    def names(self, style: str) -> list[str]:
-        found = (one.find(f"{_W}name") for one in self.chain(style))
-        return [one.get(f"{_W}val", "").lower() for one in found if one is not None]
+    def of_paragraph(self, paragraph: Any) -> list[Any]:
+        return self.chain(_value(paragraph.find(f"{_W}pPr/{_W}pStyle"), self.normal))
 
     def outline(self, paragraph: Any) -> int:
         """The outline level of a paragraph, 0 for "Heading 1", -1 for a title, 9 for text."""
-        own = paragraph.find(f"{_W}pPr/{_W}outlineLvl")
-        if own is not None:
-            return _number(own, _BODY)
-        for style in self.chain(self.of_paragraph(paragraph)):
-            set_to, named = style.find(f"{_W}pPr/{_W}outlineLvl"), style.find(f"{_W}name")
-            name = "" if named is None else named.get(f"{_W}val", "").lower()
-            heading = re.fullmatch(r"heading (\d)", name)
-            if set_to is not None or heading:
-                return _number(set_to, _BODY) if set_to is not None else int(heading[1]) - 1 if heading else _BODY
+        for holder in (paragraph, *self.of_paragraph(paragraph)):
+            level = holder.find(f"{_W}pPr/{_W}outlineLvl")
+            if level is not None:
+                return _number(level, _BODY)
+            name = _name(holder)
+            if heading := re.fullmatch(r"heading (\d)", name):
+                return int(heading[1]) - 1
             if name == "title":
                 return -1
         return _BODY
 
     def property(self, run: Any, paragraph: Any, tag: str) -> Any:
         """A property of a run: its own, that of its style, that of its paragraph's style, or the document's; None without one."""
-        own = run.find(f"{_W}rPr/{_W}{tag}")
-        if own is not None:
-            return own
-        styled = run.find(f"{_W}rPr/{_W}rStyle")
-        for style in ("" if styled is None else styled.get(f"{_W}val", ""), self.of_paragraph(paragraph)):
-            if (style, tag) not in self.found:
-                places = (one.find(f"{_W}rPr/{_W}{tag}") for one in self.chain(style))
-                self.found[style, tag] = next((place for place in places if place is not None), None)
-            if self.found[style, tag] is not None:
-                return self.found[style, tag]
-        return None if self.defaults is None else self.defaults.find(f"{_W}{tag}")
+        styled = self.chain(_value(run.find(f"{_W}rPr/{_W}rStyle")))
+        holders = (run, *styled, *self.of_paragraph(paragraph), *self.defaults)
+        return next((found for holder in holders if (found := holder.find(f"{_W}rPr/{_W}{tag}")) is not None), None)
 
     def heads_tables(self, table: Any) -> bool:
         """Whether a table's style sets its first row off, and the table wants that."""
-        look, style = table.find(f"{_W}tblPr/{_W}tblLook"), table.find(f"{_W}tblPr/{_W}tblStyle")
-        if look is None or style is None or not _first_row(look):
+        look = table.find(f"{_W}tblPr/{_W}tblLook")
+        if look is None or not (_is_on(look, "firstRow") or int(look.get(f"{_W}val", "0"), 16) & 0x20):
             return False
-        parts = (part for one in self.chain(style.get(f"{_W}val", "")) for part in one.iter(f"{_W}tblStylePr"))
+        chain = self.chain(_value(table.find(f"{_W}tblPr/{_W}tblStyle")))
+        parts = [part for one in chain for part in one.iter(f"{_W}tblStylePr")]
         return any(part.get(f"{_W}type") == "firstRow" and len(part) > 0 for part in parts)
-
-    def is_hidden(self, run: Any, paragraph: Any) -> bool:
-        return _on(self.property(run, paragraph, "vanish"))
 
     def look(self, paragraph: Any) -> tuple[float, bool]:
         """The size in points of the largest letters, and whether all are bold."""
@@ -158,55 +130,42 @@ class _Styles:
         return max(points, default=0.0), bool(runs) and all(_on(self.property(run, paragraph, "b")) for run in runs)
 
 
+def _value(element: Any, otherwise: str = "") -> str:
+    """The value of an element; ``otherwise`` where there is none."""
+    return otherwise if element is None else element.get(f"{_W}val", otherwise)
+
+
 def _number(element: Any, otherwise: int) -> int:
-    """The value of an element; ``otherwise`` where there is none, or no number."""
-    value = "" if element is None else element.get(f"{_W}val", "")
+    value = _value(element)
     return int(value) if value.isascii() and value.isdigit() and len(value) < 5 else otherwise
 
 
-def _first_row(look: Any) -> bool:
-    if look.get(f"{_W}firstRow") is not None:
-        return _is_on(look, "firstRow")
-    try:
-        return bool(int(look.get(f"{_W}val", "0"), 16) & 0x20)
-    except ValueError:
-        return False
+def _name(style: Any) -> str:
+    return _value(style.find(f"{_W}name")).lower()
 
 
 def _on(element: Any) -> bool:
-    return element is not None and element.get(f"{_W}val", "1") not in ("0", "false", "off")
+    return element is not None and _value(element, "1") not in ("0", "false", "off")
 
 
 def _is_on(element: Any, attribute: str) -> bool:
     return element.get(f"{_W}{attribute}", "0") in ("1", "true", "on")
 
 
-@dataclass
 class _Reading:
-    """The walk through a document's body.
+    """The walk through a document's body."""
 
-    Attributes:
-        footnotes: texts of footnotes and endnotes by their kind and number.
-        referred: those that the text refers to.
-        left: what cannot be read -> how often it was met.
-        hidden: texts that are hidden.
-        contents: lines of a table of contents.
-        looks: of the paragraphs that may be headings by their look alone, by the ids of their blocks.
-        sizes: letters of each size.
-    """
-
-    name: str
-    styles: _Styles
-    footnotes: dict[str, str] = field(default_factory=dict)
-    referred: set[str] = field(default_factory=set)
-    left: Counter[str] = field(default_factory=Counter)
-    hidden: list[str] = field(default_factory=list)
-    contents: list[str] = field(default_factory=list)
-    looks: dict[int, tuple[float, bool]] = field(default_factory=dict)
-    sizes: Counter[float] = field(default_factory=Counter)
-    number: int = 0
-    boxed: bool = False
-    within: Any = None  # the paragraph that is being read
+    def __init__(self, styles: _Styles, footnotes: dict[str, str]) -> None:
+        self.styles, self.footnotes = styles, footnotes  # by their kind and number
+        self.referred: set[str] = set()  # footnotes that the text refers to
+        self.left: Counter[str] = Counter()  # what cannot be read as it stands
+        self.hidden: list[str] = []
+        self.contents: list[str] = []  # lines of a table of contents
+        self.looks: dict[int, tuple[float, bool]] = {}  # of what may be a heading by its look alone, by the ids of blocks
+        self.sizes: Counter[float] = Counter()  # letters of each size
+        self.number = 0  # of the paragraph or table
+        self.boxed = False
+        self.within: Any = None  # the paragraph that is being read
 
     def read(self, body: Any) -> Iterator[Block]:
         """All blocks, with headings and footnotes."""
@@ -224,29 +183,27 @@ class _Reading:
             elif child.tag in _UNREADABLE:
                 self.left[_UNREADABLE[child.tag]] += 1
             else:  # a content control or another cover around paragraphs
-                yield from self.blocks(_chosen(child))
+                yield from self.blocks(child)
 
     def _paragraph(self, paragraph: Any) -> Iterator[Block]:
         self.number += 1
         where = f"paragraph {self.number}"
-        boxes: list[Any] = []
-        said = self._said(paragraph, boxes)
-        names = self.styles.names(self.styles.of_paragraph(paragraph))
+        said = self._said(paragraph)
+        names = [_name(style) for style in self.styles.of_paragraph(paragraph)]
         if any(re.fullmatch(r"toc (?:\d|heading)", name) for name in names):
             self.contents.append(one_line(said))
         else:
             outline = self.styles.outline(paragraph)
             level = outline + 2 if outline < _BODY else 0
-            item = not level and (
-                paragraph.find(f"{_W}pPr/{_W}numPr") is not None or any(name.startswith("list") for name in names)
-            )
+            listed = paragraph.find(f"{_W}pPr/{_W}numPr") is not None or any(name.startswith("list") for name in names)
+            item = listed and not level
             block = Block(said, level, where, "item" if item else "paragraph")
             look = self.styles.look(paragraph)
             self.sizes[look[0]] += len(said)
             if not (level or item or self.boxed):
                 self.looks[id(block)] = look
             yield block
-        yield from self._boxes(boxes, where)
+        yield from self._text_boxes(paragraph, where)
 
     def _with_headings(self, blocks: list[Block]) -> list[Block]:
         """The blocks, in which bold or large lines that read like headings are such, below those that have a style."""
@@ -260,16 +217,14 @@ class _Reading:
         ranks = {key: rank for rank, key in enumerate(sorted(set(keys.values())), start=1)}
         made, above = [], 0
         for block in blocks:
-            if id(block) in keys:
-                made.append(replace(block, level=above + ranks[keys[id(block)]]))
-                continue
             above = block.level or above
-            made.append(block)
+            made.append(replace(block, level=above + ranks[keys[id(block)]]) if id(block) in keys else block)
         return made
 
-    def _boxes(self, boxes: list[Any], where: str) -> Iterator[Block]:
-        while boxes:  # a box may hold another
-            yield Block(one_line(self._all(boxes.pop(0), boxes)), 0, f"{where}, a text box")
+    def _text_boxes(self, element: Any, where: str) -> Iterator[Block]:
+        for box in element.iter(f"{_W}txbxContent"):
+            if not any(outer.tag == _FALLBACK for outer in box.iterancestors()):
+                yield Block(one_line(self._all(box)), 0, f"{where}, a text box")
 
     def _table(self, table: Any) -> Iterator[Block]:
         """The rows, a cell once however many columns it spans, and again in each row that it spans.
@@ -277,30 +232,31 @@ class _Reading:
         The cells' own elements are read: python-docx lays out a grid first, which an odd table has none of. A table of one cell is
         a box, whose paragraphs are read as such.
         """
-        rows = [row for row in _within(table, "tr") if row.find(f"{_W}trPr/{_W}del") is None]
-        single = [cell for row in rows for cell in _within(row, "tc")]
+        rows = [row for row in _inside(table, "tr") if row.find(f"{_W}trPr/{_W}del") is None]
+        single = [cell for row in rows for cell in _inside(row, "tc")]
         if len(single) == 1:
-            yield from self._box(single[0])
+            was, self.boxed = self.boxed, True
+            yield from list(self.blocks(single[0]))
+            self.boxed = was
             return
         self.number += 1
         where = f"paragraph {self.number}, a table"
         spanning: dict[int, str] = {}
         made: list[list[Cell]] = []
-        boxes: list[Any] = []
         headers = 0
         for row in rows:
             if _on(row.find(f"{_W}trPr/{_W}hidden")):
-                self.hidden.append(one_line(self._all(row, [])))
+                self.hidden.append(one_line(self._all(row)))
                 continue
             headers += len(made) == headers and _on(row.find(f"{_W}trPr/{_W}tblHeader"))
             cells: list[Cell] = []
             column = _number(row.find(f"{_W}trPr/{_W}gridBefore"), 0)
-            for cell in _within(row, "tc"):
-                text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else one_line(self._all(cell, boxes))
+            for cell in _inside(row, "tc"):
+                text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else one_line(self._all(cell))
                 merge = cell.find(f"{_W}tcPr/{_W}vMerge")
                 if merge is None:
                     spanning.pop(column, None)
-                elif merge.get(f"{_W}val") == "restart" or column not in spanning:
+                elif _value(merge) == "restart" or column not in spanning:
                     spanning[column] = text
                 else:
                     text = f"{spanning[column]} {text}".strip()
@@ -309,135 +265,91 @@ class _Reading:
                 column += span
             made.append(cells)
         yield from table_blocks(made, [where] * len(made), headers or (1 if self.styles.heads_tables(table) else None))
-        yield from self._boxes(boxes, where)
+        yield from self._text_boxes(table, where)
 
-    def _box(self, cell: Any) -> Iterator[Block]:
-        was, self.boxed = self.boxed, True
-        inside = [block for block in self.blocks(cell) if one_line(block.text)]
-        self.boxed = was
-        if len(inside) > 1 and not inside[0].level and not re.search(r"[.!?:;。！？：；]\s*$", inside[0].text):
-            inside[0] = replace(inside[0], text=f"{inside[0].text}:")  # its title
-        yield from inside
+    def _all(self, element: Any) -> str:
+        return "".join(map(self._said, element))
 
-    def _all(self, element: Any, boxes: list[Any]) -> str:
-        return "".join(self._said(child, boxes) for child in element)
-
-    def _said(self, element: Any, boxes: list[Any]) -> str:
-        """The text of an element, in which text boxes are put aside for later."""
+    def _said(self, element: Any) -> str:
+        """The text of an element."""
         tag = element.tag
         if not isinstance(tag, str) or tag in _UNSAID:
             return ""
         if tag in _TEXT:
             return element.text or ""
-        if tag in _SPACES:
-            return " "
+        if tag in _SAID:
+            return _SAID[tag]
         if tag in _UNREADABLE:
             self.left[_UNREADABLE[tag]] += 1
             return ""
-        if tag == f"{_W}txbxContent":
-            boxes.append(element)
-            return ""
         if tag in (f"{_W}footnoteReference", f"{_W}endnoteReference"):
-            return self._reference(element)
-        if tag == f"{_W}p":
-            self.within = element
-        if tag == f"{_W}r" and self.within is not None and self.styles.is_hidden(element, self.within):
-            if said := one_line("".join(text.text or "" for text in element.iter(f"{_W}t"))):
-                self.hidden.append(said)
-            return ""
-        if tag == f"{_W}noBreakHyphen":
-            return "-"
+            key = f"{'footnotes' if 'footnote' in tag else 'endnotes'} {element.get(f'{_W}id', '')}"
+            self.referred |= {key} & self.footnotes.keys()
+            return f"{NOTE}{key}{NOTE}" if key in self.footnotes else ""
         if tag == f"{_W}sym":
             return self._symbol(element)
-        if tag == f"{_MATH}oMath":
-            self.left["equation"] += 1
-        said = self._all(_chosen(element), boxes)
+        if tag == f"{_W}p":
+            self.within = element
+        if tag == f"{_W}r" and self.within is not None and _on(self.styles.property(element, self.within, "vanish")):
+            self.hidden.append(one_line("".join(text.text or "" for text in element.iter(f"{_W}t"))))
+            return ""
+        said = self._all(element)
         if tag == f"{_W}r":
-            raised = element.find(f"{_W}rPr/{_W}vertAlign")
-            is_raised = raised is not None and raised.get(f"{_W}val") == "superscript" and NOTE not in said
-            return f"{RAISED}{said}{LOWERED}" if is_raised else said
-        if tag == f"{_MATH}sup":
-            return f"^{said}"
-        if tag == f"{_MATH}den":
-            return f"/{said}"
+            raised = _value(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
+            return f"{RAISED}{said}{LOWERED}" if raised else said
+        if tag in (f"{_MATH}sup", f"{_MATH}den"):
+            return f"{'^' if tag == f'{_MATH}sup' else '/'}{said}"
+        self.left["equation"] += tag == f"{_MATH}oMath"
         # Paragraphs and cells within a cell or box stand apart, and "1/2" must not run into the "500 mg" beside it.
         return f" {said} " if tag in (f"{_W}p", f"{_W}tc", f"{_DRAWING}p", f"{_MATH}oMath", f"{_MATH}f") else said
 
-    def _reference(self, element: Any) -> str:
-        kind = "footnotes" if element.tag == f"{_W}footnoteReference" else "endnotes"
-        key = f"{kind} {element.get(f'{_W}id', '')}"
-        if key not in self.footnotes:
-            return ""
-        self.referred.add(key)
-        return f"{NOTE}{key}{NOTE}"
-
     def _symbol(self, element: Any) -> str:
-        try:
-            code = int(element.get(f"{_W}char", ""), 16)
-        except ValueError:
-            code = 0
-        own = code - 0xF000 if 0xF000 <= code < 0xF100 else code
-        known = _SYMBOLS.get(own) if element.get(f"{_W}font", "").lower() == "symbol" else None
-        if known is None:
-            self.left["symbol"] += 1
+        code = int(element.get(f"{_W}char", "0"), 16)
+        known = (
+            _SYMBOLS.get(code - 0xF000 if code >= 0xF000 else code) if element.get(f"{_W}font", "").lower() == "symbol" else None
+        )
+        self.left["symbol"] += known is None
         return known or UNKNOWN
 
     def notes(self) -> Iterator[str]:
         """What the walk met and could not read as it stands."""
-        unread = [
-            f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in self.left.items() if kind in _UNREADABLE.values()
-        ]
-        if unread:
-            yield f"{self.name}: {', '.join(unread)} could not be read: look there for text that matters"
-        if self.left["equation"]:
-            yield f"{self.name}: equations were read as plain text ({self.left['equation']}): compare them with the document"
-        if self.left["symbol"]:
-            yield f"{self.name}: signs of a symbol font were not known ({self.left['symbol']}); {UNKNOWN} stands for each"
-        if hidden := [text for text in self.hidden if text]:
-            yield f"{self.name}: hidden text was left out: {quoted_list(hidden)}"
+        equations, symbols = self.left.pop("equation", 0), self.left.pop("symbol", 0)
+        if self.left:
+            unread = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in self.left.items()]
+            yield f"{', '.join(unread)} could not be read: look there for text that matters"
+        if equations:
+            yield f"equations were read as plain text ({equations}): compare them with the document"
+        if symbols:
+            yield f"signs of a symbol font were not known ({symbols}); {UNKNOWN} stands for each"
+        if hidden := list(filter(None, self.hidden)):
+            yield f"hidden text was left out: {quoted_list(hidden)}"
         if self.contents:
-            yield f"{self.name}: a table of contents was left out: {quoted_list(self.contents, most=3)}"
+            yield f"a table of contents was left out: {quoted_list(self.contents, most=3)}"
 
 
-def _chosen(element: Any) -> Any:
-    """The children to read: of a content that is given in several ways only the first."""
-    if element.tag != f"{_CHOICE}AlternateContent":
-        return element
-    choice = element.find(f"{_CHOICE}Choice")
-    return choice if choice is not None else element
-
-
-def _within(element: Any, tag: str) -> Iterator[Any]:
+def _inside(table: Any, tag: str) -> Iterator[Any]:
     """The rows of a table or the cells of a row, those in content controls too."""
-    for child in element:
+    for child in table:
         if child.tag == f"{_W}{tag}":
             yield child
         elif isinstance(child.tag, str) and child.tag not in _UNSAID and child.tag not in (f"{_W}tr", f"{_W}tc"):
-            yield from _within(child, tag)
+            yield from _inside(child, tag)
 
 
-def _changes(body: Any, name: str) -> Iterator[str]:
+def _changes(body: Any) -> Iterator[str]:
     """Notes on tracked changes and on what is struck through."""
     if next(body.iter(*_MOVED), None) is not None:
-        yield f"{name} has tracked changes: it was read as if all were accepted"
-    struck = []
-    for mark in body.iter(f"{_W}strike", f"{_W}dstrike"):
-        run = mark.getparent().getparent()
-        if mark.get(f"{_W}val", "1") not in ("0", "false", "off") and run is not None and run.tag == f"{_W}r":
-            struck.append("".join(text.text or "" for text in run.iter(f"{_W}t")).strip())
-    if any(struck):
-        yield f"{name}: text that is struck through was read like any other: {quoted_list([text for text in struck if text])}"
+        yield "tracked changes were read as if all were accepted"
+    marked = [run for run in body.iter(f"{_W}r") if any(_on(run.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike"))]
+    if struck := list(filter(None, ("".join(text.text or "" for text in run.iter(f"{_W}t")).strip() for run in marked))):
+        yield f"text that is struck through was read like any other: {quoted_list(struck)}"
 
 
-def _beside(opened: Any, name: str, read: set[str]) -> Iterator[str]:
-    """Notes on text that stands outside the body and is left out: headers, footers, comments, and footnotes without a place."""
-    found: dict[str, list[str]] = {}
-    for key, kind, said in _parts_beside(opened):
-        if key not in read and any(map(str.isalpha, said)) and said not in found.setdefault(kind, []):
-            found[kind].append(said)
-    for kind, texts in found.items():
-        named = kind if kind.endswith("s") else f"{kind}s"
-        yield f"{name}: the {named} were left out: {quoted_list(texts)}"
+def _left_out(parts: list[tuple[str, str]]) -> Iterator[str]:
+    """Notes on text that stands outside the body: headers, footers, comments, and footnotes without a place."""
+    for kind in dict.fromkeys(kind for kind, _ in parts):
+        texts = dict.fromkeys(said for one, said in parts if one == kind)
+        yield f"the {kind if kind.endswith('s') else f'{kind}s'} were left out: {quoted_list(list(texts))}"
 
 
 def _parts_beside(opened: Any) -> Iterator[tuple[str, str, str]]:
@@ -450,5 +362,5 @@ def _parts_beside(opened: Any) -> Iterator[tuple[str, str, str]]:
             continue
         root = parse_xml(relation.target_part.blob)
         for part in [root] if kind in ("header", "footer") else root:
-            reading = _Reading("", _Styles({}, "", None))
-            yield f"{kind} {part.get(f'{_W}id', relation.rId)}", kind, one_line(reading._all(part, []))
+            reading = _Reading(_Styles(root), {})
+            yield f"{kind} {part.get(f'{_W}id', relation.rId)}", kind, one_line(reading._all(part))

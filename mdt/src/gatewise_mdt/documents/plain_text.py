@@ -1,7 +1,6 @@
 """Plain text, and the lines of printed pages, put together to headings and paragraphs."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,9 +32,6 @@ class Line(NamedTuple):
     full: int = 0
 
 
-_REPEATED = 3  # pages on which the same line makes a header or footer
-_BARE_NUMBER = re.compile(r"[-–—]?\s*(\d{1,4})\s*[-–—]?|(\d{1,4})\s*(?:of|/)\s*\d{1,4}", re.IGNORECASE)
-_PAGE_NUMBER = re.compile(r"page\s*\d+\s*(?:(?:of|/)\s*\d+)?|第\s*\d+\s*页\s*(?:[/，,]?\s*共\s*\d+\s*页)?", re.IGNORECASE)
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 # A hyphen at the end of a line stays where it belongs to the word.
 _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha")
@@ -48,35 +44,17 @@ _SURE_BULLET = re.compile(r"[•●▪■◦‣∙○\uf0b7\uf0a7]\s*(?=\S)")
 def read_plain_text(text: str, name: str) -> Document:
     """Reads plain text."""
     lines = [Line(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
-    notes: list[str] = []
-    if any("\f" in line.text for line in lines):  # pages, as programs print PDFs to text
-        lines, notes = without_margins(_pages(lines), name)
-    return Document(name, tuple(paragraphs(lines)), tuple(notes))
+    notes = (f"{name} has page breaks: headers, footers and page numbers are not told from its text; give the PDF itself",)
+    return Document(name, tuple(with_levels(blocks_without_levels(lines))), notes if "\f" in text else ())
 
 
-def _pages(lines: Sequence[Line]) -> list[list[Line]]:
-    pages: list[list[Line]] = [[]]
-    for line in lines:
-        first, *others = line.text.split("\f")
-        pages[-1].append(Line(line.where, first))
-        pages += [[Line(line.where, other)] for other in others]
-    return pages
-
-
-def paragraphs(lines: Sequence[Line], *, printed: bool = False) -> list[Block]:
-    """Lines to headings, paragraphs and items of lists, parted by empty lines; a line "population@passage" is one of its own.
+def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named: bool = True) -> list[Block]:
+    """Lines to headings (all of level 1), paragraphs and items of lists, parted by empty lines; a line "population@passage" is one
+    of its own.
 
     Args:
         printed: the lines are those of printed pages, without empty ones between them: a short line that ends a sentence ends its
             paragraph.
-    """
-    return with_levels(blocks_without_levels(lines, printed=printed))
-
-
-def blocks_without_levels(lines: Sequence[Line], *, printed: bool, named: bool = True) -> list[Block]:
-    """As :func:`paragraphs`, with 1 for the level of all headings.
-
-    Args:
         named: a line is a heading if it reads like one; else only if it has a number, as where the fonts tell the others.
     """
     return list(_gathered(lines, printed, named))
@@ -150,64 +128,3 @@ def join_lines(lines: Sequence[str]) -> str:
             parts.append(" ")
         parts.append(line)
     return " ".join("".join(parts).split())
-
-
-def without_margins(pages: Sequence[Sequence[Line]], name: str) -> tuple[list[Line], list[str]]:
-    """The lines of pages without page numbers and without what stands at the top or bottom of several pages; and notes on that.
-
-    A number is a page's only in its first or last line, and only if it fits another page's or no sentence runs through it.
-    """
-    filled = [[line for line in page if line.text.strip()] for page in pages]
-    steps = _steps(filled)
-    outer: Counter[str] = Counter()
-    for number, inner in enumerate(filled):
-        trimmed = _trimmed(inner, number, steps, set())
-        outer.update({line.text.strip() for line in [*trimmed[:1], *trimmed[-1:]]})
-    # What ends a sentence or says what to do is no header, and text left out could be a warning.
-    margins = {
-        line for line, count in outer.items() if count >= _REPEATED and stands_like_heading(line) and not reads_as_sentence(line)
-    }
-    kept: list[Line] = []
-    for number, page in enumerate(pages):
-        lines = _trimmed(page, number, steps, margins)
-        if kept and lines and SENTENCE_END.search(kept[-1].text.rstrip()) and _begins_anew(lines[0].text.strip()):
-            kept.append(Line("", ""))  # the empty lines there went with the margins
-        kept += lines
-    notes = [f'{name}: "{line}", at the top or bottom of {outer[line]} pages, was left out' for line in sorted(margins)]
-    return kept, notes
-
-
-def _steps(pages: Sequence[Sequence[Line]]) -> set[int]:
-    """How far numbers at the edges of pages are from the places of their pages, where several pages agree."""
-    found = Counter(
-        value - number
-        for number, page in enumerate(pages)
-        for value in {_value(line.text) for line in [*page[:2], *page[-2:]]}
-        if value is not None
-    )
-    return {step for step, count in found.items() if count > 1}
-
-
-def _value(line: str) -> int | None:
-    number = _BARE_NUMBER.fullmatch(line.strip())
-    return int(number[1] or number[2]) if number else None
-
-
-def _trimmed(page: Sequence[Line], number: int, steps: set[int], margins: set[str]) -> list[Line]:
-    """A page without empty lines, margins and page numbers at its edges."""
-    lines = list(page)
-
-    def goes(text: str, beside: str, first: bool) -> bool:
-        if not text or text in margins or _PAGE_NUMBER.fullmatch(text):
-            return True
-        value = _value(text)
-        if value is None:
-            return False
-        apart = _begins_anew(beside) if first else bool(SENTENCE_END.search(beside) or is_heading(beside))
-        return value - number in steps or not beside or apart
-
-    while lines and goes(lines[-1].text.strip(), next((one.text.strip() for one in lines[-2::-1] if one.text.strip()), ""), False):
-        lines.pop()
-    while lines and goes(lines[0].text.strip(), next((one.text.strip() for one in lines[1:] if one.text.strip()), ""), True):
-        lines.pop(0)
-    return lines

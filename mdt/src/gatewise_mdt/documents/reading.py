@@ -11,16 +11,15 @@ from pathlib import Path
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
-from gatewise_mdt.documents.document import Block, Document, quoted_list
+from gatewise_mdt.documents.document import Document, quoted_list
 from gatewise_mdt.documents.docx import read_docx
-from gatewise_mdt.documents.headings import population_mark, without_text
+from gatewise_mdt.documents.headings import without_text
 from gatewise_mdt.documents.markdown import read_markdown
 from gatewise_mdt.documents.pdf import read_pdf
 from gatewise_mdt.documents.plain_text import read_plain_text
 
-__all__ = ["STDIN", "Block", "Document", "document_of", "documents_in", "population_mark", "read_document"]
-
 STDIN = "-"
+_SUFFIXES = ".txt, .md, .pdf or .docx"
 
 
 def read_document(path: str | Path) -> Document:
@@ -36,7 +35,7 @@ def read_document(path: str | Path) -> Document:
         return document_of(sys.stdin.buffer.read(), "stdin", ".md")
     name, suffix = str(path), Path(path).suffix
     if _is_folder(path):
-        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_SUFFIXES}")
     _check_suffix(suffix, name)
     return document_of(content_of(path), name, suffix)
 
@@ -65,7 +64,7 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
         readable = [one for one in inside if one.suffix.lower() in _READERS and not one.name.startswith("~$")]
         documents = [one for one in readable if one.is_file() or one.is_symlink()]  # a link to nothing is told, not passed over
         if not documents:
-            raise GatewiseError(f"{path} has no document: expected files in it that end in {_suffixes()}")
+            raise GatewiseError(f"{path} has no document: expected files in it that end in {_SUFFIXES}")
         found += documents
     return found
 
@@ -87,16 +86,11 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
-    notes = (*read.notes, *_headings_alone(blocks, name))
+    notes = read.notes
+    if alone := without_text(blocks):
+        texts = quoted_list([block.text for block in alone], [block.where for block in alone])
+        notes += (f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}",)
     return replace(read, blocks=blocks, notes=notes, sha256=hashlib.sha256(content).hexdigest())
-
-
-def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
-    alone = without_text(blocks)
-    if not alone:
-        return []
-    texts = quoted_list([block.text for block in alone], [block.where for block in alone])
-    return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
 
 
 _READERS: dict[str, Callable[[bytes, str], Document]] = {
@@ -126,14 +120,10 @@ def _decoded(content: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise GatewiseError(f"{name}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
     if "\x00" in text:
-        raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_suffixes()}")
+        raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_SUFFIXES}")
     return re.sub("[\x02-\x04]", "", text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _check_suffix(suffix: str, name: str) -> None:
     if suffix.lower() not in _READERS:
-        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
-
-
-def _suffixes() -> str:
-    return ".txt, .md, .pdf or .docx"
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_SUFFIXES}")
