@@ -74,7 +74,7 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
 
 
 def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **changes: Any) -> Path:
-    """A recipe of eight steps with everything it names beside it; ``changes`` replace whole sections."""
+    """A recipe of eight steps with everything it names beside it; ``changes`` replace whole sections, or take one out (None)."""
     if not (folder / family).exists():
         write_base(folder / family, family)
         write_rows(folder / "train.jsonl", 26, seed=1)
@@ -101,7 +101,7 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
         tree["prompts"] = {"num_prompt_tokens": 3, "bottleneck": 4}
         tree["search"] = {"keep": 1, "max_steps": 6}
     path = folder / f"{method}.yaml"
-    path.write_text(json.dumps(tree | changes), encoding="utf-8")
+    path.write_text(json.dumps({name: section for name, section in (tree | changes).items() if section}), encoding="utf-8")
     return path
 
 

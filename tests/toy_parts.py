@@ -55,7 +55,7 @@ class Successor(Task):
     data: NumbersSection
     elsewhere = "counts: give it to nobody"
 
-    def read(self) -> None:
+    def read(self, noted: Any) -> None:
         """All numbers."""
         self.train, self.measured = range(int(self.data.train)), {"dev": range(int(self.data.dev))}
 

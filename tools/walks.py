@@ -58,11 +58,10 @@ COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 # Where the walk `recipe` goes in, in the modules' order of age: all that has to follow when they move. The other walks go in
 # by the names that the README gives, and by the command of pyproject.toml.
 RECIPE_READER = (
-    ("gatewise.runs.recipe_file", "load_recipe"),
     ("gatewise.runs.recipe", "load_recipe"),
-    ("gatewise.recipe_file", "load_recipe"),
+    ("gatewise.runs.recipe_file", "load_recipe"),
 )
-RECIPE_RUNNER = (("gatewise.runs.run", "train"), ("gatewise.run", "train"))
+RECIPE_RUNNER = (("gatewise.runs.run", "train"),)
 
 
 class Trace:

@@ -36,9 +36,8 @@ from gatewise_mdt.records import read_items
 from gatewise import GatewiseError
 from gatewise.files import write_json
 from gatewise.progress import quiet
-from gatewise.runs.folder import what_is_kept
-from gatewise.runs.recipe_file import load_recipe
-from gatewise.runs.run import train
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train, what_is_kept
 from gatewise.tasks import PadCollator, Records, encode
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt

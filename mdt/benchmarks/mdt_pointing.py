@@ -29,9 +29,8 @@ from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.training import read_records
 
 from gatewise.progress import quiet
-from gatewise.runs.folder import what_is_kept
-from gatewise.runs.recipe_file import load_recipe
-from gatewise.runs.run import train
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train, what_is_kept
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt
 RUNS = ROOT / "runs" / "mdt-pointing"

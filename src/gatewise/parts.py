@@ -11,7 +11,7 @@ Another distribution brings parts by entry points: of the group ``gatewise.metho
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from gatewise.errors import GatewiseError, reason_of
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 P = TypeVar("P", bound="Part")
 Features = list[dict[str, Any]]
@@ -53,26 +52,11 @@ def only_if(holds: Callable[[Any], bool], expected: str) -> BeforeValidator:
     """Has a key take only the values for which ``holds`` is true; ``expected`` says in words which those are."""
 
     def checked(value: Any) -> Any:
-        if holds(value):
-            return value
-        raise PydanticCustomError("expected", "expected {expected}, got {given}", {"expected": expected, "given": given(value)})
+        if not holds(value):
+            raise ValueError(f"expected {expected}")
+        return value
 
     return BeforeValidator(checked)
-
-
-def given(value: Any) -> str:
-    """A value as the user would recognise it."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:57] + '...'!r}"
-    if isinstance(value, dict):
-        return f"a section with {', '.join(map(str, value))}" if value else "an empty section"
-    if isinstance(value, list):
-        return "an empty list" if not value else f"a list of {len(value)}"
-    return str(value)
 
 
 class DataSection(Section):
@@ -106,7 +90,10 @@ class Run:
         model: the base model with its adapter.
         checkpoint: the one that the training goes on from, or None.
         seconds: of each phase.
-        report: what the method tells of the adapter once it is written, in the main process.
+        arguments: (steps, evaluates=True) -> the Trainer's arguments, as the recipe has them; without ``evaluates`` nothing is
+            measured while it trains.
+        trainer: makes the Trainer, see ``gatewise.runs.trainer.trainer_of``.
+        report: what the method says of the adapter once it is written, in the main process.
     """
 
     recipe: Any
@@ -128,27 +115,9 @@ class Run:
     checkpoint: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
     model: Any = None
+    arguments: Any = None
+    trainer: Any = None
     report: "Report" = field(default_factory=lambda: Report())
-
-    def arguments(self, steps: int, evaluates: bool = True) -> "TrainingArguments":
-        """The Trainer's arguments, as the recipe has them; without ``evaluates`` nothing is measured while it trains."""
-        raise NotImplementedError
-
-    def trainer(
-        self,
-        *,
-        callbacks: Sequence["TrainerCallback"],
-        loss_term: "Callable[[Any, Any], Tensor] | None" = None,
-        mixin: type | None = None,
-        **settings: Any,
-    ) -> Any:
-        """``gatewise.runs.trainer.RecipeTrainer`` for the run.
-
-        Args:
-            mixin: a class of which the Trainer is to be too, such as ``gatewise.bilevel.BilevelMixin``.
-            settings: further arguments, and others than the run's: ``model``, ``args``, ``train_dataset``, ``eval_dataset``.
-        """
-        raise NotImplementedError
 
 
 @dataclass
@@ -210,16 +179,13 @@ class Task(Part):
     train: Any
     measured: dict[str, Any]
 
-    def read(self) -> None:
-        """Reads and checks all rows."""
-        raise NotImplementedError
-
-    def settle(self, noted: Mapping[str, Any] | None) -> None:
-        """Decides what rows alone do not say, such as which label is which class.
+    def read(self, noted: Mapping[str, Any] | None) -> None:
+        """Reads and checks all rows, and decides what they alone do not say, such as which label is which class.
 
         Args:
             noted: the note of the checkpoint that the run goes on from; None where it begins.
         """
+        raise NotImplementedError
 
     def base(self, dtype: "torch.dtype", tokenizer: "PreTrainedTokenizerBase", brought: Sequence[str]) -> "PreTrainedModel":
         """The base model; a head of its own is drawn from torch's random state.
@@ -230,10 +196,6 @@ class Task(Part):
         from gatewise.models.loading import load_model
 
         return load_model(self.recipe.model, task=self.loads, dtype=dtype)  # type: ignore[arg-type]
-
-    def most_tokens(self, positions: int) -> int:
-        """The most tokens of a text for a model with so many positions."""
-        return min(self.data.max_length, positions)
 
     def encode(
         self, rows: Any, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, key: str, say: Callable[[str], None]
@@ -273,7 +235,6 @@ class Method(Part):
         files: what it writes into the run's folder beside the adapter, by name.
         stage: the name of a stage of its own before the training, if it has one: that has its checkpoints in ``checkpoints/STAGE``,
             and ``STAGE.json`` in the run's folder says that it is done.
-        checkpoint_files: what a checkpoint must have beside the Trainer's own files to be whole.
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         rows_aside: how many rows of the training data the method wants for itself, at most.
         prompt_tokens: positions of the model that it takes from the text.
@@ -283,14 +244,10 @@ class Method(Part):
 
     files: tuple[str, ...] = ()
     stage: str | None = None
-    checkpoint_files: tuple[str, ...] = ()
     trains_whole = True
     rows_aside = 0
     prompt_tokens = 0
     loss_term: Any = None
-
-    def check(self) -> None:
-        """Refuses what cannot work in this process, before anything is read."""
 
     def resume(self, output: Path) -> None:
         """Reads what an interrupted run left in its folder beside the checkpoints of its training."""
@@ -315,10 +272,6 @@ class Method(Part):
         except ValueError as error:
             raise GatewiseError(f"PEFT cannot put this adapter on {self.recipe.model}: {reason_of(error)}") from error
 
-    def note(self, base: "PreTrainedModel") -> dict[str, Any]:
-        """What joins the note of the task."""
-        return {}
-
     def before_training(self, run: Run) -> None:
         """A stage of the method's own; it may put another model into ``run.model``."""
 
@@ -340,11 +293,8 @@ class Method(Part):
         """The trained model as it is measured and saved."""
         return model
 
-    def write(self, folder: Path) -> None:
-        """Writes more files into the adapter's folder."""
-
     def report(self, adapter: Path) -> Report:
-        """What the saved adapter is."""
+        """What the saved adapter is. More files may be written beside it."""
         from gatewise.adapters.files import stored_numbers
 
         return Report(stored_numbers(adapter))
@@ -360,38 +310,18 @@ class Method(Part):
 class Table(Mapping[str, type[P]], Generic[P]):
     """Name -> class. A part is imported when it is asked for."""
 
-    def __init__(self, kind: str, group: str, own: dict[str, str]) -> None:
-        self.kind, self.group, self._own = kind, group, own
+    def __init__(self, group: str, own: dict[str, str]) -> None:
+        self.group, self._own = group, own
 
     @cached_property
-    def places(self) -> dict[str, list[str]]:
-        """Name -> ``module:Class``, of all packages that bring a part of this name; gatewise's own are its alone."""
-        found = {name: [place] for name, place in self._own.items()}
-        for point in metadata.entry_points(group=self.group):
-            if point.name not in self._own and point.value not in found.setdefault(point.name, []):
-                found[point.name].append(point.value)
-        return found
+    def places(self) -> dict[str, str]:
+        """Name -> ``module:Class``, of all packages that bring a part; gatewise's own names are its alone."""
+        return {**{point.name: point.value for point in metadata.entry_points(group=self.group)}, **self._own}
 
     def __getitem__(self, name: str) -> type[P]:
-        place, *others = self.places[name]
-        if others:
-            raise GatewiseError(
-                f"several packages bring the {self.kind} {name} ({', '.join((place, *others))}): uninstall all but one"
-            )
-        module, _, attribute = place.partition(":")
-        try:
-            part: type[P] = getattr(import_module(module), attribute)
-        except Exception as error:  # whatever the other package's code does
-            raise GatewiseError(f"the {self.kind} {name} cannot be used: {reason_of(error)}") from error
+        module, _, attribute = self.places[name].partition(":")
+        part: type[P] = getattr(import_module(module), attribute)
         return part
-
-    def usable(self) -> dict[str, type[P]]:
-        """The parts that can be imported: a package that is broken is no matter of a run that does not name its part."""
-        found = {}
-        for name in self:
-            with suppress(GatewiseError):
-                found[name] = self[name]
-        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -401,7 +331,6 @@ class Table(Mapping[str, type[P]], Generic[P]):
 
 
 METHODS: Table[Method] = Table(
-    "method",
     "gatewise.methods",
     {
         "lora": "gatewise.adapters.method:Lora",
@@ -416,7 +345,6 @@ METHODS: Table[Method] = Table(
     },
 )
 TASKS: Table[Task] = Table(
-    "task",
     "gatewise.tasks",
     {"causal": "gatewise.tasks.rows:Causal", "classification": "gatewise.tasks.rows:Classification"},
 )

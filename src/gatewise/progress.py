@@ -3,15 +3,17 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 
-class ConsoleProgress:
-    """Shows what a long command does now.
+class ConsoleProgress(TrainerCallback):
+    """Shows what a long command does now, and as a Trainer's callback its steps and losses.
 
     Args:
         console: bars appear only if it is a terminal, so that logs stay readable.
@@ -26,31 +28,27 @@ class ConsoleProgress:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Yields a function that shows (done, total) on a bar."""
-        with self.new_bar() as bar:
+        """Yields a function that shows (done, total) on a bar, which disappears at the end."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    def new_bar(self) -> "Progress":
-        """A bar that disappears when it is closed."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Says what the Trainer logs."""
+        logs = kwargs["logs"]
+        if "eval_loss" in logs:
+            self.say(f"step {state.global_step}: loss on dev {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            rate = logs.get("learning_rate", 0.0)
+            self.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, learning rate {rate:.2e}")
 
 
 @contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
     """Keeps Transformers from printing notes and warnings and, unless ``bars``, progress bars."""
-    import transformers
-
     log = transformers.utils.logging
     verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -10,7 +10,7 @@ from tiny_run import write_recipe, write_rows
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
 
 Compress = Callable[..., Any]

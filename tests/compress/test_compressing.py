@@ -24,7 +24,7 @@ from gatewise.compress import Compressed, Goal, Recovery, compress, compressing,
 from gatewise.compress.quality import qualities
 from gatewise.compress.rows import rows_for, split
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
 
 TOLERANCE = 0.05

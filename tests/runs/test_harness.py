@@ -173,8 +173,8 @@ def test_shots_and_patterns(folder: Path, evaluated: Callable[..., Any], tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--harness own_choises", "lm_eval has no task 'own_choises': did you mean own_choices"),
-        ("--harness own_lost", "own_lost cannot be loaded"),
+        ("--harness own_choises", "lm_eval has no task own_choises"),
+        ("--harness own_lost", "own_lost cannot be measured"),
         ("--harness own_drawing", "own_drawing wants answers that are drawn, and gatewise writes the most probable"),
         ("--harness own_choices --labels a,b", "--labels goes with --data"),
         ("--harness own_choices --data rows.jsonl", "give either --data or --harness"),

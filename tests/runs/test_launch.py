@@ -199,17 +199,6 @@ def test_so_are_those_of_deepspeed() -> None:
     assert environment(LaunchSection(processes=2, strategy="zero2"))["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
 
 
-def test_a_file_of_deepspeed_of_another_stage_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatewise.runs.launch.find_spec", lambda _: object())
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    with pytest.raises(GatewiseError, match=r"launch.strategy is zero3, but .*zero\.json has zero_optimization.stage 2"):
-        environment(LaunchSection(processes=2, strategy="zero3", deepspeed_config_file=str(file)))
-    file.write_text("[]")
-    with pytest.raises(GatewiseError, match="expected a JSON file of DeepSpeed's"):
-        environment(LaunchSection(processes=2, strategy="zero3", deepspeed_config_file=str(file)))
-
-
 def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatewise.runs.launch.find_spec", lambda _: None)
     with pytest.raises(GatewiseError, match=r"pip install 'gatewise\[deepspeed\]'"):
@@ -219,9 +208,9 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"fsdp_ofload_params": True}, "launch.fsdp_ofload_params is not a known key.*did you mean launch.fsdp_offload_params"),
+        ({"fsdp_ofload_params": True}, "launch.fsdp_ofload_params is not a known key: expected processes, strategy"),
         ({"mixed_precision": "fp3"}, "launch: accelerate does not take these settings"),
-        ({"num_machines": 2}, "this machine only"),
+        ({"num_machines": 2}, "on one machine"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(settings: dict[str, object], sentence: str) -> None:

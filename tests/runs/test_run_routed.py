@@ -22,7 +22,7 @@ from gatewise.inspection.routing import route_data, routing_of_rows
 from gatewise.models import load_model, load_tokenizer
 from gatewise.routed import RoutedLoraModel
 from gatewise.runs import run
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import default_template, encode, load_records
 
@@ -151,7 +151,7 @@ def test_agreement_is_that_of_pairs(tmp_path: Path) -> None:
 
 def test_what_does_not_go_with_routing_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "lora")
-    with pytest.raises(GatewiseError, match="routing is for method milora, but the method is lora"):
+    with pytest.raises(GatewiseError, match="routing is not a known key"):
         load_recipe(recipe, ["routing.top_k=2"])
     with pytest.raises(GatewiseError, match=r"top_k is 8, but layer .* has 7 experts"):
         train(write_recipe(tmp_path, "milora"), tmp_path / "out", "routing.top_k=8")

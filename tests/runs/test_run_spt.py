@@ -27,7 +27,7 @@ from gatewise.prompts import SelectivePromptConfig
 from gatewise.prompts.method import LabelledSearch, SelectivePrompts, fixed_layers
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import PadCollator
 

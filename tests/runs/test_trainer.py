@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from tiny_run import byte_tokenizer
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.errors import GatewiseError
-from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, RowOrder, stop_diverged
+from gatewise.runs.trainer import RecipeTrainer, RowOrder, has_stopped_early
 from gatewise.tasks import PadCollator
 
 
@@ -147,11 +147,8 @@ def test_only_checkpoints_written_to_their_end_count(adapted: Callable[..., Peft
     (paths[12] / "trainer_state.json").write_text('{"global_step": ', encoding="utf-8")
     (paths[14] / "optimizer.pt").unlink()
     assert [checkpoint_step(path) for path in complete_checkpoints(folder)] == [2, 10, 16]
-    assert complete_checkpoints(folder, also=["more.safetensors"]) == []
-    with pytest.raises(GatewiseError, match=r"the loss is nan, so the run stopped: the last good checkpoint is .*-10;"):
-        stop_diverged(folder, 16, "the loss is nan")
+    (paths[16] / "diverged").touch()
     assert [checkpoint_step(path) for path in complete_checkpoints(folder)] == [2, 10]
-    assert paths[16].is_dir()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(adapted: Callable[..., PeftModel], tmp_path: Path) -> None:
@@ -181,12 +178,8 @@ def test_under_deepspeed_the_norm_of_the_gradient_tells(adapted: Callable[..., P
         trainer.training_step(model, dict(batch))
 
 
-def test_early_stopping_counts_evaluations_without_progress(tmp_path: Path) -> None:
-    stopped = []
-    state = TrainerState(log_history=[])
-    for loss in (1.0, 0.8, 0.9, 0.79, 0.8, 0.8):
-        state.log_history.append({"eval_loss": loss})
-        control = TrainerControl()
-        EarlyStopping(2).on_evaluate(arguments(tmp_path), state, control)
-        stopped.append(control.should_training_stop)
-    assert stopped == [False, False, False, False, False, True]
+def test_early_stopping_counts_evaluations_without_progress() -> None:
+    losses = (1.0, 0.8, 0.9, 0.79, 0.8, 0.8)
+    log = [{"eval_loss": loss} for loss in losses]
+    assert [has_stopped_early(log[:count], 2) for count in range(1, 7)] == [False, False, False, False, False, True]
+    assert not has_stopped_early(log, None)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.runs import run
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 
 Gatewise = Callable[..., Any]
 

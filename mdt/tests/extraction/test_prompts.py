@@ -9,7 +9,7 @@ from mdt_trees import TEXT, gout, node
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.tasks import Template, load_records
 
 RECORD = TreeRecord(TEXT, DecisionTree.from_preorder(gout()))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, tensor_shapes
@@ -12,14 +11,13 @@ DIVERGED_FILE = "diverged"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def complete_checkpoints(folder: Path, also: Sequence[str] = ()) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end and not marked as diverged, oldest first.
 
-    The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there. ``also`` names files that
-    are written after it.
+    The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there.
     """
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if _is_complete(path, also)]
+    return [path for _, path in sorted(found) if _is_complete(path)]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -35,8 +33,8 @@ def checkpoint_before(folder: Path, steps: int) -> Path | None:
     return found[-1] if found else None
 
 
-def _is_complete(path: Path, also: Sequence[str]) -> bool:
-    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE, *also)
+def _is_complete(path: Path) -> bool:
+    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE)
     # Several processes have a random state each.
     if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed) or not any(path.glob("rng_state*")):
         return False

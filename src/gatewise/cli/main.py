@@ -33,8 +33,8 @@ from gatewise.flags import JsonOption
 from gatewise.internals.import_warnings import no_import_warnings
 
 if TYPE_CHECKING:
-    from gatewise.runs.folder import RunResult
     from gatewise.runs.recipe import Recipe
+    from gatewise.runs.run import RunResult
 
 USER_ERROR, INTERRUPTED = 2, 130
 SECONDS_FOR_OTHERS = 5
@@ -138,7 +138,7 @@ def train(
       gatewise train my.yaml --output runs/slower --resume
       gatewise train my.yaml --processes 2 --strategy fsdp2
     """
-    from gatewise.runs.recipe_file import load_recipe
+    from gatewise.runs.recipe import load_recipe
 
     flags = {"device": device, "launch.processes": count, "launch.strategy": strategy}
     checked = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
@@ -163,7 +163,8 @@ def train(
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
     except KeyboardInterrupt:
         how = _kept(checked, folder) or "no checkpoint was written yet: give the same command to begin again"
-        typer.echo(f"interrupted: {how}", err=True)
+        if processes.is_main():
+            typer.echo(f"interrupted: {how}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if processes.is_main():
         console = Console()
@@ -401,7 +402,7 @@ def models_path(
 
 def _kept(recipe: "Recipe", folder: Path) -> str | None:
     """What of a run that did not end well can be gone on from, to be said after what went wrong; None for nothing."""
-    from gatewise.runs.folder import what_is_kept
+    from gatewise.runs.run import what_is_kept
 
     kept = what_is_kept(folder, recipe.parts()[1])
     return f"{kept} is kept: give the same command with --resume to go on from there" if kept else None

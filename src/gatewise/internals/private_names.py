@@ -170,9 +170,6 @@ PRIVATE_NAMES = (
         (),
     ),
     PrivateName("transformers:PretrainedConfig", "_name_or_path", "has the model card name the base model"),
-    PrivateName(
-        _TRAINER, "_save_checkpoint", "says in a sentence that a checkpoint could not be written", (), ("runs/trainer.py",)
-    ),
     PrivateName(_TRAINER, "_save", "saves the adapter alone", ("output_dir", "state_dict"), ("runs/trainer.py",)),
     PrivateName(
         _TRAINER,

@@ -17,7 +17,7 @@ from gatewise.errors import GatewiseError
 if TYPE_CHECKING:
     import torch
 
-DEVICES = re.compile(r"auto|cpu|cuda(?::\d+)?|mps")
+DEVICES = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 DEVICE_NAMES = "auto, cpu, cuda, cuda:1 or mps"
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -32,7 +32,7 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
 
     if isinstance(name, torch.device):
         return name
-    if not DEVICES.fullmatch(name):
+    if not re.match(DEVICES, name):
         raise GatewiseError(f"the device {name!r} is not known: expected {DEVICE_NAMES}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

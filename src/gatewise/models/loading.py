@@ -1,6 +1,6 @@
 """Loads base models and tokenizers by the name that a user gives. What is wrong with them is said in one sentence."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,12 +43,14 @@ HEADS = ("classifier", "score")
 """How PEFT knows what it trains and saves of every classifier, see ``PeftModelForSequenceClassification``."""
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, progress: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, padding on the right; without a pad token of its own it pads with end-of-text.
+
+    ``progress`` is told in words what an embedded model that is fetched is waiting for.
 
     Raises GatewiseError when there is none or it cannot be read.
     """
-    source = resolve(name_or_path)
+    source = resolve(name_or_path, progress=progress)
     try:
         with quiet(bars=not Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

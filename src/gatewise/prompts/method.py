@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from peft import PeftModel
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
@@ -142,9 +143,10 @@ class SelectivePrompts(Method):
             **self.prompts.model_dump(exclude={"prompt_layers", "keep"}),
         )
 
-    def note(self, base: PreTrainedModel) -> dict[str, Any]:
-        """How many layers there are to choose from."""
-        return {"num_layers": int(base.config.get_text_config().num_hidden_layers)}
+    def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
+        """Fresh prompts. The note says how many layers there were to choose from."""
+        run.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
+        return super().adapt(run, base)
 
     def untrained(self, model: Any) -> AbstractContextManager[Any]:
         """Prompts change the function from the start."""
@@ -176,22 +178,22 @@ class SelectivePrompts(Method):
         checkpoint = checkpoint_before(run.output / "checkpoints" / SEARCH_FOLDER, steps)
         set_seed(self.recipe.seed)
         begun = time.monotonic()
-        with run.progress.training("searching"):
-            found = search(
-                run.model,
-                run.train,
-                run.arguments(steps, evaluates=False),  # dev is for the model that comes of it
-                keep=section.keep,
-                trainer_class=run.trainer,
-                resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-                mixin=LabelledSearch,
-                eval_dataset=[],
-                callbacks=self.callbacks(run),
-                upper_learning_rate=section.gate_learning_rate,
-                reparameterise=section.reparameterise,
-                consistency=section.consistency,
-                drop=section.drop,
-            )
+        run.progress.say(f"searching for layers in {steps} steps")
+        found = search(
+            run.model,
+            run.train,
+            run.arguments(steps, evaluates=False),  # dev is for the model that comes of it
+            keep=section.keep,
+            trainer_class=run.trainer,
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+            mixin=LabelledSearch,
+            eval_dataset=[],
+            callbacks=self.callbacks(run),
+            upper_learning_rate=section.gate_learning_rate,
+            reparameterise=section.reparameterise,
+            consistency=section.consistency,
+            drop=section.drop,
+        )
         selection = Selection(
             layers=found.layers,
             gates=found.gates[-1].tolist(),
@@ -210,15 +212,11 @@ class SelectivePrompts(Method):
         run.progress.say(_line(selection))
         return selection
 
-    def write(self, folder: Path) -> None:
-        """What the search chose, beside the adapter."""
-        if self.selection is not None:
-            self.selection.write(folder / SEARCH_FILE)
-
     def report(self, adapter: Path) -> Report:
-        """Which layers take a prompt, and what the search says of all."""
+        """Which layers take a prompt, and what the search says of all, which is written beside the adapter too."""
         prompts, numbers = inspection.read_prompts(adapter), {}
         if (selection := self.selection) is not None:
+            selection.write(adapter / SEARCH_FILE)
             numbers = {"gates": selection.gates, "search_steps": selection.steps}
         return Report(
             stored_numbers(adapter),

@@ -1,11 +1,10 @@
 """The baselines that need more than a configuration of PEFT's, as parts of a recipe: AdaLoRA, prompt tuning and prefix tuning.
 
-AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. Its schedule is called at every step, a
-run can be resumed, and ends in plain LoRA. In PEFT the effective scale is ``lora_alpha / init_r`` throughout, not
+AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. It ends as plain LoRA here, and cannot be
+resumed: its averages are in no checkpoint. In PEFT the effective scale is ``lora_alpha / init_r`` throughout, not
 ``lora_alpha / r``: compare methods with that in mind.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,24 +14,18 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.method import Lora
 from gatewise.allocation.slots import compact, ranks
-from gatewise.errors import GatewiseError
-from gatewise.files import whole_file
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.losses import inside
 from gatewise.models.loading import HEADS
 from gatewise.parts import Count, Fraction, Method, NotNegative, Run, Section
-
-STATE_FILE = "adalora_state.safetensors"
-_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaloraSection(Section):
@@ -54,7 +47,6 @@ class AdaloraSection(Section):
 class AdaLora(Lora):
     """AdaLoRA, which ends as plain LoRA."""
 
-    checkpoint_files = (STATE_FILE,)
     adalora: AdaloraSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -69,15 +61,12 @@ class AdaLora(Lora):
         if self.peft.init_lora_weights is not True:
             yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
 
-    def check(self) -> None:
-        """DeepSpeed frees gradients before the schedule has read them."""
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """AdaLoRA with the run's schedule."""
         if is_asked_for():
             raise GatewiseError(
                 "method adalora reads whole gradients, which DeepSpeed does not keep: take launch.strategy ddp, or method alora"
             )
-
-    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
-        """AdaLoRA with the run's schedule."""
         schedule = {
             "init_r": max(self.peft.r + 1, round(1.5 * self.peft.r)),
             "tinit": run.steps // 10,
@@ -85,12 +74,11 @@ class AdaLora(Lora):
             **self.adalora.model_dump(exclude_none=True),
             "total_step": run.steps,
         }
-        if schedule["tinit"] >= run.steps - schedule["tfinal"]:
-            raise GatewiseError(
-                f"adalora: tinit ({schedule['tinit']}) and tfinal ({schedule['tfinal']}) leave no step of the run's {run.steps} in "
-                "which ranks can be taken away: lower them or train longer"
-            )
-        return AdaLoraConfig(target_r=self.peft.r, **schedule, **self.settings(run, base))
+        settings = self.settings(run, base)
+        try:
+            return AdaLoraConfig(target_r=self.peft.r, **schedule, **settings)
+        except ValueError as error:
+            raise GatewiseError(f"adalora: {reason_of(error)}") from error
 
     def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
         """AdaLoRA. PEFT would train the divisor of its scale where it casts it, on a bfloat16 base, and never save it."""
@@ -99,9 +87,13 @@ class AdaLora(Lora):
             layer.ranknum.requires_grad_(False)
         return model
 
+    def resume(self, output: Path) -> None:
+        """Refused."""
+        raise GatewiseError(f"method adalora cannot be resumed, as checkpoints lack its averages: repeat {output} with --overwrite")
+
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         """The schedule."""
-        return [*super().callbacks(run), AdaLoraSchedule(run.checkpoint)]
+        return [*super().callbacks(run), AdaLoraSchedule()]
 
     def loss_term(self, model: nn.Module, share: float | Tensor) -> Tensor:
         """The weighted regulariser, as PEFT adds it to the loss of every batch."""
@@ -191,21 +183,11 @@ class PromptTuning(PrefixTuning):
 class AdaLoraSchedule(TrainerCallback):
     """Calls ``update_and_allocate`` after every optimiser step, while the gradients are there.
 
-    PEFT cuts an adapter to its rank pattern when it is saved, which a checkpoint of an unfinished run cannot bear:
-    masked entries may come back, and the full shapes are needed to load it. So between steps the pattern is kept here
-    instead of in the config, and saved in each checkpoint together with the averages that importance is made of.
-
-    Args:
-        resume_from: the checkpoint the run continues from.
+    PEFT cuts an adapter to its rank pattern when it is saved, which a checkpoint of an unfinished run cannot bear: masked entries
+    may come back, and the full shapes are needed to load the best one. So between steps the pattern is here, not in the config.
     """
 
-    def __init__(self, resume_from: Path | None = None) -> None:
-        self.resume_from = resume_from
-        self.pattern: dict[str, Any] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.resume_from is not None:
-            self._load(kwargs["model"], self.resume_from / STATE_FILE)
+    pattern: dict[str, Any] | None = None
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -214,22 +196,6 @@ class AdaLoraSchedule(TrainerCallback):
         # The Trainer counts this step only afterwards; with its own count the last one would never be reached.
         model.base_model.update_and_allocate(state.global_step + 1)
         self.pattern, config.rank_pattern = config.rank_pattern, None
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        allocator = kwargs["model"].base_model.rankallocator
-        tensors = {f"{kind}/{name}": value for kind in _AVERAGES for name, value in getattr(allocator, kind, {}).items()}
-        path = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / STATE_FILE
-        with whole_file(path) as part:
-            save_file(tensors, part, metadata={"rank_pattern": json.dumps(self.pattern)})
-
-    def _load(self, model: PeftModel, path: Path) -> None:
-        allocator: Any = model.base_model.rankallocator
-        with safe_open(str(path), framework="pt") as file:
-            self.pattern = json.loads(file.metadata()["rank_pattern"])
-            device = next(model.parameters()).device
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                kind, _, name = key.partition("/")
-                getattr(allocator, kind)[name] = file.get_tensor(key).to(device)
 
 
 def orthogonality(model: PeftModel) -> Tensor:

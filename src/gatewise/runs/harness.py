@@ -6,20 +6,16 @@ context and continuation in one call without saying where one ends, and an adapt
 alone.
 """
 
+import json
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.evaluator import evaluate
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from rich.console import Console
@@ -67,23 +63,37 @@ def measure_with_harness(
         lm_eval's ``results``, ``groups`` (where there are any), ``versions``, ``n-shot`` and ``n-samples``, by task.
 
     Raises:
-        GatewiseError: there is no such task, its data cannot be loaded, or it asks for what the model cannot do; the adapter
-            cannot be loaded; ``out`` cannot be written.
+        GatewiseError: the tasks cannot be loaded, or ask for what the model cannot do; the adapter cannot be loaded; ``out`` cannot
+            be written.
     """
     if out is not None:
         check_new_file(out)
     progress = ConsoleProgress(console or Console(stderr=True))
-    with quiet(bars=True), _as_lm_eval_starts():
-        loaded = _load(tasks, folder, shots)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with quiet(bars=True):
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+        if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+            raise GatewiseError(f"lm_eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
+        names = manager.match_tasks(list(tasks))
         model, tokenizer, _ = load_as_trained(adapter, base=base, device=device, say=progress.say)
         with progress.counting("measuring") as count, measuring(model):
-            asked = HarnessModel(model, tokenizer, batch_size, count)
-            found = evaluate(asked, loaded, limit=limit, log_samples=out is not None)
+            asked: Any = HarnessModel(model, tokenizer, batch_size, count)
+            try:
+                found: Any = simple_evaluate(
+                    asked, tasks=names, num_fewshot=shots, limit=limit, log_samples=out is not None, task_manager=manager
+                )
+            except (OSError, ValueError) as error:  # of the hub, of datasets, or a task that gatewise does not do
+                raise GatewiseError(f"{', '.join(names)} cannot be measured: {reason_of(error)}") from error
     if out is not None:
         rows = ({"task": task, **sample} for task, samples in found["samples"].items() for sample in samples)
-        write_json_lines(out, (finite(_plain(row)) for row in rows))
+        write_json_lines(out, map(_plain, rows))
     wanted = ("results", "groups", "versions", "n-shot", "n-samples")
-    return {name: finite(_plain(found[name])) for name in wanted if name in found}
+    return {name: _plain(found[name]) for name in wanted if name in found}
+
+
+def _plain(value: Any) -> Any:
+    """A value of lm_eval's as JSON can hold it, with NumPy's numbers as Python's."""
+    return finite(json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))))
 
 
 class HarnessModel(TemplateLM):
@@ -180,17 +190,11 @@ class HarnessModel(TemplateLM):
         for index, request in enumerate(requests):
             settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], _NEW_TOKENS))
             most = settings["max_gen_toks"]
-            if settings["do_sample"]:
-                raise GatewiseError(
-                    f"{request.task_name} wants answers that are drawn, and gatewise writes the most probable: leave it out"
-                )
-            if not 1 <= most < self.max_length:
-                raise GatewiseError(
-                    f"{request.task_name} wants answers of {most} tokens, but the model has {self.max_length} positions: leave it "
-                    "out"
-                )
-            stops = settings["until"]
-            groups.setdefault((most, tuple(one for one in stops if one)), []).append(index)
+            if settings["do_sample"] or most >= self.max_length:
+                what = f"of {most} tokens, but the model has {self.max_length} positions"
+                what = "that are drawn, and gatewise writes the most probable" if settings["do_sample"] else what
+                raise GatewiseError(f"{request.task_name} wants answers {what}: leave it out")
+            groups.setdefault((most, tuple(one for one in settings["until"] if one)), []).append(index)
         texts = [""] * len(requests)
         for (most, until), members in groups.items():
             prompts = [self.tok_encode(requests[index].args[0])[-(self.max_length - most) :] for index in members]
@@ -198,65 +202,3 @@ class HarnessModel(TemplateLM):
             for index, text in zip(members, written, strict=True):
                 texts[index] = text
         return texts
-
-
-def _load(names: Sequence[str], folder: str | Path | None, shots: int | None) -> Any:
-    """The tasks of a measurement, before the model is loaded, so that what is wrong with them is said at once.
-
-    Raises:
-        GatewiseError: there is no such task, or it cannot be loaded.
-    """
-    if folder is not None and not Path(folder).is_dir():
-        raise GatewiseError(f"{folder} is no folder: expected one with tasks as YAML files")
-    try:
-        manager = TaskManager(include_path=None if folder is None else str(folder))
-    except Exception as error:  # whatever a file of the user's makes of it
-        raise GatewiseError(f"the tasks in {folder} cannot be read: {reason_of(error)}") from error
-    wanted: list[str] = []
-    for name in names:
-        found = manager.match_tasks([name])
-        if not found:
-            near = get_close_matches(name, manager.all_tasks, 3)
-            known = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise GatewiseError(f"lm_eval has no task {name!r}: {known}")
-        wanted += [one for one in found if one not in wanted]
-    try:
-        loaded = manager.load(wanted)
-    except Exception as error:  # of the hub, of datasets, or of the task's own code
-        raise GatewiseError(f"{', '.join(names)} cannot be loaded: {reason_of(error)}") from error
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "shows more than text"
-            raise GatewiseError(f"{name} {what}, which gatewise does not do: leave it out")
-        own = task.get_config("num_fewshot")
-        if own is None or (shots is not None and own != 0):  # a task that says none is not to have any
-            task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
-
-
-@contextmanager
-def _as_lm_eval_starts() -> Iterator[None]:
-    """The seeds that lm_eval starts with, for tasks that draw, and of its log only errors."""
-    log = logging.getLogger("lm_eval")
-    level, states = log.level, (random.getstate(), np.random.get_state())
-    log.setLevel(logging.ERROR)
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _plain(value: Any) -> Any:
-    """A value of lm_eval's as JSON can hold it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):  # a number of numpy's
-        return value.item()
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,33 +1,30 @@
-"""The recipe: what to train, on what, and how. ``gatewise.runs.run.train`` carries it out.
+"""The recipe: what to train, on what, and how. Read from a YAML file with the changes of ``--set``, and written to one.
 
-The sections that every recipe has are here. The others are those of its method and its task, see ``gatewise.parts``: ``checked``
-makes a recipe's class of all of them. Every key is checked before anything is loaded.
+The sections that every recipe has are here. The others are those of its method and its task, see ``gatewise.parts``. Every key is
+checked before anything is loaded. ``gatewise.runs.run.train`` carries a recipe out.
 """
 
+import difflib
+import io
 import math
-from collections.abc import Iterator, Mapping
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, ValidationError, create_model
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
 
-from gatewise.models.device import DEVICE_NAMES, DEVICES
-from gatewise.parts import (
-    DEFAULT_TASK,
-    METHODS,
-    TASKS,
-    Count,
-    DataSection,
-    Method,
-    NotNegative,
-    Positive,
-    Section,
-    Share,
-    Table,
-    Task,
-    only_if,
-)
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.models.device import DEVICES
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Count, DataSection, Method, NotNegative, Positive, Section, Share, Task
+
+# The sections ---------------------------------------------------------------------------------------------------------
 
 
 class LaunchSection(Section):
@@ -76,36 +73,19 @@ class TrainingSection(Section):
         """Optimiser steps of one pass over ``rows`` training rows."""
         return max(1, math.ceil(math.ceil(rows / self.batch_size) / self.gradient_accumulation))
 
-    def checkpoint_steps(self, total: int) -> int:
-        """Steps between checkpoints: ``save_every``, or with ``load_best`` ``eval_every``, or a fifth of the run."""
-        return self.save_every or (self.eval_every if self.load_best else None) or max(1, math.ceil(total / 5))
-
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Keys that are each fine and cannot be meant together."""
         if self.max_steps is not None and self.epochs is not None:
             yield "training.epochs", "cannot be given together with training.max_steps: keep the one that ends the run"
-        if self.early_stopping_patience is not None and self.eval_every is None:
-            yield "training.early_stopping_patience", "needs training.eval_every: it counts evaluations without progress"
-        if self.load_best and self.eval_every is None:
-            yield (
-                "training.load_best",
-                "needs training.eval_every: the best checkpoint is the one with the lowest loss on dev",
-            )
-        if self.load_best and self.save_every and self.eval_every and self.save_every != self.eval_every:
+        if self.eval_every is None and (self.load_best or self.early_stopping_patience is not None):
+            key = "load_best" if self.load_best else "early_stopping_patience"
+            yield f"training.{key}", "needs training.eval_every, the steps between two evaluations on dev"
+        if self.load_best and self.save_every not in (None, self.eval_every):
             yield (
                 "training.save_every",
                 f"is {self.save_every}, expected training.eval_every ({self.eval_every}) or nothing: training.load_best can only "
                 "load a checkpoint that was evaluated, and the best evaluation must have one",
             )
-
-
-def _known_in(table: Table[Any]) -> Any:
-    def known(value: Any) -> Any:
-        if isinstance(value, str) and value in table:
-            return value
-        raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(f"'{name}'" for name in table)})
-
-    return known
 
 
 class Recipe(Section):
@@ -115,11 +95,11 @@ class Recipe(Section):
     ``device`` is auto, cpu, cuda, cuda:1 or mps.
     """
 
-    method: Annotated[str, BeforeValidator(_known_in(METHODS))]
+    method: str
     model: str
-    task: Annotated[str, BeforeValidator(_known_in(TASKS))] = DEFAULT_TASK
+    task: str = DEFAULT_TASK
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Annotated[str, only_if(lambda value: isinstance(value, str) and bool(DEVICES.fullmatch(value)), DEVICE_NAMES)] = "auto"
+    device: Annotated[str, Field(pattern=DEVICES)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection
     launch: LaunchSection = LaunchSection()
@@ -129,61 +109,204 @@ class Recipe(Section):
         """The recipe's task and method, for one run."""
         return TASKS[self.task](self), METHODS[self.method](self)
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        for one in (self.training, *self.parts()):
-            for path, problem in one.contradictions():
-                raise PydanticCustomError("combination", "{problem}", {"path": path, "problem": problem})
-        return self
-
-
-class _UnknownParts(Recipe):
-    """A recipe whose method or task is unknown, and so which sections it may have."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-def checked(tree: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested mappings. A section that is None is one without keys.
-
-    Raises:
-        pydantic.ValidationError: a key is unknown, of a wrong type or at odds with another.
-    """
-    kind = recipe_class(tree.get("method"), tree.get("task"))
-    empty = {key for key, value in tree.items() if value is None}
-    if empty - {*Recipe.model_fields}:  # only then is every part imported
-        empty &= {
-            *Recipe.model_fields,
-            *(name for table in (METHODS, TASKS) for part in table.usable().values() for name in part.sections()),
-        }
-    return kind.model_validate({key: value for key, value in tree.items() if key not in empty})
-
-
-def recipe_class(method: Any, task: Any) -> type[Recipe]:
-    """The class of recipes with this method and this task. One that is None is left out."""
-    task = DEFAULT_TASK if task is None else task
-    known = isinstance(method, str) and method in METHODS and isinstance(task, str) and task in TASKS
-    return _class_of((TASKS[task], METHODS[method])) if known else _UnknownParts
-
 
 @lru_cache
-def _class_of(parts: tuple[type[Task], type[Method]]) -> type[Recipe]:
+def recipe_class(method: str, task: str) -> type[Recipe]:
+    """The class of recipes with this method and this task."""
     fields: dict[str, Any] = {}
-    for part in parts:
-        for name, kind in part.sections().items():
-            needed = any(one.is_required() for one in kind.model_fields.values())
-            fields[name] = (kind, ... if needed else kind())
+    for name, kind in {**TASKS[task].sections(), **METHODS[method].sections()}.items():
+        needed = any(one.is_required() for one in kind.model_fields.values())
+        fields[name] = (kind, ... if needed else kind())
     return create_model("Recipe", __base__=Recipe, **fields)
 
 
-def owners(keys: tuple[str, ...]) -> tuple[str, list[str]] | None:
-    """Which parts have a section, or a key of a section: ("method" or "task", their names); None where none has."""
-    for table in (METHODS, TASKS):
-        found = []
-        for name, part in table.usable().items():
-            section = part.sections().get(keys[0])
-            if section is not None and (len(keys) == 1 or keys[1] in section.model_fields):
-                found.append(name)
-        if found:
-            return table.kind, found
-    return None
+def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """A recipe from nested mappings. A key of it that is None has its default.
+
+    Args:
+        source: where it comes from, for errors.
+
+    Raises:
+        GatewiseError: a key is unknown, of a wrong type or at odds with another. One line for each.
+    """
+    kind = _class_of(tree, source)
+    try:
+        recipe = _validated(kind, tree)
+    except ValidationError as error:
+        raise GatewiseError("\n".join(f"{source}: {_problem(fault, kind)}" for fault in error.errors())) from None
+    for one in (recipe.training, *recipe.parts()):
+        for key, problem in one.contradictions():
+            raise GatewiseError(f"{source}: {key} {problem}")
+    return recipe
+
+
+def _class_of(tree: Mapping[str, Any], source: str) -> type[Recipe]:
+    names = {"method": tree.get("method"), "task": tree.get("task") or DEFAULT_TASK}
+    tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "task": TASKS}
+    for kind, name in names.items():
+        if not isinstance(name, str) or name not in tables[kind]:
+            near = _did_you_mean(str(name), tables[kind], "")
+            raise GatewiseError(f"{source}: {kind} is {reprlib.repr(name)}, expected one of {', '.join(tables[kind])}{near}")
+    return recipe_class(**names)
+
+
+def _validated(kind: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
+    return kind.model_validate({key: value for key, value in tree.items() if value is not None or key not in kind.model_fields})
+
+
+def _problem(fault: Mapping[str, Any], kind: type[Section]) -> str:
+    """One sentence about a fault that pydantic found."""
+    *sections, key = (str(part) for part in fault["loc"])
+    name = ".".join((*sections, key))
+    if fault["type"] == "extra_forbidden":
+        for section in sections:
+            kind = kind.model_fields[section].annotation  # type: ignore[assignment]
+        near = _did_you_mean(key, kind.model_fields, f"; known here: {', '.join(kind.model_fields)}")
+        return f"{name} is not a known key (given {reprlib.repr(fault['input'])}){near}"
+    if fault["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}, got {reprlib.repr(fault['input'])}"
+
+
+def _did_you_mean(word: str, known: Mapping[str, Any], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else otherwise
+
+
+# Files and the changes of --set ---------------------------------------------------------------------------------------
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+_DATA_KEYS: list[tuple[str, ...]] = [("data", "train"), ("data", "dev"), ("data", "test")]
+_OTHER_END = {"max_steps": "epochs", "epochs": "max_steps"}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe. A section without keys has its defaults.
+
+    Args:
+        path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
+        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; where the key takes text, and where it is not
+            valid YAML, the value is the text as it stands. ``max_steps`` replaces the file's ``epochs``, and the other way round.
+            Their relative paths are taken from the working folder, where the one who types them is.
+
+    Raises:
+        GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.
+    """
+    path = Path(path)
+    try:
+        tree = _yaml().load(path)
+    except (OSError, YAMLError) as error:
+        raise GatewiseError(f"the recipe {path} cannot be read: {reason_of(error)}") from error
+    if not isinstance(tree, dict):
+        raise GatewiseError(f"{path}: expected keys such as 'method: alora' and 'model: ...', got {reprlib.repr(tree)}")
+    data = tree.get("data")
+    for key in [("model",), *_DATA_KEYS]:
+        section = tree if len(key) == 1 else data
+        if isinstance(section, dict) and key[-1] in section:
+            section[key[-1]] = _absolute(key, section[key[-1]], path.parent)
+    changes = dict(map(_parsed, overrides))
+    for key, text in changes.items():
+        _change(tree, key, _value(text))
+    source = f"{path} with its --set" if changes else str(path)
+    for key in _text_expected(tree, source) & changes.keys() if changes else ():
+        _change(tree, key, changes[key])
+    return checked(tree, source)
+
+
+def recipe_as_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that ``load_recipe`` reads back to an equal recipe."""
+    stream = io.StringIO()
+    _yaml().dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+_NOT_TEXT = {
+    "null": (r"(?:~|null|Null|NULL)?\Z", ["~", "n", "N", ""]),
+    "bool": (r"(?:true|True|TRUE|false|False|FALSE)\Z", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)\Z", list("-+0123456789")),
+    "float": (
+        r"(?:[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))\Z",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<\Z", ["<"]),
+}
+"""What stands for something else than text when it is not quoted, with the characters it can begin with."""
+
+
+class _Resolver(VersionedResolver):
+    """YAML 1.2 without its dates and its numbers such as 010, which are labels more often than anything else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for tag, (pattern, first) in _NOT_TEXT.items():
+            self.add_version_implicit_resolver((1, 2), f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
+
+
+class _Representer(SafeRepresenter):
+    """Quotes text with the line breaks of other alphabets, which would be read back as spaces."""
+
+    def represent_str(self, text: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Representer = _Resolver, _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # said to be None, which sorts
+    return yaml
+
+
+def _parsed(setting: str) -> tuple[tuple[str, ...], str]:
+    """The keys and the text of a ``--set KEY=VALUE``."""
+    name, equals, text = setting.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise GatewiseError(f"--set {setting}: expected KEY=VALUE with a dotted key, such as --set training.learning_rate=1e-4")
+    return keys, text
+
+
+def _value(text: str) -> Any:
+    """The value as YAML. Text without quotes is the text as it stands, as is what is not valid YAML."""
+    try:
+        value = _yaml().load(text)
+    except YAMLError:
+        return text
+    # YAML would end it at " #" and join its lines.
+    return text.strip() if isinstance(value, str) and text.lstrip()[:1] not in tuple("'\"|>!&") else value
+
+
+def _change(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Sets one key, or with None takes it out; of the two ends that a run can have, the other one goes."""
+    for depth, key in enumerate(keys[:-1], 1):
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise GatewiseError(f"--set {'.'.join(keys)}: {'.'.join(keys[:depth])} is a single value, so it has no keys")
+    if value is None:
+        tree.pop(keys[-1], None)
+    else:
+        tree[keys[-1]] = _absolute(keys, value, Path())
+        tree.pop(_OTHER_END.get(keys[-1], ""), None)
+
+
+def _text_expected(tree: dict[str, Any], source: str) -> set[tuple[Any, ...]]:
+    """The keys that take text and have something else: 'Review: {text}' and '{text}' are mappings in YAML."""
+    try:
+        _validated(_class_of(tree, source), tree)
+    except ValidationError as error:
+        return {fault["loc"] for fault in error.errors() if fault["type"] == "string_type"}
+    return set()
+
+
+def _absolute(key: tuple[str, ...], value: Any, folder: Path) -> Any:
+    """A relative data file or model folder, taken from a folder; a sample and the name of a data set or model stay."""
+    if not isinstance(value, str) or not value:
+        return value
+    is_file = key in _DATA_KEYS and value.lower().endswith(DATA_SUFFIXES)
+    is_model = key == ("model",) and (value.startswith((".", "~", "/")) or (folder / value).is_dir())
+    return str((folder / Path(value).expanduser()).resolve()) if is_file or is_model else value

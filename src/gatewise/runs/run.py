@@ -1,50 +1,101 @@
 """Carries out a recipe: checks everything, loads, measures, trains, measures again, writes the adapter, and draws.
 
-It knows no method and no task: their verbs are in ``gatewise/parts.py``. What a run leaves is told in ``gatewise/runs/folder.py``.
+It knows no method and no task: their verbs are in ``gatewise/parts.py``. What a run leaves in its folder:
+
+    adapter/        what was trained, as PEFT saves it, with gatewise.json; more beside it from some methods
+    metrics.json    metrics before and after, parameters, seconds, and the method's numbers
+    *.png           the method's pictures: ranks, layers, routing
+    recipe.yaml     the recipe with every default written out
+    rows.json       fingerprints of the rows, by which --resume sees that they are the same
+    checkpoints/    the last two checkpoints, from which --resume goes on
+
+A method with a stage of its own before the training, such as SPT's search, has the checkpoints of it in ``checkpoints/STAGE`` and
+writes ``STAGE.json`` when it is done: the run is then in its second stage.
 """
 
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from gatewise import processes
-from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step
+from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step, complete_checkpoints
 from gatewise.adapters.files import NOTE_FILE, read_note
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_folder, write_json
+from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.internals.sharding import join, reshard
-from gatewise.models import load_tokenizer, resolve
-from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
-from gatewise.models.loading import most_tokens
-from gatewise.parts import Features, Method, Report, Run, Task
-from gatewise.progress import quiet
-from gatewise.runs.folder import (
-    ADAPTER,
-    CHECKPOINTS,
-    RunResult,
-    check_output,
-    check_same_rows,
-    write_metrics,
-    writing,
-)
-from gatewise.runs.progress import RunProgress
-from gatewise.runs.recipe import Recipe
-from gatewise.runs.trainer import (
-    EarlyStopping,
-    LossTerm,
-    RecipeTrainer,
-    has_stopped_early,
-    recompute_activations,
-    training_arguments,
-)
+from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.loading import load_tokenizer, most_tokens
+from gatewise.parts import METHODS, Features, Method, Report, Run, Task
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.runs.recipe import Recipe, load_recipe, recipe_as_yaml
+from gatewise.runs.trainer import arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
+
+ADAPTER, CHECKPOINTS, METRICS, RECIPE, ROWS = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "rows.json"
+WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder, with every default.\n"
+LOCK = ".gatewise.lock"
+
+# What trains nothing: a run whose measuring ran out of memory can be resumed with smaller batches.
+_FREE_TO_CHANGE = ("device", "training.log_every", "training.eval_batch_size", "data.max_new_tokens")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        output: its folder.
+        metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as the task measures them; "before"
+            is the base model.
+        parameters: "base" and "adapter", the numbers stored in each.
+        seconds: "evaluation", "training" (rounds included) and "total", of this process, and those of a stage of the method's own.
+        steps: optimiser steps taken, those before a resume included.
+        dtype, device: what the base model's weights were in and where it ran, in this process.
+        resumed_from: the step the run went on from, or None.
+        numbers: what the method says of the adapter, as in ``metrics.json``: "ranks" by module, "prompt_layers" and so on.
+        table: makes the same for a terminal, in the main process; None where there is none.
+        pictures: file name -> path of what was drawn.
+    """
+
+    output: Path
+    metrics: dict[str, dict[str, dict[str, float | int]]]
+    parameters: dict[str, int]
+    seconds: dict[str, float]
+    steps: int
+    dtype: str
+    device: str
+    resumed_from: int | None
+    numbers: dict[str, Any]
+    table: Callable[[], Any] | None = None
+    pictures: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder."""
+        return self.output / ADAPTER
+
+    @property
+    def metrics_file(self) -> Path:
+        """The file that holds the numbers of this result."""
+        return self.output / METRICS
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank of the adapter written; empty where it has none."""
+        return self.numbers.get("ranks", {})
 
 
 def train(
@@ -58,7 +109,7 @@ def train(
     """Carries out a recipe.
 
     Data, template, base model, modules and the output folder are all checked before training begins. An interrupt or a
-    fault leaves complete checkpoints and nothing half written.
+    fault leaves complete checkpoints, and no adapter that is half written.
 
     Args:
         output: the folder to write. It must be new or empty, unless resumed or overwritten.
@@ -69,30 +120,29 @@ def train(
     Raises:
         GatewiseError: anything in recipe, data or folder that a user can put right, or a loss that is not finite.
     """
-    started = time.monotonic()
-    output = Path(output)
+    started, output = time.monotonic(), Path(output)
     task, method = recipe.parts()
-    join(pick_device(recipe.device))
-    method.check()
-    progress = RunProgress((console or Console(stderr=True)) if processes.is_main() else Console(quiet=True))
-    checkpoint = processes.by_main(check_output, output, recipe, method, resume, overwrite)
+    device = pick_device(recipe.device)
+    join(device)
+    is_main = processes.is_main()
+    checkpoint = processes.by_main(_checkpoint_to_resume, output, recipe, method, resume, overwrite)
+    progress = ConsoleProgress((console or Console(stderr=True)) if is_main else Console(quiet=True))
     if resume:
         method.resume(output)
     with quiet(bars=True):
-        run = _prepared(recipe, task, method, output, checkpoint, progress)
-        rows = check_same_rows(output, {"data.train": [*run.train, *run.aside], "data.dev": run.dev}, resume)
+        run = _prepared(recipe, task, method, output, device, checkpoint, progress)
+        rows = _fingerprints(run, resume)
         run.checkpoint = _with_steps_to_go(run)
         if overwrite:
             run.arguments(run.steps)  # refuses what does not work here while the earlier run is still there
-        with writing(output, recipe, method, rows, overwrite) if processes.is_main() else nullcontext():
+        with _writing(run, method, rows, overwrite) if is_main else nullcontext():
             method.before_training(run)
             trainer: Any = method.trainer(run)
             with method.untrained(trainer.model) as base:
                 before = _measured(run, base, "before")
             set_seed(recipe.seed)
             begun = time.monotonic()
-            with progress.training():
-                trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             run.seconds["training"] = time.monotonic() - begun
             # Without the wrapper that mixed precision puts around forward: both measurements run in the base's dtype.
             model = method.finish(run, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
@@ -106,106 +156,86 @@ def train(
             study = Report()
             with _may_fail("the study of the adapter", progress):
                 study = method.study(run, model)
-            if processes.is_main():
+            if is_main:
                 result = _drawn(run, result, study, trainer.state)
     return result
 
 
-@contextmanager
-def _may_fail(what: str, progress: RunProgress) -> Iterator[None]:
-    """Says what could not be made of a finished run, and goes on: adapter and metrics are written."""
-    try:
-        yield
-    except Exception as error:
-        progress.say(f"warning: {what} could not be made ({type(error).__name__}: {error}); adapter and metrics.json are whole")
+# Before training ------------------------------------------------------------------------------------------------------
 
 
-def _written(run: Run, method: Method, model: Any, metrics: dict[str, Any], state: TrainerState) -> RunResult:
-    """Writes the adapter, and what the run came to."""
-    with whole_folder(run.output / ADAPTER, replace=True) as part:
-        # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
-        model.save_pretrained(str(part), save_embedding_layers=False)
-        write_json(part / NOTE_FILE, run.note)
-        method.write(part)
-    run.report = method.report(run.output / ADAPTER)
-    result = RunResult(
-        output=run.output,
-        metrics=metrics,
-        parameters={"base": run.base_parameters, "adapter": run.report.parameters},
-        seconds=run.seconds,
-        steps=state.global_step,
-        dtype=run.note["trained_in"],
-        device=str(run.device),
-        resumed_from=checkpoint_step(run.checkpoint) if run.checkpoint else None,
-        numbers=run.report.numbers,
-    )
-    write_metrics(run.recipe, result, state.log_history)
-    return result
+def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: bool, overwrite: bool) -> Path | None:
+    """Refuses a folder that may not be used. Returns the training's checkpoint to go on from, if that is asked for.
 
-
-def _drawn(run: Run, result: RunResult, study: Report, state: TrainerState) -> RunResult:
-    """The result with what the study of the model says, and with pictures."""
-    result = replace(result, numbers={**result.numbers, **study.numbers}, table=run.report.table)
-    if study.numbers:
-        write_metrics(run.recipe, result, state.log_history)
-    for name, draw in {**study.pictures, **run.report.pictures}.items():
-        with _may_fail(name, run.progress):
-            draw(run.output / name)
-            result.pictures[name] = run.output / name
-    return result
-
-
-class _Run(Run):
-    """A run with its Trainer."""
-
-    def arguments(self, steps: int, evaluates: bool = True) -> TrainingArguments:
-        """The recipe's."""
-        training = self.recipe.training
-        if not evaluates:
-            training = training.model_copy(update={"eval_every": None, "early_stopping_patience": None, "load_best": False})
-        return training_arguments(training, self.recipe.seed, steps, self.output / CHECKPOINTS, self.device)
-
-    def trainer(
-        self,
-        *,
-        callbacks: Sequence[TrainerCallback],
-        loss_term: LossTerm | None = None,
-        mixin: type | None = None,
-        **settings: Any,
-    ) -> RecipeTrainer:
-        """The one Trainer of all runs."""
-        training = self.recipe.training
-        given = {"model": self.model, "train_dataset": self.train, "eval_dataset": self.dev, **settings}
-        args = given.pop("args", None) or self.arguments(self.steps)
-        if training.gradient_checkpointing:
-            recompute_activations(given["model"])
-        if training.early_stopping_patience is not None and args.eval_steps:
-            callbacks = [*callbacks, EarlyStopping(training.early_stopping_patience)]
-        kind: Any = RecipeTrainer if mixin is None else type(mixin.__name__, (mixin, RecipeTrainer), {})
-        return kind(
-            args=args,
-            collator=self.collate,
-            note=self.note,
-            callbacks=[*callbacks, self.progress],
-            loss_term=loss_term,
-            group_by_length=training.group_by_length,
-            **given,
+    There may be none when only the stage before the training is done or under way.
+    """
+    if resume and overwrite:
+        raise GatewiseError("--resume and --overwrite exclude each other: go on with the run, or begin it again")
+    used = output.is_dir() and any(output.iterdir())
+    written = (output / RECIPE).read_bytes() if (output / RECIPE).is_file() else b""
+    if used and overwrite and not written.startswith(WRITTEN_BY.encode()):
+        raise GatewiseError(
+            f"{output} was not written by gatewise train, so --overwrite leaves it alone: give another --output, or remove the "
+            "folder yourself"
         )
+    if used and not resume and not overwrite:
+        raise GatewiseError(
+            f"{output} is not empty: use --resume to go on with the run in it, --overwrite to replace that run, or give "
+            "another --output"
+        )
+    if not resume:
+        return None
+    if (output / METRICS).is_file():
+        raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
+    if not written or what_is_kept(output, method) is None:
+        raise GatewiseError(f"there is no complete checkpoint in {output} to resume from: leave --resume out to begin a run")
+    before, now = _by_key(load_recipe(output / RECIPE)), _by_key(recipe)
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            raise GatewiseError(
+                f"{key} is {now.get(key)!r}, but the run in {output} was started with {before.get(key)!r}: resume it "
+                "with that, or begin again with --overwrite"
+            )
+    found = complete_checkpoints(output / CHECKPOINTS)
+    return found[-1] if found else None
 
 
-def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoint: Path | None, progress: RunProgress) -> Run:
+def _by_key(recipe: Recipe) -> dict[str, Any]:
+    """What a resumed run may not change, as "section.key" -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.model_dump(exclude={"launch"}).items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+
+
+def what_is_kept(output: Path, method: Method) -> str | None:
+    """What of an interrupted run --resume goes on from, in words; None for nothing."""
+    if kept := complete_checkpoints(output / CHECKPOINTS):
+        return f"step {checkpoint_step(kept[-1])}"
+    if method.stage is None:
+        return None
+    if (output / f"{method.stage}.json").is_file():
+        return f"the {method.stage}"
+    kept = complete_checkpoints(output / CHECKPOINTS / method.stage)
+    return f"step {checkpoint_step(kept[-1])} of the {method.stage}" if kept else None
+
+
+def _prepared(
+    recipe: Recipe,
+    task: Task,
+    method: Method,
+    output: Path,
+    device: torch.device,
+    checkpoint: Path | None,
+    progress: ConsoleProgress,
+) -> Run:
     """Everything a run needs, loaded and checked."""
-    task.read()
-    device = pick_device(recipe.device)
+    task.read(None if checkpoint is None else read_note(checkpoint))
     dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
-    if recipe.training.bf16 and recipe.dtype != "bfloat16" and not has_bfloat16(device):
-        say_slow(progress.say)
     dtype_name = str(dtype).removeprefix("torch.")
     where = f"{device}" if processes.count() == 1 else f"{device}, {processes.count()} processes"
     progress.say(f"loading {recipe.model} in {dtype_name} on {where}")
-    processes.by_main(resolve, recipe.model, progress=progress.say)
-    tokenizer = load_tokenizer(recipe.model)
-    task.settle(None if checkpoint is None else read_note(checkpoint))
+    tokenizer = load_tokenizer(recipe.model, progress.say)
 
     def fresh_base() -> PreTrainedModel:
         set_seed(recipe.seed)
@@ -214,7 +244,7 @@ def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoi
 
     base = fresh_base()
     # Learned positions end where the table ends.
-    max_length = task.most_tokens(most_tokens(base, tokenizer) - method.prompt_tokens)
+    max_length = min(recipe.data.max_length, most_tokens(base, tokenizer) - method.prompt_tokens)
     if max_length < 1:
         raise GatewiseError(
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
@@ -225,7 +255,7 @@ def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoi
     if method.rows_aside:
         train, aside = _set_aside(train, method.rows_aside, recipe.seed)
     whole = tuple(f"{name}." for name in getattr(base, "trained_whole", ()))
-    run = _Run(
+    run = Run(
         recipe=recipe,
         task=task,
         output=output,
@@ -252,11 +282,11 @@ def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoi
                 include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm", "gradient_accumulation"}
             ),
             **task.note(base),
-            **method.note(base),
         },
         checkpoint=checkpoint,
         seconds={"evaluation": 0.0, "training": 0.0},
     )
+    run.arguments, run.trainer = partial(arguments_of, run), partial(trainer_of, run)
     run.model = method.adapt(run, base)
     return run
 
@@ -276,17 +306,90 @@ def _set_aside(rows: Features, count: int, seed: int) -> tuple[Features, Feature
     return kept or rows, [copies[i][0] for i in chosen]
 
 
+def _fingerprints(run: Run, resume: bool) -> dict[str, str]:
+    """Fingerprints of the encoded rows, by the key of the recipe that they come from.
+
+    Raises:
+        GatewiseError: the run that is to be resumed began with other rows.
+    """
+
+    def content(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)  # str leaves out most of a large tensor
+
+    rows = {"data.train": [*run.train, *run.aside], "data.dev": run.dev}
+    found = {key: hashlib.sha256(json.dumps(one, default=content).encode()).hexdigest() for key, one in rows.items()}
+    path = run.output / ROWS
+    before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else found
+    for key in found:
+        if before.get(key) != found[key]:
+            raise GatewiseError(
+                f"the rows of {key} are not those that the run in {run.output} was started with: resume it with those, or begin "
+                "again with --overwrite"
+            )
+    return found
+
+
 def _with_steps_to_go(run: Run) -> Path | None:
     """The checkpoint to go on from, or an earlier one where it is the last: the Trainer cannot resume behind its last step."""
-    checkpoint, patience = run.checkpoint, run.recipe.training.early_stopping_patience
-    if checkpoint is None or (checkpoint_step(checkpoint) < run.steps and not has_stopped_early(checkpoint, patience)):
+    checkpoint = run.checkpoint
+    if checkpoint is None:
+        return None
+    step, state = checkpoint_step(checkpoint), TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if step < run.steps and not has_stopped_early(state.log_history, run.recipe.training.early_stopping_patience):
         return checkpoint
-    earlier = checkpoint_before(run.output / CHECKPOINTS, checkpoint_step(checkpoint))
+    earlier = checkpoint_before(run.output / CHECKPOINTS, step)
     begins = f"from step {checkpoint_step(earlier)}" if earlier else "from the start"
     run.progress.say(
         f"the latest checkpoint is where training ended, from which nothing can be resumed: it is trained again {begins}"
     )
     return earlier
+
+
+# While the folder is open ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _writing(run: Run, method: Method, rows: Mapping[str, str], overwrite: bool) -> Iterator[None]:
+    """Opens the output folder for this process alone. Where nothing came of the run that can be resumed, nothing of it stays.
+
+    Args:
+        rows: their fingerprints.
+    """
+    output = run.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with FileLock(output / LOCK).acquire(timeout=0):
+            try:
+                if overwrite:
+                    _remove_run(output)
+                text = WRITTEN_BY + recipe_as_yaml(run.recipe)
+                with whole_file(output / RECIPE) as part:
+                    part.write_text(text, encoding="utf-8")
+                write_json(output / ROWS, rows)
+                yield
+            finally:
+                if not (output / METRICS).is_file() and what_is_kept(output, method) is None:
+                    _remove_run(output)
+                with suppress(OSError):  # another process that came just now has it open
+                    (output / LOCK).unlink()
+    except Timeout:
+        raise GatewiseError(f"another process is training into {output}: wait until it ends, or give another --output") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch.save, on a full disk
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise GatewiseError(f"{output} could not be written ({reason}): free some space or give another --output") from error
+    finally:
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _remove_run(output: Path) -> None:
+    """Removes what a run of any method writes, and nothing else that may lie in the folder."""
+    for name in (METRICS, RECIPE, ROWS, *(name for method in METHODS.values() for name in method.files)):
+        (output / name).unlink(missing_ok=True)
+    for name in (ADAPTER, CHECKPOINTS):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _measured(run: Run, model: Any, when: str) -> dict[str, dict[str, float | int]]:
@@ -300,3 +403,66 @@ def _measured(run: Run, model: Any, when: str) -> dict[str, dict[str, float | in
             run.progress.say(remark)
     run.seconds["evaluation"] += time.monotonic() - begun
     return metrics
+
+
+def _written(run: Run, method: Method, model: Any, metrics: dict[str, Any], state: TrainerState) -> RunResult:
+    """Writes the adapter, and what the run came to."""
+    with whole_folder(run.output / ADAPTER, replace=True) as part:
+        # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
+        model.save_pretrained(str(part), save_embedding_layers=False)
+        write_json(part / NOTE_FILE, run.note)
+    run.report = method.report(run.output / ADAPTER)
+    result = RunResult(
+        output=run.output,
+        metrics=metrics,
+        parameters={"base": run.base_parameters, "adapter": run.report.parameters},
+        seconds=run.seconds,
+        steps=state.global_step,
+        dtype=run.note["trained_in"],
+        device=str(run.device),
+        resumed_from=checkpoint_step(run.checkpoint) if run.checkpoint else None,
+        numbers=run.report.numbers,
+    )
+    _write_metrics(run.recipe, result, state.log_history)
+    return result
+
+
+def _write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, Any]]) -> None:
+    content = {
+        "format": 1,
+        "method": recipe.method,
+        "model": recipe.model,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "dtype": result.dtype,
+        "device": result.device,
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "metrics": result.metrics,
+        "parameters": result.parameters,
+        **result.numbers,
+        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
+    }
+    write_json(result.metrics_file, finite(content))
+
+
+@contextmanager
+def _may_fail(what: str, progress: ConsoleProgress) -> Iterator[None]:
+    """Says what could not be made of a finished run, and goes on: adapter and metrics are written."""
+    try:
+        yield
+    except Exception as error:
+        progress.say(f"warning: {what} could not be made ({type(error).__name__}: {error}); adapter and metrics.json are whole")
+
+
+def _drawn(run: Run, result: RunResult, study: Report, state: TrainerState) -> RunResult:
+    """The result with what the study of the model says, and with pictures."""
+    result = replace(result, numbers={**result.numbers, **study.numbers}, table=run.report.table)
+    if study.numbers:
+        _write_metrics(run.recipe, result, state.log_history)
+    for name, draw in {**study.pictures, **run.report.pictures}.items():
+        with _may_fail(name, run.progress):
+            draw(run.output / name)
+            result.pictures[name] = run.output / name
+    return result

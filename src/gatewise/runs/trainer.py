@@ -3,7 +3,6 @@
 Shapes: b batch, t tokens.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,22 +12,21 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gatewise.adapters.checkpoints import DIVERGED_FILE, complete_checkpoints
 from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_tensors
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import write_json
 from gatewise.internals.sharding import reshard
 from gatewise.internals.trainer_device import run_on
 from gatewise.internals.zero import is_asked_for, zero_of
 from gatewise.losses import base_of, mean_loss, scored, soft_prompt
+from gatewise.parts import Run
 from gatewise.processes import count, is_sharded, own_share
-from gatewise.runs.recipe import TrainingSection
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
 _BATCHES_A_CHUNK = 32
@@ -42,6 +40,8 @@ class RecipeTrainer(Trainer):
         note: what ``gatewise eval`` needs to know of the run, written into every checkpoint as ``gatewise.json``.
         loss_term: what a batch's loss gains while training, see ``gatewise.parts.Method.loss_term``.
         group_by_length: draw batches of rows of like length.
+        patience: end the run after so many evaluations without a new lowest loss on dev. It reads the log, which checkpoints keep,
+            so a resumed run stops where an uninterrupted one does.
         Others: as for ``Trainer``; datasets are lists of features for ``collator``.
 
     Raises:
@@ -59,6 +59,7 @@ class RecipeTrainer(Trainer):
         callbacks: list[TrainerCallback],
         loss_term: LossTerm | None = None,
         group_by_length: bool = False,
+        patience: int | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -74,22 +75,11 @@ class RecipeTrainer(Trainer):
         self.note = dict(note)
         self.loss_term = loss_term
         self.group_by_length = group_by_length
+        self.patience = patience
         if self.is_deepspeed_enabled:
-            self._refuse_contradictions()
-
-    def _refuse_contradictions(self) -> None:
-        """Refuses a file of DeepSpeed's that sets what the recipe sets too."""
-        config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config
-        for section in ("optimizer", "scheduler"):
-            if section in config.config:
-                raise GatewiseError(
-                    f"DeepSpeed's settings have a section {section}, but the recipe's training sets it: leave it out"
-                )
-        if config.mismatches:
-            told = ", ".join(
-                one.removeprefix("- ds ").replace(" vs hf ", " where the recipe makes it ") for one in config.mismatches
-            )
-            raise GatewiseError(f'DeepSpeed\'s settings contradict the recipe: {told}; write "auto" there')
+            config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config
+            if {"optimizer", "scheduler"} & config.config.keys():
+                raise GatewiseError("DeepSpeed's settings have an optimizer or scheduler, which the recipe sets: leave them out")
 
     def compute_loss(
         self,
@@ -131,6 +121,8 @@ class RecipeTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if has_stopped_early(self.state.log_history, self.patience):
+            self.control.should_training_stop = True
         return metrics
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -149,17 +141,6 @@ class RecipeTrainer(Trainer):
             collate_fn=self.data_collator,
         )
         return self.accelerator.prepare(loader)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has only RuntimeError for a full disk
-            reason = getattr(error, "strerror", None) or "is the disk full?"
-            again = " with --resume" if complete_checkpoints(self._folder) else ""
-            raise GatewiseError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {self._folder} ({reason}): free some "
-                f"space and give the same command{again}"
-            ) from error
 
     # An adapter that FSDP and ZeRO leave whole is saved and loaded as without them: no process gathers the base model, and a run
     # may be resumed with another strategy.
@@ -255,7 +236,18 @@ class RecipeTrainer(Trainer):
         set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
 
     def _stop_diverged(self, what: str) -> None:
-        stop_diverged(self._folder, self.state.global_step, what)
+        """Ends a run whose numbers are no longer finite.
+
+        A checkpoint of this step has the very weights that gave no finite number: it is marked, so that no resume takes it.
+        """
+        suspect = self._folder / f"checkpoint-{self.state.global_step}"
+        if suspect.is_dir():
+            (suspect / DIVERGED_FILE).touch()
+        good = complete_checkpoints(self._folder)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
+        raise GatewiseError(
+            f"{what}, so the run stopped: {kept}; lower training.learning_rate or check the data and the base model, and train anew"
+        )
 
     @property
     def _folder(self) -> Path:
@@ -291,50 +283,10 @@ class RowOrder(Sampler[int]):
         return iter([row for batch in [*batches, *last] for row in batch])
 
 
-class EarlyStopping(TrainerCallback):
-    """Ends the run after ``patience`` evaluations without a new lowest loss on dev.
-
-    It reads the log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _no_progress(state.log_history, self.patience):
-            control.should_training_stop = True
-
-
-def _no_progress(log: Sequence[Mapping[str, Any]], patience: int) -> bool:
+def has_stopped_early(log: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """True where a log ends with ``patience`` evaluations without a new lowest loss on dev."""
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def has_stopped_early(checkpoint: Path, patience: int | None) -> bool:
-    """Whether the run that wrote a complete checkpoint ended there, after ``patience`` evaluations without progress."""
-    if patience is None:
-        return False
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return _no_progress(state["log_history"], patience)
-
-
-def stop_diverged(checkpoints: Path, step: int, what: str) -> None:
-    """Ends a run whose numbers are no longer finite, naming the last checkpoint that is good.
-
-    A checkpoint of ``step`` holds the very weights that gave no finite number. It is kept, but marked, so that neither
-    this message nor a resume takes it for good.
-
-    Raises:
-        GatewiseError: always.
-    """
-    suspect = checkpoints / f"checkpoint-{step}"
-    if step > 0 and suspect.is_dir():
-        (suspect / DIVERGED_FILE).touch()
-    good = complete_checkpoints(checkpoints)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-    raise GatewiseError(
-        f"{what}, so the run stopped: {kept}; lower training.learning_rate, or check the data and the base model, and train anew"
-    )
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
@@ -350,24 +302,21 @@ def _length(row: Mapping[str, Any]) -> int:
     return len(row["input_ids"])
 
 
-def training_arguments(
-    training: TrainingSection, seed: int, steps: int, checkpoints: Path, device: torch.device
-) -> TrainingArguments:
-    """The arguments of a Trainer that trains ``steps`` steps on a device and writes checkpoints into a folder.
+def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArguments:
+    """The arguments of a Trainer that trains a run's model for some steps; without ``evaluates`` it measures nothing meanwhile.
 
     Raises:
         GatewiseError: settings that do not work here, or a batch that the processes cannot share.
     """
-    processes, deepspeed = count(), is_asked_for()
-    if deepspeed and training.bf16 and device.type == "cpu":
-        raise GatewiseError("training.bf16 does not work under DeepSpeed on a CPU: take dtype bfloat16, or launch.strategy fsdp2")
+    training, on_cpu, processes, deepspeed = run.recipe.training, run.device.type == "cpu", count(), is_asked_for()
     if training.batch_size % processes:
         raise GatewiseError(
             f"training.batch_size is {training.batch_size}, which {processes} processes cannot share: give a multiple of that"
         )
+    eval_every, load_best = (training.eval_every, training.load_best) if evaluates else (None, False)
     try:
         arguments = TrainingArguments(
-            output_dir=str(checkpoints),
+            output_dir=str(run.output / "checkpoints"),
             max_steps=steps,
             per_device_train_batch_size=training.batch_size // processes,
             per_device_eval_batch_size=training.eval_batch_size,
@@ -378,31 +327,62 @@ def training_arguments(
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             bf16=training.bf16,
-            use_cpu=device.type == "cpu" and not deepspeed,  # or Accelerate would pass DeepSpeed by
+            use_cpu=on_cpu and not deepspeed,  # or Accelerate would pass DeepSpeed by
             logging_steps=training.log_every,
             # The first NaN stops the run; the Trainer would hide it in the log.
             logging_nan_inf_filter=False,
-            eval_strategy="no" if training.eval_every is None else "steps",
-            eval_steps=training.eval_every,
+            eval_strategy="no" if eval_every is None else "steps",
+            eval_steps=eval_every,
             save_strategy="steps",
-            save_steps=training.checkpoint_steps(steps),
+            save_steps=training.save_every or (eval_every if load_best else None) or max(1, math.ceil(steps / 5)),
             save_total_limit=2,
-            load_best_model_at_end=training.load_best,
-            metric_for_best_model="eval_loss" if training.eval_every else None,
+            load_best_model_at_end=load_best,
+            metric_for_best_model="eval_loss" if eval_every else None,
             greater_is_better=False,
-            seed=seed,
+            seed=run.recipe.seed,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=False,
-            ddp_backend="gloo" if (processes > 1 or deepspeed) and device.type == "cpu" else None,
+            ddp_backend="gloo" if (processes > 1 or deepspeed) and on_cpu else None,
         )
     except ValueError as error:
-        raise GatewiseError(f"training: these settings do not work here: {' '.join(str(error).split())}") from error
+        raise GatewiseError(f"training: these settings do not work here: {reason_of(error)}") from error
     if processes == 1 and not deepspeed:  # of several, each has the device that its launcher gave it
-        run_on(arguments, device)
+        run_on(arguments, run.device)
     return arguments
+
+
+def trainer_of(
+    run: Run,
+    *,
+    callbacks: Sequence[TrainerCallback],
+    loss_term: LossTerm | None = None,
+    mixin: type | None = None,
+    **settings: Any,
+) -> RecipeTrainer:
+    """The one Trainer of all runs.
+
+    Args:
+        mixin: a class of which the Trainer is to be too, such as ``gatewise.bilevel.BilevelMixin``.
+        settings: further arguments, and others than the run's: ``model``, ``args``, ``train_dataset``, ``eval_dataset``.
+    """
+    training = run.recipe.training
+    given = {"model": run.model, "train_dataset": run.train, "eval_dataset": run.dev, **settings}
+    if training.gradient_checkpointing:
+        recompute_activations(given["model"])
+    kind: Any = RecipeTrainer if mixin is None else type(mixin.__name__, (mixin, RecipeTrainer), {})
+    return kind(
+        args=given.pop("args", None) or arguments_of(run, run.steps),
+        collator=run.collate,
+        note=run.note,
+        callbacks=[*callbacks, run.progress],
+        loss_term=loss_term,
+        group_by_length=training.group_by_length,
+        patience=training.early_stopping_patience,
+        **given,
+    )
 
 
 def recompute_activations(model: PeftModel) -> None:

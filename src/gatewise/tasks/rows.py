@@ -58,7 +58,7 @@ class Rows(Task):
     prompt: Template | None = None
     """How a row becomes a prompt; None where the model reads the row's own text."""
 
-    def read(self) -> None:
+    def read(self, noted: Mapping[str, Any] | None) -> None:
         """Rows to train on, and rows of the same kind, with the same labels in the same order, to measure on."""
         data = self.data
         self.train = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
@@ -101,9 +101,9 @@ class Causal(Rows):
     data: AnsweredRowsSection
     template: TemplateSection
 
-    def read(self) -> None:
+    def read(self, noted: Mapping[str, Any] | None) -> None:
         """Rows, and the template that writes them."""
-        super().read()
+        super().read(noted)
         rows, data = self.train, self.data
         if data.max_new_tokens is not None and rows.kind in ("label", "choice"):
             raise GatewiseError(
@@ -115,13 +115,6 @@ class Causal(Rows):
             self.prompt.check(records)
         for row in self.measured["test"].rows if "test" in self.measured else ():  # the others are rendered when they are encoded
             self.prompt.render(row)
-
-    def most_tokens(self, positions: int) -> int:
-        """As ever, where an answer leaves room for a prompt."""
-        longest = self.data.max_new_tokens
-        if longest is not None and longest >= positions:
-            raise GatewiseError(f"data.max_new_tokens is {longest}: expected 1 to {positions - 1} for this model")
-        return super().most_tokens(positions)
 
     def encode(
         self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
@@ -151,8 +144,9 @@ class Classification(Rows):
                 "is bfloat16, expected auto or float32 with task classification, whose new head is trained in full",
             )
 
-    def settle(self, noted: Mapping[str, Any] | None) -> None:
-        """The order of the classes: the recipe's, or that of a base model that is a classifier of these labels already."""
+    def read(self, noted: Mapping[str, Any] | None) -> None:
+        """Rows, with classes in the recipe's order, or in that of a base model that is a classifier of these labels already."""
+        super().read(noted)
         if self.data.labels is not None:
             return
         known = class_names(self.recipe.model) if noted is None else noted.get("labels")

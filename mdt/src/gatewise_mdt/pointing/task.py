@@ -53,7 +53,7 @@ class Text2Mdt(Task):
                 "the layers in prompts.prompt_layers",
             )
 
-    def read(self) -> None:
+    def read(self, noted: Any) -> None:
         """Texts with their trees."""
         self.train = read_records(self.data.train, self.data.limit_train)
         self.measured = {"dev": read_records(self.data.dev, self.data.limit_dev)}
