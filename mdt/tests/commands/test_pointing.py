@@ -12,7 +12,7 @@ from gatewise_mdt import load_extractor, read_trees
 from gatewise_mdt.commands import review as review_command
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.extractor import PointingExtractor
-from gatewise_mdt.review import Extracting, Session, model_extract
+from gatewise_mdt.review import Extracting, Session
 from mdt_trees import TEXT
 from pointing_models import RECORDS, write_pointing, write_trees
 from refusals import assert_refused
@@ -146,22 +146,15 @@ def finished(extracting: Extracting) -> None:
 
 def test_a_review_extracts_with_it_and_can_be_cancelled(gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = review_command._loaded(adapter, None, "cpu", max_new_tokens=512, verbatim=False)
-    assert extractor.most_tokens == 0  # nothing is written, so no number of tokens is shown
-    extract = model_extract(extractor)
-    ticks: list[int] = []
-    found = extract(TEXT, None, lambda: ticks.append(1))
-    assert ticks == [1]  # one pass over the text
-    assert found.tree == PointingExtractor.load(adapter)([TEXT])[0].tree  # type: ignore[union-attr]
-
     begun, go_on = Event(), Event()
 
-    def waiting(text: str, language: Any, tick: Any) -> Any:
+    def waiting(text: str, language: Any) -> Any:
         begun.set()
         assert go_on.wait(60)
-        return extract(text, language, tick)
+        return extractor([text], language=language)[0]
 
     session = Session.open("long.md", Path("out.jsonl"))
-    extracting = Extracting(session, waiting, most=512)
+    extracting = Extracting(session, waiting)
     try:
         extracting.ask(session.passages)
         assert begun.wait(60)
@@ -176,14 +169,3 @@ def test_a_review_extracts_with_it_and_can_be_cancelled(gatewise: Gatewise, adap
     finally:
         extracting.end()
         session.close()
-
-
-def test_it_is_cancelled_while_the_model_reads(adapter: Path) -> None:
-    class Stop(BaseException):
-        pass
-
-    def tick() -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        model_extract(load_extractor(adapter))(TEXT, "en", tick)

@@ -105,7 +105,7 @@ def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -
         if "approve" in action:
             approve(session, number)
         if action == "remove":
-            session.remove(number)
+            session.remove(number, 0)
     if save:
         session.save()
     before = shown(session)
@@ -152,7 +152,7 @@ def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Pa
     left(session)
     again = Session.open(str(tmp_path / "dup.json"))
     assert [(one.text, one.saved) for one in again.passages] == [(TEXT, None), ("men@Give naproxen to them.", None)]
-    again.remove(2)
+    again.remove(2, again.passage(2).version)
     again.close()
 
 
@@ -192,7 +192,7 @@ def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Pat
 def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp_path: Path) -> None:
     file = trees(tmp_path, "colchicine", "naproxen")
     session = Session.open(file)
-    session.put(1, Version(drug("ibuprofen"), "drafted"))
+    session.put(1, Version(drug("ibuprofen"), "drafted"), 0)
     left(session)
     again = Session.open(file)
     assert shown(again) == [("ibuprofen", "drafted", False), ("naproxen", "drafted", False)]
@@ -229,44 +229,18 @@ def write_and_approve(session: Session, number: int, name: str) -> None:
     approve(session, number)
 
 
-def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
-    """Takes out of the files what records did not say then: ids of passages, and of which bytes their document is."""
-    texts: dict[str, str] = {}
-
-    def without(value: Any) -> Any:
-        if isinstance(value, list):
-            return [without(one) for one in value]
-        if not isinstance(value, dict):
-            return texts.get(value, value) if isinstance(value, str) else value
-        if "more" in value:
-            texts[value["more"]["passage_id"]] = value["text"]  # passages that were removed went by their texts
-        held = {key: without(one) for key, one in value.items() if key not in ("passage_id", "sha256", "reviewed", "extraction")}
-        if isinstance(held.get("approved"), dict):  # it had but the nodes of a tree that was approved
-            held["approved"] = held["approved"]["tree"]
-        return held | ({"format": 2} if "format" in held else {})
-
-    for file in (session.files.out, session.files.history):
-        if file.exists():
-            rows = [without(json.loads(line)) for line in file.read_text().splitlines()]
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 PREFACE = "# Preface\n\nGive all of it to people.\n\n"
 
 
 @pytest.mark.parametrize("text", [f"{GUIDE}\n\n", PREFACE + GUIDE])
-@pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("removed", [True, False])
-def test_passages_of_a_document_that_was_saved_anew_are_the_same(tmp_path: Path, text: str, earlier: bool, removed: bool) -> None:
-    """``earlier``: the review is one of a gatewise whose records did not say of which bytes they are."""
+def test_passages_of_a_document_that_was_saved_anew_are_the_same(tmp_path: Path, text: str, removed: bool) -> None:
     session = open_guide(guide(tmp_path))
     write_and_approve(session, 2, "colchicine")
     if removed:
-        session.remove(1)
+        session.remove(1, 0)
     session.save()
     left(session)
-    if earlier:
-        as_an_earlier_gatewise_wrote_them(session)
     again = open_guide(guide(tmp_path, text))
     there = [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")][removed:]
     assert headings(again) == [("Preface", "empty")] * (PREFACE in text) + there
@@ -282,7 +256,7 @@ def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, tex
     write_and_approve(session, 2, "colchicine")
     session.save()
     left(session, lose_draft=True)
-    as_an_earlier_gatewise_wrote_them(session)
+    rewrite(session, *({key: value for key, value in one.items() if key != "passage_id"} for one in records(session)))
     again = open_guide(guide(tmp_path, text))
     assert [one for one in headings(again) if one[1] == "approved"] == [("ADULTS", "approved")]
     assert len(again.passages) == 3 + (PREFACE in text)
@@ -310,35 +284,6 @@ def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path
     again.close()
 
 
-def test_a_history_of_an_earlier_gatewise_keeps_its_approved_trees(tmp_path: Path) -> None:
-    """With a tree that was corrected after it was approved, and one that was withdrawn; nobody's name is made up for them."""
-    file = trees(tmp_path, *DRUGS)
-    session = Session.open(file)
-    for number in (1, 2, 3):
-        approve(session, number)
-    edit(session, 1, "ibuprofen")
-    session.approve(2, session.passage(2).version, approved=False)
-    session.save()
-    left(session)
-    as_an_earlier_gatewise_wrote_them(session)
-    assert '"approved": [' in session.files.history.read_text()
-    again = Session.open(file)
-    assert (again.notes, again.unsaved) == ([], 1)
-    assert shown(again) == [("ibuprofen", "corrected", True), ("naproxen", "drafted", False), ("rest", "approved", True)]
-    again.save()
-    assert [(name_of(one["tree"]), one.get("review"), one.get("reviewed")) for one in records(again)] == [
-        ("colchicine", "approved", None),
-        ("rest", "approved", None),
-    ]
-    again.approve(1, again.passage(1).version, by=By("Ada"))
-    again.save()
-    assert records(again)[0]["reviewed"]["by"] == "Ada"
-    left(again)
-    third = Session.open(file)
-    assert records(third)[0] == third.passage(1).record().to_json()
-    third.close()
-
-
 def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
     session = open_guide(guide(tmp_path))
     write_and_approve(session, 2, "colchicine")
@@ -347,7 +292,7 @@ def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
     assert records(session)[0]["reviewed"]["sha256"] == first["sha256"]
     left(session)
     again = open_guide(guide(tmp_path, PREFACE + GUIDE))
-    moved = again.passage(3).more
+    moved = again.passage(2).more
     assert moved["sha256"] != first["sha256"]
     assert moved["offsets"] == [at + len("Preface\nGive all of it to people.\n") for at in first["offsets"]]
     assert again.unsaved == 0  # no decision has changed
@@ -355,7 +300,7 @@ def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
     (record,) = records(again)  # where the passage is now, and what was read when it was approved
     assert {key: record[key] for key in moved} == moved
     assert record["reviewed"]["sha256"] == first["sha256"]
-    approve(again, 3)
+    approve(again, 2)
     assert again.unsaved == 1
     again.save()
     assert records(again)[0]["reviewed"]["sha256"] == moved["sha256"]

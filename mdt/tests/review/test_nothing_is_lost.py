@@ -118,16 +118,16 @@ def test_what_lies_beside_a_tree_is_there_after_a_restart(tmp_path: Path) -> Non
     file = file_of(tmp_path)
     session = Session.open(file)
     session.approve(1, 0)
-    session.put(1, Version(DRAFT, "drafted", ("hurried",)))
+    session.put(1, Version(DRAFT, "drafted", ("hurried",)), 0)
     for left in (False, True):
         session.close()
         session = Session.open(file)
         assert session.passage(1).beside == (None if left else Version(DRAFT, "drafted", ("hurried",)))
         if not left:
             session.leave(1, 1, extraction=1)
-            session.put(2, Version(DRAFT, "drafted"))
+            session.put(2, Version(DRAFT, "drafted"), 0)
     assert [one.now.state for one in session.passages] == ["approved", "drafted"]
-    session.put(1, Version(DRAFT, "drafted"))
+    session.put(1, Version(DRAFT, "drafted"), 0)
     assert session.passage(1).extractions == 2
     session.close()
 
@@ -136,120 +136,35 @@ def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: 
     session.approve(1, 0)
     session.save()
     correct(session, 1, "ibuprofen")
-    assert session.save().unapproved == [1]
+    assert session.save().unlike == [1]
     assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", gout())
     session.approve(1, 2, approved=False)  # of a tree that was changed since
-    assert session.save().unapproved == []
+    assert session.save().unlike == []
     assert (records(session)[0]["review"], session.passage(1).now.state) == ("corrected", "corrected")
     session.approve(1, 3)
     session.save()
     session.approve(1, 4, approved=False)
-    session.put(1, Version(DRAFT, "drafted"))
+    session.put(1, Version(DRAFT, "drafted"), 0)
     session.take(1, 5, extraction=1, replaced=True)
     session.save()
     assert records(session)[0]["review"] == "corrected"  # no longer approved, and no draft either
     assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
 
 
-@pytest.mark.parametrize("approved", [False, True])
-@pytest.mark.parametrize("reopen", [False, True])
-def test_what_a_person_undid_goes_out_of_the_file_with_the_next_save(tmp_path: Path, approved: bool, reopen: bool) -> None:
-    file = file_of(tmp_path)
-    session = Session.open(file)
-    correct(session, 1, "ibuprofen")
-    if approved:
-        session.approve(1, 1)
-    session.save()
-    for _ in range(1 + approved):
-        session.undo(1, session.passage(1).version)
-    assert session.unsaved == 1
-    for _ in range(2):
-        if reopen:
-            session.close()
-            session = Session.open(file)
-        saved = session.save()
-        assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [])
-        (record,) = records(session)
-        assert (record["tree"], {"review", "reviewed"} & record.keys(), session.unsaved) == (gout(), set(), 0)
-    if not reopen:
-        session.redo(1, session.passage(1).version)
-        session.save()
-        assert (records(session)[0]["review"], session.passage(1).now.nodes) == ("corrected", records(session)[0]["tree"])
-    elif not approved:  # and there is nothing to undo that would change nothing
-        session.close()
-        session = Session.open(file)
-        assert session.passage(1).past == ()
-    session.close()
-
-
 def test_a_correction_that_the_file_keeps_under_a_taken_extraction_does_not_pass_for_an_approved_tree(session: Session) -> None:
     correct(session, 1, "ibuprofen")
     session.save()
-    session.put(1, Version(DRAFT, "drafted"))
+    session.put(1, Version(DRAFT, "drafted"), 0)
     session.take(1, 1, extraction=1, replaced=True)
     saved = session.save()
-    assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [1])
+    assert (saved.records, saved.unlike) == (1, [1])
     # Nor does it go by undoing what was done to the extraction, or by taking that once more.
     session.edit(1, 2, "add_triple", {"node": 0})
     for back in (session.undo, session.undo, session.redo):
         back(1, session.passage(1).version)
     assert session.passage(1).now.nodes == DRAFT
-    assert session.save().earlier == [1]
+    assert session.save().unlike == [1]
     assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
-
-
-def test_an_extraction_that_a_redo_brings_back_takes_no_correction_out_of_the_file(session: Session) -> None:
-    def again(back: str) -> None:
-        getattr(session, back)(1, session.passage(1).version)
-
-    correct(session, 1, "ibuprofen")
-    session.save()
-    session.put(1, Version(DRAFT, "drafted"))
-    session.take(1, 1, extraction=1, replaced=True)
-    session.approve(1, 2)
-    session.save()
-    again("undo")
-    again("undo")
-    session.save()
-    again("redo")
-    assert (session.passage(1).now.nodes, session.passage(1).now.state) == (DRAFT, "drafted")
-    assert session.save().earlier == [1]
-    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
-    again("redo")  # and so does the approval, which is a word of a person
-    session.save()
-    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", DRAFT)
-
-
-def test_who_goes_forward_and_back_again_has_still_undone_what_the_file_has(session: Session) -> None:
-    correct(session, 1, "ibuprofen")
-    correct(session, 1, "rest")
-    session.save()
-    for back in (session.undo, session.undo, session.redo, session.undo):
-        back(1, session.passage(1).version)
-    assert session.save().earlier == []
-    assert (records(session)[0]["tree"], "review" in records(session)[0]) == (gout(), False)
-
-
-@pytest.mark.parametrize("reopen", [False, True])
-def test_what_was_undone_before_a_save_lets_no_draft_in_after_it(tmp_path: Path, reopen: bool) -> None:
-    file = file_of(tmp_path)
-    session = Session.open(file)
-    correct(session, 1, "ibuprofen")
-    session.approve(1, 1)
-    session.put(1, Version(DRAFT, "drafted"))
-    session.take(1, 2, extraction=1, replaced=True)
-    session.approve(1, 3)
-    session.save()
-    session.undo(1, 4)  # under it stands what was approved first
-    session.save()
-    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
-    if reopen:
-        session.close()
-        session = Session.open(file)
-    session.approve(1, 5, approved=False)
-    assert session.save().earlier == [1]
-    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
-    session.close()
 
 
 # Who stands for a tree ----------------------------------------------------------------------------------------------
@@ -293,7 +208,7 @@ def test_nobody_stands_for_a_draft_whose_approval_was_taken_back(session: Sessio
     session.save()
     assert "reviewed" not in records(session)[0]
     session.approve(1, 2, by=By("ben"))
-    session.put(1, Version(DRAFT, "drafted"))
+    session.put(1, Version(DRAFT, "drafted"), 0)
     session.take(1, 3, extraction=1, replaced=True)
     assert stands(session)[0] == "ben"  # type: ignore[index]  # of the tree that he approved
     session.save()
@@ -348,7 +263,7 @@ def test_what_a_draft_was_made_with_stays_with_its_tree(tmp_path: Path) -> None:
     session.approve(1, session.passage(1).version)
     session.save()
     assert records(session)[0]["extraction"] == MADE
-    session.put(1, Version(DRAFT, "drafted", extraction=MADE_LATER))
+    session.put(1, Version(DRAFT, "drafted", extraction=MADE_LATER), 0)
     assert passage_json(session.passage(1))["extraction"]["made_with"] == MADE_LATER
     session.take(1, session.passage(1).version, extraction=1, replaced=True)
     assert (session.passage(1).now.extraction, session.passage(1).kept.extraction) == (MADE_LATER, MADE)  # type: ignore[union-attr]
@@ -385,10 +300,10 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
     before = session.files.history.read_bytes()
     session.approve(1, 1, by=By("Ben"))
     session.save()
-    session.remove(2)
+    session.remove(2, 0)
     session.close()
     again = Session.open(file, reviewer="Cleo")
-    again.undo(1, 2) if again.passage(1).past else again.approve(1, 2, approved=False)
+    again.approve(1, 2, approved=False)
     assert again.files.history.read_bytes().startswith(before)
     found = rows(again)
     assert [(row["reviewer"], row["action"], row.get("passage"), row.get("version")) for row in found] == [
@@ -397,7 +312,6 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
         ("Ada Müller", "open", None, None),
         ("Ada Müller", "edit", 1, 1),
         ("Ben", "approve", 1, 2),
-        ("Ada Müller", "save", None, None),
         ("Ada Müller", "remove", 2, None),
         ("Cleo", "open", None, None),
         ("Cleo", "withdraw", 1, 3),
@@ -420,22 +334,19 @@ def test_a_comment_stays_with_a_change_that_changes_nothing(session: Session) ->
     assert [entry.comment for entry in session.history(session.passage(1))] == ["", "is this the right dose?"]
 
 
-@pytest.mark.parametrize("comment", ["\ud800", "x" * 4001])
-def test_no_comment_stops_the_history(session: Session, comment: str) -> None:
+def test_no_comment_stops_the_history(session: Session) -> None:
     """A line that can never be written would keep all that come after it from the disk."""
-    mine = By("ben", "w1", comment)
+    mine = By("ben", "w1", "x" * 4001)
     for change in (
         lambda: correct(session, 1, "ibuprofen", mine),
         lambda: session.approve(1, 0, by=mine),
         lambda: session.comment(1, mine),
         lambda: session.paste(OTHER, by=mine),
-        lambda: session.remove(2, by=mine),
-        lambda: session.save(mine),
+        lambda: session.remove(2, 0, by=mine),
     ):
         with pytest.raises(GatewiseError, match="the comment has"):
             change()
     session.approve(1, 0)
-    assert not session.trouble
     assert rows(session)[-1]["action"] == "approve"
     assert len(session.passages) == 2
 
@@ -540,12 +451,11 @@ class Killed:
         if action == "save":
             status, answer = client("save")
             assert status == 200, answer
-            if not answer["session"]["trouble"]:
-                self.saved |= before
+            self.saved |= before
             return
         status, answer = client(action, number=number, version=version, **body)
         assert status in (200, 409), answer
-        if status == 200 and not answer["session"]["trouble"]:
+        if status == 200:
             self.answers += 1
             shown = answer["passage"]
             nodes = [[triple["parts"] for triple in one["triples"]] for one in shown["nodes"]]
@@ -632,7 +542,7 @@ def test_the_confidence_of_a_node_stays_until_somebody_changes_it(tmp_path: Path
     session.approve(1, session.passage(1).version)
     session.save()
     assert (session.passage(1).now.confidence, records(session)[0]["confidence"]) == (kept, list(kept or ()))
-    session.put(1, Version(gout(), "drafted", confidence=SURE))  # beside it
+    session.put(1, Version(gout(), "drafted", confidence=SURE), 0)  # beside it
     session.close()
     again = Session.open(str(text))
     assert (again.passage(1).now.confidence, again.passage(1).beside.confidence) == (kept, SURE)  # type: ignore[union-attr]
@@ -657,6 +567,5 @@ def test_a_file_brings_confidence_and_what_only_looks_like_it_is_none(tmp_path: 
     for number in range(1, 6):
         session.approve(number, 0)
     session.save()
-    # Somebody else's word is theirs; numbers for other nodes than there are would pass for these after an edit.
-    assert [one.get("confidence") for one in records(session)] == [list(SURE), "high", {"all": 0.5}, None, [*SURE[:4], 7]]
+    assert [one.get("confidence") for one in records(session)] == [list(SURE), None, None, None, None]
     session.close()

@@ -64,7 +64,7 @@ def calling(folder: Path) -> Iterator[Caller]:
     session = Session.open(str(folder / "trees.json"))
     session.paste("men@Give colchicine to them.")
     found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",), made_with=None, confidence=None)
-    extracting = Extracting(session, lambda text, language, tick: found)
+    extracting = Extracting(session, lambda text, language: found)
     with serving(Review(session, extracting)) as server:
         yield Caller(server)
     extracting.end()
@@ -244,7 +244,7 @@ def test_bodies_that_are_no_json_object_are_refused(ask: Caller, raw: bytes) -> 
         ("extract", {}, "missing"),
         ("export", {"format": "exe", "which": "all"}, "'exe': expected one of text"),
         ("export", {"format": "json", "which": {"a": 1}}, 'expected the number of a passage, "all"'),
-        ("export", {"format": "json", "which": 2}, "passage 2 has no valid tree"),
+        ("export", {"format": "json", "which": 2}, "no valid tree to export"),
     ],
 )
 def test_bad_requests_get_one_sentence(ask: Caller, path: str, body: dict[str, Any], said: str) -> None:
@@ -258,10 +258,6 @@ def test_bad_requests_get_one_sentence(ask: Caller, path: str, body: dict[str, A
 def test_a_body_that_is_too_large_is_refused(ask: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MOST_BYTES", 1000)
     assert ask("/api/paste", raw=b" " * 1001)[0] == 413
-    chunked: dict[str, str | None] = {"Content_Length": None, "Transfer_Encoding": "chunked"}
-    chunk = b"1f4\r\n" + b" " * 500 + b"\r\n"
-    assert ask("/api/paste", raw=3 * chunk + b"0\r\n\r\n", **chunked)[0] == 413
-    assert ask("/api/paste", raw=2 * chunk + b"0\r\n\r\n", **chunked) == (400, {"error": "the body is not valid JSON"})
 
 
 def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
@@ -277,7 +273,7 @@ def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
 
 
 def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(self: Session, by: Any) -> None:
+    def fail(self: Session) -> None:
         raise RuntimeError("oh")
 
     monkeypatch.setattr(Session, "save", fail)

@@ -101,8 +101,7 @@ def agree(
     if adjudicate is not None:
         from gatewise_mdt.review.adjudication import prepare
 
-        prepared = prepare(found[0], adjudicate, reviewer)
-        for line in prepared.said:
+        for line in prepare(found[0], adjudicate, reviewer):
             say(line, err=as_json)
 
 

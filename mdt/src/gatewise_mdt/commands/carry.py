@@ -27,7 +27,6 @@ def carry(
     ] = None,
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
     reviewer: Annotated[str | None, typer.Option(help="Who carries over, for the history. [default: the login name]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry a review over to a new version of its guideline, and show what changed.
@@ -39,38 +38,29 @@ def carry(
     \b
     Examples:
       gatewise mdt carry guideline-2024.pdf guideline-2027.pdf
-      gatewise mdt carry guideline-2024.pdf.review.jsonl guideline-2027.pdf --dry-run
+      gatewise mdt carry guideline-2024.pdf.review.jsonl guideline-2027.pdf
     """
-    from gatewise_mdt.review.carrying import carry as carried
     from gatewise_mdt.review.files import ReviewFiles
     from gatewise_mdt.review.session import Session
-    from gatewise_mdt.review.sources import path_of
 
     corrections = _corrections(old)
-    if os.path.exists(new) and path_of(new).samefile(corrections):
+    if os.path.exists(new) and os.path.samefile(new, corrections):
         raise GatewiseError(f"{new} is what is carried over: name the newer guideline after it")
     if (target := out or ReviewFiles.default_out(Path(new))).exists() and target.samefile(corrections):
         raise GatewiseError(f"{target} is the older review, and would be changed: name another file with --out")
     name = writable(corrections.name)
-    records, unsaved, drafts = _records(corrections)
-    if unsaved:
-        say(f"note: {name} lacks {unsaved} of the changes of its review: save there first to carry them over, too", err=True)
-    if drafts:
-        what = "1 draft of its review that nobody" if drafts == 1 else f"{drafts} drafts of its review that nobody"
-        say(f"note: {name} lacks {what} approved or corrected: do so there and save to carry them over, too", err=True)
-    if dry_run:
-        passages, notes = Session.look(new, out, population=population)
-        for note in notes:
-            say(f"note: {note}", err=True)
-        _tell(*carried(passages, records, name), records, as_json)
-        return
+    records, lacking = _records(corrections)
+    if lacking:
+        say(
+            f"note: {name} lacks what stands in its review for {lacking} passages (not saved, or reviewed by nobody): save there"
+            " first to carry it over, too",
+            err=True,
+        )
     session = Session.open(new, out, population=population, reviewer=reviewer)
     try:
         for note in session.notes:
             say(f"note: {note}", err=True)
         done = session.carry(records, name)
-        if session.trouble:
-            raise GatewiseError(f"what was carried over could not be kept: {session.trouble}")
         saved = session.save()
         _tell(session.passages, done, records, as_json)
         if not as_json:
@@ -94,58 +84,52 @@ def _corrections(old: str) -> Path:
     return Path(old)
 
 
-def _records(corrections: Path) -> "tuple[list[TreeRecord], int, int]":
-    """The older records; how many passages of their review stand otherwise in its history, and how many are drafts only there."""
+def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":
+    """The older records, and for how many passages something else stands in the history of their review."""
     from gatewise_mdt.records import read_trees
     from gatewise_mdt.review.files import ReviewFiles
+    from gatewise_mdt.review.merging import merge
 
     read = read_trees(corrections)
     if read.faults:
         raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record first, so that nothing of the review is lost")
     if corrections.suffix.lower() != ".jsonl":
-        return list(read.records), 0, 0
+        return list(read.records), 0
     try:
-        passages = ReviewFiles(corrections).read_draft().passages
+        passages, _ = merge([], read.records, ReviewFiles(corrections).read_draft())
     except GatewiseError:  # the corrections are what counts, and they are whole
         passages = []
-    drafts = [passage for passage in passages if passage.now.state == "drafted" and passage.saved is None]
-    return list(read.records), sum(passage.is_unsaved for passage in passages), len(drafts)
+    return list(read.records), sum(one.is_unsaved or (one.now.state == "drafted" and one.saved is None) for one in passages)
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
-    from gatewise_mdt.review.carrying import LISTS, difference, is_of_two
+    from gatewise_mdt.review.carrying import difference
     from gatewise_mdt.review.passage import CARRIED_KEY
 
     by_number = {passage.number: passage for passage in passages}
-    changed = sorted([*done.changed, *done.beside])
     differences = {
         number: difference(str(by_number[number].more[CARRIED_KEY].get("text", by_number[number].text)), by_number[number].text)
-        for number in changed
+        for number in done.changed
     }
     if as_json:
         told: dict[str, Any] = {
-            **{name: getattr(done, name) for name in LISTS},
+            **{name: getattr(done, name) for name in ("same", "changed", "kept", "new")},
             "differences": {str(number): [list(one) for one in parts] for number, parts in differences.items()},
             "unlike": [{"passage": number, "record": record.number} for number, record in done.unlike],
             "gone": [{"number": record.number, "text": record.text} for record in done.gone],
         }
         typer.echo(json.dumps(writable(told), ensure_ascii=False, indent=2))
         return
-    same = len(done.approved) + len(done.corrected) + len(done.drafted)
+    approved = sum(by_number[number].now.state == "approved" for number in done.same)
     say(f"{len(passages)} passages, {len(records)} trees of the older review:")
-    states = f"{len(done.approved)} approved, {len(done.corrected)} corrected, {len(done.drafted)} to review"
-    say(f"  {same} with the same text: {states}")
-    say(f"  {len(changed)} changed, {len(done.new)} new, {len(done.gone)} gone")
-    two = sum(is_of_two(by_number[number]) for number in done.kept)
-    if reviewed := len(done.kept) - two:
-        say(f"  {reviewed} that {'was' if reviewed == 1 else 'were'} reviewed here already, and {_stay(reviewed)}")
-    if two:
-        say(f"  {two} that {'has' if two == 1 else 'have'} the trees of two reviewers to choose from, and {_stay(two)}")
+    say(f"  {len(done.same)} with the same text, {approved} of them approved")
+    say(f"  {len(done.changed)} changed, {len(done.new)} new, {len(done.gone)} gone")
+    if done.kept:
+        say(f"  {len(done.kept)} where the newer review stays as it is")
     for number, parts in differences.items():
-        where = "the old tree lies beside the newer draft" if number in done.beside else "the old tree is a draft to review"
         is_same = all(kind == "same" for kind, _ in parts)
         what = "same text as before, with several trees, of which nothing says which is of" if is_same else "changed:"
-        say(f"\n{what} passage {number}; {where}")
+        say(f"\n{what} passage {number}; the old tree is a draft to review, or lies beside a newer draft")
         say("   " + "".join(_MARKS[kind].format(text) for kind, text in parts))
     for number, record in done.unlike:
         say(f"\nkept: passage {number}; the older review has another tree for it\n   record {record.number}: {record.text}")
@@ -153,10 +137,6 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         say(f"\nnew: passage {number}\n   {by_number[number].text}")
     for record in done.gone:
         say(f"\ngone: record {record.number} of the older review\n   {record.text}")
-
-
-def _stay(count: int) -> str:
-    return "stays" if count == 1 else "stay"
 
 
 _MARKS = {"same": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}

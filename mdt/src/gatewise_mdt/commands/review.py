@@ -82,7 +82,7 @@ def review(
       gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
     """
     from gatewise_mdt.relations import check_language
-    from gatewise_mdt.review import Extracting, Review, Session, model_extract
+    from gatewise_mdt.review import Extracting, Review, Session
     from gatewise_mdt.review.users import UserFile
 
     people = None if users is None else UserFile(users)
@@ -114,7 +114,7 @@ def review(
         if adapter is not None:
             named: Any = language
             extractor = _loaded(adapter, base, device, max_new_tokens=max_new_tokens, verbatim=verbatim)
-            extracting = Extracting(session, model_extract(extractor), language=named, most=extractor.most_tokens)
+            extracting = Extracting(session, lambda text, its: extractor([text], language=its)[0], language=named)
         page = Review(session, extracting, "" if adapter else NO_ADAPTER)
         with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
             say(f"review: {server.url}")
@@ -130,17 +130,10 @@ def review(
     finally:
         if extracting is not None:
             extracting.end()
-        session.close()  # which tries once more to write what the history lacks
-    unsaved = session.unsaved
-    if unsaved:
+        session.close()
+    if unsaved := session.unsaved:
         what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
-        kept = "" if session.trouble else "; the history keeps them for the next review"
-        say(f"{what} not in {session.files.out} as they stand{kept}", err=True)
-    if session.trouble:
-        raise GatewiseError(
-            f"the history could not be written, so that of what was done last only what is in {session.files.out} is kept"
-            f" ({session.trouble})"
-        )
+        say(f"{what} not in {session.files.out} as they stand; the history keeps them for the next review", err=True)
 
 
 def _serve(server: Any) -> None:

@@ -9,8 +9,8 @@
 | ``carrying``    | what a review of an older version of the guideline is worth for this one |
 | ``adjudication``| a third person decides where two reviewers differ                        |
 | ``files``       | the corrections (JSONL in the published format) and the history          |
-| ``session``     | the whole review: every change, checked, made and kept; no HTTP, no model |
-| ``extracting``  | a thread that asks the model, tells how far it is, and can be stopped    |
+| ``session``     | the whole review: every change, checked, kept and made; no HTTP, no model |
+| ``extracting``  | a thread that asks the model, says how far it is, and can be stopped     |
 | ``shown``       | what the page shows of a review, as JSON                                 |
 | ``actions``     | what the page can ask for, by name, without HTTP                         |
 | ``users``       | who may come in: names and tokens                                        |
@@ -18,7 +18,7 @@
 """
 
 from gatewise_mdt.review.actions import Review
-from gatewise_mdt.review.extracting import Extract, Extracting, model_extract
+from gatewise_mdt.review.extracting import Extract, Extracting
 from gatewise_mdt.review.session import Session
 
-__all__ = ["Extract", "Extracting", "Review", "Session", "model_extract"]
+__all__ = ["Extract", "Extracting", "Review", "Session"]

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import replace
 from typing import Any
 
-from gatewise.checks import is_whole
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole
 from gatewise.errors import GatewiseError
 from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.review.extracting import Extracting
@@ -109,7 +109,7 @@ class Review:
                     self.extracting.cancel()
                 return {}
             case "save":
-                saved = session.save(by)
+                saved = session.save()
                 return {"saved": {**saved._asdict(), "path": str(saved.path)}}
             case "export":
                 format, which = _text(asked, "format"), asked.get("which")
@@ -145,12 +145,12 @@ class Review:
 
     def passage(self, passage: Passage) -> dict[str, Any]:
         """A passage with its history."""
-        return passage_json(passage, self.session.history(passage))
+        return passage_json(passage, self.session.history(passage), self.extracting)
 
     def session_json(self, reviewer: str = "") -> dict[str, Any]:
         """The passages, how far the extraction is, and who asks."""
         return {
-            **session_json(self.session),
+            **session_json(self.session, self.extracting),
             "run": self.run,
             "you": reviewer or self.session.reviewer,
             "progress": self.extracting.progress() if self.extracting else None,
@@ -180,4 +180,6 @@ def _text(asked: dict[str, Any], name: str) -> str:
     value = asked.get(name, "")
     if not isinstance(value, str):
         raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected text")
+    if has_half_a_pair(value):
+        raise GatewiseError(f"the {name} {HALF_A_PAIR}")
     return value

@@ -21,8 +21,6 @@ export const WINDOW = Math.random().toString(36).slice(2);
 
 // Names the review that this page is of: in one that is started later the numbers of passages may be other passages'.
 let run = "";
-// Whether the review could keep everything when it was last heard of.
-let kept = true;
 
 export class Failed extends Error {
   constructor(message, status, content = {}) {
@@ -38,13 +36,10 @@ async function call(path, options) {
     answer = await fetch(path, options);
     content = await answer.json();
   } catch {
-    throw new Failed(kept ? tr("The review has ended, or cannot be reached. Start it again; everything is kept.")
-      : tr("The review has ended, or cannot be reached. Of what it could not write only what you saved is kept."), 0);
+    throw new Failed(tr("The review has ended, or cannot be reached. Start it again; everything is kept."), 0);
   }
   if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status, content);
   run ||= content.run || "";
-  const told = content.session || content;
-  if ("trouble" in told) kept = !told.trouble;
   return content;
 }
 
@@ -81,23 +76,6 @@ export function element(tag, attributes = {}, ...children) {
   }
   made.append(...children.filter(Boolean));
   return made;
-}
-
-// The second clicks of double clicks: soon after another one at the same place, with no other click and no key between.
-const second = new WeakSet();
-let before = { time: -Infinity, x: 0, y: 0 };
-
-addEventListener("click", event => {
-  const now = { time: event.timeStamp, x: event.clientX, y: event.clientY };
-  const same = event.detail > 0 && now.time - before.time < 500 && Math.hypot(now.x - before.x, now.y - before.y) < 5;
-  if (event.detail > 1 || same) second.add(event);
-  before = now;
-}, true);
-addEventListener("keydown", () => { before.time = -Infinity; }, true);
-
-// Whether a click is none of a double click, whose second one may meet what came into the place of the first one's button.
-export function single(event) {
-  return !second.has(event);
 }
 
 export async function base64(file) {

@@ -1,6 +1,6 @@
 // The editor of one node. It asks for edits and shows what comes back; what a valid tree is, the server knows.
 
-import { element, single } from "./calls.js";
+import { element } from "./calls.js";
 import { tr } from "./words.js";
 
 // While fields are taken away for new ones, which is no leaving of them by the user.
@@ -26,8 +26,7 @@ export function showEditor(place, passage, at, { ask, phrase }) {
     ...node.triples.map((triple, i) => card(passage, at, i, triple, edit, phrase)),
     element("button", {
       type: "button", id: "add-triple", text: tr("Add triple"),
-      onclick: event => single(event)
-        && edit("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
+      onclick: () => edit("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
     }),
     structure(passage, at, condition, edit),
   ];
@@ -92,7 +91,7 @@ function card(passage, at, i, triple, edit, phrase) {
     element("button", {
       type: "button", class: "quiet delete", id: `remove-${i}`, text: tr("Delete triple"),
       "aria-label": tr("Delete triple {number}", { number: i + 1 }),
-      onclick: event => single(event) && edit("remove_triple", { triple: i }, at, "add-triple"),
+      onclick: () => edit("remove_triple", { triple: i }, at, "add-triple"),
     }));
 }
 
@@ -130,7 +129,7 @@ function part(id, label, triple, which, send, phrase, passage) {
 
 function structure(passage, at, condition, edit) {
   const button = (id, text, name, more, node = at) =>
-    element("button", { type: "button", class: "quiet", id, text, onclick: event => single(event) && edit(name, more, node) });
+    element("button", { type: "button", class: "quiet", id, text, onclick: () => edit(name, more, node) });
   const empty = passage.nodes[at].role === "D" && !passage.nodes[at].triples.length;
   return element("details", { class: "structure", open: true },
     element("summary", { text: tr("Change the tree here") }),

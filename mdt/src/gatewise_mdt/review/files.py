@@ -9,6 +9,7 @@ is what its lines lead to, one after another, see :func:`_replayed`.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,16 @@ from filelock import FileLock, Timeout
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
+from gatewise.files import content_of
 from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.json_lines import JsonLines
-from gatewise_mdt.records import TreeFile, TreeRecord, confidence_values, read_trees, write_trees
-from gatewise_mdt.review.edits import check_shape
+from gatewise_mdt.records import TreeRecord, confidence_values, read_trees, write_trees
+from gatewise_mdt.review.edits import Nodes, check_shape
 from gatewise_mdt.review.passage import STATES, Passage, Version
 
 SUFFIX = ".review.jsonl"
-_FORMAT = 3  # of the history
-_FORMATS = (2, _FORMAT)  # that are read; 2 has no names beside trees
+_FORMAT = 4  # of the history
+_FORMATS = (3, _FORMAT)  # that are read
 
 
 class Entry(NamedTuple):
@@ -36,7 +38,7 @@ class Entry(NamedTuple):
     Attributes:
         time: in UTC, as ISO 8601 writes it.
         action: "edit", "undo", "approve", ...: the name of the method of the session, see there.
-        passage: its id; 0 where it is about no single one.
+        passage: its number; 0 where it is about no single one.
         version: the number of the version that it led to.
         comment: what the reviewer said of it, mostly nothing.
         window: names the page that asked for it, so that a page knows its own changes; not kept on disk.
@@ -56,20 +58,23 @@ class Entry(NamedTuple):
         return {name: value for name, value in held.items() if value or name in ("time", "reviewer", "action")}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draft:
     """What earlier reviews left.
 
     Attributes:
-        removed: the ids of passages that were taken out of the review; in histories of earlier versions their texts.
+        passages: by their numbers.
+        removed: the ids of passages that were taken out of the review.
         entries: what was done, in its order.
-        last: the largest id that a passage ever had.
+        seen: for each passage all trees that it ever had, with their states.
+        last: the largest number that a passage ever had.
         notes: what has to be said of it, a sentence each.
     """
 
-    passages: list[Passage] = field(default_factory=list)
+    passages: dict[int, Passage] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    seen: dict[int, list[tuple[Nodes | None, str]]] = field(default_factory=lambda: defaultdict(list))
     last: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -98,7 +103,7 @@ class ReviewFiles:
         """Where corrections go: beside the file, or into the present folder."""
         if file is None:
             return Path(f"trees{SUFFIX}")
-        return file if file.name.endswith(SUFFIX) else file.with_name(file.name + SUFFIX)
+        return file if file.name.endswith(SUFFIX) else file.parent / f"{file.name}{SUFFIX}"
 
     def open(self) -> None:
         """Takes the files for this process.
@@ -123,28 +128,25 @@ class ReviewFiles:
             Path(self._lock.lock_file).unlink()
         self._lock.release()
 
-    def read_saved(self, repair: bool = False) -> TreeFile:
-        """What was saved before; no records where there is no such file.
-
-        Args:
-            repair: put right what has one plain meaning.
+    def read_saved(self) -> tuple[TreeRecord, ...]:
+        """What was saved before; nothing where there is no such file.
 
         Raises:
-            GatewiseError: one of them cannot be read: saving would lose it.
+            GatewiseError: it cannot be read, or one of its records has a fault.
         """
-        self._digest = _digest(self.out) if self.out.exists() else None
-        if self._digest is None or self.out.stat().st_size == 0:
-            return TreeFile(str(self.out), (), {}, (), 0)
-        read = read_trees(self.out, repair=repair)
+        self._digest = self._digest_now()
+        if self._digest is None or not self.out.stat().st_size:
+            return ()
+        read = read_trees(self.out)
         if read.faults:
             raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record, or name another file with --out")
-        return read
+        return read.records
 
     def read_draft(self) -> Draft:
-        """What the last review left.
+        """What earlier reviews left, by the history.
 
         Raises:
-            GatewiseError: the history is damaged.
+            GatewiseError: the history cannot be read, or is damaged: it may hold work that is nowhere else.
         """
         if not self.history.exists():
             return Draft()
@@ -177,7 +179,7 @@ class ReviewFiles:
             GatewiseError: the file was changed by somebody else since it was read, or cannot be written, or the review has ended.
         """
         self._check_open()
-        if (_digest(self.out) if self.out.exists() else None) != self._digest:
+        if self._digest_now() != self._digest:
             raise GatewiseError(
                 f"{self.out} was changed by another program since it was read, so it is left alone: end this review and start it"
                 " again; your edits are kept"
@@ -185,11 +187,14 @@ class ReviewFiles:
         try:
             write_trees(self.out, records)
         finally:  # an error may come after it was written
-            self._digest = _digest(self.out) if self.out.exists() else None
+            self._digest = self._digest_now()
 
     def _check_open(self) -> None:
         if not self._lock.is_locked:
             raise GatewiseError(f"the review of {self.out} has ended, so nothing is written any more: start it again")
+
+    def _digest_now(self) -> str | None:
+        return hashlib.sha256(content_of(self.out)).hexdigest() if self.out.exists() else None
 
 
 # ---- lines of the history, beside what an entry says of each ----
@@ -197,18 +202,12 @@ class ReviewFiles:
 
 def opening_row(passages: Iterable[Passage], removed: Sequence[str]) -> dict[str, Any]:
     """At the beginning: the passages in their order."""
-    return {"format": _FORMAT, "passages": [passage.id for passage in passages], "removed": list(removed)}
+    return {"format": _FORMAT, "passages": [passage.number for passage in passages], "removed": list(removed)}
 
 
 def passage_row(passage: Passage) -> dict[str, Any]:
     """A passage that comes into the review, or comes back another than it was."""
-    return {
-        "text": passage.text,
-        "more": passage.more,
-        "came": passage.came,
-        "saved": _version(passage.saved),
-        **change_row(passage),
-    }
+    return {"text": passage.text, "more": passage.more, **change_row(passage)}
 
 
 def change_row(passage: Passage) -> dict[str, Any]:
@@ -217,57 +216,50 @@ def change_row(passage: Passage) -> dict[str, Any]:
     return {"version": passage.version, "now": _version(passage.now), **beside}
 
 
-def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
-    """What the lines of a history lead to."""
-    held: dict[int, dict[str, Any]] = {}
-    removed: list[str] = []
-    entries: list[Entry] = []
-    last = 0
-    for row in rows:
-        entry = Entry(**{name: row[name] for name in Entry._fields if name in row})
-        entries.append(entry)
-        last = max(last, entry.passage)
-        if entry.action == "open":
-            if row["format"] not in _FORMATS:
-                raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
-            held, removed = {number: held[number] for number in row["passages"]}, list(row["removed"])
-        elif entry.action == "save":
-            for number in row["saved"]:
-                passage = _passage(held[number], number)
-                if (version := passage.kept) is not None:
-                    passage = passage.after_save(version)
-                held[number] |= {"saved": _version(passage.saved), "now": _version(passage.now)}
-        elif entry.action == "comment":
-            continue
-        elif entry.action == "remove":
-            row = held.pop(entry.passage)
-            removed.append(row["more"].get(PASSAGE_ID) or row["text"])
-        else:
-            if entry.action == "add" and (name := row["more"].get(PASSAGE_ID) or row["text"]) in removed:
-                removed.remove(name)
-            held.setdefault(entry.passage, {"id": entry.passage}).update(row)
-    return Draft([_passage(item, number) for number, item in enumerate(held.values(), start=1)], removed, entries, last)
-
-
 def _version(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
     held = version._asdict() | {"approved": _version(version.approved), "warnings": list(version.warnings)}
     held["tree"] = held.pop("nodes")
-    return {name: value for name, value in held.items() if name in ("tree", "warnings") or value not in (None, "", False)}
+    return {name: value for name, value in held.items() if name in ("tree", "warnings") or value not in (None, "")}
 
 
-def _passage(item: dict[str, Any], number: int) -> Passage:
-    if not isinstance(item["text"], str) or not item["text"].strip() or not isinstance(item["more"], dict):
-        raise GatewiseError(f"passage {number} has no text")
-    now = _read_version(item["now"])
+def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
+    """What the lines of a history lead to."""
+    draft = Draft()
+    held = draft.passages
+    for row in rows:
+        entry = Entry(**{name: row[name] for name in Entry._fields if name in row})
+        draft.entries.append(entry)
+        draft.last = max(draft.last, entry.passage)
+        if entry.action == "open":
+            if row["format"] not in _FORMATS:
+                raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
+            draft.passages = held = {number: held[number] for number in row["passages"]}
+            draft.removed = list(row["removed"])
+        elif entry.action == "remove":
+            draft.removed.append(held.pop(entry.passage).more[PASSAGE_ID])
+        elif "now" in row:
+            made = held[entry.passage] = _changed(held.get(entry.passage), entry, row)
+            draft.seen[entry.passage].append((made.now.nodes, made.now.state))
+            if entry.action == "add" and made.more[PASSAGE_ID] in draft.removed:
+                draft.removed.remove(made.more[PASSAGE_ID])
+    return draft
+
+
+def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Passage:
+    """A passage after a line of the history, with what can be undone."""
+    now = _read_version(row["now"])
     if now is None:
-        raise GatewiseError(f"passage {number} has no version")
-    came = None if item.get("came") is None else check_shape(item["came"])
-    beside, extractions = _read_version(item.get("beside")), int(item.get("extractions", 0))
-    made = Passage(number, item["text"], now, item["more"], _read_version(item["saved"]), came)
-    made = replace(made, version=int(item.get("version", 0)), id=int(item.get("id", 0)))
-    return replace(made, beside=beside, extractions=extractions)
+        raise GatewiseError(f"passage {entry.passage} has no version")
+    if before is None:
+        before = Passage(entry.passage, row["text"], now, row["more"])
+    past = before.past[:-1] if entry.action == "undo" else before.with_version(now).past
+    made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
+    if not isinstance(made.text, str) or not made.text.strip() or not isinstance(made.more, dict):
+        raise GatewiseError(f"passage {entry.passage} has no text")
+    beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
+    return replace(made, version=entry.version, beside=beside, extractions=extractions)
 
 
 def _read_version(held: dict[str, Any] | None) -> Version | None:
@@ -275,31 +267,17 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         return None
     if held["state"] not in STATES or (held["tree"] is None) != (held["state"] == "empty"):
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
-    nodes = None if held["tree"] is None else check_shape(held["tree"])
-    confidence, approved = confidence_values(held.get("confidence")), held.get("approved")
-    if isinstance(approved, list):  # format 2 has the nodes alone
-        approved = {"tree": approved, "state": "approved", "warnings": []}
+    for name in ("extraction", "reviewed"):
+        if not isinstance(held.get(name), dict | None):
+            raise GatewiseError("what is said of a tree is no object")
+    nodes, confidence = None if held["tree"] is None else check_shape(held["tree"]), confidence_values(held.get("confidence"))
     return Version(
         nodes,
         held["state"],
         tuple(str(warning) for warning in held["warnings"]),
-        approved=None if held["state"] == "approved" else _read_version(approved),
-        extraction=_object(held.get("extraction")),
-        reviewed=_object(held.get("reviewed")),
+        approved=_read_version(held.get("approved")),
+        extraction=held.get("extraction"),
+        reviewed=held.get("reviewed"),
         of=str(held.get("of", "")),
         confidence=confidence if confidence and nodes and len(confidence) == len(nodes) else None,
-        undone=held.get("undone") is True,
     )
-
-
-def _object(held: Any) -> dict[str, Any] | None:
-    if held is not None and not isinstance(held, dict):
-        raise GatewiseError("what is said of a tree is no object")
-    return held
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}; name another file with --out") from error

@@ -1,6 +1,6 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
-import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
+import { Failed, WINDOW, base64, element, get, inOrder, post } from "./calls.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { choose, language, tr, translatePage } from "./words.js";
@@ -219,19 +219,14 @@ function showHead() {
   at("progress").hidden = !progress;
   if (progress) {
     const values = { ...progress, number: progress.passage };
-    const writing = progress.most
-      ? tr("Writing the tree of passage {number}, {tokens} of at most {most} tokens, {seconds} s", values)
-      : tr("Writing the tree of passage {number}, {seconds} s", values);
+    const writing = tr("Extracting the tree of passage {number}, {seconds} s", values);
     const rest = progress.of > 1 ? ` (${tr("{at} of {of}", values)})` : "";
     const what = progress.cancelling ? tr("Stopping") : writing + rest;
     at("progress-text").textContent = progress.passage ? what : tr("Waiting for the model");
     at("progress-bar").max = progress.of;
-    at("progress-bar").value = Math.max(0, progress.at - 1) + (progress.most ? Math.min(1, progress.tokens / progress.most) : 0);
+    at("progress-bar").value = Math.max(0, progress.at - 1);
   }
-  const why = session.trouble;
-  at("trouble").hidden = !why;
-  at("trouble").textContent = why
-    && tr("Your edits are not kept on disk: {why}. Save first: then what you corrected and approved is kept.", { why });
+  at("trouble").hidden = true;
   showUnsent();
   at("news").hidden = !news || !passage || news.number !== passage.number;
   if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });
@@ -519,21 +514,18 @@ async function act(path, body, then) {
 }
 
 const save = () => act("api/save", {}, ({ saved }) => {
-  const values = { path: saved.path, count: saved.records, numbers: saved.unfinished.join(", ") };
+  const values = { path: saved.path, count: saved.records, numbers: saved.unlike.join(", ") };
   const what = saved.records ? tr("Saved: {path}, trees: {count}", values)
     : tr("Nothing is corrected or approved yet, so {path} has no trees", values);
-  const kept = { numbers: saved.unapproved.join(", ") }, earlier = { numbers: saved.earlier.join(", ") };
-  say(what + (saved.unfinished.length ? tr("; not yet in it, because unfinished: passage {numbers}", values) : "")
-    + (saved.unapproved.length ? tr("; as it was approved before, until you approve it again: passage {numbers}", kept) : "")
-    + (saved.earlier.length ? tr("; as it was saved before, until you correct or approve it: passage {numbers}", earlier) : ""));
+  say(what + (saved.unlike.length
+    ? tr("; not as it stands, because unfinished, or not approved or corrected since it was saved: passage {numbers}", values) : ""));
 });
 
 onClick("previous", () => go(-1));
 onClick("next", () => go(1));
 onClick("undo", undo);
 onClick("redo", redo);
-at("approve").addEventListener("click", event => {
-  if (!single(event)) return;
+onClick("approve", () => {
   const approved = passage.state !== "approved";
   // It may have become approved under the pointer.
   if (approved || mayTakeBack(passage.reviewed && passage.reviewed.by)) change("approve", { approved });

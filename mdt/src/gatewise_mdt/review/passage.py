@@ -12,7 +12,7 @@ from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
-from gatewise_mdt.records import TreeRecord, confidence_values
+from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.relations import Language
 from gatewise_mdt.review.edits import Fault, Nodes, empty_tree, fault_of
 from gatewise_mdt.tree import DecisionTree
@@ -21,7 +21,6 @@ from gatewise_mdt.tree import DecisionTree
 State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
-REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY, CONFIDENCE_KEY = "review", "reviewed", "extraction", "confidence"
 CARRIED_KEY = "carried"
 """The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
 "place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
@@ -30,10 +29,8 @@ ADJUDICATED_KEY = "adjudicated"
 """The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
 "reviewed", what their records said under this key, and "agreed", whether both had the same tree."""
 _MOST_STEPS = 200
-# What `gatewise mdt extract` writes beside a tree is no longer true of a corrected one.
-_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", REVIEW_KEY)
-# These are of one version of the tree.
-_MADE = (EXTRACTION_KEY, REVIEWED_KEY)
+# What is said of one version of a tree, and is no longer true of the next.
+_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", "review", "extraction", "reviewed", "confidence")
 
 
 class Version(NamedTuple):
@@ -50,8 +47,6 @@ class Version(NamedTuple):
         of: of the tree of another reviewer that lies beside one, whose it is.
         confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise_mdt.Extraction.confidence`; None
             for one that a person changed, and as a whole where no node has any.
-        undone: a person came to it by undoing what the file of corrections has, which gets it in the place of that, also where it
-            is a draft: one that was extracted or taken takes nothing out of the file.
     """
 
     nodes: Nodes | None = None
@@ -62,18 +57,11 @@ class Version(NamedTuple):
     reviewed: dict[str, Any] | None = None
     of: str = ""
     confidence: tuple[float | None, ...] | None = None
-    undone: bool = False
 
     @property
     def least(self) -> float | None:
         """The least confidence of a node; None where no node has any."""
         return min((one for one in self.confidence or () if one is not None), default=None)
-
-    def still_sure_of(self, nodes: Nodes) -> tuple[float | None, ...] | None:
-        """The confidence of nodes that an edit made of these: that of those which it left as they were, see ``edits.apply``."""
-        known = {id(node): one for node, one in zip(self.nodes or (), self.confidence or (), strict=False) if one is not None}
-        made = tuple(known.get(id(node)) for node in nodes)
-        return made if any(one is not None for one in made) else None
 
     @property
     def standing(self) -> "Version | None":
@@ -85,11 +73,6 @@ class Version(NamedTuple):
         """Who stands for it or for the one that was approved; empty where nobody does, and where it is not known."""
         by = ((self.standing and self.standing.reviewed) or {}).get("by")
         return by if isinstance(by, str) else ""
-
-    @property
-    def word(self) -> tuple[Nodes | None, str] | None:
-        """The tree that a person stands for, and who; None where nobody does."""
-        return None if self.standing is None else (self.standing.nodes, self.approver)
 
     def after(self, before: "Version") -> "Version":
         """In the place of another version, whose approved tree stays that of the file of corrections."""
@@ -104,19 +87,13 @@ class Passage:
     """A text with its tree, as far as it has come.
 
     Attributes:
-        number: names it in the session; never used again.
+        number: names it in the review and its history for good; 0 while it is not in there.
         more: other keys of its record.
         saved: the tree that the file of corrections has for it; None while it has none.
-        came: the tree that the reviewed file had for it; None where that was a text.
         version: the number of its present version, which grows with every change: whoever changes something names the one that
             the change is of.
         beside: a tree that was extracted, and waits for a reviewer's word.
         extractions: how many trees have lain beside it, the number of the one that does.
-        id: names it in the history for good; 0 while it is not in there.
-        repaired: the file of corrections has the saved tree as it was before it was repaired. Of this session: as long as it is
-            not saved, it is repaired again in the next one.
-        waiting: an extraction was asked for.
-        error: why there is no tree, a sentence.
     """
 
     number: int
@@ -124,16 +101,11 @@ class Passage:
     now: Version = NOTHING
     more: dict[str, Any] = field(default_factory=dict)
     saved: Version | None = None
-    came: Nodes | None = None
     past: tuple[Version, ...] = ()
     future: tuple[Version, ...] = ()
     version: int = 0
     beside: Version | None = None
     extractions: int = 0
-    id: int = 0
-    repaired: bool = False
-    waiting: bool = False
-    error: str = ""
 
     def with_version(self, version: Version) -> "Passage":
         """A new version; the one before it can be had back."""
@@ -141,8 +113,11 @@ class Passage:
             return self
         return self._at(version, past=(*self.past, self.now)[-_MOST_STEPS:], future=())
 
-    def undo(self, by: str = "") -> "Passage":
-        """Back to the version before.
+    def _at(self, version: Version, past: tuple[Version, ...], future: tuple[Version, ...]) -> "Passage":
+        return replace(self, now=version, past=past, future=future, version=self.version + 1)
+
+    def step(self, back: bool, by: str = "") -> "Passage":
+        """Back to the version before (undo), or forward again to the one that was undone (redo).
 
         Args:
             by: who asks for it.
@@ -150,33 +125,21 @@ class Passage:
         Raises:
             GatewiseError: there is none, or an approval of somebody else would go or come back by it.
         """
-        if not self.past:
-            raise GatewiseError("there is nothing to undo in this passage")
-        _check_word(self.past[-1], self.now, by)
-        version, future = self.past[-1], (*self.future, self.now._replace(undone=False))
-        if self.now.undone or self._has_saved(future):
-            version = version._replace(undone=True)
-        return self._at(version, past=self.past[:-1], future=future)
-
-    def redo(self, by: str = "") -> "Passage":
-        """Forward again to the version that was undone.
-
-        Args:
-            by: who asks for it.
-
-        Raises:
-            GatewiseError: there is none, or an approval of somebody else would go or come back by it.
-        """
-        if not self.future:
-            raise GatewiseError("there is nothing to do again in this passage")
-        # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
-        _check_word(self.now, self.future[-1], by)
-        version = self.future[-1]._replace(undone=self._has_saved(self.future[:-1]))
-        return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
-
-    def _has_saved(self, versions: Sequence[Version]) -> bool:
-        """Whether the tree that the file of corrections has is one of these."""
-        return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
+        versions = self.past if back else self.future
+        if not versions:
+            raise GatewiseError(f"there is nothing to {'undo' if back else 'do again'} in this passage")
+        # An approval is a person's word: only they undo or redo what gave it or took it back.
+        earlier, later = (versions[-1], self.now) if back else (self.now, versions[-1])
+        concerned = later.approver if later.standing else earlier.approver
+        words = [(one.standing and one.standing.nodes, one.approver) for one in (earlier, later)]
+        if words[0] != words[1] and concerned not in ("", by):
+            raise GatewiseError(
+                f"this is about an approval of {concerned}, which only they undo or redo: take it back with its button, or approve"
+                " the tree yourself if you stand for it"
+            )
+        if back:
+            return self._at(versions[-1], past=versions[:-1], future=(*self.future, self.now))
+        return self._at(versions[-1], past=(*self.past, self.now), future=versions[:-1])
 
     def begin(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
@@ -192,7 +155,7 @@ class Passage:
         return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed))
 
     def edit(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
-        """Corrects the tree; an approved tree is approved no more.
+        """Corrects the tree; an approved tree is approved no more. Nodes that the change leaves as they were keep their confidence.
 
         Args:
             reviewed: who does it and when, see :class:`Version`.
@@ -205,9 +168,10 @@ class Passage:
         nodes = change(self.now.nodes)
         if nodes == self.now.nodes:
             return self
-        confidence = self.now.still_sure_of(nodes)
-        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, undone=False)
-        return self.with_version(made._replace(confidence=confidence).after(self.now))
+        known = {id(node): sure for node, sure in zip(self.now.nodes, self.now.confidence or (), strict=False)}
+        confidence = tuple(known.get(id(node)) for node in nodes)
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed)
+        return self.with_version(made._replace(confidence=confidence if any(map(_is_known, confidence)) else None).after(self.now))
 
     def set_approval(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
@@ -220,22 +184,15 @@ class Passage:
         """
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet, so there is nothing to approve")
-        if approved and (fault := self.fault) is not None:
+        if not approved:
+            same = (one for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes and one.state != "approved")
+            # Where nothing tells what it was: "corrected" is what no extraction replaces.
+            before = next(same, Version(state="corrected"))
+            return self.with_version(self.now._replace(state=before.state, approved=None, reviewed=before.reviewed))
+        if (fault := self.fault) is not None:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
-        if approved:
-            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
-        state, before = self._before
-        return self.with_version(self.now._replace(state=state, approved=None, reviewed=before))
-
-    @property
-    def _before(self) -> tuple[State, dict[str, Any] | None]:
-        """The state without the approval, and who corrected the tree then.
-
-        Of one of an earlier review nothing tells; "corrected" is what no extraction replaces.
-        """
-        same = (one for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes and one.state != "approved")
-        return next(((one.state, one.reviewed) for one in same), ("corrected", None))
+        return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
 
     def put_extraction(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
@@ -245,10 +202,10 @@ class Passage:
         """
         if self.version == of and self.now.state not in REVIEWED:
             return self.with_version(version.after(self.now))
-        return replace(self, beside=version, extractions=self.extractions + 1, error="")
+        return replace(self, beside=version, extractions=self.extractions + 1)
 
-    def take_extraction(self, extraction: int, replaced: bool) -> "Passage":
-        """The tree that lies beside takes its place; an approved tree stays that of the file of corrections.
+    def settle_extraction(self, extraction: int, take: bool, replaced: bool = False) -> "Passage":
+        """The tree that lies beside takes its place, or goes; an approved tree stays that of the file of corrections.
 
         Args:
             extraction: the number of the one that lies beside.
@@ -257,27 +214,13 @@ class Passage:
         Raises:
             GatewiseError: another tree lies beside, or none; or a reviewed tree would go without a word.
         """
-        self._check_beside(extraction)
-        assert self.beside is not None
+        if self.beside is None or self.extractions != extraction:
+            raise GatewiseError("that extraction does not lie beside this tree any more: look at what there is now")
+        if not take:
+            return replace(self, beside=None)
         if self.now.state in REVIEWED and not replaced:
             raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
         return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
-
-    def leave_extraction(self, extraction: int) -> "Passage":
-        """Without the tree that lies beside.
-
-        Raises:
-            GatewiseError: another tree lies beside, or none.
-        """
-        self._check_beside(extraction)
-        return replace(self, beside=None)
-
-    def _check_beside(self, extraction: int) -> None:
-        if self.beside is None or self.extractions != extraction:
-            raise GatewiseError("that extraction does not lie beside this tree any more: look at what there is now")
-
-    def _at(self, version: Version, past: tuple[Version, ...], future: tuple[Version, ...]) -> "Passage":
-        return replace(self, now=version, past=past, future=future, version=self.version + 1, error="")
 
     @cached_property
     def fault(self) -> Fault | None:
@@ -303,34 +246,23 @@ class Passage:
     def kept(self) -> Version | None:
         """The version that belongs into the file of corrections.
 
-        That is what was approved last and not taken back since; else the tree if it is valid and a person corrected it or came to
-        it by undoing what the file has; else what the file already has, if any.
+        That is what was approved last and not taken back since; else the tree if it is valid and a person corrected it; else what
+        the file already has, if any.
         """
         now, saved = self.now, self.saved
         if now.standing is not None:
             return now.standing
-        if self.is_valid and (now.state == "corrected" or (saved is not None and (now.undone or now.nodes == saved.nodes))):
+        if self.is_valid and (now.state == "corrected" or (saved is not None and now.nodes == saved.nodes)):
             return now
         if saved is not None and saved.state == "approved":  # which somebody took back
             return saved._replace(state="corrected", reviewed=None)
         return saved
 
-    def after_save(self, version: Version) -> "Passage":
-        """With the version that the file of corrections has from now on, see :attr:`kept`."""
-        kept = replace(self, saved=version._replace(undone=False), repaired=False)
-        if _content(version) not in (_content(self.now), _content(self.now.standing)):
-            return kept  # what was undone is still in there
-        past = tuple(one._replace(undone=False) for one in self.past)
-        return replace(kept, now=self.now._replace(undone=False), past=past)
-
     @property
     def is_unsaved(self) -> bool:
-        """Whether the file of corrections has something else than the tree as it stands, or lacks the approved one under it,
-        or what was repaired in it."""
-        if self.repaired:
-            return True
-        touched = self.now.state in REVIEWED or self.saved is not None
-        return (touched and _content(self.now) != _content(self.saved)) or _content(self.kept) != _content(self.saved)
+        """True if the file of corrections has something else than the tree as it stands, or lacks the approved one under it."""
+        now, kept, saved = (one and (one.nodes, one.state, one.reviewed) for one in (self.now, self.kept, self.saved))
+        return kept != saved or (now != saved and (self.now.state in REVIEWED or saved is not None))
 
     def record(self, version: Version | None = None) -> TreeRecord:
         """A valid version as a record of the published format, the present one if none is given.
@@ -343,23 +275,17 @@ class Passage:
         if version.warnings and version.state not in REVIEWED:
             more["warnings"] = list(version.warnings)
         if version.extraction is not None:
-            more[EXTRACTION_KEY] = version.extraction
+            more["extraction"] = version.extraction
         if version.confidence is not None:
-            more[CONFIDENCE_KEY] = list(version.confidence)
+            more["confidence"] = list(version.confidence)
         if version.state in REVIEWED:
-            more[REVIEW_KEY] = version.state
-            more |= {} if version.reviewed is None else {REVIEWED_KEY: version.reviewed}
+            more["review"] = version.state
+            more |= {} if version.reviewed is None else {"reviewed": version.reviewed}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
 
 
-def _check_word(before: Version, after: Version, by: str) -> None:
-    """An approval is a person's word: only they undo or redo what gave it or took it back between two versions."""
-    concerned = after.approver if after.word else before.approver
-    if before.word != after.word and concerned not in ("", by):
-        raise GatewiseError(
-            f"this is about an approval of {concerned}, which only they undo or redo: take it back with its button, or approve the"
-            " tree yourself if you stand for it"
-        )
+def _is_known(confidence: float | None) -> bool:
+    return confidence is not None
 
 
 def ids_of(held: Sequence[Passage | TreeRecord]) -> list[str]:
@@ -376,28 +302,23 @@ def ids_of(held: Sequence[Passage | TreeRecord]) -> list[str]:
 
 def with_ids(passages: Sequence[Passage]) -> list[Passage]:
     """The passages, each of which carries its id."""
-    both = zip(passages, ids_of(passages), strict=True)
-    return [one if one.more.get(PASSAGE_ID) == name else replace(one, more={**one.more, PASSAGE_ID: name}) for one, name in both]
+    return [replace(one, more={**one.more, PASSAGE_ID: name}) for one, name in zip(passages, ids_of(passages), strict=True)]
 
 
-def version_of(record: TreeRecord, otherwise: State) -> Version:
-    """The version that a record of a file holds; ``otherwise`` where it names no state."""
-    named = record.more.get(REVIEW_KEY)
-    state: State = named if named in REVIEWED else otherwise
-    warnings = tuple(map(writable, record.warnings))
-    reviewed = record.reviewed if state in REVIEWED else None
-    made = Version(record.tree.to_preorder(), state, warnings, None, writable(record.extraction), writable(reviewed))
-    return made._replace(confidence=record.confidence)
+def passage_of(record: TreeRecord, **fields: Any) -> Passage:
+    """A passage with the tree of a record."""
+    return Passage(0, record.text, version_of(record), lasting_keys(record.more), **fields)
+
+
+def version_of(record: TreeRecord) -> Version:
+    """The version that a record of a file holds: a draft, if it says of no person who corrected or approved it."""
+    named = record.more.get("review")
+    state: State = named if named in REVIEWED else "drafted"
+    reviewed = writable(record.reviewed) if state in REVIEWED else None
+    made = Version(record.tree.to_preorder(), state, tuple(map(writable, record.warnings)), reviewed=reviewed)
+    return made._replace(extraction=writable(record.extraction), confidence=record.confidence)
 
 
 def lasting_keys(more: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
-    held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}
-    # What a file of somebody else's has under these names, and is not what gatewise writes, is theirs.
-    ours = {key for key in _MADE if isinstance(held.get(key), dict)}
-    ours |= {CONFIDENCE_KEY} if confidence_values(held.get(CONFIDENCE_KEY)) is not None else set()
-    return dict(writable({key: value for key, value in held.items() if key not in ours}))
-
-
-def _content(version: Version | None) -> tuple[Nodes | None, State, dict[str, Any] | None] | None:
-    return None if version is None else (version.nodes, version.state, version.reviewed)
+    return dict(writable({key: value for key, value in more.items() if key not in _OF_THE_TREE}))

@@ -58,7 +58,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_NAME = re.compile(r"([a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
 def names_of(given: Iterable[str], host: str = HOST) -> frozenset[str]:
@@ -69,25 +68,24 @@ def names_of(given: Iterable[str], host: str = HOST) -> frozenset[str]:
     """
     names = {HOST, "localhost", "[::1]", host.lower()}
     for one in given:
-        if (found := _NAME.fullmatch(one)) is None:
+        if not re.fullmatch(r"[\w.:\[\]-]+", one):
             raise GatewiseError(
                 f"--allow-host is {one[:100]!r}, expected the name by which browsers reach the review, such as"
                 " review.clinic.example"
             )
-        names.add(found[1].lower())
+        names.add(_without_port(one))
     return frozenset(names)
+
+
+def _without_port(host: str) -> str:
+    return re.sub(r":\d+$", "", host.lower())
 
 
 def refusal(headers: Headers, names: frozenset[str]) -> str:
     """Why a request with these headers is not answered by a server of these names; empty for one that is."""
-
-    def is_known(host: str) -> bool:
-        found = _NAME.fullmatch(host)
-        return found is not None and found[1].lower() in names
-
-    if not is_known(headers.get("host", "")):
+    if _without_port(headers.get("host", "")) not in names:
         return "this server answers only to the address that the terminal shows, and to the names given with --allow-host"
-    if not all(is_known(origin.partition("://")[2]) for origin in headers.getlist("origin")):
+    if not all(_without_port(origin.partition("://")[2]) in names for origin in headers.getlist("origin")):
         return "a page of another site asked, which is not answered"
     return ""
 
@@ -120,7 +118,9 @@ def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Sta
         reviewer = await run_in_threadpool(who, request)
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "expected a body of type application/json")
-        content = await _body(request)
+        if not 0 <= int(request.headers.get("Content-Length", "-1")) <= MOST_BYTES:
+            raise HTTPException(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
+        content = await request.body()
         # A change waits for its turn and for the disk, and neither may keep others from being heard.
         return await run_in_threadpool(lambda: _json(review.do(request.path_params["name"], _object(content), reviewer)))
 
@@ -152,17 +152,6 @@ class _Guard:
         why = refusal(Headers(scope=scope), self.names)
         answer = _json({"error": why}, 403) if why else self.app
         await answer(scope, receive, send)
-
-
-async def _body(request: Request) -> bytes:
-    """The body; what is over the limit is read, so that the answer arrives, and not kept."""
-    content, size = bytearray(), 0
-    async for piece in request.stream():
-        size += len(piece)
-        content += piece if size <= MOST_BYTES else b""
-    if size > MOST_BYTES:
-        raise HTTPException(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
-    return bytes(content)
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -230,29 +219,25 @@ class ReviewServer:
     ) -> None:
         self.review = review
         self.users: OneUser | UserFile = users or OneUser()
-        allowed = list(allowed)
-        names_of(allowed)  # refused before anything is bound
         try:
-            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            family, _, _, _, place = min(places, key=lambda one: one[0] != socket.AF_INET)
-            ip = ipaddress.ip_address(str(place[0]).partition("%")[0])
-            self.is_local = ip.is_loopback
-            if users is None and not self.is_local:
-                raise GatewiseError(
-                    f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes"
-                    " one)"
-                )
-            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-            self.socket = socket.create_server(place[:2], family=family, dualstack_ipv6=both)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            both = host == "::" and socket.has_dualstack_ipv6()
+            self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except (OSError, OverflowError, UnicodeError) as error:
             said = getattr(error, "strerror", None) or error
             raise GatewiseError(
                 f"port {port} of {host[:100]!r} cannot be had ({said}): leave --port out for a free one, and --host too"
                 " unless it is an address of this machine"
             ) from error
+        ip = ipaddress.ip_address(self.socket.getsockname()[0])
+        self.is_local = ip.is_loopback
+        if users is None and not self.is_local:
+            self.socket.close()
+            raise GatewiseError(
+                f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes one)"
+            )
         self.port: int = self.socket.getsockname()[1]
-        shown = host if not ip.is_unspecified else HOST
-        shown = f"[{shown}]" if ":" in shown else shown
+        shown = HOST if ip.is_unspecified else f"[{host}]" if family == socket.AF_INET6 else host
         self.url = f"http://{shown}:{self.port}/" + (f"#token={self.users.token}" if isinstance(self.users, OneUser) else "")
         self._server = uvicorn.Server(
             uvicorn.Config(

@@ -11,6 +11,7 @@ from gatewise_mdt.records import DOUBTFUL
 from gatewise_mdt.relations import RELATIONS
 from gatewise_mdt.review.carrying import difference
 from gatewise_mdt.review.edits import drawable, empty_tree
+from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.files import Entry
 from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version
 from gatewise_mdt.review.session import Session
@@ -21,20 +22,19 @@ _MOST_ENTRIES = 100  # of a history that a page is sent
 _LONGEST = 5000  # characters that are compared with those of an older text; a passage has fewer
 
 
-def session_json(session: Session) -> dict[str, Any]:
+def session_json(session: Session, extracting: Extracting | None = None) -> dict[str, Any]:
     """The passages and how far each is; without their trees, as it is asked for often."""
     entries = session.entries()
     return {
-        "passages": [_line(passage, entries[passage.id]) for passage in session.passages],
+        "passages": [_line(passage, entries[passage.number], extracting) for passage in session.passages],
         "unsaved": session.unsaved,
         "out": str(session.files.out),
         "notes": session.notes,
-        "trouble": session.trouble,
         "formats": list(FORMATS),
     }
 
 
-def _line(passage: Passage, entries: int) -> dict[str, Any]:
+def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict[str, Any]:
     population, at, rest = passage.text.partition("@")
     return {
         "number": passage.number,
@@ -43,9 +43,8 @@ def _line(passage: Passage, entries: int) -> dict[str, Any]:
         "state": passage.now.state,
         "reviewed": _reviewed(passage.now),
         "valid": passage.is_valid,
-        "waiting": passage.waiting,
-        "error": passage.error,
-        "warned": bool(passage.now.warnings),
+        "waiting": extracting is not None and extracting.is_waiting(passage),
+        "error": extracting.fault(passage) if extracting else "",
         "least": _sure(passage.now.least),
         "unsaved": passage.is_unsaved,
         "version": passage.version,
@@ -54,7 +53,7 @@ def _line(passage: Passage, entries: int) -> dict[str, Any]:
     }
 
 
-def passage_json(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
+def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Extracting | None = None) -> dict[str, Any]:
     """A passage with its text in pieces, its tree, its drawing, what is wrong with it, and the end of its history."""
     tree = drawable(passage.now.nodes or empty_tree())
     words = words_for(passage.language)
@@ -68,7 +67,7 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, A
         other = {"number": passage.extractions, "warnings": list(beside.warnings), "made_with": beside.extraction}
         other |= {"of": beside.of, "drawing": drawing}
     return {
-        **_line(passage, len(entries)),
+        **_line(passage, len(entries), extracting),
         "history": entries_json(entries[-_MOST_ENTRIES:]),
         "language": passage.language,
         "population": [[piece, names] for start, piece, names in pieces if start < mark],

@@ -9,18 +9,12 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, whole_file
 from gatewise_mdt.review.session import checked_name
-
-_PATIENCE = 30  # seconds that another command may take to add somebody
 
 
 class OneUser:
@@ -78,45 +72,20 @@ class UserFile:
         """
         name = checked_name(name)
         token = secrets.token_urlsafe(24)
-        with self._locked():
-            names = self.read() if os.path.exists(self.path) else {}
-            self._check_free(name, names)
-            with whole_file(self.path) as part:
-                part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.chmod(part, 0o600)
-            with suppress(OSError):  # it took the mode of the one before it
-                os.chmod(self.path, 0o600)
+        names = self.read() if os.path.exists(self.path) else {}
+        self._check_free(name, names)
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.chmod(self.path, 0o600)
         return token
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """While others who would add somebody wait: they would write back the names that they read before.
-
-        The lock's file stays, as one that is taken away may be held already by somebody who waited for it.
-        """
-        place = Path(os.path.realpath(self.path))
-        lock = FileLock(place.with_name(f".{place.name}.lock"))
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=_PATIENCE)
-        except Timeout:
-            raise GatewiseError(f"another command is writing {self.path}: wait until it ends, and try again") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            said = getattr(error, "strerror", None) or error
-            raise GatewiseError(f"cannot write {self.path}: {said}; give a path that can be written") from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _check_free(self, name: str, others: dict[str, str]) -> None:
         checked_name(name)
-        for other in others:
-            if _folded(other) == _folded(name):
-                raise GatewiseError(
-                    f"{self.path} has a reviewer {other!r} already, from whom {name!r} cannot be told: take another name, or take"
-                    " that entry out to give a new token"
-                )
+        if _folded(name) in map(_folded, others):
+            raise GatewiseError(
+                f"{self.path} has a reviewer already from whom {name!r} cannot be told: take another name, or take that entry out"
+                " to give a new token"
+            )
 
 
 def _owner(token: str, hashes: dict[str, str]) -> str | None:
@@ -133,6 +102,5 @@ def _hash(token: str) -> str:
 
 
 def _folded(name: str) -> str:
-    """What is left of a name without case, blanks, what is not to be seen, and other ways to write the same letters."""
-    plain = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(sign for sign in plain if not sign.isspace() and unicodedata.category(sign) != "Cf")
+    """A name without case, blanks, and other ways to write the same letters."""
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())

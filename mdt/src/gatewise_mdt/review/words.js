@@ -56,13 +56,9 @@ const CHINESE = {
   "waiting": "等待中",
   "writing…": "生成中…",
   "not saved": "未保存",
-  "Your edits are not kept on disk: {why}. Save first: then what you corrected and approved is kept.":
-    "修改未能保存到磁盘：{why}。请先保存，以免丢失已修改和已批准的内容。",
   "Stopping": "正在停止",
   "Waiting for the model": "等待模型",
-  "Writing the tree of passage {number}, {seconds} s": "正在生成第 {number} 段的决策树，{seconds} 秒",
-  "Writing the tree of passage {number}, {tokens} of at most {most} tokens, {seconds} s":
-    "正在生成第 {number} 段的决策树，已写 {tokens} 个词元（至多 {most}），{seconds} 秒",
+  "Extracting the tree of passage {number}, {seconds} s": "正在生成第 {number} 段的决策树，{seconds} 秒",
   "{at} of {of}": "{at} / {of}",
   "All passages without a tree": "所有尚无决策树的段落",
   "{done} of {count} approved": "已批准 {done} / {count}",
@@ -89,14 +85,13 @@ const CHINESE = {
   "Begin with an empty tree": "从空树开始",
   "Saved: {path}, trees: {count}": "已保存：{path}，决策树 {count} 棵",
   "Nothing is corrected or approved yet, so {path} has no trees": "尚无已修改或已批准的决策树，{path} 中没有内容",
-  "; not yet in it, because unfinished: passage {numbers}": "；未完成而未写入：第 {numbers} 段",
   "Cancelled; trees that are done stay.": "已取消；已完成的决策树保留。",
   "Take the approval of {name} back?": "要撤销{name}的批准吗？",
   "Take passage {number} out of the review?": "将第 {number} 段移出审核？",
   "Passages added: {count}.": "已添加段落：{count}。",
+  "; not as it stands, because unfinished, or not approved or corrected since it was saved: passage {numbers}":
+    "；未按现状写入（未完成，或保存后未再批准或修改）：第 {numbers} 段",
   "The review has ended, or cannot be reached. Start it again; everything is kept.": "审核已结束或无法连接。请重新启动；所有内容均已保留。",
-  "The review has ended, or cannot be reached. Of what it could not write only what you saved is kept.":
-    "审核已结束或无法连接。未能写入磁盘的内容中，只有您已保存的部分得以保留。",
   "The file could not be read.": "无法读取该文件。",
   "Node {number}": "节点 {number}",
   "the root": "根节点",
@@ -172,8 +167,6 @@ const CHINESE = {
   "Leave it": "不采用",
   "Put it in the place of a tree that a person corrected or approved?": "用它代替已由人修改或批准的树？",
   "The extraction will lie beside your tree.": "提取结果将置于您的树旁。",
-  "; as it was approved before, until you approve it again: passage {numbers}": "；保留此前批准的树，直至再次批准：第 {numbers} 段",
-  "; as it was saved before, until you correct or approve it: passage {numbers}": "；保留此前保存的树，直至您修改或批准：第 {numbers} 段",
 };
 
 export const language = localStorage.getItem(KEY) || (navigator.language.startsWith("zh") ? "zh" : "en");
