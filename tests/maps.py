@@ -1,7 +1,6 @@
-"""Llama-shaped maps of budget and importance, and what shows them as plain text or reads them from a page."""
+"""Llama-shaped maps of budget and importance, and what shows them as plain text."""
 
 import io
-from html.parser import HTMLParser
 from typing import Any
 
 from rich.console import Console
@@ -48,34 +47,3 @@ def rendered(shown: Any, width: int = 80, colour: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None)
     console.print(shown)
     return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects what a test asks about."""
-
-    VOID = frozenset({"meta", "link", "input", "br", "hr", "img"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.values: list[str] = []
-        self.cells: list[dict[str, str]] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        found = {name: value or "" for name, value in attrs}
-        if tag == "input":
-            self.values.append(found["value"])
-        if found.get("class", "").startswith("cell"):
-            self.cells.append(found)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag

@@ -38,7 +38,7 @@ def test_an_adapter_is_read_and_shown_without_peft(tmp_path: Path) -> None:
     asked = (
         "import sys; from gatewise import inspection; from gatewise.adapters.files import peft_type; "
         f"folder = {str(folder)!r}; budget = inspection.read_budget(folder); "
-        "inspection.ranks_table(budget); inspection.summary_lines(budget); inspection.plot(budget, folder + '/map.png'); "
+        "inspection.grid_table(budget.grid()); inspection.budget_lines(budget); inspection.plot(budget, folder + '/map.png'); "
         "print(peft_type(folder), budget.rank, {'peft', 'transformers'} & set(sys.modules))"
     )
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout

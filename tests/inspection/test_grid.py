@@ -7,27 +7,20 @@ import pytest
 from adapter_folders import random_factors, write_folder
 from maps import importance, module
 
-from gatewise.inspection import BudgetMap, ModuleBudget, read_budget
+from gatewise.inspection import read_budget
 
 
-def test_matrix_adds_up_places_and_shows_holes(tmp_path: Path) -> None:
+def test_a_grid_adds_up_places_and_shows_holes(tmp_path: Path) -> None:
     tensors = random_factors("model.layers.3.mlp.experts.0.up_proj") | random_factors("model.layers.3.mlp.experts.1.up_proj", r=2)
     tensors |= random_factors("model.layers.1.self_attn.q_proj", r=1) | random_factors("classifier.dense", r=3)
     budget = read_budget(write_folder(tmp_path, tensors))
-    layers, kinds, cells = budget.matrix()
-    assert (layers, kinds) == (["0", "1", "2", "3", "other"], ["q", "up", "dense"])
-    assert cells == [[None] * 3, [1, None, None], [None] * 3, [None, 6, None], [None, None, 3]]
+    grid = budget.grid()
+    assert (grid.layers, grid.kinds) == (["0", "1", "2", "3", "other"], ["q", "up", "dense"])
+    assert grid.cells == [[None] * 3, [1, None, None], [None] * 3, [None, 6, None], [None, None, 3]]
     norms = {module.path: module.norm for module in budget.modules}
     both = math.hypot(norms["model.layers.3.mlp.experts.0.up_proj"], norms["model.layers.3.mlp.experts.1.up_proj"])
-    assert budget.matrix("norm")[2][3][1] == pytest.approx(both)
-    assert budget.matrix("parameters")[2][3][1] == 6 * 11
-    with pytest.raises(ValueError, match="expected one of rank, norm, parameters"):
-        budget.matrix("size")  # type: ignore[arg-type]
-
-
-def test_an_absurd_layer_number_makes_no_rows() -> None:
-    module = ModuleBudget("model.layers.999999999.q_proj", 999_999_999, "q", 1, 1, 1, 1, 1.0, 1.0)
-    assert BudgetMap((module,)).layers == ["999999999"]
+    assert budget.grid("norm").cells[3][1] == pytest.approx(both)
+    assert budget.grid("parameters").cells[3][1] == 6 * 11
 
 
 @pytest.mark.parametrize(

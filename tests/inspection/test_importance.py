@@ -76,14 +76,6 @@ def test_every_module_has_its_place_and_the_sums_are_those_of_its_ranks(saved: P
     assert {module.scaling for module in found.modules} == {2.0}
     rooms = {module.kind: module.room for module in found.modules}
     assert rooms == {"q": 16, "k": 16, "v": 16, "o": 16, "gate": 16, "up": 16, "down": 16}
-    by_layer, by_kind = dict.fromkeys(("0", "1"), 0.0), dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 0.0)
-    for module in found.modules:
-        assert module.total == pytest.approx(sum(module.scores))
-        by_layer[str(module.layer)] += sum(module.scores)
-        by_kind[module.kind] += sum(module.scores)
-    assert found.by_layer == pytest.approx(by_layer)
-    assert found.by_kind == pytest.approx(by_kind)
-    assert list(found.by_kind) == list(by_kind)
     totals = [module.total for module in found.ranked]
     assert totals == sorted((module.total for module in found.modules), reverse=True)
     assert {module.path for module in found.useless} == {module.path for module in found.modules if sum(module.scores) <= 0}
@@ -96,36 +88,13 @@ def test_rows_are_drawn_by_seed(saved: Path) -> None:
     assert one.loss_adapted != other.loss_adapted
 
 
-def test_prompt_labels_and_base_are_those_given(saved: Path) -> None:
-    plain = scored(saved)
-    assert scored(saved, options=DataOptions(prompt="Text: {text}\nLabel:", labels="bad,good")) == plain
-    assert scored(saved, options=DataOptions(prompt="Is {text} good?")).loss_adapted != plain.loss_adapted
-    assert scored(saved, options=DataOptions(labels="bad=no,good=yes")).loss_adapted != plain.loss_adapted
-    other = write_base(saved / "other", rms_norm_eps=0.1)
-    found = scored(saved, options=DataOptions(base=str(other)))
-    assert found.base_model == str(other)
-    assert found.loss_base != plain.loss_base
-
-
-def test_what_the_run_noted_is_used(saved: Path) -> None:
-    noted = saved / "noted"
-    noted.mkdir()
-    for file in (saved / "adapter").iterdir():
-        (noted / file.name).write_bytes(file.read_bytes())
-    note = {"template": "Is {text} good?", "labels": ["bad", "good"], "label_words": {"bad": "no", "good": "yes"}, "max_length": 24}
-    (noted / "gatewise.json").write_text(json.dumps(note))
-    found = scored(saved, "noted")
-    assert found.loss_adapted == pytest.approx(measure_adapter(noted, str(saved / "rows.jsonl"))["loss"], rel=1e-5)
-    assert found.loss_adapted != scored(saved).loss_adapted
-
-
 def test_a_classifier_and_rows_longer_than_its_positions(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "bert"))
     rows = write_rows(tmp_path / "rows.jsonl", 6)
     rows.write_text(rows.read_text() + json.dumps({"text": "very " * 60, "label": "good"}) + "\n")
     found = scored(tmp_path)
     assert found.rows == 7
-    assert {"q", "up", "down", "pooler"} <= set(found.by_kind)
+    assert {"q", "up", "down", "pooler"} <= {module.kind for module in found.modules}
     assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-3)
     rows.write_text(rows.read_text() + json.dumps({"text": "middling", "label": "so so"}) + "\n")
     with pytest.raises(GatewiseError, match=r"calls them bad, good\) is which of the labels bad, good, so so: give --labels"):
@@ -214,13 +183,6 @@ def test_dead_slots_have_no_score_and_a_dead_module_is_worth_nothing(adapted: Ad
     assert modules["model.layers.0.mlp.up_proj"].rank == 2
 
 
-def test_ablation_is_screened_unless_asked_otherwise_and_tells_how_far_it_is(adapted: Adapted, batch: Batch) -> None:
-    told: list[tuple[int, int]] = []
-    importance_of(adapted(), batch(), "ablation", progress=lambda *step: told.append(step))
-    assert told[-1] == (16, 16)  # of 42 ranks
-    importance_of(adapted(), batch(), "taylor", progress=lambda *step: pytest.fail("taylor has nothing to tell"))
-
-
 # ---- what is refused
 
 
@@ -246,8 +208,8 @@ def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> N
     assert not found.unscored
     assert [one.kind for one in found.modules if one.layer == 1] == ["q", "v", *["gate_up"] * 3, *["down"] * 3]
     assert {one.rank for one in found.modules} == {3}
-    with pytest.raises(GatewiseError, match=r"stacked experts .* none can be suggested for each: .*$"):
-        suggest(found, 4)
+    with pytest.raises(GatewiseError, match=r"adapts parameters or stacked experts \(target_parameters\)"):
+        suggest(found, 400)
 
 
 def test_a_parameter_that_is_not_stacked_is_refused_too(adapted, batch) -> None:
@@ -258,7 +220,7 @@ def test_a_parameter_that_is_not_stacked_is_refused_too(adapted, batch) -> None:
         "q_proj.weight": True,
         "v_proj": False,
     }
-    with pytest.raises(GatewiseError, match=r"adapts the parameter model\.layers\.0\.self_attn\.q_proj\.weight .* are for modules"):
+    with pytest.raises(GatewiseError, match=r"adapts parameters or stacked experts"):
         suggest(found, 300)
 
 
@@ -277,13 +239,6 @@ def test_other_kinds_of_adapters_are_refused(saved: Path, tmp_path: Path) -> Non
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     with pytest.raises(GatewiseError, match="ADALORA; only plain LoRA has ranks to score and move"):
         score_adapter(tmp_path, str(saved / "rows.jsonl"))
-
-
-def test_dora_is_scored_with_its_magnitudes_in_place(saved: Path, tmp_path: Path) -> None:
-    dora = write_adapter(tmp_path, saved / "base", use_dora=True)
-    found = score_adapter(dora, str(saved / "rows.jsonl"))
-    assert found.rank == 42
-    assert found.loss_adapted == pytest.approx(measure_adapter(dora, str(saved / "rows.jsonl"))["loss"], rel=1e-5)
 
 
 def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ from maps import budget_stack, importance, importance_stack, module, rendered
 from gatewise.inspection import (
     BudgetMap,
     ModuleBudget,
+    budget_json,
+    budget_lines,
     grid_table,
     importance_json,
     importance_lines,
-    ranks_table,
     read_budget,
-    summary_lines,
-    to_json,
     top_table,
 )
 
@@ -28,7 +27,7 @@ from gatewise.inspection import (
 @pytest.mark.parametrize("value", ["rank", "norm", "parameters"])
 def test_table_fits_eighty_columns_and_reads_without_colour(value: Any) -> None:
     budget = budget_stack(80, parameters=123_457)
-    text = rendered(ranks_table(budget, value))
+    text = rendered(grid_table(budget.grid(value)))
     assert "…" not in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     rows = [line.split() for line in text.splitlines() if line.split()]
@@ -43,15 +42,15 @@ def test_no_number_is_cut_short_where_there_are_many_kinds(tmp_path: Path) -> No
     tensors: dict[str, Any] = {}
     for kind in kinds:
         tensors |= random_factors(f"model.layers.0.mlp.{kind}", r=16, d_in=64, d_out=64)
-    table = ranks_table(read_budget(write_folder(tmp_path, tensors, r=16)), "parameters")
+    table = grid_table(read_budget(write_folder(tmp_path, tensors, r=16)).grid("parameters"))
     row = next(line.split() for line in rendered(table).splitlines() if line.split()[:1] == ["0"])
     assert row == ["0", *["2.05k"] * 9, "18.4k"]
 
 
 def test_table_holds_every_rank_and_total() -> None:
     budget = budget_stack(5)
-    rows = [line.split() for line in rendered(ranks_table(budget)).splitlines() if line.split()]
-    cells = budget.matrix()[2]
+    rows = [line.split() for line in rendered(grid_table(budget.grid())).splitlines() if line.split()]
+    cells = budget.grid().cells
     for index, row in enumerate(cells):
         assert [int(text) for text in rows[2 + index]] == [index, *row, sum(row)]  # type: ignore[arg-type]
     columns = [sum(row[x] for row in cells) for x in range(7)]  # type: ignore[misc]
@@ -59,8 +58,8 @@ def test_table_holds_every_rank_and_total() -> None:
 
 
 def test_table_shades_differences_only() -> None:
-    assert "48;2;" in rendered(ranks_table(budget_stack(4)), colour=True)
-    assert "48;2;" not in rendered(ranks_table(budget_stack(4, rank=8)), colour=True)
+    assert "48;2;" in rendered(grid_table(budget_stack(4).grid()), colour=True)
+    assert "48;2;" not in rendered(grid_table(budget_stack(4, rank=8).grid()), colour=True)
 
 
 def test_summary_says_where_it_went(tmp_path: Path) -> None:
@@ -69,28 +68,18 @@ def test_summary_says_where_it_went(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.q_proj.lora_B.weight"][:] = 0
     tensors["classifier.weight"] = torch.ones(2, 2)
     budget = read_budget(write_folder(tmp_path, tensors, base_model_name_or_path="some/model", use_rslora=True))
-    assert summary_lines(budget) == [
+    assert budget_lines(budget) == [
         "base model: some/model",
         "adapter: rsLoRA, 2 modules in 2 layers",
         "total rank: 3 of 4 slots",
         "parameters: 33 in use, 11 in dead slots, and 4 outside LoRA",
-        "rank by kind: q 0%, v 100%",
-        "most rank: layer 3 (3)",
-        "empty layers: 0-2",
     ]
-
-
-def test_layers_below_the_only_module_are_not_counted(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, random_factors("model.layers.10.self_attn.q_proj"))
-    assert "adapter: LoRA, 1 module in 1 layer" in summary_lines(read_budget(folder))
-    assert "empty layers: 0-9" in summary_lines(read_budget(folder))
 
 
 def test_json_of_a_budget_is_plain_and_complete() -> None:
     budget = budget_stack(3)
-    plain = json.loads(json.dumps(to_json(budget), allow_nan=False))
+    plain = json.loads(json.dumps(budget_json(budget), allow_nan=False))
     assert plain["totals"]["rank"] == budget.rank == sum(module["rank"] for module in plain["modules"])
-    assert plain["matrix"]["rank"] == budget.matrix()[2]
     assert plain["modules"][0] | {"norm": 0} == {
         "path": "model.layers.0.self_attn.q_proj",
         "layer": 0,
@@ -103,7 +92,7 @@ def test_json_of_a_budget_is_plain_and_complete() -> None:
         "norm": 0,
     }
     broken = BudgetMap((ModuleBudget("a.layers.0.q_proj", 0, "q", 1, 1, 9, 9, 1.0, math.nan),))
-    assert json.loads(json.dumps(to_json(broken), allow_nan=False))["modules"][0]["norm"] is None
+    assert json.loads(json.dumps(budget_json(broken), allow_nan=False))["modules"][0]["norm"] is None
 
 
 def test_the_table_fits_eighty_columns_and_shows_signs_without_colour() -> None:
@@ -164,8 +153,5 @@ def test_json_of_importance_is_plain_and_complete() -> None:
     found = importance_stack(3)
     told = json.loads(json.dumps(importance_json(found), allow_nan=False))
     assert told["total"] == pytest.approx(sum(sum(m["scores"]) for m in told["modules"]))
-    assert told["by_kind"]["q"] == pytest.approx(sum(m["total"] for m in told["modules"] if m["kind"] == "q"))
-    assert sum(told["by_layer"].values()) == pytest.approx(told["total"])
-    assert told["matrix"][0][0] == pytest.approx(-5e-3)
     assert told["could_go"] == [m["path"] for m in told["modules"] if m["total"] <= 0]
     assert (told["score"], told["unit"], told["rows"], told["rank"]) == ("path_integral", "nats", 8, 42)

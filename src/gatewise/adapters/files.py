@@ -332,13 +332,12 @@ class Scalings:
     Args:
         config: the contents of adapter_config.json.
         where: what errors call it.
-        known: path -> scaling, for modules whose scaling is known from elsewhere.
 
     Raises:
         GatewiseError: not the configuration of a LoRA adapter, one with factors in blocks, or numbers in it that are none.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str, known: Mapping[str, float] | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
         kind = str(config.get("peft_type"))
         if kind not in LORA_TYPES:
             hint = ": its prompts have no ranks" if kind.endswith(("_PROMPT", "_TUNING")) else ""
@@ -347,7 +346,6 @@ class Scalings:
             raise GatewiseError(
                 f"{where} has use_bdlora, which stores A or B in blocks that gatewise does not read: use the adapter as it is"
             )
-        self._known = dict(known or {})
         self._adaptive = kind == "ADALORA"
         self._stabilised = bool(config.get("use_rslora")) and not self._adaptive
         self.parameters = [str(name) for name in config.get("target_parameters") or ()]
@@ -369,8 +367,6 @@ class Scalings:
         self._ranks, self._alphas = (_compiled(key, pattern, where) for key, pattern in patterns.items())
 
     def __getitem__(self, path: str) -> float:
-        if path in self._known:
-            return self._known[path]
         rank, alpha = _first_match(self._ranks, path, self._r), _first_match(self._alphas, path, self._alpha)
         if self._adaptive:
             return (alpha if alpha > 0 else rank) / (rank + 1e-5)

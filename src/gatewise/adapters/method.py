@@ -68,7 +68,7 @@ class Lora(Method):
         return Report(
             budget.parameters + budget.other_parameters,
             {"ranks": budget.ranks},
-            partial(inspection.ranks_table, budget),
+            partial(inspection.grid_table, budget.grid()),
             {"ranks.png": partial(inspection.plot, budget)},
         )
 

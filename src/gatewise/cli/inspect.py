@@ -3,9 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,23 +17,7 @@ from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
 
-if TYPE_CHECKING:
-    from gatewise.inspection.suggestion import Unit
-
-
-class Value(StrEnum):
-    """What `inspect` shows of each module."""
-
-    rank = "rank"
-    norm = "norm"
-    parameters = "parameters"
-
-
-class Budget(StrEnum):
-    """What a suggestion counts."""
-
-    parameters = "parameters"
-    ranks = "ranks"
+Value = Literal["rank", "norm", "parameters"]
 
 
 @takes_data_options(leave_out="limit")
@@ -60,7 +43,6 @@ def inspect(
             metavar="BUDGET", help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores."
         ),
     ] = None,
-    budget: Annotated[Budget | None, typer.Option(help="What BUDGET counts. [default: parameters]")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,44 +58,29 @@ def inspect(
       gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 2.4M --out pattern.json
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
-    if routing:
-        unfits = {"scores": scores or None, "score": score, "suggest": suggest, "budget": budget, "out": out, "value": value}
-        for name, unfit in unfits.items():
-            if unfit is not None:
-                raise GatewiseError(f"--{name} was given with --routing, where it means nothing: leave one of the two out")
-        if data is None:
-            raise GatewiseError("--routing was given without --data: name the prompts to route, such as --data sample:support-dev")
-        _show_routing(adapter, data, replace(options, limit=rows), plot, as_json)
-        return
-    if not scores:
-        needs_scores = {
-            "data": data,
-            "score": score,
-            "rows": rows,
-            "base": options.base,
-            "split": options.split,
-            "template-prompt": options.prompt,
-            "labels": options.labels,
-            "device": None if options.device == DataOptions().device else options.device,
-            "suggest": suggest,
-            "budget": budget,
-            "out": out,
-        }
-        for name, given in needs_scores.items():
-            if given is not None:
-                raise GatewiseError(f"--{name} was given without --scores, where it means nothing: add --scores or leave it out")
-        _show_budget(adapter, plot, value, as_json)
+    mode = "routing" if routing else "scores" if scores else ""
+    belongs = {
+        "scores": (scores or None, "scores"), "value": (value, ""), "score": (score, "scores"), "suggest": (suggest, "scores"),
+        "out": (out, "scores"), "data": (data, "scores routing"), "rows": (rows, "scores routing"),
+    }  # fmt: skip
+    for name, (given, modes) in belongs.items():
+        if given is not None and mode not in modes.split(" "):
+            where = f"with --{mode}" if mode else "without --scores"
+            raise GatewiseError(f"--{name} was given {where}, where it means nothing: leave one of the two out")
+    if not mode:
+        if options != DataOptions():
+            raise GatewiseError("a base model, a device, or how to read data was given without --scores or --routing: add one")
+        _show_budget(adapter, plot, value or "rank", as_json)
         return
     if data is None:
-        raise GatewiseError("--scores was given without --data: name the rows to score on, such as --data sample:support-dev")
-    if value is not None:
-        raise GatewiseError(f"--value {value} was given with --scores, which shows scores: leave one of the two out")
-    for name, given in {"out": out, "budget": budget}.items():
-        if given is not None and suggest is None:
-            raise GatewiseError(f"--{name} was given without --suggest: add --suggest BUDGET, the size of the next adapter")
-    size = None if suggest is None else number_of(suggest, "--suggest")
-    unit: Unit = "ranks" if budget is Budget.ranks else "parameters"
-    _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, unit, out, as_json)
+        raise GatewiseError(f"--{mode} was given without --data: name the rows to read, such as --data sample:support-dev")
+    if out and suggest is None:
+        raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the size of the next adapter")
+    if routing:
+        _show_routing(adapter, data, replace(options, limit=rows), plot, as_json)
+    else:
+        size = None if suggest is None else number_of(suggest, "--suggest")
+        _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, out, as_json)
 
 
 def _show(title: str, tables: Sequence[Table], lines: Sequence[str], plot: Path | None) -> None:
@@ -134,29 +101,28 @@ def _show(title: str, tables: Sequence[Table], lines: Sequence[str], plot: Path 
         typer.echo(f"drawn: {plot}")
 
 
-def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
+def _show_budget(adapter: Path, plot: Path | None, value: Value, as_json: bool) -> None:
     from gatewise import inspection
     from gatewise.adapters.files import peft_type
 
     if peft_type(adapter) == "SELECTIVE_PROMPT":
-        if value is not None:
-            raise GatewiseError(f"--value {value} was given for an adapter with prompts, which has no ranks: leave it out")
         prompts = inspection.read_prompts(adapter)
+        told, table, lines = inspection.prompts_json(prompts), inspection.prompts_table(prompts), inspection.prompts_lines(prompts)
         if plot:
             inspection.plot_prompts(prompts, plot)
-        if as_json:
-            typer.echo(json.dumps(inspection.prompts_json(prompts), indent=2, ensure_ascii=False))
-        else:
-            _show("", [inspection.prompts_table(prompts)], inspection.prompts_lines(prompts), plot)
-        return
-    budget = inspection.read_budget(adapter)
-    value = value or Value.rank
-    if plot:
-        inspection.plot(budget, plot, value.value)
-    if as_json:
-        typer.echo(json.dumps(inspection.to_json(budget), indent=2, ensure_ascii=False))
     else:
-        _show("", [inspection.ranks_table(budget, value.value)], inspection.summary_lines(budget), plot)
+        budget = inspection.read_budget(adapter)
+        told, table, lines = (
+            inspection.budget_json(budget),
+            inspection.grid_table(budget.grid(value)),
+            inspection.budget_lines(budget),
+        )
+        if plot:
+            inspection.plot(budget, plot, value)
+    if as_json:
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        _show("", [table], lines, plot)
 
 
 def _show_scores(
@@ -167,15 +133,14 @@ def _show_scores(
     rows: int,
     plot: Path | None,
     budget: int | None,
-    unit: "Unit",
     out: Path | None,
     as_json: bool,
 ) -> None:
     from gatewise import inspection
-    from gatewise.adapters.files import peft_type, read_lora
+    from gatewise.adapters.files import peft_type
     from gatewise.files import check_new_file, write_json
     from gatewise.inspection.importance import score_adapter
-    from gatewise.inspection.suggestion import check_budget, check_fits, lora_settings, suggested_ranks
+    from gatewise.inspection.suggestion import suggest, suggested_ranks
 
     # Scoring takes a while: what can be refused before it is.
     if plot:
@@ -183,43 +148,31 @@ def _show_scores(
         check_new_file(plot)
     if out:
         check_new_file(out)
-    if budget is not None:
-        check_budget(budget, unit)
     kind = peft_type(adapter)
     if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
-    if budget is not None:
-        check_fits(read_lora(adapter).modules, budget, unit)
     importance = score_adapter(adapter, data, options, score=score, rows=rows)
-    ranks = refused = None
-    try:
-        ranks = None if budget is None else suggested_ranks(importance, budget, unit)
-    except GatewiseError as error:  # what was scored is shown all the same
-        refused = error
-    suggestion = None if ranks is None else lora_settings(importance, ranks)
-    if out and suggestion is not None:
-        write_json(out, suggestion)
     if plot:
         inspection.plot_importance(importance, plot)
+    if not as_json:
+        grid = importance.score_grid()
+        tables = [inspection.grid_table(grid), inspection.top_table(importance)]
+        _show(f"{grid.title}, the sum over the ranks of a module", tables, inspection.importance_lines(importance), plot)
+    suggestion = None if budget is None else suggest(importance, budget)
+    if out and suggestion:
+        write_json(out, suggestion)
     if as_json:
-        told = inspection.importance_json(importance) | ({} if suggestion is None else {"suggestion": suggestion})
+        told = inspection.importance_json(importance) | ({"suggestion": suggestion} if suggestion else {})
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
-        if refused:
-            raise refused
-        return
-    grid = importance.score_grid()
-    tables = [inspection.grid_table(grid), inspection.top_table(importance)]
-    _show(f"{grid.title}, the sum over the ranks of a module", tables, inspection.importance_lines(importance), plot)
-    if ranks is not None:
+    elif budget is not None:
+        ranks = suggested_ranks(importance, budget)
         kept = [rank for rank in ranks.values() if rank]
         parameters = sum(module.cost * ranks[module.path] for module in importance.modules)
         where = f"{len(kept):,} of {len(ranks):,} modules, ranks from {min(kept)} to {max(kept)}"
-        typer.echo(f"suggestion: {parameters:,} parameters, {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
+        typer.echo(f"suggestion: {parameters:,} parameters in {where}" + (f", written: {out}" if out else ""))
         if not out:
             typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
-    if refused:
-        raise refused
 
 
 def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | None, as_json: bool) -> None:

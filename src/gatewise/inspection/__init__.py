@@ -9,9 +9,7 @@ Reading an adapter's folder needs neither PEFT nor Transformers, so what needs t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.adapters.files import RoundSummary
 from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, read_budget
-from gatewise.inspection.grid import OTHER
 from gatewise.inspection.plotting import (
     check_plot,
     plot,
@@ -22,48 +20,46 @@ from gatewise.inspection.plotting import (
 )
 from gatewise.inspection.prompts import PromptMap, read_prompts
 from gatewise.inspection.text import (
+    budget_json,
+    budget_lines,
     grid_table,
     importance_json,
     importance_lines,
     prompts_json,
     prompts_lines,
     prompts_table,
-    ranks_table,
     routing_json,
     routing_lines,
-    summary_lines,
-    to_json,
     top_table,
 )
 
 if TYPE_CHECKING:
     from gatewise.inspection.importance import Importance, ModuleImportance, importance_of, score_adapter
     from gatewise.inspection.routing import ModuleUse, RoutingMap, route_data, routing_of_rows
-    from gatewise.inspection.suggestion import lora_settings, suggest, suggested_ranks
+    from gatewise.inspection.suggestion import suggest, suggested_ranks
 
 _LATER = {
     **dict.fromkeys(("Importance", "ModuleImportance", "importance_of", "score_adapter"), "importance"),
     **dict.fromkeys(("ModuleUse", "RoutingMap", "route_data", "routing_of_rows"), "routing"),
-    **dict.fromkeys(("lora_settings", "suggest", "suggested_ranks"), "suggestion"),
+    **dict.fromkeys(("suggest", "suggested_ranks"), "suggestion"),
 }
 
 __all__ = [
-    "OTHER",
     "BudgetMap",
     "Importance",
     "ModuleBudget",
     "ModuleImportance",
     "ModuleUse",
     "PromptMap",
-    "RoundSummary",
     "RoutingMap",
     "Value",
+    "budget_json",
+    "budget_lines",
     "check_plot",
     "grid_table",
     "importance_json",
     "importance_lines",
     "importance_of",
-    "lora_settings",
     "plot",
     "plot_gates",
     "plot_importance",
@@ -72,7 +68,6 @@ __all__ = [
     "prompts_json",
     "prompts_lines",
     "prompts_table",
-    "ranks_table",
     "read_budget",
     "read_prompts",
     "route_data",
@@ -82,8 +77,6 @@ __all__ = [
     "score_adapter",
     "suggest",
     "suggested_ranks",
-    "summary_lines",
-    "to_json",
     "top_table",
 ]
 

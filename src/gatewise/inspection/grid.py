@@ -1,7 +1,7 @@
 """The numbers of modules laid out by layer and kind, with totals or means at the margins: what tables and pictures show."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,9 +10,6 @@ from gatewise.sites import Site, kind_key
 OTHER = "other"
 """The row label of modules outside the stack of layers, such as a pooler."""
 
-
-# Layers without a module get an empty row. A larger index than this is not taken for a count of layers: it would fill the screen.
-_MOST_LAYERS = 1024
 
 Module = TypeVar("Module", bound=Site)
 
@@ -57,54 +54,26 @@ def grid_of(
     signed: bool = False,
     margin: str = "total",
 ) -> Grid:
-    """Lays modules out by layer and kind.
+    """Lays modules out by layer, from 0 to the last one that has a module, and kind.
 
     Args:
         number: what stands for a group of modules: those of a cell, a row, a column or all; None for an empty group.
     """
-    layers, kinds, places = layer_labels(modules), kind_labels(modules), places_of(modules)
-    by_layer = [[m for m in modules if row_label(m) == layer] for layer in layers]
-    by_kind = [[m for m in modules if m.kind == kind] for kind in kinds]
+    kinds = sorted({module.kind for module in modules}, key=kind_key)
+    numbers = {module.layer for module in modules if module.layer is not None}
+    layers: list[int | None] = [*range(max(numbers, default=-1) + 1), *([None] if any(m.layer is None for m in modules) else [])]
     return Grid(
         title=title,
-        layers=layers,
+        layers=[OTHER if layer is None else str(layer) for layer in layers],
         kinds=kinds,
-        cells=[[number(places.get((layer, kind), [])) for kind in kinds] for layer in layers],
-        rows=[number(group) for group in by_layer],
-        columns=[number(group) for group in by_kind],
+        cells=[[number([m for m in modules if (m.layer, m.kind) == (layer, kind)]) for kind in kinds] for layer in layers],
+        rows=[number([m for m in modules if m.layer == layer]) for layer in layers],
+        columns=[number([m for m in modules if m.kind == kind]) for kind in kinds],
         total=number(modules) or 0.0,
         write=write,
         signed=signed,
         margin=margin,
     )
-
-
-def layer_labels(modules: Iterable[Site]) -> list[str]:
-    """Row labels: every layer index from 0 to the last one that has a module, then "other" if it is needed."""
-    numbers = {module.layer for module in modules}
-    indices = {number for number in numbers if number is not None}
-    if indices and max(indices) < _MOST_LAYERS:
-        indices = set(range(max(indices) + 1))
-    labels = [str(index) for index in sorted(indices)]
-    return [*labels, OTHER] if None in numbers else labels
-
-
-def kind_labels(modules: Iterable[Site]) -> list[str]:
-    """Column labels, in the order of ``gatewise.sites.KIND_ORDER``."""
-    return sorted({module.kind for module in modules}, key=kind_key)
-
-
-def row_label(module: Site) -> str:
-    """The layer's index as text, or "other"."""
-    return OTHER if module.layer is None else str(module.layer)
-
-
-def places_of(modules: Iterable[Module]) -> dict[tuple[str, str], list[Module]]:
-    """(row label, column label) -> the modules there: several for the experts of a mixture."""
-    places: dict[tuple[str, str], list[Module]] = {}
-    for module in modules:
-        places.setdefault((row_label(module), module.kind), []).append(module)
-    return places
 
 
 def finite_or_zero(number: float | None) -> float:

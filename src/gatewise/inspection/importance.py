@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.loading import Loaded, load_with_data
+from gatewise.adapters.loading import load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label
+from gatewise.inspection.grid import Grid, grid_of
 from gatewise.losses import Batch, loss_kind
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.sites import Site, sites_in_order
@@ -91,17 +91,7 @@ class Importance:
     @property
     def total(self) -> float:
         """The sum of all scores."""
-        return _total(self.modules)
-
-    @property
-    def by_layer(self) -> dict[str, float]:
-        """Row label (a layer's index, or "other") -> sum of scores; 0 for a layer without a module."""
-        return {label: _total([m for m in self.modules if row_label(m) == label]) for label in layer_labels(self.modules)}
-
-    @property
-    def by_kind(self) -> dict[str, float]:
-        """Kind -> sum of scores."""
-        return {kind: _total([m for m in self.modules if m.kind == kind]) for kind in kind_labels(self.modules)}
+        return math.fsum(score for module in self.modules for score in module.scores)
 
     @property
     def unit(self) -> str:
@@ -125,26 +115,16 @@ class Importance:
 
     def score_grid(self) -> Grid:
         """Total scores by layer and kind, in a power of ten that makes the cells easy to read."""
-        most = max((abs(_total(here)) for here in places_of(self.modules).values()), default=0.0)
-        exponent = 3 * math.floor(math.log10(most) / 3) if most else 0
+        grid = grid_of(self.modules, _total, title="", write=str, signed=True)
+        exponent = 3 * math.floor(math.log10(grid.most) / 3) if grid.most else 0
         scaled = "" if exponent == 0 else f"10{str(exponent).translate(_RAISED)}"
         unit = " ".join(part for part in (scaled, self.unit) if part)
-        write = partial(_scaled, exponent=exponent, decimals=2 if most < 10.0 ** (exponent + 1) else 1)
-        return grid_of(
-            self.modules,
-            _total_or_none,
-            title=f"{self.score} score" + (f" in {unit}" if unit else ""),
-            write=write,
-            signed=True,
-        )
+        write = partial(_scaled, exponent=exponent, decimals=2 if grid.most < 10.0 ** (exponent + 1) else 1)
+        return replace(grid, title=f"{self.score} score" + (f" in {unit}" if unit else ""), write=write)
 
 
-def _total(modules: Sequence[ModuleImportance]) -> float:
-    return math.fsum(score for module in modules for score in module.scores)
-
-
-def _total_or_none(modules: Sequence[ModuleImportance]) -> float | None:
-    return _total(modules) if modules else None
+def _total(modules: Sequence[ModuleImportance]) -> float | None:
+    return math.fsum(score for module in modules for score in module.scores) if modules else None
 
 
 def _scaled(number: float | None, exponent: int, decimals: int) -> str:
@@ -162,7 +142,6 @@ def score_adapter(
     rows: int = 32,
     seed: int = 0,
     score_options: Mapping[str, Any] | None = None,
-    console: Console | None = None,
 ) -> Importance:
     """Scores every rank of a saved adapter on rows of data, which are prompted and encoded as ``gatewise eval`` does.
 
@@ -173,7 +152,6 @@ def score_adapter(
         rows: rows drawn from the data without replacement; all of them if there are fewer.
         seed: of that draw.
         score_options: further arguments of the score.
-        console: where progress is shown; stderr by default.
 
     Raises:
         GatewiseError: an unknown score; adapter, base model and data cannot be read or do not fit each other; or the adapter has
@@ -182,16 +160,25 @@ def score_adapter(
     as_score(score, score_options)
     if rows < 1:
         raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
-    progress = ConsoleProgress(console or Console(stderr=True))
+    progress = ConsoleProgress(Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)
-        batch = _batch(loaded, rows, seed)
-        used = len(batch["labels"])
-        progress.say(f"scoring on {used:,} rows with {score}")
+        model, classification = loaded.model, loss_kind(loaded.model) == "rows"
+        if classification:
+            check_classes(model, loaded.records)
+        batch = score_batch(
+            loaded.records,
+            loaded.tokenizer,
+            loaded.template,
+            n=rows,
+            seed=seed,
+            classification=classification,
+            max_length=min(loaded.max_length, most_positions(model)),
+        )
+        progress.say(f"scoring on {len(batch['labels']):,} rows with {score}")
         with progress.counting("scoring") as count:
-            return importance_of(
-                loaded.model, batch, score, score_options=score_options, progress=count, base_model=loaded.base, data=data
-            )
+            found = importance_of(model, batch, score, score_options=score_options, progress=count)
+        return replace(found, base_model=loaded.base, data=data)
 
 
 def importance_of(
@@ -199,27 +186,22 @@ def importance_of(
     batch: Batch,
     score: str = DEFAULT,
     *,
-    adapter: str | None = None,
     score_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    base_model: str | None = None,
-    data: str | None = None,
 ) -> Importance:
-    """``score_adapter`` for a model in memory and a batch (b, t) with labels.
+    """``score_adapter`` for the active adapter of a model in memory and a batch (b, t) with labels.
 
     The numbers are the score's own, except that AB-LoRA's and its first-order form are counted from a rank that does nothing:
     CE(without r) - CE(with all) + CE(with none) - CE(only r), so that zero means the same for every score.
 
     Args:
-        adapter: which adapter; None for the active one.
         progress: called with (done, total) by scores that take long.
-        base_model, data: names to keep with the result; by default the base model's is that of the adapter's config.
 
     Raises:
         GatewiseError: an unknown score, no LoRA layer that scores read, or a score that is not finite.
     """
     how = as_score(score, score_options)
-    name = active_adapter(model, adapter)
+    name = active_adapter(model)
     layers = lora_layers(model, name)
     if not layers:
         raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, an embedding or experts: it has no ranks to score")
@@ -257,22 +239,6 @@ def importance_of(
         rows=len(batch["labels"]),
         loss_base=loss_base,
         loss_adapted=loss_adapted,
-        base_model=base_model or model.peft_config[name].base_model_name_or_path or None,
-        data=data,
+        base_model=model.peft_config[name].base_model_name_or_path or None,
         unscored=tuple(left_alone(model, name)),
-    )
-
-
-def _batch(loaded: Loaded, rows: int, seed: int) -> dict[str, Tensor]:
-    classification = loss_kind(loaded.model) == "rows"
-    if classification:
-        check_classes(loaded.model, loaded.records)
-    return score_batch(
-        loaded.records,
-        loaded.tokenizer,
-        loaded.template,
-        n=rows,
-        seed=seed,
-        classification=classification,
-        max_length=min(loaded.max_length, most_positions(loaded.model)),
     )

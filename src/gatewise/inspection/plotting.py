@@ -6,7 +6,6 @@ Matplotlib is imported only where something is drawn: it comes with the extra ``
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,46 +60,44 @@ def _figure(out: str | Path, width: float, height: float, **settings: Any) -> It
             figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
 
 
-def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str | None = None) -> Path:
+def plot(budget: BudgetMap, out: str | Path, value: Value = "rank") -> Path:
     """Draws where the budget went into a file, whole or not at all: a heatmap with totals at its margins.
 
     Args:
         out: a name that ends in ``.png`` or ``.svg``. Missing folders are made.
-        title: the heading; by default says what is shown.
 
     Returns:
         The path written.
 
     Raises:
         GatewiseError: another suffix, a path that cannot be written, or matplotlib is not installed.
-        ValueError: ``value`` is not one of "rank", "norm" and "parameters".
     """
     grid = budget.grid(value)
     notes = (
         f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
         f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
     )
-    return heatmap(grid, title or "Where the budget went", notes, out)
+    return heatmap(grid, "Where the budget went", notes, out)
 
 
-def plot_importance(importance: "Importance", out: str | Path, title: str | None = None) -> Path:
+def plot_importance(importance: "Importance", out: str | Path) -> Path:
     """Draws what every layer and module is worth: scores below zero are orange and the others blue. Otherwise as ``plot``."""
     grid = importance.score_grid()
     notes = (
         f"{grid.title} by layer and kind · {importance.base_model or 'base model not named'}",
         f"{importance.rows:,} rows{f' of {importance.data}' if importance.data else ''} · total rank {importance.rank:,}",
     )
-    return heatmap(grid, title or "What each module is worth", notes, out)
+    return heatmap(grid, "What each module is worth", notes, out)
 
 
-def plot_routing(routing: "RoutingMap", out: str | Path, title: str | None = None) -> Path:
+def plot_routing(routing: "RoutingMap", out: str | Path) -> Path:
     """Draws which modules the prompts chose. Otherwise as ``plot``."""
     grid = routing.grid()
     notes = (
         f"{grid.title}, by layer and kind · {routing.base_model or 'base model not named'}",
         f"{routing.prompts:,} prompts{f' of {routing.data}' if routing.data else ''} · {routing.top_k} modules a layer",
     )
-    return heatmap(grid, title or "Which modules the prompts chose", notes, out)
+    return heatmap(grid, "Which modules the prompts chose", notes, out)
 
 
 def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Path:
@@ -114,7 +111,7 @@ def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Pa
     ramp = LinearSegmentedColormap.from_list("gatewise", _SIGNED_RAMP if grid.signed else _RAMP).with_extremes(bad=_ABSENT)
     with _figure(out, width, 1.6 + (0.26 if rows <= 40 else 0.21) * (rows + 1), layout="constrained") as figure:
         room = int(width / 0.068)
-        figure.suptitle(_shorten(title, int(room / 1.5)), x=0.01, ha="left", size=12, color=_INK, weight="bold", parse_math=False)
+        figure.suptitle(title, x=0.01, ha="left", size=12, color=_INK, weight="bold", parse_math=False)
         axes = figure.add_subplot()
         axes.set_title("\n".join(_shorten(note, room) for note in notes), loc="left", size=8, color=_FAINT, parse_math=False)
         axes.spines[:].set_visible(False)
@@ -150,7 +147,7 @@ _FROM, _TO = "#86b3d6", "#0b3f73"
 
 
 def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str | Path, base_model: str | None = None) -> Path:
-    """Draws the gates of a search over its steps; chosen layers are coloured and named at their ends.
+    """Draws the gates of a search over its steps; chosen layers are coloured and named beside it.
 
     Args:
         gates: (s + 1, n), step by layer.
@@ -167,20 +164,14 @@ def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str
     with _figure(out, 7.2, 4.2, layout="constrained") as figure:
         axes = _axes(figure, "The gates of the search", base_model, "step", "gate")
         ramp = LinearSegmentedColormap.from_list("depth", [_FROM, _TO])
-        steps = range(len(gates))
         for layer in range(len(gates[0])):
             if layer not in chosen:
-                axes.plot(steps, [row[layer] for row in gates], color=_REST, linewidth=0.9)
-        every = [gate for row in gates for gate in row]
-        ends = _apart([gates[-1][layer] for layer in chosen], 0.04 * (max(every) - min(every)))
+                axes.plot([row[layer] for row in gates], color=_REST, linewidth=0.9)
         for place, layer in enumerate(chosen):
             colour = ramp(place / max(1, len(chosen) - 1))
-            axes.plot(steps, [row[layer] for row in gates], color=colour, linewidth=1.8)
-            small: dict[str, Any] = {"size": 8, "color": _INK, "va": "center"}
-            at = (len(gates) - 1, ends[place])
-            axes.annotate(f"layer {layer}", at, (5, 0), textcoords="offset points", annotation_clip=False, **small)
-        axes.set_xlim(0, max(1, len(gates) - 1))
+            axes.plot([row[layer] for row in gates], color=colour, linewidth=1.8, label=f"layer {layer}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False, labelcolor=_INK)
         rest = len(gates[0]) - len(chosen)
         axes.text(0, -0.17, f"grey: the {rest} layers not chosen", transform=axes.transAxes, size=8, color=_FAINT)
     return Path(out)
@@ -220,12 +211,3 @@ def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) 
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(_REST)
     return axes
-
-
-def _apart(heights: Sequence[float], room: float) -> list[float]:
-    """Where to write at the ends of lines: no two closer than ``room``, the order kept."""
-    places = list(heights)
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    for below, above in pairwise(order):
-        places[above] = max(places[above], places[below] + room)
-    return places

@@ -1,9 +1,8 @@
 """Budgets, importance, routing and prompt layers as text: tables for the terminal, lines of a summary, and JSON."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -11,8 +10,8 @@ from rich.text import Text
 
 from gatewise.errors import some
 from gatewise.files import finite
-from gatewise.inspection.budget import BudgetMap, Value
-from gatewise.inspection.grid import OTHER, Grid, percent
+from gatewise.inspection.budget import BudgetMap
+from gatewise.inspection.grid import Grid, percent
 from gatewise.inspection.prompts import PromptMap
 from gatewise.sites import layer_path
 
@@ -23,15 +22,8 @@ if TYPE_CHECKING:
 # The lower steps stay as the terminal has them. White on the others has a contrast of 4.5 or more, and all are about as
 # light as each other, so they show on a dark terminal and on a light one; grey to orange suits every colour vision.
 _TABLE_SHADES = ("", "", "#ffffff on #6e6a66", "#ffffff on #87653f", "bold #ffffff on #a8560f")
-
-
 # As light and as far apart, for the numbers of a signed grid that are above zero; below it they are orange as above.
 _BLUE_SHADES = ("", "", "#ffffff on #666a6e", "#ffffff on #3f6587", "bold #ffffff on #0f56a8")
-
-
-def ranks_table(budget: BudgetMap, value: Value = "rank") -> Table:
-    """The budget as a table for the terminal: layers x kinds with totals, 80 columns wide for a Llama."""
-    return grid_table(budget.grid(value))
 
 
 def grid_table(grid: Grid) -> Table:
@@ -67,78 +59,28 @@ def grid_table(grid: Grid) -> Table:
     return table
 
 
-def to_json(budget: BudgetMap) -> dict[str, Any]:
+def budget_json(budget: BudgetMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``; numbers that are not finite become None."""
-    layers, kinds, _ = budget.matrix()
-    return finite(
-        {
-            "base_model": budget.base_model,
-            "adapter_type": budget.adapter_type,
-            "totals": {
-                "modules": len(budget.modules),
-                "rank": budget.rank,
-                "capacity": budget.capacity,
-                "parameters": budget.parameters,
-                "allocated": budget.allocated,
-                "other_parameters": budget.other_parameters,
-                "norm": budget.norm,
-            },
-            "layers": layers,
-            "kinds": kinds,
-            "matrix": {value: budget.matrix(value)[2] for value in get_args(Value)},
-            "modules": [asdict(module) for module in budget.modules],
-            "score": budget.score,
-            "rounds": [asdict(entry) for entry in budget.rounds],
-        }
-    )
+    totals = {name: budget.total(name) for name in ("rank", "capacity", "parameters", "allocated", "norm")}
+    return finite(asdict(budget) | {"totals": totals | {"modules": len(budget.modules)}})
 
 
-def summary_lines(budget: BudgetMap) -> list[str]:
-    """The map in a few lines of plain text: base model, type, totals, shares by kind, fullest and empty layers."""
-    grid = budget.grid()
-    stack = [layer for layer in budget.layers if layer != OTHER]
-    rows = dict(zip(budget.layers, grid.rows, strict=True))
-    held = {layer: int(rows[layer] or 0) for layer in stack}
-    fullest = [layer for layer in sorted(stack, key=lambda layer: -held[layer])[:3] if held[layer]]
-    slots = f"{budget.rank:,}" + (f" of {budget.capacity:,} slots" if budget.capacity != budget.rank else "")
-    unused = budget.allocated - budget.parameters
-    placed = len({module.layer for module in budget.modules} - {None})
-    stored = f"{budget.parameters:,}" + (f" in use, {unused:,} in dead slots" if unused else "")
-    if budget.other_parameters:
-        stored += f", and {budget.other_parameters:,} outside LoRA"
+def budget_lines(budget: BudgetMap) -> list[str]:
+    """The map in a few lines of plain text."""
+    capacity, unused = budget.total("capacity"), budget.total("allocated") - budget.parameters
+    layers = len({module.layer for module in budget.modules} - {None})
+    slots = f" of {capacity:,} slots" if capacity != budget.rank else ""
+    dead = f" in use, {unused:,} in dead slots" if unused else ""
+    others = f", and {budget.other_parameters:,} outside LoRA" if budget.other_parameters else ""
     lines = [
         f"base model: {budget.base_model or 'not named'}",
-        f"adapter: {budget.adapter_type}, {_count(len(budget.modules), 'module')} in {_count(placed, 'layer')}",
-        f"total rank: {slots}",
-        f"parameters: {stored}",
+        f"adapter: {budget.adapter_type}, {len(budget.modules):,} modules in {layers:,} layers",
+        f"total rank: {budget.rank:,}{slots}",
+        f"parameters: {budget.parameters:,}{dead}{others}",
     ]
-    if budget.rank:
-        shares = ((kind, total or 0) for kind, total in zip(budget.kinds, grid.columns, strict=True))
-        lines.append("rank by kind: " + ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares))
-    if fullest:
-        lines.append("most rank: " + ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest))
-    lines.append(f"empty layers: {_ranges([int(layer) for layer in stack if held[layer] == 0]) or 'none'}")
     if budget.rounds:
-        lines.append(f"rounds: {len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else ""))
+        lines.append(f"rounds: {len(budget.rounds)}, ranks scored by {budget.score or 'an unknown score'}")
     return lines
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-_MOST_NAMED = 5
 
 
 def importance_lines(importance: "Importance") -> list[str]:
@@ -148,7 +90,7 @@ def importance_lines(importance: "Importance") -> list[str]:
     if importance.score == "path_integral":
         total += f"; the ranks lower the loss by {importance.loss_base - importance.loss_adapted:.4g}{unit}"
     useless = [module.path for module in importance.useless]
-    could_go = f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, _MOST_NAMED)}"
+    could_go = f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, 5)}"
     lines = [
         f"base model: {importance.base_model or 'not named'}",
         f"score: {importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}",
@@ -159,45 +101,16 @@ def importance_lines(importance: "Importance") -> list[str]:
         f"could go: {could_go if useless else 'no module'}",
     ]
     if importance.unscored:
-        named = some(importance.unscored, _MOST_NAMED)
+        named = some(importance.unscored, 5)
         lines.append(f"not scored: {named}: no score reads this kind of layer, and suggestions leave it out")
     return lines
 
 
 def importance_json(importance: "Importance") -> dict[str, Any]:
     """All of it as plain lists, numbers and text for ``json.dumps``."""
-    grid = importance.score_grid()
-    return finite(
-        {
-            "score": importance.score,
-            "unit": importance.unit or None,
-            "rows": importance.rows,
-            "data": importance.data,
-            "base_model": importance.base_model,
-            "loss_base": importance.loss_base,
-            "loss_adapted": importance.loss_adapted,
-            "total": importance.total,
-            "rank": importance.rank,
-            "layers": list(grid.layers),
-            "kinds": list(grid.kinds),
-            "matrix": [list(row) for row in grid.cells],
-            "by_layer": importance.by_layer,
-            "by_kind": importance.by_kind,
-            "modules": [
-                {
-                    "path": module.path,
-                    "layer": module.layer,
-                    "kind": module.kind,
-                    "rank": module.rank,
-                    "total": module.total,
-                    "scores": list(module.scores),
-                }
-                for module in importance.modules
-            ],
-            "could_go": [module.path for module in importance.useless],
-            "not_scored": list(importance.unscored),
-        }
-    )
+    modules = [asdict(one) | {"rank": one.rank, "total": one.total} for one in importance.modules]
+    sums = {"rank": importance.rank, "total": importance.total, "unit": importance.unit or None}
+    return finite(asdict(importance) | sums | {"modules": modules, "could_go": [module.path for module in importance.useless]})
 
 
 def top_table(importance: "Importance", count: int = 10) -> Table:
@@ -228,7 +141,7 @@ def routing_lines(routing: "RoutingMap") -> list[str]:
 
 def routing_json(routing: "RoutingMap") -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return finite({**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind})
+    return finite(asdict(routing) | {"by_kind": routing.by_kind})
 
 
 def prompts_table(prompts: PromptMap) -> Table:
@@ -268,4 +181,4 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
 
 def prompts_json(prompts: PromptMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return finite({name: list(value) if isinstance(value, tuple) else value for name, value in asdict(prompts).items()})
+    return finite(asdict(prompts))
