@@ -6,14 +6,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import VOCABULARY
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    Gemma3Config,
     Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -21,24 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    M2M100Config,
-    M2M100ForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    MBartConfig,
-    MBartForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    PegasusConfig,
-    PegasusForConditionalGeneration,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -46,9 +26,6 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-    T5ForTokenClassification,
     TrainingArguments,
 )
 
@@ -94,68 +71,15 @@ _GEMMA = {
     "query_pre_attn_scalar": 4,
     "tie_word_embeddings": False,
 }
-# Images of 8 by 8 points, each four tokens of the text.
-_VISION = {
-    "image_size": 8,
-    "patch_size": 2,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vision_use_head": False,
-}
-_IMAGES = {
-    "text_config": _DECODER | _GEMMA,
-    "vision_config": _VISION,
-    "mm_tokens_per_image": 4,
-    "boi_token_index": VOCABULARY - 3,
-    "eoi_token_index": VOCABULARY - 2,
-    "image_token_index": VOCABULARY - 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-# The texts of the tests are longer than T5's largest distance.
-_T5 = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "d_kv": 4,
-    "d_ff": 24,
-    "num_layers": LAYERS,
-    "num_heads": 4,
-    "num_labels": VOCABULARY,
-    "dropout_rate": 0.0,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 6,
-    "decoder_start_token_id": 0,
-}
-_BART = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-    **{
-        f"{side}_{name}": size
-        for side in ("encoder", "decoder")
-        for name, size in (("layers", LAYERS), ("attention_heads", 2), ("ffn_dim", 24))
-    },
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
-}
-
-DECODERS = ["llama", "gemma3", "gemma3-images", "qwen2", "qwen3", "gpt2", "mistral", "mixtral", "phi", "phi3"]
+DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2", "mistral"]
 SLIDING = ["qwen2-sliding", "gemma3-sliding", "mistral-sliding"]
 """Decoders all of whose layers have a window."""
-ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm", "t5-tokens"]
-ENCODER_DECODERS = ["t5", "bart", "mt5", "marian", "mbart", "pegasus", "m2m_100"]
+ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm"]
 CLASSIFIERS = ["bert", "roberta", "llama-classifier", "gpt2-classifier"]
 FAMILIES = DECODERS + ENCODERS + ["llama-classifier", "gpt2-classifier"]
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, _DECODER),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _DECODER | _GEMMA),
-    "gemma3-images": (Gemma3ForConditionalGeneration, Gemma3Config, _IMAGES),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, _DECODER),
     "qwen2-sliding": (
         Qwen2ForCausalLM,
@@ -167,21 +91,10 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, _GPT2),
     "mistral": (MistralForCausalLM, MistralConfig, _DECODER | {"sliding_window": None}),
     "mistral-sliding": (MistralForCausalLM, MistralConfig, _DECODER | {"sliding_window": 4}),
-    "mixtral": (MixtralForCausalLM, MixtralConfig, _DECODER | {"num_local_experts": 3, "num_experts_per_tok": 2}),
-    "phi": (PhiForCausalLM, PhiConfig, {**_DECODER, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
-    "phi3": (Phi3ForCausalLM, Phi3Config, _DECODER),
     "bert": (BertForSequenceClassification, BertConfig, _ENCODER),
     "roberta": (RobertaForSequenceClassification, RobertaConfig, _ENCODER),
     "bert-mlm": (BertForMaskedLM, BertConfig, _ENCODER),
     "roberta-mlm": (RobertaForMaskedLM, RobertaConfig, _ENCODER),
-    "t5-tokens": (T5ForTokenClassification, T5Config, _T5),
-    "t5": (T5ForConditionalGeneration, T5Config, _T5),
-    "mt5": (MT5ForConditionalGeneration, MT5Config, _T5),
-    "bart": (BartForConditionalGeneration, BartConfig, _BART),
-    "marian": (MarianMTModel, MarianConfig, _BART),
-    "mbart": (MBartForConditionalGeneration, MBartConfig, _BART),
-    "pegasus": (PegasusForConditionalGeneration, PegasusConfig, _BART),
-    "m2m_100": (M2M100ForConditionalGeneration, M2M100Config, _BART),
     "llama-classifier": (LlamaForSequenceClassification, LlamaConfig, _DECODER | {"num_labels": 3}),
     "gpt2-classifier": (GPT2ForSequenceClassification, GPT2Config, _GPT2 | {"num_labels": 3}),
 }
@@ -193,9 +106,7 @@ def prompted_base(family: str, attention: str = "sdpa", **more: Any) -> Any:
     base = model_class(config_class(**settings | more, attn_implementation=attention))
     for name, parameter in base.named_parameters():
         if parameter.ndim > 1:
-            large = any(part in name for part in ("embed", ".wte", "relative_attention_bias", "EncDecAttention.o"))
-            small = ".q." in name  # T5's, which does not divide its scores
-            torch.nn.init.normal_(parameter, std=1.0 if large else 0.125 if small else 0.25)
+            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name or ".wte" in name else 0.25)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -205,8 +116,6 @@ def prompted_base(family: str, attention: str = "sdpa", **more: Any) -> Any:
 def task_of(family: str) -> str | None:
     if family in CLASSIFIERS:
         return "SEQ_CLS"
-    if family in ENCODER_DECODERS:
-        return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if family in DECODERS + SLIDING else None
 
 

@@ -1,4 +1,4 @@
-"""SPT-DARTS: who moves on which data, its two additions, and what a search returns."""
+"""SPT-DARTS: who moves on which data, its two additions, what a search returns, and the training of what it chose."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from prompted_models import arguments, hyper, prompt_config, prompted_base, stop
 from torch.nn.functional import kl_div
 from transformers import BertConfig, BertForQuestionAnswering, Trainer
 
-from gatewise import GatewiseError, prompts
+from gatewise import GatewiseError, SelectivePromptConfig, prompts
 from gatewise.bilevel import split_in_half
-from gatewise.prompts.darts import SearchMixin, SearchTrainer, distance
+from gatewise.prompts.darts import SearchMixin, SearchTrainer, chosen_layers, distance
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -153,6 +153,7 @@ def test_distances(kind):
     p, q = p.log_softmax(-1), q.log_softmax(-1)
     wanted = (kl_div(q, p, log_target=True, reduction="batchmean") + kl_div(p, q, log_target=True, reduction="batchmean")) / 2
     torch.testing.assert_close(distance(one, other, labels, kind), wanted)
+    assert kind == "rows" or distance(one, other, torch.full_like(labels, -100), kind) == 0
 
 
 def test_distance_of_numbers():
@@ -162,35 +163,20 @@ def test_distance_of_numbers():
 
 def test_refusals(tmp_path, data):
     rows = data("llama")
+    for settings, message in (
+        ({"keep": 4}, "keep is 4: expected a whole number from 1 to 3"),
+        ({"drop": 1}, "drop is 1: expected a probability"),
+        ({"drop": None}, "drop is None: expected"),
+        ({"consistency": -1}, "consistency is -1: expected"),
+    ):
+        with pytest.raises(GatewiseError, match=message):
+            prompts.search(hyper("llama"), rows, arguments(tmp_path), **{"keep": 1, **settings})
     with pytest.raises(GatewiseError, match="a search needs a PeftModel with a hyper-network"):
         prompts.search(hyper("llama", prompt_layers=[1]), rows, arguments(tmp_path), keep=1)
-    with pytest.raises(GatewiseError, match="keep is 4: expected a whole number from 1 to 3"):
-        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=4)
-    with pytest.raises(GatewiseError, match="drop is 1"):
-        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, drop=1)
-    with pytest.raises(GatewiseError, match="consistency is -1"):
-        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, consistency=-1)
-    for name, value in (("drop", None), ("drop", True), ("consistency", "x"), ("reparameterise", "yes")):
-        with pytest.raises(GatewiseError, match=f"{name} is {value!r}: expected"):
-            prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, **{name: value})
-    best = arguments(
-        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2
-    )
-    with pytest.raises(GatewiseError, match=r"load_best_model_at_end is True, .*: leave it out"):
-        prompts.search(hyper("llama"), rows, best, keep=1, eval_dataset=rows)
-    with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
-        prompts.retrain(prompted_base("llama"), prompt_config("llama"), rows, arguments(tmp_path))
-
-
-def test_labels_that_do_not_reach_a_causal_model(tmp_path, data):
-    """They say where the prompt ends: a generator that reads on would be shown the answer."""
+    # Labels say where a decoder's prompt ends: a generator that reads on would be shown the answer.
     smooth = arguments(tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(GatewiseError, match="label_smoothing_factor and compute_loss_func keep the labels from the model"):
-        prompts.search(hyper("llama"), data("llama"), smooth, keep=1)
-    with pytest.raises(GatewiseError, match="tell prompt generators where the prompt ends"):
-        prompts.retrain(prompted_base("llama"), prompt_config("llama", prompt_layers=[1]), data("llama"), smooth)
-    with pytest.raises(GatewiseError, match="leave both out"):
-        prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, compute_loss_func=lambda *given, **more: 0)
+    with pytest.raises(GatewiseError, match="label_smoothing_factor and compute_loss_func have the Trainer keep them back"):
+        prompts.search(hyper("llama"), rows, smooth, keep=1)
     assert prompts.search(hyper(), data("bert"), smooth, keep=1).layers
 
 
@@ -259,6 +245,77 @@ def test_logits_of_another_pass(tmp_path, data):
     prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, trainer_class=Search, consistency=0)
 
 
-def test_distance_of_nothing():
-    nothing = torch.full((2, 4), -100)
-    assert distance(torch.randn(2, 4, 5), torch.randn(2, 4, 5), nothing, "causal") == 0
+# ---- the training of what was chosen ----
+
+
+def test_choosing_layers():
+    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 1) == [1]
+    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_retraining_is_from_scratch(tmp_path, data, family):
+    """After a search it gives what it gives on a model that was never searched, its head included."""
+    searched = hyper(family)
+    result = prompts.search(searched, data(family), arguments(tmp_path / "s"), keep=1)
+    models = []
+    for model in (searched, prompted_base_again(family)):
+        torch.manual_seed(8)
+        models.append(prompts.retrain(model, result.config, data(family), arguments(tmp_path / "r")))
+    one, other = (dict(model.named_parameters()) for model in models)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert models[0].gates().sum() == 1
+    assert not models[0].gate_parameters()
+
+
+def prompted_base_again(family: str) -> Any:
+    torch.manual_seed(0)
+    return prompted_base(family)
+
+
+def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
+    """Neither takes the other's checkpoints for its own, or away."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    found = prompts.search(hyper(), data("bert"), args, keep=3)
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["checkpoint-4"]
+
+    again = prompts.search(hyper(), data("bert"), args, keep=3, resume_from_checkpoint=True)
+    assert (again.layers, again.config) == (found.layers, found.config)
+    with pytest.raises(KeyboardInterrupt):  # there is no checkpoint to go on from yet
+        prompts.retrain(hyper(), found.config, data("bert"), args, trainer_class=stopped(Trainer), resume_from_checkpoint=True)
+    resumed = prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=True)
+    whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
+    for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
+        prompts.retrain(hyper(), prompt_config("bert"), data("bert"), args)
+
+
+def test_a_model_whose_prompts_were_taken_off(tmp_path, data):
+    """Whatever its base model carries next would answer in its place."""
+    searched = hyper()
+    found = prompts.search(searched, data("bert"), arguments(tmp_path), keep=1)
+    first = prompts.retrain(searched, found.config, data("bert"), arguments(tmp_path))
+    second = prompts.retrain(first, prompt_config("bert", prompt_layers=[0, 1]), data("bert"), arguments(tmp_path))
+    assert second.gates().tolist() == [1, 1, 0]
+    assert all(len(module._forward_pre_hooks) == 1 for module in second.base_model._stack.around)
+    batch = {"input_ids": data("bert")[0]["input_ids"][None]}
+    for model in (searched, first):
+        for call in (
+            lambda model: model(**batch),
+            lambda model: model.gates(),
+            lambda model: model.unload(),
+            lambda model: prompts.retrain(model, found.config, data("bert"), arguments(tmp_path)),
+        ):
+            with pytest.raises(GatewiseError, match=r"prompts were taken off, by retrain\(\) or unload\(\)"):
+                call(model)
+
+
+def test_a_configuration_from_an_adapters_folder_is_trained(tmp_path, data):
+    """It comes as one for inference."""
+    get_peft_model(prompted_base("bert"), prompt_config("bert", prompt_layers=[1])).save_pretrained(tmp_path / "adapter")
+    config = SelectivePromptConfig.from_pretrained(tmp_path / "adapter")
+    model = prompts.retrain(prompted_base("bert"), config, data("bert"), arguments(tmp_path / "runs"))
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if ".spt_" in name)
+    assert config.inference_mode

@@ -8,8 +8,6 @@ from tiny_models import tiny_base
 
 from gatewise import RoutedLoraConfig
 
-ENCODER_DECODERS = ("t5", "bart")
-
 MODES: list[dict[str, Any]] = [
     {},
     {"use_cache": False},
@@ -24,9 +22,8 @@ MODES: list[dict[str, Any]] = [
 def routed_base(family: str) -> Any:
     """A tiny base model with embeddings as large as trained ones, so that prompts differ, and no dropout."""
     base = tiny_base(family)
-    if family not in ENCODER_DECODERS:  # which have them
-        with torch.no_grad():
-            base.get_input_embeddings().weight.mul_(30)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(30)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -52,5 +49,5 @@ def trained_routers(model: PeftModel, scale: float = 1.0) -> PeftModel:
 
 
 def routed_config(family: str = "llama", **settings: Any) -> RoutedLoraConfig:
-    task = "SEQ_CLS" if family == "bert" else "SEQ_2_SEQ_LM" if family in ENCODER_DECODERS else "CAUSAL_LM"
+    task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
     return RoutedLoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": task, **settings})

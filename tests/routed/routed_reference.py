@@ -15,7 +15,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
-STACKS = {"t5": ("encoder.block", "decoder.block"), "bart": ("model.encoder.layers", "model.decoder.layers")}
 EXPERTS = {
     "llama": [
         "self_attn.q_proj",
@@ -116,63 +115,6 @@ def merged(model: PeftModel, family: str, prompt: torch.Tensor, adapter: str = "
         path = f"{LAYERS[family]}.{index}"
         made.append(merge_layer(model, adapter, layer, path, EXPERTS[family], hidden))
     return plain, [gate for gate, _ in made], [p for _, p in made]
-
-
-def merged_encoder_decoder(model: PeftModel, family: str, prompt: torch.Tensor, adapter: str = "default") -> tuple[Any, list, list]:
-    """``merged`` for an encoder-decoder model, its encoder's layers first.
-
-    Those are routed by what enters them, all the decoder's by what the encoder, with the experts it keeps, makes of the prompt.
-    """
-    plain = plain_copy(model)
-    made = []
-    for stack in STACKS[family]:
-        encoder = plain.get_encoder()
-        for index, layer in enumerate(plain.get_submodule(stack)):
-            if "encoder" in stack:
-                hidden = entering(layer, partial(encoder, input_ids=prompt))
-            else:
-                with torch.no_grad():
-                    hidden = encoder(input_ids=prompt).last_hidden_state[0]
-            names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-            made.append(merge_layer(model, adapter, layer, f"{stack}.{index}", names, hidden))
-    return plain, [gate for gate, _ in made], [p for _, p in made]
-
-
-class AfterPrompt:
-    """What a prompt's decision amounts to where it holds from the prompt's last token on: two plain models, one after the other.
-
-    The first, without experts, reads all tokens of the prompt but the last; the other goes on with its keys and values.
-
-    Args:
-        prompt: (1, t) token ids of one prompt, without padding.
-    """
-
-    def __init__(self, model: PeftModel, family: str, prompt: torch.Tensor, adapter: str = "default") -> None:
-        self._before, self._last = prompt[:, :-1], prompt[:, -1:]
-        self._base, self.plain = plain_copy(model), plain_copy(model)
-        made = []
-        for index, layer in enumerate(self.plain.get_submodule(LAYERS[family])):
-            hidden = entering(layer, partial(self.logits, self._last))
-            path = f"{LAYERS[family]}.{index}"
-            if self._before.shape[1]:
-                own = self._base.get_submodule(path)
-                hidden = torch.cat([entering(own, partial(self._base, input_ids=self._before)), hidden])
-            made.append(merge_layer(model, adapter, layer, path, EXPERTS[family], hidden))
-        self.gates = [gate for gate, _ in made]
-
-    @torch.no_grad()
-    def logits(self, after: torch.Tensor) -> torch.Tensor:
-        """(t, V) of the prompt's last token and what comes after it, (1, t) together."""
-        cache = self._base(input_ids=self._before, use_cache=True).past_key_values if self._before.shape[1] else None
-        logits: torch.Tensor = self.plain(input_ids=after, past_key_values=cache).logits[0]
-        return logits
-
-    def written(self, new: int) -> list[int]:
-        """The most probable tokens, one after the other."""
-        after = self._last
-        for _ in range(new):
-            after = torch.cat([after, self.logits(after)[-1:].argmax(dim=-1)[None]], dim=1)
-        return after[0, 1:].tolist()
 
 
 def entering(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:

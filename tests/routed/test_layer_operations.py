@@ -85,8 +85,7 @@ def test_a_module_that_no_row_keeps_runs_its_base_module_and_nothing_else() -> N
     ids, ran = torch.ones(1, 3, dtype=torch.long), []
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-        prepared = cache._gatewise_request
-        bare = [module for module, run in prepared.runs.items() if run is module.base_layer]
+        bare = [module for module, run in cache._gatewise_request.runs.items() if run is module.base_layer]
         assert len(bare) == 6 * LAYERS
         for module in bare:
             module.add_shares = lambda *_: ran.append(1)

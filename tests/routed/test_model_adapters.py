@@ -97,14 +97,26 @@ def test_an_order_that_does_not_fit_the_model_is_refused(routed, tmp_path):
     config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
     layer, names = next(iter(config["experts"].items()))
     for order, reason in (
-        ({**config["experts"], layer: names[1:]}, rf"the experts of {layer} are .*they differ in {layer}.{names[0]}\).*base model"),
+        ({**config["experts"], layer: names[1:]}, rf"the experts of {layer} are .*load the adapter on the base model"),
         ({**config["experts"], "model.layers.7": names}, r"the experts of model\.layers\.7 are .*make them none"),
         ({**config["experts"], layer: [*names, names[0]]}, rf"the experts of {layer} are "),
-        ([names], r"^experts is .*: expected the paths of modules by the path of their"),
     ):
         rewritten(tmp_path, {**config, "experts": order}, tensors)
         with pytest.raises(GatewiseError, match=reason):
             PeftModel.from_pretrained(same_base(model), tmp_path)
+
+
+def test_an_adapter_that_left_the_prompt_alone_is_refused(routed, tmp_path):
+    model = routed("llama")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert "adapt" not in saved
+    path.write_text(json.dumps(saved | {"adapt": "always"}))
+    PeftModel.from_pretrained(same_base(model), tmp_path)
+    path.write_text(json.dumps(saved | {"adapt": "after_prompt"}))
+    with pytest.raises(GatewiseError, match="adapt='after_prompt', which gatewise no longer has"):
+        PeftModel.from_pretrained(same_base(model), tmp_path)
 
 
 def test_one_configuration_serves_several_models():
@@ -263,18 +275,6 @@ def test_delete(two, batch, active, deleted):
     }
 
 
-def test_a_deleted_name_can_be_used_again(two, batch, tmp_path):
-    data = batch()
-    two.set_adapter("second")
-    expected = logits_of(two, data)
-    two.save_pretrained(tmp_path, selected_adapters=["second"])
-    two.set_adapter("default")
-    two.delete_adapter("second")
-    two.load_adapter(tmp_path / "second", "second")
-    two.set_adapter("second")
-    torch.testing.assert_close(logits_of(two, data), expected)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unload_gives_the_base_model_back(routed, batch, family):
     model, data = routed(family), batch(family)
@@ -289,23 +289,6 @@ def test_unload_gives_the_base_model_back(routed, batch, family):
     assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
 
 
-def test_modules_saved_with_the_adapter_follow_the_names(batch):
-    """A classifier's head is trained with each adapter; in a batch of several every row has its own."""
-    model = get_peft_model(routed_base("bert"), routed_config("bert"))
-    model.add_adapter("second", routed_config("bert", top_k=1))
-    for name, parameter in model.named_parameters():
-        if ".default." in name or ".second." in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.eval()
-    data = {name: value for name, value in batch("bert").items() if name != "labels"}
-    names = ["second", "default", "second", "default", "default"]
-    together = logits_of(model, {**data, "adapter_names": names})
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        rows = [row for row, one in enumerate(names) if one == name]
-        torch.testing.assert_close(logits_of(model, data)[rows], together[rows], rtol=1e-4, atol=1e-5)
-
-
 # ---- refusals ----
 
 
@@ -316,9 +299,6 @@ def test_merging_is_refused(routed, batch, safe):
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(GatewiseError, match="cannot be merged, because every prompt chooses other modules: use it unmerged"):
             merge(safe_merge=safe)
-    with pytest.raises(GatewiseError, match="cannot be merged"):
-        model.base_model.model.model.layers[0].self_attn.q_proj.merge(safe)
-    model.unmerge_adapter()
     torch.testing.assert_close(logits_of(model, data), before)
 
 
@@ -329,27 +309,27 @@ def test_what_else_is_refused(routed, tmp_path):
     with pytest.raises(GatewiseError, match="cannot be converted to plain LoRA"):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not model.supports_lora_conversion()
+    with pytest.raises(GatewiseError, match="without input_ids or inputs_embeds"):
+        model.get_base_model()(attention_mask=torch.ones(1, 3))
+    with pytest.raises(GatewiseError, match="modules saved with an adapter"):
+        routed("bert")(input_ids=torch.ones(1, 3, dtype=torch.long), adapter_names=["default"])
     with pytest.raises(ValueError, match="shared state"):
         inject_adapter_in_model(routed_config(), routed_base("llama"))
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["v_proj"]}, {"target_modules": ["lm_head"]}], ids=str)
-@pytest.mark.parametrize("name", ["default", "plain"])
-def test_plain_lora_on_a_base_that_is_still_routed(routed, batch, name, settings):
+def test_plain_lora_on_a_base_that_is_still_routed(routed, batch):
     """It would train one model and run another."""
+    settings = {"target_modules": ["v_proj"]}
     model, data = routed("llama"), batch()
     bare = same_base(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own word on it
         with pytest.raises(GatewiseError, match=r"carries routed adapters.*call unload\(\) on the routed PeftModel first"):
-            get_peft_model(model.get_base_model(), LoraConfig(r=2, **settings), adapter_name=name).train()(**data)
-    with pytest.raises(GatewiseError, match="carries routed adapters"):
-        model(**data)
+            get_peft_model(model.get_base_model(), LoraConfig(r=2, **settings), adapter_name="plain")
     plain = model.unload()
-    if settings["target_modules"] == ["v_proj"]:
-        torch.testing.assert_close(logits_of(plain, data), logits_of(bare, data))
-        again = random_adapter(get_peft_model(plain, LoraConfig(r=2, **settings)))
-        assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
+    torch.testing.assert_close(logits_of(plain, data), logits_of(bare, data))
+    again = random_adapter(get_peft_model(plain, LoraConfig(r=2, **settings)))
+    assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
 
 
 def test_a_failed_add_leaves_the_others(routed, batch):
@@ -359,8 +339,3 @@ def test_a_failed_add_leaves_the_others(routed, batch):
         model.add_adapter("other", routed_config(top_k=9))
     assert list(model.peft_config) == ["default"]
     torch.testing.assert_close(logits_of(model, data), before)
-
-
-def test_calls_without_text(routed):
-    with pytest.raises(GatewiseError, match="without input_ids or inputs_embeds"):
-        routed("llama").get_base_model()(attention_mask=torch.ones(1, 3))

@@ -59,25 +59,6 @@ def test_generation_is_that_of_the_prompts_decision(routed, prompts, family, k, 
     torch.testing.assert_close(each, each[:, :1].expand_as(each))
 
 
-def test_generation_without_a_mask(routed, prompts):
-    model, ids = routed("llama"), prompts["input_ids"][:1]
-    expected = expected_rows(model, "llama", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
-    for mode in ({}, {"cache_implementation": "static"}):
-        assert model.generate(input_ids=ids, **settings(**mode))[:, 8:].tolist() == expected
-    assert model.generate(ids, **settings())[:, 8:].tolist() == expected
-    assert model.generate(inputs=ids, **settings(use_cache=False))[:, 8:].tolist() == expected
-
-
-def test_static_cache_without_a_mask_leaves_padding_out(routed, prompts):
-    """Transformers tells padding by its token then, and gives the model only the mask of its attention."""
-    model = routed("llama")
-    with_mask = model.generate(**prompts, **settings(cache_implementation="static"))
-    gates = model.routing().gates
-    without = model.generate(input_ids=prompts["input_ids"], **settings(cache_implementation="static"))
-    assert without.tolist() == with_mask.tolist()
-    torch.testing.assert_close(model.routing().gates, gates)
-
-
 def test_embeddings_as_prompts(routed, prompts):
     model = routed("llama")
     written = model.generate(
@@ -281,29 +262,17 @@ def test_an_empty_static_cache_starts_a_request(routed, prompts):
         torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [4, 11])
-def test_guidance_routes_the_negative_prompt_by_all_of_it(routed, width):
-    """Classifier-free guidance runs a second text, shorter or longer than the prompt, which is a request of its own."""
-    model, generator = routed("llama"), torch.Generator().manual_seed(2)
-    prompt, negative = (torch.randint(3, 60, (2, tokens), generator=generator) for tokens in (7, width))
-    masks = {"attention_mask": torch.ones_like(prompt), "negative_prompt_attention_mask": torch.ones_like(negative)}
-    guided = settings(**masks, input_ids=prompt, negative_prompt_ids=negative, guidance_scale=1.7)
-    given = model.generate(**guided, output_scores=True, return_dict_in_generate=True)
-    with torch.no_grad():
-        conditional, free = (model(input_ids=text, use_cache=True).logits[:, -1].log_softmax(dim=-1) for text in (prompt, negative))
-    torch.testing.assert_close(given.scores[0], free + 1.7 * (conditional - free))
-    with pytest.raises(GatewiseError, match="leave use_cache out"):
-        model.generate(**guided, use_cache=False)
-
-
-def test_continuous_batching_is_refused(routed, prompts):
-    """Its loop would end in a thread of its own, with nothing written."""
-    model = routed("llama")
-    texts = [prompts["input_ids"][0].tolist()]
-    for call in (model.generate_batch, model.get_base_model().generate_batch):
-        with pytest.raises(GatewiseError, match=r"generate_batch.* but routed adapters read one text a row: call generate"):
-            call(texts)
-    with pytest.raises(GatewiseError, match="generate_batch"):
-        model.init_continuous_batching()
-    with model.disable_adapter():
-        assert model.init_continuous_batching() is not None
+def test_ways_of_writing_that_are_refused(routed, prompts):
+    model, ids, padded = routed("llama"), prompts["input_ids"][:1], prompts["input_ids"][1:2]
+    assert model.generate(ids, **settings()).tolist() == model.generate(inputs=ids, **settings(use_cache=False)).tolist()
+    for call, message in (
+        (
+            lambda: model.generate(ids, **settings(guidance_scale=1.5, negative_prompt_ids=ids)),
+            "guidance_scale is 1.5, but routers",
+        ),
+        (lambda: model.generate(padded, **settings(cache_implementation="static")), r"attention_mask is not of shape \(b, t\)"),
+        (lambda: model.generate(ids, **settings(prefill_chunk_size=3)), "was cut into chunks of 3"),
+        (lambda: model.generate_batch([ids[0].tolist()]), "generate_batch packs many texts into a row, but routed adapters"),
+    ):
+        with pytest.raises(GatewiseError, match=message):
+            call()

@@ -16,7 +16,7 @@ def prompt_of(model, **call):
     """Where the model found its prompts."""
     with torch.no_grad():
         model(**call)
-    return model.base_model._tracker.last.prompt.int().tolist()
+    return model.base_model._tracker.now.last.prompt.int().tolist()
 
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -54,7 +54,7 @@ def test_positional_arguments_are_seen(routed):
     model, mask = routed("llama"), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
         model.get_base_model()(IDS, mask)
-    assert model.base_model._tracker.last.prompt.int().tolist() == mask.tolist()
+    assert model.base_model._tracker.now.last.prompt.int().tolist() == mask.tolist()
 
 
 def test_prompts_that_are_told(routed):
@@ -84,7 +84,7 @@ def test_encoders_read_the_whole_text(batch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backbone(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
-    assert backbone.base_model._tracker.last.prompt.int().tolist() == mask
+    assert backbone.base_model._tracker.now.last.prompt.int().tolist() == mask
 
 
 def test_packed_rows_are_refused(routed):
@@ -116,7 +116,7 @@ def test_scoring_without_labels_says_so_once(routed, caplog):
     """Who goes on after a prompt, or tells where it is, is not told."""
     model = routed("llama").eval()
     counts = []
-    for settings in ({"labels": IDS}, {"logits_to_keep": 1}, {}, {}):
+    for settings in ({"labels": IDS}, {"use_cache": True}, {}, {}):
         model(input_ids=IDS, **settings)
         model.generate(input_ids=IDS, max_new_tokens=2, use_cache=False)
         counts.append(sum("called without labels, so its routers read" in message for message in caplog.messages))
@@ -143,6 +143,6 @@ def test_labelled_logits_take_the_prompt_they_are_given(routed, batch):
     read[:, 2:4] = True
     with torch.no_grad():
         labelled_logits(model, inputs, read)
-        assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [3] * 5
+        assert model.base_model._tracker.now.last.prompt.sum(dim=1).tolist() == [3] * 5
         labelled_logits(model, inputs, read, prompt=torch.arange(9).expand(5, 9) < 1)
-        assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [1] * 5
+        assert model.base_model._tracker.now.last.prompt.sum(dim=1).tolist() == [1] * 5

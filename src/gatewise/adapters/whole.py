@@ -30,9 +30,7 @@ class WholeAdapter(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
         model = kwargs["model"]
-        # A method of gatewise may read weights where their layer is not running, so FSDP has not gathered them.
-        read_elsewhere: list[nn.Parameter] = getattr(model, "weights_read_elsewhere", list)()
-        leave_out_of_sharding(model, [*_trained(model), *read_elsewhere], args.device, args.load_best_model_at_end)
+        leave_out_of_sharding(model, _trained(model), args.device, args.load_best_model_at_end)
         check_settings(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,11 +1,12 @@
 """Which modules a routed adapter chooses for the prompts of some data: the share of prompts for every module."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
@@ -15,9 +16,9 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, percent
+from gatewise.losses import row_losses
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
-from gatewise.routed.statistics import routing_of_batches
 from gatewise.sites import Site, sites_in_order
 from gatewise.tasks import PadCollator
 from gatewise.tasks.metrics import encoded
@@ -133,18 +134,18 @@ def routing_of_rows(
     model.eval()
     device = next(model.parameters()).device
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    found = []
+    try:
         for start in range(0, len(features), batch_size):
             batch = collate(list(features[start : start + batch_size]))
-            yield {key: tensor.to(device) for key, tensor in batch.items()}
+            with torch.no_grad():
+                row_losses(model, {key: tensor.to(device) for key, tensor in batch.items()})  # which tells prompts from answers
+            found.append(model.base_model.routing())
             if progress:
                 progress(min(start + batch_size, len(features)), len(features))
-
-    try:
-        routing = routing_of_batches(model, batches())
     finally:
         model.train(was_training)
-    every = routing.gates  # (rows, l, m), on the CPU: what follows counts in float64, which MPS lacks
+    routing, every = found[0], torch.cat([one.gates for one in found])  # (rows, l, m)
     broken = [layer for layer, own in zip(routing.layers, every.unbind(dim=1), strict=True) if not bool(own.isfinite().all())]
     if broken:
         raise GatewiseError(

@@ -24,12 +24,6 @@ def set_model_name(model: Any, name: str) -> None:
     model.name_or_path = model.config._name_or_path = name
 
 
-def execution_device(module: Any) -> torch.device | None:
-    """Where Accelerate's hook brings a module's tensors when it runs; None without one."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return None if device is None else torch.device(device)
-
-
 def original_forward(model: Any) -> Callable[..., Any] | None:
     """A model's forward without the autocast that Accelerate put into it; None where it put none."""
     kept: Callable[..., Any] | None = model.__dict__.get("_original_forward")
@@ -58,8 +52,3 @@ def _asks_for_mode(kind: type) -> bool:
     between = kind.__mro__[: kind.__mro__.index(GradientCheckpointingLayer)]
     own = (inspect.unwrap(one) for cls in between for one in vars(cls).values() if inspect.isfunction(one))
     return any("training" in one.__code__.co_names for one in own)
-
-
-def divides_by_items(model: Any) -> bool:
-    """Whether a model divides its loss by the Trainer's ``num_items_in_batch``; that of T5, BART and the like is a batch's mean."""
-    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names

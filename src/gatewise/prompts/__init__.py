@@ -1,8 +1,8 @@
 """SPT (Zhu and Tan, EMNLP 2023, arXiv 2310.20127) as a PEFT method: soft prompts enter at the layers that deserve them.
 
 config.py what a user sets; generator.py the maths; layer.py a Transformer layer with prompts in it, and what adapters have there;
-cache.py prompts in a key-value cache; forward.py one forward; families.py the supported architectures; model.py puts them together.
-darts.py is SPT-DARTS, and stages.py chooses layers and trains them.
+cache.py prompts in a key-value cache; forward.py one forward; model.py puts them together. darts.py is SPT-DARTS, which chooses
+layers, and the training that follows.
 """
 
 from importlib import import_module
@@ -13,8 +13,7 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 
 if TYPE_CHECKING:
-    from gatewise.prompts.darts import SearchMixin, SearchTrainer
-    from gatewise.prompts.stages import SearchResult, retrain, search
+    from gatewise.prompts.darts import SearchMixin, SearchResult, SearchTrainer, retrain, search
 
 __all__ = [
     "SearchMixin",
@@ -34,5 +33,4 @@ def __getattr__(name: str) -> Any:
     # Not at the top: it needs Transformers' Trainer, which may be importing PEFT just now (see _HOMES in internals/registry.py).
     if name not in __all__:
         raise AttributeError(f"module 'gatewise.prompts' has no attribute {name!r}")
-    home = "darts" if name in ("SearchMixin", "SearchTrainer") else "stages"
-    return getattr(import_module(f"gatewise.prompts.{home}"), name)
+    return getattr(import_module("gatewise.prompts.darts"), name)

@@ -6,7 +6,7 @@ without prompts. Attention gets the prompt's keys and values in front of those t
 Shapes: b batch, h heads, l prompt tokens, t tokens, c head size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,21 +20,21 @@ from gatewise.internals.class_swap import ObjectMixin, add_mixin
 
 @dataclass
 class CachedPrompts:
-    """The prompts of the text that filled a cache: of which tracker and adapter, and keys and values (b, h, l, c) by layer."""
+    """The prompts of the text that filled a cache: of which tracker and adapter, and keys and values (b, h, l, c) by layer.
+
+    While ``arriving`` is not zero, what the cache is given begins with so many prompt tokens.
+    """
 
     tracker: int
     adapter: str
-    tokens: int
     states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    arriving: bool = False
+    arriving: int = 0
 
-    @property
-    def batch(self) -> int:
-        return next((len(keys) for keys, _ in self.states.values()), 0)
-
-    def change(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Applies to keys and values what was done to the rows of the cache."""
-        self.states = {layer: (rows(keys), rows(values)) for layer, (keys, values) in self.states.items()}
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, as the cache does."""
+        self.states = {
+            layer: (keys[rows.to(keys.device)], values[rows.to(values.device)]) for layer, (keys, values) in self.states.items()
+        }
 
 
 class PromptedCache(ObjectMixin, Cache):
@@ -46,7 +46,7 @@ class PromptedCache(ObjectMixin, Cache):
         """Stores what follows the prompt, and returns prompt and text."""
         held = self.gatewise_prompts
         if held.arriving:
-            front, text = slice(None, held.tokens), slice(held.tokens, None)
+            front, text = slice(None, held.arriving), slice(held.arriving, None)
             # Copies, or the views would keep the text's keys and values alive a second time.
             held.states[layer_idx] = key_states[:, :, front].clone(), value_states[:, :, front].clone()
             key_states, value_states = key_states[:, :, text], value_states[:, :, text]
@@ -58,19 +58,11 @@ class PromptedCache(ObjectMixin, Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
-        self.gatewise_prompts.change(lambda states: states.index_select(0, beam_idx.to(states.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.gatewise_prompts.change(lambda states: states.repeat_interleave(repeats, dim=0))
+        self.gatewise_prompts.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.gatewise_prompts.change(lambda states: states[indices, ...])
-
-    def reset(self) -> None:
-        super().reset()
-        self.gatewise_prompts.states.clear()
+        self.gatewise_prompts.select(indices)
 
 
 @contextmanager
@@ -81,13 +73,13 @@ def prompts_arriving(cache: Any, tracker: int, adapter: str, tokens: int) -> Ite
         return
     if not isinstance(cache, PromptedCache):
         add_mixin(cache, PromptedCache)
-        cache.gatewise_prompts = CachedPrompts(tracker, adapter, tokens)
+        cache.gatewise_prompts = CachedPrompts(tracker, adapter)
     held = cache.gatewise_prompts
-    held.tracker, held.adapter, held.tokens, held.arriving = tracker, adapter, tokens, True
+    held.tracker, held.adapter, held.arriving = tracker, adapter, tokens
     try:
         yield
     finally:
-        held.arriving = False
+        held.arriving = 0
 
 
 def prompts_of(cache: Any) -> CachedPrompts | None:

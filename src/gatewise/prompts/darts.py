@@ -1,7 +1,7 @@
-"""SPT-DARTS: the training of a hyper-network whose gates say which layers deserve a prompt. SPT, arXiv 2310.20127.
+"""SPT-DARTS: the training of a hyper-network whose gates say which layers deserve a prompt, then of these. SPT, arXiv 2310.20127.
 
-Bi-level and first order (``gatewise.bilevel``): generators and task head w move on one half of the training data, gate logits α on
-the other. Its two additions over DARTS, each a switch, are reconstructed:
+``search`` is bi-level and first order (``gatewise.bilevel``): generators and task head w move on one half of the training data,
+gate logits α on the other. Its two additions over DARTS, each a switch, are reconstructed:
 
     re-parameterised gates   â_i = a_i · detach(Σ_j a_j) / Σ_j a_j
     consistency              L(w) = CE(f_1) + λ · ½ (KL(f_1 ‖ f_2) + KL(f_2 ‖ f_1))
@@ -9,19 +9,22 @@ the other. Its two additions over DARTS, each a switch, are reconstructed:
 where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
 like the discrete one that it will become. Gates move on passes with such drops too: where all are open, the network has more
 prompts than it was trained with, a gate that opens further mostly does harm, and those of the layers that matter least would win
-(docs/spt.md).
+(docs/spt.md). ``retrain`` trains the prompts of the chosen layers from scratch.
 
 Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,9 +33,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from gatewise.adapters.files import read_config
-from gatewise.bilevel.trainer import BilevelMixin
-from gatewise.checks import is_number
+from gatewise.bilevel import BilevelMixin, split_in_half
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.losses import IGNORED, LossKind, loss_kind
@@ -40,6 +42,9 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 
 GATES_FILE = "gates.safetensors"
+SEARCH_FOLDER = "search"
+"""Where in its output folder a search has its checkpoints, apart from those of the training that follows."""
+
 GATE_LOGITS = r"\.spt_gate_logit\."
 """The α among a model's parameters, for ``upper_parameters``."""
 
@@ -58,7 +63,7 @@ class SearchMixin(BilevelMixin):
         Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
 
     Raises:
-        GatewiseError: no hyper-network, a value out of range, or a causal model and a Trainer that takes the labels away.
+        GatewiseError: no hyper-network, or a value out of range.
     """
 
     def __init__(
@@ -74,15 +79,12 @@ class SearchMixin(BilevelMixin):
             raise GatewiseError(f"consistency is {consistency!r}: expected a weight of at least 0; 0 turns it off")
         if not is_number(drop) or not 0 < drop < 1:
             raise GatewiseError(f"drop is {drop!r}: expected a probability between 0 and 1")
-        if not isinstance(reparameterise, bool):
-            raise GatewiseError(f"reparameterise is {reparameterise!r}: expected True or False")
         self.reparameterise, self.consistency, self.drop = reparameterise, consistency, drop
         self.trajectory: list[Tensor] = []
         self._dropped: Tensor | None = None
         self._in_lower_step = False
         super().__init__(*args, upper_parameters=GATE_LOGITS, upper_learning_rate=upper_learning_rate, **kwargs)
         hyper_network(self.model)
-        refuse_taken_labels(self)
         self.add_callback(_Trajectory(self))
 
     @property
@@ -126,45 +128,44 @@ class SearchMixin(BilevelMixin):
         with tuner.gates_reparameterised(self.reparameterise), dropping:
             if not compares:
                 return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            # A copy, because label smoothing takes the labels out.
             loss, outputs = super().compute_loss(model, {**inputs}, return_outputs=True, num_items_in_batch=num_items_in_batch)
-            extra = self._inconsistency(model, inputs, outputs)
+            logits = self._logits(outputs, inputs)
+            with tuner.gates_dropped(self._draw()):
+                _, others = super().compute_loss(model, {**inputs}, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        extra = distance(logits, self._logits(others, inputs), inputs["labels"], loss_kind(tuner.model)) * self.consistency
         # A loss that is divided by the labels of all batches of the step already will not be divided by their number.
         counts_labels = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
         if counts_labels if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga:
             extra = extra / self.current_gradient_accumulation_steps
         return (loss + extra, outputs) if return_outputs else loss + extra
 
-    def _inconsistency(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
-        """λ times the distance between the outputs and those of a second pass with other gates dropped.
+    def _logits(self, outputs: Any, inputs: Any) -> Tensor:
+        """The logits that made a loss.
 
         Raises:
             GatewiseError: there are no logits or labels, as in question answering, or logits without a gradient.
         """
-        if not isinstance(outputs, Mapping) or outputs.get("logits") is None or inputs.get("labels") is None:
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None or inputs.get("labels") is None:
             raise GatewiseError(
                 "consistency compares the logits of two passes at the labels, and this model has outputs without logits or the "
                 "batch no labels: turn it off with consistency=0"
             )
-        if not outputs["logits"].requires_grad:
+        if not logits.requires_grad:
             raise GatewiseError(
                 f"{type(self).__name__} gives logits of another pass than that of its loss, as TRL's SFTTrainer does, and "
                 "consistency learns from the loss's: search with gatewise.prompts.SearchTrainer on tokenised rows, or turn it off "
                 "with consistency=0"
             )
-        tuner = hyper_network(self.model)
-        with tuner.gates_dropped(self._draw()):
-            other = self.compared_logits(model, inputs)
-        return self.consistency * distance(outputs["logits"], other, inputs["labels"], loss_kind(tuner.model))
-
-    def compared_logits(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The logits of another pass, as ``compute_loss`` puts them into its outputs: for Trainers with their own loss."""
-        logits: Tensor = model(**inputs)["logits"]
-        return logits
+        return logits  # type: ignore[no-any-return]
 
     def _draw(self) -> Tensor:
-        # From the CPU's generator, whose state checkpoints hold.
-        return draw_dropped(len(hyper_network(self.model).gates()), self.drop)
+        """Which gates a pass leaves out (n,), drawn by the CPU's generator, whose state checkpoints hold."""
+        drawn = torch.rand(len(hyper_network(self.model).gates()))
+        dropped = drawn < self.drop
+        # With none open, a causal model's loss would have no gradient.
+        dropped[drawn.argmax()] = False
+        return dropped
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -184,21 +185,17 @@ class SearchMixin(BilevelMixin):
         except (OSError, SafetensorError, KeyError) as error:
             raise GatewiseError(f"{path} cannot be read ({error}): resume from a checkpoint that a search wrote") from error
 
-    def search_from(self, checkpoint: str | bool | None) -> None:
+    def search_from(self, checkpoint: str | None) -> None:
         """Trains, from a checkpoint if there is one. A search that had ended is only read: the Trainer would take a step more."""
-        path = checkpoint_in(self.args, checkpoint)
-        if path is not None:
-            tuner: Any = hyper_network(self.model)
-            check_configuration(Path(path), tuner.peft_config[tuner.active_adapters[0]], "search")
-        file = Path(path or "") / TRAINER_STATE_NAME
-        state = TrainerState.load_from_json(str(file)) if path is not None and file.is_file() else None
-        if path is None or state is None or not self._has_ended(state):
+        file = Path(checkpoint or "") / TRAINER_STATE_NAME
+        state = TrainerState.load_from_json(str(file)) if checkpoint is not None and file.is_file() else None
+        if checkpoint is None or state is None or not self._has_ended(state):
             self.train(resume_from_checkpoint=checkpoint)
             return
         self.state = state
-        self._load_from_checkpoint(path)
-        self._load_trajectory(path)
-        self._load_rng_state(path)
+        self._load_from_checkpoint(checkpoint)
+        self._load_trajectory(checkpoint)
+        self._load_rng_state(checkpoint)
 
     def _has_ended(self, state: TrainerState) -> bool:
         if self.args.max_steps > 0:
@@ -224,13 +221,121 @@ class _Trajectory(TrainerCallback):
         self.trainer.trajectory.append(hyper_network(self.trainer.model).gates())
 
 
-def draw_dropped(layers: int, drop: float, generator: torch.Generator | None = None) -> Tensor:
-    """Which gates a pass leaves out (n,): each with the probability ``drop``, but one always stays."""
-    drawn = torch.rand(layers, generator=generator)
-    dropped = drawn < drop
-    # With none open, a causal model's loss would have no gradient.
-    dropped[drawn.argmax()] = False
-    return dropped
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        gates: a (s + 1, n) before the first step and after each lower step.
+        layers: the chosen layers, in order.
+        config: the discrete model's configuration, for ``retrain`` or ``get_peft_model``.
+        log: what the Trainer logged, steps before a resume included.
+    """
+
+    gates: Tensor
+    layers: list[int]
+    config: SelectivePromptConfig
+    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def search(
+    model: PeftModel,
+    train_dataset: Any,
+    args: TrainingArguments,
+    *,
+    keep: int,
+    trainer_class: Any = SearchTrainer,
+    resume_from_checkpoint: str | bool | None = None,
+    **settings: Any,
+) -> SearchResult:
+    """Trains a hyper-network by SPT-DARTS and keeps the layers that came out best.
+
+    Args:
+        model: with an active ``SelectivePromptConfig(prompt_layers=None)``; it is left as the search trained it.
+        train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
+        args: the folder ``search`` in their ``output_dir`` takes the checkpoints, so that ``retrain`` may have the same arguments.
+        keep: K, how many layers to keep: those with the largest gates.
+        trainer_class: a ``SearchMixin`` on a Trainer whose ``compute_loss`` returns the outputs of the pass that made the loss.
+        resume_from_checkpoint: a folder, or True for the latest if there is one; a search that had ended gives its result at once.
+        settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on.
+
+    Raises:
+        GatewiseError: no hyper-network, or K out of range; and what ``SearchMixin`` and ``BilevelMixin`` refuse.
+    """
+    tuner = hyper_network(model)
+    chosen_layers(tuner.gates(), keep)
+    weights, upper = split_in_half(train_dataset, args.seed)
+    own = copy.copy(args)
+    own.output_dir = str(Path(args.output_dir or "") / SEARCH_FOLDER)
+    trainer = trainer_class(model=model, args=own, train_dataset=weights, upper_dataset=upper, **settings)
+    trainer.search_from(_checkpoint_in(own, resume_from_checkpoint))
+    layers = chosen_layers(trainer.gates[-1], keep)
+    config: Any = tuner.peft_config[tuner.active_adapters[0]]
+    saved = None if config.modules_to_save is None else list(dict.fromkeys(config.modules_to_save))
+    chosen = dataclasses.replace(config, prompt_layers=layers, modules_to_save=saved, inference_mode=False)
+    return SearchResult(trainer.gates, layers, chosen, trainer.state.log_history)
+
+
+def retrain(
+    model: Any,
+    config: SelectivePromptConfig,
+    train_dataset: Any,
+    args: TrainingArguments,
+    *,
+    trainer_class: Any = Trainer,
+    resume_from_checkpoint: str | bool | None = None,
+    **settings: Any,
+) -> PeftModel:
+    """Trains a discrete model from scratch on all of the data.
+
+    Args:
+        model: the base model; or the ``PeftModel`` of a search or of another training, whose adapters and trained heads are taken
+            off first: it is used up then, and its calls are refused.
+        config: such as ``SearchResult.config``, or one that was read from an adapter's folder.
+        resume_from_checkpoint: as in ``search``, so that a script of both stages that was interrupted goes on with True for both.
+        settings: for the Trainer.
+
+    Raises:
+        GatewiseError: the configuration is that of a hyper-network, or a model whose adapter was taken off.
+    """
+    if config.prompt_layers is None:
+        raise GatewiseError(
+            "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
+        )
+    adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config, inference_mode=False))
+    assert isinstance(adapted, PeftModel)
+    trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
+    trainer.train(resume_from_checkpoint=_checkpoint_in(args, resume_from_checkpoint))
+    return adapted
+
+
+def _checkpoint_in(args: TrainingArguments, given: str | bool | None) -> str | None:
+    if given is not True:
+        return given or None
+    return get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+
+
+def _without_adapters(model: Any) -> Any:
+    """The base model with the heads it had before they were trained."""
+    if not isinstance(model, PeftModel):
+        return model
+    inner = model.get_base_model()
+    heads = {name: module.original_module for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    base: Any = model.base_model.unload()  # type: ignore[operator]
+    for name, head in heads.items():
+        base.set_submodule(name, head)
+    return base
+
+
+def chosen_layers(gates: Tensor, keep: int) -> list[int]:
+    """The ``keep`` layers with the largest a (n,), in order; of equal ones the lower.
+
+    Raises:
+        GatewiseError: ``keep`` is not a number of layers.
+    """
+    if not is_whole(keep) or not 1 <= keep <= len(gates):
+        raise GatewiseError(f"keep is {keep!r}: expected a whole number from 1 to {len(gates)}, the model's layers")
+    return sorted(gates.sort(descending=True, stable=True).indices[:keep].tolist())
 
 
 def distance(one: Tensor, other: Tensor, labels: Tensor, kind: LossKind) -> Tensor:
@@ -268,39 +373,3 @@ def hyper_network(model: Any) -> SelectivePromptModel:
             "a search needs a PeftModel with a hyper-network: get_peft_model(model, SelectivePromptConfig(prompt_layers=None))"
         )
     return tuner
-
-
-def check_configuration(folder: Path, config: SelectivePromptConfig, of: str) -> None:
-    """Refuses a checkpoint of another configuration, which would be loaded in part or go on as another model.
-
-    Args:
-        of: what the checkpoint is of, "search" or "training".
-    """
-    try:
-        saved = read_config(folder)
-    except GatewiseError:
-        return  # the Trainer says what is wrong with it
-    for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm", "tau", "balanced", "activation", "normalize_states"):
-        if name in saved and saved[name] != getattr(config, name):
-            raise GatewiseError(
-                f"{folder} is a checkpoint of a {of} with {name}={saved[name]}, but {name} is {getattr(config, name)} now: "
-                "resume with its configuration, or begin anew in another output_dir"
-            )
-
-
-def checkpoint_in(args: TrainingArguments, given: str | bool | None) -> str | None:
-    """The checkpoint that the Trainer will go on from, None if there is none."""
-    folder = str(args.output_dir)
-    if given is True:
-        return get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    return given or None
-
-
-def refuse_taken_labels(trainer: Trainer) -> None:
-    """The labels of a causal model tell its generators where the prompt ends; without them they would read the answers."""
-    taken = trainer.label_smoother is not None or trainer.compute_loss_func is not None
-    if taken and loss_kind(cast(nn.Module, trainer.model)) == "causal":
-        raise GatewiseError(
-            "label_smoothing_factor and compute_loss_func keep the labels from the model, which tell prompt generators where the "
-            "prompt ends: leave both out"
-        )

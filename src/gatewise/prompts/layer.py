@@ -6,7 +6,6 @@ hyper-network, a gate; ``mixed`` is how a new prompt and the one from below beco
 Shapes: b batch, t tokens, l prompt tokens, d hidden size.
 """
 
-import inspect
 from typing import Any, cast
 
 import torch
@@ -14,11 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import CallState, cache_of
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
-from gatewise.internals.library_attributes import execution_device
+from gatewise.internals.layer_stack import forward_arguments
 from gatewise.prompts.cache import prompts_arriving
 from gatewise.prompts.config import SelectivePromptConfig
-from gatewise.prompts.forward import PassTracker, PromptPass
+from gatewise.prompts.forward import PromptPass
 from gatewise.prompts.generator import PromptGenerator
 
 
@@ -36,12 +36,13 @@ class PromptedBlock(ObjectMixin, nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.place.enter()
+        place = self.place
+        running = place.enter()
         if running is None:
             return super().__call__(*args, **kwargs)
-        given = {**dict(zip(self.place.names, args, strict=False)), **kwargs}
-        hidden, gate = given.pop(self.place.names[0]), running.gates.get(self.place.index)
-        if self.place.index < running.first:
+        given = {**dict(zip(place.names, args, strict=False)), **kwargs}
+        hidden, gate = given.pop(place.names[0]), running.adapter.gates.get(place.index)
+        if place.index < running.first:
             # A prompt of zeros, for its graph only, as data-parallel training wants every parameter to have a part. The layer
             # does not see it: the text would attend to it, and a norm's gradient at zero, layer upon layer, grows past all numbers.
             # Outside the layer's own call, so Accelerate has not brought the tensors to its device yet.
@@ -51,76 +52,68 @@ class PromptedBlock(ObjectMixin, nn.Module):
             return super().__call__(*args, **kwargs)
         given["attention_mask"] = running.mask(given.get("attention_mask"))
         if running.text is not None and given.get("position_embeddings") is not None:
-            given["position_embeddings"] = running.positions(given["position_embeddings"])
-        handed = given.pop("position_bias", None)
-        bias = () if running.biases is None else (running.position_bias(),)
+            given["position_embeddings"] = running.rotary[id(given["position_embeddings"][0])][1]
         # Hooks on the layer see the pair, whose first part is what they would see without prompts.
-        text, running.propagated = super().__call__(hidden, running.propagated, gate, *bias, prompt_pass=running, **given)
-        # With relative position biases a layer hands them on, and those of a cross-attention, which an encoder has not.
-        return (text, handed, None) if bias else text
+        text, running.propagated = super().__call__(hidden, running.propagated, gate, prompt_pass=running, **given)
+        return text
 
     def forward(self, *args: Any, prompt_pass: PromptPass | None = None, **kwargs: Any) -> Any:
         """The layer's own; in a pass: from (h (b, t, d), p^propagated (b, l, d), a (1,)) to (h, p), with no p if it continues.
 
-        A fourth argument are relative position biases. They, mask and position embeddings are those of prompt and text.
+        Mask and position embeddings are those of prompt and text.
         """
         if prompt_pass is None:
             return super().forward(*args, **kwargs)
-        hidden, propagated, gate, *bias = args
-        if bias:
-            kwargs["position_bias"] = bias[0]
+        hidden, propagated, gate = args
         if prompt_pass.text is None:
             return super().forward(hidden, **kwargs), None
         prompt = self._prompt(hidden, propagated, gate, prompt_pass)
         length = prompt.shape[1]
-        filled = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
-        with prompts_arriving(filled, prompt_pass.tracker, prompt_pass.adapter, length):
+        with prompts_arriving(cache_of(kwargs), prompt_pass.tracker, prompt_pass.adapter.name, length):
             both = super().forward(torch.cat([prompt, hidden], dim=1), **kwargs)
-        both = both[0] if bias else both
         return both[:, length:], both[:, :length]
 
     def _prompt(self, hidden: Tensor, propagated: Tensor | None, gate: Tensor | None, running: PromptPass) -> Tensor:
-        if self.place.index not in running.gates:
+        index, adapter = self.place.index, running.adapter
+        if index not in adapter.gates:
             assert propagated is not None
             return propagated
         assert running.pooling is not None
-        new = self.selective_prompt.new_prompt(running.adapter, hidden, running.pooling.to(hidden.device))
+        new = self.selective_prompt.new_prompt(adapter.name, hidden, running.pooling.to(hidden.device))
+        # The layers of encoders end in a norm, so what they leave has about the size of what generators write.
+        balanced = running.causal if adapter.config.balanced is None else adapter.config.balanced
         # Up to the first prompt what is propagated are zeros, for their graph only: they have no direction.
-        balanced = running.balanced and self.place.index > running.first
-        return mixed(propagated, new, gate, running.config.tau, balanced).to(hidden.dtype)
+        return mixed(propagated, new, gate, adapter.config.tau, balanced and index > running.first).to(hidden.dtype)
 
 
 class Place:
-    """Where a layer stands, and the names of its ``forward``'s arguments."""
+    """Where a layer stands, which it makes one that prompts pass through, and the names of its ``forward``'s arguments."""
 
-    def __init__(self, block: nn.Module, index: int, path: str, tracker: PassTracker) -> None:
-        self.index, self.path, self._now = index, path, tracker.now
-        self.names = list(inspect.signature(type(block).forward).parameters)[1:]
+    def __init__(self, block: Any, index: int, path: str, now: CallState) -> None:
+        self.index, self._path, self._now, self.names = index, path, now, forward_arguments(block)
+        block.place = self
+        add_mixin(block, PromptedBlock)
 
     def enter(self) -> PromptPass | None:
         """The pass that the layer runs in; None where it has no part in it, below the first layer with prompts."""
-        running = self._now.current
+        running: PromptPass | None = self._now.current
         if running is not None:
-            generates = running.text is not None and self.index in running.gates
+            generates = running.text is not None and self.index in running.adapter.gates
             return running if self.index >= running.first or generates else None
         if self._now.opened_by is None:
             raise GatewiseError(
-                f"layer {self.path} was run outside the forward of its model, so there is no text to generate prompts from: call "
+                f"layer {self._path} was run outside the forward of its model, so there is no text to generate prompts from: call "
                 "the model"
             )
         return None
 
-    def install(self, block: Any) -> None:
-        """Makes a layer one that prompts pass through."""
-        block.place = self
-        add_mixin(block, PromptedBlock)
 
-    def uninstall(self, block: Any) -> None:
-        """Undoes ``install``, and takes the generators off."""
-        del block.place
-        if hasattr(block, "selective_prompt"):
-            del block.selective_prompt
-        remove_mixin(block)
+def uninstall(block: Any) -> None:
+    """The layer is what it was, without generators."""
+    del block.place
+    if hasattr(block, "selective_prompt"):
+        del block.selective_prompt
+    remove_mixin(block)
 
 
 class PromptLayer(nn.Module, BaseTunerLayer):
@@ -130,22 +123,15 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("spt_generator", "spt_gate_logit")
+    # PEFT looks for them in the module that a layer wraps; this one stands beside modules and wraps none.
+    weight: Any = None
+    bias: Any = None
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._block = (block,)  # in a tuple, so that the block does not become a part of its own part
         self.spt_generator = nn.ModuleDict()
         self.spt_gate_logit = nn.ParameterDict()
-
-    @property
-    def weight(self) -> Tensor:
-        """None: PEFT looks for it in the module that a layer wraps, and as this one wraps none it would ask here again."""
-        raise AttributeError("a layer of prompt generators has no weight: it stands beside modules and wraps none")
-
-    @property
-    def bias(self) -> Tensor:
-        """None, as ``weight``."""
-        raise AttributeError("a layer of prompt generators has no bias: it stands beside modules and wraps none")
 
     def add(self, adapter: str, config: SelectivePromptConfig, hidden_size: int) -> None:
         """Gives an adapter a generator and, if its configuration is a hyper-network, a gate."""
@@ -163,25 +149,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT, but each adapter keeps its precision."""
-        device = device or _device_of(self._block[0])
-        if device is None:
-            return
-        for held in (self.spt_generator, self.spt_gate_logit):
-            if adapter_name not in held:
-                continue
-            one: Any = held[adapter_name]
-            parameters = [one] if isinstance(one, nn.Parameter) else list(one.parameters())
-            if not any(parameter.is_meta for parameter in parameters):
-                for parameter in parameters:
-                    parameter.data = parameter.data.to(device)
-
-
-def _device_of(block: nn.Module) -> torch.device | None:
-    """Where a layer runs, which Accelerate's hooks know when the parameters are offloaded; None if nobody does."""
-    device = next(block.parameters()).device
-    if device.type != "meta":
-        return device
-    return next((runs_on for runs_on in map(execution_device, block.modules()) if runs_on is not None), None)
+        device = device or next(self._block[0].parameters()).device
+        if device.type != "meta" and not any(parameter.is_meta for parameter in self.parameters()):
+            self.to(device)
 
 
 def mixed(propagated: Tensor | None, new: Tensor, gate: Tensor | None, tau: float, balanced: bool) -> Tensor:

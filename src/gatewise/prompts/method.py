@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from peft import PeftModel
 from pydantic import Field
-from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from gatewise import inspection, processes
@@ -21,11 +20,9 @@ from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.internals.soft_prompt_fixes import without_prompts
-from gatewise.losses import scored
 from gatewise.parts import Count, Fraction, Method, NotNegative, Positive, Report, Run, Section, only_if
 from gatewise.prompts.config import SelectivePromptConfig
-from gatewise.prompts.darts import SearchMixin
-from gatewise.prompts.stages import SEARCH_FOLDER, search
+from gatewise.prompts.darts import SEARCH_FOLDER, SearchMixin, search
 
 FIXED_CHOICES = ("first", "last", "spread", "random")
 """What ``prompts.prompt_layers`` may be beside a list of layers, see ``fixed_layers``."""
@@ -71,14 +68,6 @@ class SearchSection(Section):
     reparameterise: bool = True
     consistency: NotNegative = 1.0
     drop: Fraction = 0.5
-
-
-class LabelledSearch(SearchMixin):
-    """The search with a Trainer that computes logits where the loss reads them, and nowhere else."""
-
-    def compared_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Those that the loss reads."""
-        return scored(model, inputs).logits
 
 
 class SelectivePrompts(Method):
@@ -186,7 +175,7 @@ class SelectivePrompts(Method):
             keep=section.keep,
             trainer_class=run.trainer,
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-            mixin=LabelledSearch,
+            mixin=SearchMixin,
             eval_dataset=[],
             callbacks=self.callbacks(run),
             upper_learning_rate=section.gate_learning_rate,

@@ -13,7 +13,6 @@ from gatewise.internals.registry import peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
 Activation = Literal["rational", "gelu", "relu", "identity"]
-Adapt = Literal["always", "after_prompt"]
 
 
 # The other ways to start change the base weights, or put something beside A and B that a gate would have to scale too.
@@ -41,9 +40,6 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     are all its adapted linear modules in order, so "all-linear" gives seven in Llama, six in BERT, four in GPT-2. Modules outside
     the layers (LM head, BERT's pooler) have no router: "all-linear" leaves them out, and naming one is refused.
 
-    In an encoder-decoder model (T5, BART) the layers of both sides have experts, those of the cross-attention among them. For all
-    routers of the decoder H are the last hidden states of the encoder, which reads the prompt (ours: the paper has decoders alone).
-
     Args:
         r: rank of every expert (the paper's 32).
         lora_alpha: LoRA's alpha; None takes ``r``, so that alpha / r is 1.
@@ -60,9 +56,6 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         center_states: take from the pooled vector what the first 64 prompts in training have in common, and give the rest unit
             size, so that routers see what is a prompt's own (ours, not the paper's). It is saved with the adapter. False routes by
             the pooled vector as it is: all prompts then choose nearly alike, which keeps fewer modules in a mixed batch.
-        adapt: "always" adapts all tokens (the paper). "after_prompt" adapts the prompt's last token, at which the answer's first is
-            predicted, and all after it; the tokens before it run as the base model alone, so that their keys and values are the
-            same for all adapters (ours). Only for decoders that write; docs/milora.md says what it needs.
         experts: the order of each layer's experts, which that of its router's probabilities is: path of the layer in the base model
             -> paths of the modules within it. gatewise writes it into a saved adapter, for those that have no such model at hand
             (vLLM); leave it out of new ones. Adapters that were saved before there was such an entry have the model's order.
@@ -83,7 +76,6 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     normalize_gates: bool = field(default=True, metadata={"help": "Divide gates by the constant sum of the kept probabilities."})
     normalize_states: bool = field(default=True, metadata={"help": "Divide hidden states by their root mean square first."})
     center_states: bool = field(default=True, metadata={"help": "Take off what all prompts have in common."})
-    adapt: Adapt = field(default="always", metadata={"help": "Which tokens are adapted: all, or those after the prompt."})
     experts: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "The order of each layer's experts; written by gatewise."}
     )
@@ -100,10 +92,17 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         if self.target_modules is None:
             self.target_modules = "all-linear"
         self._check_variants()
-        if self.experts is not None and not isinstance(self.experts, dict):
-            raise GatewiseError(
-                f"experts is {self.experts!r}: expected the paths of modules by the path of their layer, or nothing"
-            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Called by PEFT with what an adapter's file says.
+
+        Raises:
+            GatewiseError: the adapter was trained with a setting that gatewise no longer has.
+        """
+        if kwargs.pop("adapt", "always") != "always":
+            raise GatewiseError("the adapter was trained with adapt='after_prompt', which gatewise no longer has: train it anew")
+        return super().check_kwargs(**kwargs)  # type: ignore[no-any-return]
 
     def _check_ranges(self) -> None:
         for name, number in (("r", self.r), ("top_k", self.top_k)):
@@ -113,7 +112,6 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         for name, value, choices in (
             ("pooler", self.pooler, get_args(Pooler)),
             ("activation", self.activation, get_args(Activation)),
-            ("adapt", self.adapt, get_args(Adapt)),
         ):
             if value not in choices:
                 raise GatewiseError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

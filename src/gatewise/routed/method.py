@@ -32,7 +32,6 @@ class RoutingSection(Section):
     normalize_gates: bool = True
     normalize_states: bool = True
     center_states: bool = True
-    adapt: Literal["always", "after_prompt"] = "always"
     validation_rows: Annotated[int, Field(ge=0)] = 64
     activation_learning_rate: Positive = 1e-6
     activation_every: Count = 4
@@ -71,7 +70,7 @@ class RoutedLora(Lora):
                 "upper_every": min(self.routing.activation_every, run.steps),
             }
         trainer: Trainer = run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term, **upper)
-        RoutingLog.attach(trainer, per_layer=False)
+        RoutingLog.attach(trainer)
         return trainer
 
     def study(self, run: Run, model: PeftModel) -> Report:

@@ -1,10 +1,11 @@
 """``RoutedLoraModel``: PEFT's ``LoraModel`` whose adapters route every prompt to some of their modules. MiLoRA, arXiv 2410.18035.
 
-Shapes: b batch, t tokens, l layers, m experts.
+Shapes: b batch, t tokens, l layers that have experts, m experts.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -15,18 +16,31 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gatewise.errors import GatewiseError, some
-from gatewise.internals.call_tracking import Call, keeps_a_state
-from gatewise.internals.layer_stack import Stack, models_around
-from gatewise.internals.library_attributes import divides_by_items
+from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import Call
+from gatewise.internals.layer_stack import Stack
 from gatewise.internals.quantised import never_pack
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.layer import UNLOAD_FIRST, LayerRouting, RoutedLinear
+from gatewise.routed.layer import LayerRouting, RoutedLinear
 from gatewise.routed.request import Request, RequestTracker
 from gatewise.routed.router import Router, balance
-from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
 from gatewise.serving.products import BASE, rows_side_by_side
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of one call.
+
+    Attributes:
+        gates: (b, l, m), float32 and without a graph; zero where a row does not keep an expert, or a layer has none.
+        layers: paths of the layers in the base model, in order.
+        modules: for each layer, the paths of its experts within it, in order.
+    """
+
+    gates: Tensor
+    layers: tuple[str, ...]
+    modules: tuple[tuple[str, ...], ...]
 
 
 class RoutedLoraModel(LoraModel):
@@ -34,19 +48,14 @@ class RoutedLoraModel(LoraModel):
 
     A prompt is what the model is called with: without padding, and in a causal model without the answer, that is, before the first
     label that is not -100, or all that ``generate`` was given. A row with labels from its start on (plain language modelling) is
-    its own prompt. In an encoder-decoder model it is what the encoder reads, whether that runs in the same call or its
-    ``encoder_outputs`` are given. In packed rows (``position_ids`` that begin anew, no attention mask) each text has a prompt and a
-    decision of its own. The decision holds for the whole row, and for every token that is added with its key-value cache,
-    in ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
+    its own prompt. The decision holds for the whole row, and for every token that is added with its key-value cache, in
+    ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
     ``prompt_positions``. Calls of several threads come one after the other.
 
     In evaluation mode and without gradients, a module that no row keeps is its base module, and one that is kept adds two products
     for all adapters of the batch, which are gathered once a request, in the precision of the base module's output. A request that
-    goes on keeps its decision, and the A, B and scaling that it began with. Deleting an adapter ends its requests.
-
-    With ``adapt="after_prompt"`` an adapter acts from the prompt's last token on, and all before that runs as the base model. A row
-    without a prompt (plain language modelling) then has its first token for one.
+    goes on keeps its decision, and the A, B and scaling that it began with.
 
     In training the load-balancing loss joins the loss that the model returns by itself; loops that compute a loss of their own add
     ``balance_loss()``.
@@ -59,7 +68,7 @@ class RoutedLoraModel(LoraModel):
     _tracker: RequestTracker
     _enabled: bool
     _kind: LossKind
-    _routers_to_add: dict[str, tuple[int, int]]
+    _routers_to_add: dict[str, int]
     _orders: dict[str, dict[str, list[str]]]
 
     # ---- putting adapters on, and taking them off ----
@@ -67,66 +76,57 @@ class RoutedLoraModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not isinstance(model, PreTrainedModel):
             raise GatewiseError(f"routed adapters go on Transformers models, not on a {type(model).__name__}")
-        kind = loss_kind(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise GatewiseError(
                 "the base model carries an adapter already: add routed adapters to a routed PeftModel with add_adapter or "
                 "load_adapter, or call unload() on the other one first"
             )
-        if keeps_a_state(model):
+        kind = loss_kind(model)
+        if kind == "causal" and not hasattr(model.config.get_text_config(), "num_attention_heads"):
             raise GatewiseError(
                 f"{model.config.model_type} models keep their past in a recurrent state, by which a routed adapter cannot find the "
                 "prompt again that a token goes on with: use a model with attention, or a plain LoraConfig"
             )
-        if kind == "causal" and model.get_output_embeddings() is None:
-            kind = "rows"  # a backbone without a head writes no answers
-        self._enabled, self._kind, self._orders = True, kind, {}
-        self._stack = Stack(model)
+        # A backbone without a head writes no answers.
+        self._kind = "rows" if kind == "causal" and model.get_output_embeddings() is None else kind
+        self._enabled, self._orders, self._stack = True, {}, Stack(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, RoutedLoraConfig)
-        if config.adapt == "after_prompt" and self._kind != "causal":
-            what = "an encoder reads the prompt there" if self._kind == "seq2seq" else "nothing comes after the text that it reads"
-            raise GatewiseError(
-                f"adapt is 'after_prompt', but {type(model).__name__} is no decoder that writes on after a prompt ({what}): take "
-                "adapt='always'"
-            )
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(self._stack.linear_modules(model))  # type: ignore[assignment]
-        # An order that another model has put into the same configuration says nothing about this one.
-        stored = None if config.takes_order else config.experts
-        experts = in_stored_order(self._stack.experts(model, config), stored)
+        experts = self._stack.experts(model, config)
         order = {layer: [path.removeprefix(f"{layer}.") for path in paths] for layer, paths in experts.items()}
-        for layer, paths in experts.items():
-            if config.top_k > len(paths):
-                raise GatewiseError(f"top_k is {config.top_k}, but layer {layer} has {len(paths)} experts: give at most that")
-        config.experts, config.takes_order = order, stored is None
-        self._orders[adapter_name] = order
-        self._routers_to_add = {paths[0]: (self._stack.layers[layer].width, len(paths)) for layer, paths in experts.items()}
+        for layer, names in order.items():
+            if config.top_k > len(names):
+                raise GatewiseError(f"top_k is {config.top_k}, but layer {layer} has {len(names)} experts: give at most that")
+        # An order that another model has put into the same configuration says nothing about this one.
+        if config.experts is not None and not config.takes_order:
+            order = in_stored_order(order, config.experts)
+        else:
+            config.takes_order = True
+        config.experts = self._orders[adapter_name] = order
+        self._routers_to_add = {f"{layer}.{names[0]}": len(names) for layer, names in order.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.inference_mode:
             never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):
-            layers = self._stack.layers.values()
-            around = models_around(model, *(layer.module for layer in layers))
-            decoders = models_around(model, *(layer.module for layer in layers if layer.reads_encoder))
-            encoders = [one for one in around if one not in decoders] if decoders else []
-            writes = self._kind == "causal"
-            self._tracker = RequestTracker(around, encoders, writes, self._routed_adapters, self.peft_config, self._finish)
-            self._layers = [LayerRouting(layer, self._tracker) for layer in layers]
+            self._tracker = RequestTracker(self._stack.around, self._kind == "causal", self._adapters_in_use, self._finish)
+            self._layers = [LayerRouting(path, layer, self._tracker.now) for path, layer in self._stack.layers.items()]
         self._refresh()
 
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        sizes = self._routers_to_add.get(current_key)
-        if sizes is not None:
+        experts = self._routers_to_add.get(current_key)
+        if experts is not None:
             layer = getattr(parent, target_name)
             router = Router(
-                *sizes,
+                self.model.config.get_text_config().hidden_size,
+                experts,
                 lora_config.pooler,
                 lora_config.activation,
                 lora_config.normalize_states,
@@ -149,10 +149,11 @@ class RoutedLoraModel(LoraModel):
         """Deletes an adapter with its routers. If it was the active one, another is active afterwards, the same in every layer."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        self._orders.pop(adapter_name, None)
         left = [name for name in self.active_adapters if name in self.peft_config] or list(self.peft_config)[:1]
         if was_active and left:  # each layer chose for itself, among the adapters that it has
-            self.set_adapter(left if len(left) > 1 else left[0])
+            self.set_adapter(left)
+        self._orders.pop(adapter_name, None)
+        self._tracker.now.last = None
         self._refresh()
 
     def unload(self) -> nn.Module:
@@ -192,23 +193,12 @@ class RoutedLoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Opened by PEFT around ``forward`` and ``generate``: keeps the adapters' names, which the base model does not get."""
         names = kwargs.get("adapter_names")
-        with ExitStack() as stack:
-            stack.enter_context(self._tracker.call(Call(names)))
-            if names is not None:
-                self._check_names(names)
-                for module in self.modules():
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        stack.callback(module.register_forward_pre_hook(self._add_names, with_kwargs=True).remove)
-            stack.enter_context(rows_side_by_side(self.model))
+        if names is not None:
+            self._check_names(names)
+        with self._tracker.call(Call(names)), rows_side_by_side(self.model):
             yield
 
-    def _add_names(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers."""
-        call = self._tracker.now.call
-        assert call is not None
-        return args, {**kwargs, "adapter_names": call.names_by_row(len(args[0]))}
-
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _check_names(self, names: list[str]) -> None:
         if self.training:
             raise GatewiseError(
                 "adapter_names was given in training mode, where one adapter serves the whole batch: call model.eval()"
@@ -219,6 +209,11 @@ class RoutedLoraModel(LoraModel):
                 f"adapter_names has {', '.join(map(repr, unknown))}; the model has {', '.join(map(repr, self.peft_config))}, and "
                 f"{BASE!r} stands for the base model"
             )
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
+            raise GatewiseError(
+                "adapter_names was given, but modules saved with an adapter (a classifier's head) serve the whole batch: run the "
+                "rows of each adapter by themselves"
+            )
 
     def prompt_positions(self, prompt: Tensor) -> AbstractContextManager[None]:
         """While open, prompts lie where ``prompt`` (b, t) is true: for calls without labels that hold answers too.
@@ -227,13 +222,7 @@ class RoutedLoraModel(LoraModel):
         """
         return self._tracker.prompt_positions(prompt)
 
-    def _routed_adapters(self) -> list[str]:
-        for name, config in self.peft_config.items():  # PEFT gives all models on one base the same table
-            if not isinstance(config, RoutedLoraConfig):
-                raise GatewiseError(
-                    f"the base model carries routed adapters and was given a {type(config).__name__} ({name!r}) as well, so a call "
-                    f"would run both: {UNLOAD_FIRST}"
-                )
+    def _adapters_in_use(self) -> list[str]:
         return self.active_adapters if self._enabled else []
 
     # ---- what was decided ----
@@ -244,31 +233,59 @@ class RoutedLoraModel(LoraModel):
         Raises:
             GatewiseError: no prompt has been routed yet.
         """
-        return routing_of(self._last())
+        decided = self._last().decided
+        modules: dict[str, tuple[str, ...]] = {}
+        for layer in self._layers:
+            chosen_from = {name for one in decided.get(layer.path, {}).values() for name in one.experts}
+            if chosen_from:
+                modules[layer.path] = tuple(name for name in layer.modules if name in chosen_from)
+        gates = torch.zeros(len(self._last().prompt), len(modules), max(map(len, modules.values()), default=0))
+        for index, (path, names) in enumerate(modules.items()):
+            for one in decided[path].values():
+                gates[:, index, [names.index(name) for name in one.experts]] += one.gates.detach().float().cpu()
+        return Routing(gates, tuple(modules), tuple(modules.values()))
 
-    def routing_statistics(self) -> RoutingStatistics:
-        """Share of every expert, balance loss and entropy of the last call's decision.
+    def routing_statistics(self) -> dict[str, float]:
+        """Of the last call's decision, the means over its layers.
+
+        "balance_loss": L_lb, without its weight. 1 is even, m a single expert for everything. "entropy": of the prompts'
+        probabilities in nats; log m is even.
 
         Raises:
             GatewiseError: no prompt has been routed yet.
         """
-        return statistics_of(self._last())
+        request, made = self._last(), []
+        for decision in request.decided.values():
+            for adapter, one in decision.items():
+                rows = request.groups[adapter]
+                made.append((one.probabilities if rows is None else one.probabilities[rows]).detach().float())
+        entropies = torch.cat([torch.special.entr(one).sum(dim=-1).cpu() for one in made])
+        losses = torch.stack([balance(one).cpu() for one in made])
+        return {"balance_loss": float(losses.mean()), "entropy": float(entropies.mean())}
 
     def balance_loss(self) -> Tensor:
         """balance_weight · mean over layers of L_lb for the last call's prompts, with its graph: a scalar, for a batch's mean loss.
 
         Zero unless the last call was in training mode. It is part of the loss already where the model was given labels and returned
         one. Several active adapters add up.
+
+        Raises:
+            GatewiseError: it has no gradient.
         """
-        request = self._tracker.last
+        request: Request | None = self._tracker.now.last
         total = torch.zeros((), device=next(self.model.parameters()).device)
         if request is None or not request.training:
             return total
         for adapter in request.groups:
-            made = [one for layer in request.all_decided().values() for one in layer.decisions if one.adapter == adapter]
-            losses = [balance(one.probabilities).to(total.device) for one in made]
-            if losses:
-                total = total + self._balance_weight(adapter) * torch.stack(losses).mean()
+            weight = self._balance_weight(adapter)
+            made = [layer[adapter].probabilities for layer in request.decided.values() if adapter in layer]
+            if weight and made:
+                if torch.is_grad_enabled() and not made[0].requires_grad and any(p.requires_grad for p in self.parameters()):
+                    raise GatewiseError(
+                        "the load-balancing loss has no gradient: use gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+                        "balance_weight=0"
+                    )
+                total = total + weight * torch.stack([balance(one).to(total.device) for one in made]).mean()
         return total
 
     def _balance_weight(self, adapter: str) -> float:
@@ -276,7 +293,7 @@ class RoutedLoraModel(LoraModel):
         return float(config.balance_weight)
 
     def _last(self) -> Request:
-        request = self._tracker.last
+        request: Request | None = self._tracker.now.last
         if request is None or not request.decided:
             raise GatewiseError("no prompt has been routed yet: call the model, with a routed adapter active, and ask again")
         return request
@@ -284,30 +301,24 @@ class RoutedLoraModel(LoraModel):
     def _finish(self, request: Request, arguments: Mapping[str, Any], output: Any) -> Any:
         if not any(map(self._balance_weight, request.groups)):
             return None
-        if self._kind == "seq2seq" and not divides_by_items(self.model):
-            arguments = {name: value for name, value in arguments.items() if name != "num_items_in_batch"}
         return with_balance(output, self.balance_loss(), arguments, self._kind)
 
 
-def in_stored_order(found: Mapping[str, list[str]], stored: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
-    """The experts that a model has (layer -> paths), in the order that an adapter's configuration has (layer -> paths within).
+def in_stored_order(found: Mapping[str, list[str]], stored: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The experts of each layer in the order that an adapter's configuration has.
 
     Raises:
-        GatewiseError: they are not the same experts.
+        GatewiseError: they are not the experts ``found`` in the model.
     """
-    if stored is None:
-        return dict(found)
-    wanted = {layer: [f"{layer}.{name}" for name in names] for layer, names in stored.items()}
-    for layer in dict.fromkeys([*wanted, *found]):
-        saved, there = wanted.get(layer, []), found.get(layer, [])
+    for layer in dict.fromkeys([*stored, *found]):
+        saved, there = stored.get(layer, []), found.get(layer, [])
         if sorted(saved) != sorted(there):
-            other = sorted(set(saved) ^ set(there)) or saved
             raise GatewiseError(
-                f"the adapter's configuration says that the experts of {layer} are {some(saved) or 'none'}, but the model and "
-                f"target_modules make them {some(there) or 'none'} (they differ in {some(other)}): load the adapter on the base "
-                "model that it was trained on, or leave experts out of the configuration of a new one"
+                f"the adapter's configuration says that the experts of {layer} are {', '.join(saved) or 'none'}, but the model and "
+                f"target_modules make them {', '.join(there) or 'none'}: load the adapter on the base model it was trained on, "
+                "or leave experts out of a new configuration"
             )
-    return wanted
+    return dict(stored)
 
 
 def with_balance(output: Any, term: Tensor, arguments: Mapping[str, Any], kind: LossKind) -> Any:
