@@ -42,8 +42,8 @@ from gatewise import SelectivePromptConfig
 from gatewise.files import write_json
 from gatewise.models import load_model, load_tokenizer
 from gatewise.prompts import search
-from gatewise.prompts.method import LabelledSearch, fixed_layers
-from gatewise.prompts.stages import chosen_layers
+from gatewise.prompts.darts import SearchMixin, chosen_layers
+from gatewise.prompts.method import fixed_layers
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
 
@@ -187,7 +187,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool) -> dict[str, An
     s = {**cell.settings}
     s["steps"] = s.get("search_steps", s["steps"])
 
-    class Search(LabelledSearch, RecipeTrainer):
+    class Search(SearchMixin, RecipeTrainer):
         """The search of a run."""
 
     def trainer(model: Any, args: Any, train_dataset: Any, **more: Any) -> Any:

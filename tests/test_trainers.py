@@ -98,10 +98,11 @@ TRL: dict[str, tuple[str, list[Any], dict[str, Any], int | None]] = {
 }
 # With labels kept back routers and generators would read the answers, and generators read one text a row.
 KEPT_BACK = "label_smoothing_factor and compute_loss_func have the Trainer keep them back: leave these out"
-PACKED = "several packed samples, but selective prompts read one text a row: train without packing and padding_free batches"
+PACKED = "several packed samples, but (routed adapters|selective prompts) read one text a row: train without packing"
 REFUSED = {
+    ("routed", "re-entrant checkpointing"): "the load-balancing loss has no gradient",
     **{(method, "label smoothing"): KEPT_BACK for method in ("routed", "prompts")},
-    **{("prompts", case): PACKED for case in ("packing", "packed plain text", "padding-free")},
+    **{(method, case): PACKED for method in ("routed", "prompts") for case in ("packing", "packed plain text", "padding-free")},
 }
 
 

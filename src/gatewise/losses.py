@@ -97,45 +97,9 @@ def before_first(mask: Tensor) -> Tensor:
     return mask.cumsum(dim=1) == 0
 
 
-def text_starts(inputs: Batch, batch: int, tokens: int) -> Tensor | None:
-    """(b, t): true where a text begins in packed rows, which have no attention mask; None if every row is one text.
-
-    Transformers starts attention anew there: where positions do not increase by one, or where ``cu_seq_lens_q`` says so.
-    """
-    positions, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
-    if inputs.get("attention_mask") is not None:
-        return None
-    if isinstance(ends, Tensor):
-        starts = torch.zeros(batch * tokens, dtype=torch.bool, device=ends.device)
-        starts[ends[:-1].long()] = True
-        starts = starts.view(batch, tokens)
-    elif isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any()):
-        starts = F.pad(positions.diff(dim=1) != 1, (1, 0)).expand(batch, -1).clone()
-    else:
-        return None
-    starts[:, 0] = True
-    return starts if bool(starts[:, 1:].any()) else None
-
-
-def prompts_by_labels(labels: Tensor, starts: Tensor | None = None) -> Tensor:
-    """(b, t): true in the prompts of a causal model's texts, which end before the first label that is not -100.
-
-    The first token of a packed text never has a label, since no token before it predicts it. A text whose second token has a label
-    is plain language modelling, without a prompt.
-
-    Args:
-        starts: what ``text_starts`` gave.
-    """
-    answer = labels != IGNORED
-    if starts is None:
-        return before_first(answer)
-    starts = starts.to(labels.device)
-    text = (starts.flatten().cumsum(dim=0) - 1).view(labels.shape)
-    answers = answer.flatten().cumsum(dim=0).view(labels.shape)
-    before = (answers - answer.long())[starts]
-    second = F.pad(answer & ~starts, (0, 1))[:, 1:]
-    plain = (answer | second)[starts]
-    return (answers == before[text]) & ~plain[text]
+def prompts_by_labels(labels: Tensor) -> Tensor:
+    """(b, t): true in the prompts of a causal model's texts, which end before the first label that is not -100."""
+    return before_first(labels != IGNORED)
 
 
 def prompts_at(model: nn.Module, prompt: Tensor | None) -> AbstractContextManager[None]:
@@ -226,7 +190,7 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     if kind == "rows":
         problem = getattr(base_of(model).config, "problem_type", None)
         return Scored(class_logits(model, inputs), labels, None, len(labels), problem)
-    prompt = prompts_by_labels(labels, text_starts(batch, *labels.shape)) if kind == "causal" else None
+    prompt = prompts_by_labels(labels) if kind == "causal" else None
     if kind in ("causal", "seq2seq"):
         inputs.setdefault("use_cache", False)
     if kind == "causal":

@@ -13,7 +13,7 @@ from tiny_models import tiny_base
 from torch import nn
 
 import gatewise
-from gatewise.internals.library_attributes import attention_implementation, execution_device, set_model_name
+from gatewise.internals.library_attributes import attention_implementation, set_model_name
 from gatewise.internals.private_names import PRIVATE_NAMES, fault_of
 
 SOURCE = Path(gatewise.__file__).parent
@@ -182,4 +182,3 @@ def test_attributes_of_models():
     set_model_name(model, "somebody/a-model")
     assert (model.name_or_path, model.config._name_or_path) == ("somebody/a-model", "somebody/a-model")
     assert attention_implementation(model) in ("sdpa", "eager")
-    assert execution_device(model) is None

@@ -58,17 +58,6 @@ def test_the_adapter_is_routed_lora_that_peft_loads(tmp_path: Path) -> None:
     assert all("routing/balance_loss" in entry for entry in written["log"] if "loss" in entry)
 
 
-def test_an_adapter_that_leaves_the_prompt_alone(tmp_path: Path) -> None:
-    """What the recipe says is in the saved adapter, which does with dev what the run has measured."""
-    recipe = write_recipe(tmp_path, "milora")
-    result = train(recipe, tmp_path / "out", "routing.adapt=after_prompt", "training.gradient_checkpointing=true")
-    assert json.loads((result.adapter / "adapter_config.json").read_text())["adapt"] == "after_prompt"
-    both = result.metrics["dev"]
-    assert both["after"]["loss"] < both["before"]["loss"]
-    told = CliRunner().invoke(app, ["eval", str(result.adapter), "--data", str(tmp_path / "dev.jsonl"), "--json"])
-    assert json.loads(told.stdout)["loss"] == pytest.approx(both["after"]["loss"], abs=1e-4)
-
-
 def test_the_activation_learns_on_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upper steps move the rational's coefficients alone, on rows that no lower step sees; with 0 rows all learn together."""
     seen: list[int] = []

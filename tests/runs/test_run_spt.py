@@ -24,7 +24,8 @@ from gatewise.inspection import read_prompts
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.models import load_adapter, load_model
 from gatewise.prompts import SelectivePromptConfig
-from gatewise.prompts.method import LabelledSearch, SelectivePrompts, fixed_layers
+from gatewise.prompts.darts import SearchMixin
+from gatewise.prompts.method import SelectivePrompts, fixed_layers
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
@@ -43,7 +44,7 @@ def written(output: Path, name: str = "search.json") -> Any:
     return json.loads((output / name).read_text(encoding="utf-8"))
 
 
-class SearchingTrainer(LabelledSearch, RecipeTrainer):
+class SearchingTrainer(SearchMixin, RecipeTrainer):
     """As a run makes it."""
 
 
@@ -94,12 +95,10 @@ def test_resumed_in_either_stage_it_ends_as_if_never_stopped(family: str, tmp_pa
     torch.manual_seed(1)
     whole = train(recipe, tmp_path / "whole", *SETTINGS)
     stopped = tmp_path / "stopped"
-    # Step 5 is behind the first checkpoint; a step is two batches and, in the search, one more for the gates.
-    for call, stage in ((17, "checkpoints/search"), (30, "checkpoints")):
+    # Step 5 is behind the first checkpoint; a step is two batches, in the search with two passes each and one more for the gates.
+    for call, stage in ((5 * 5 + 3, "checkpoints/search"), (3 * 5 + 11, "checkpoints")):
         torch.manual_seed(call)  # what is drawn before the run does not matter
         resume = stage == "checkpoints"
-        if resume:  # what is left of the search is three steps; then in the middle of training step 6
-            call = 2 * 3 + 3 + 11
         with monkeypatch.context() as patch:
             stop_at(patch, call, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
@@ -120,11 +119,11 @@ def test_interrupted_between_the_stages_the_search_is_kept(tmp_path: Path, monke
     recipe = write_recipe(tmp_path, "spt")
     whole = train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, 13, KeyboardInterrupt())  # the first batch of the training
+        stop_at(patch, 19, KeyboardInterrupt())  # the first batch of the training
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "out")
     assert not complete_checkpoints(tmp_path / "out" / "checkpoints")
-    monkeypatch.setattr(LabelledSearch, "search_from", lambda *_, **__: pytest.fail("it was searched again"))
+    monkeypatch.setattr(SearchMixin, "search_from", lambda *_, **__: pytest.fail("it was searched again"))
     result = train(recipe, tmp_path / "out", resume=True)
     assert result.resumed_from is None
     assert result.metrics == whole.metrics
@@ -133,7 +132,7 @@ def test_interrupted_between_the_stages_the_search_is_kept(tmp_path: Path, monke
 
 def test_a_search_whose_checkpoints_are_gone_is_kept_by_a_stopped_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = write_recipe(tmp_path, "spt"), tmp_path / "out"
-    for call in (13, 1):  # the first batch of the training, each time
+    for call in (19, 1):  # the first batch of the training, each time
         with monkeypatch.context() as patch:
             stop_at(patch, call, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
@@ -146,7 +145,7 @@ def test_a_search_whose_checkpoints_are_gone_is_kept_by_a_stopped_resume(tmp_pat
 def test_a_search_that_was_tampered_with_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, "spt")
     with monkeypatch.context() as patch:
-        stop_at(patch, 13, KeyboardInterrupt())
+        stop_at(patch, 19, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "out")
     path = tmp_path / "out" / "search.json"
@@ -165,7 +164,7 @@ def test_a_search_that_was_tampered_with_is_not_believed(tmp_path: Path, monkeyp
 
 def test_told_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = str(write_recipe(tmp_path, "spt"))
-    for call, kept in ((6, "step 2 of the search"), (13 - 4, "the search")):
+    for call, kept in ((9, "step 2 of the search"), (19 - 6, "the search")):
         with monkeypatch.context() as patch:
             stop_at(patch, call, KeyboardInterrupt())
             more = ["--resume"] if kept == "the search" else []
@@ -224,8 +223,8 @@ def test_a_step_of_the_search_is_the_formulas(family: str, tmp_path: Path) -> No
 
 def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    original = LabelledSearch.search_from
-    monkeypatch.setattr(LabelledSearch, "search_from", lambda self, *more: seen.append(self) or original(self, *more))
+    original = SearchMixin.search_from
+    monkeypatch.setattr(SearchMixin, "search_from", lambda self, *more: seen.append(self) or original(self, *more))
     section = {"keep": 2, "epochs": 0.5, "gate_learning_rate": 0.05, "reparameterise": False, "consistency": 0.0, "drop": 0.25}
     prompts = {"num_prompt_tokens": 2, "bottleneck": 8, "tau": 0.5, "phm": 2, "activation": "tanh"}
     prompts |= {"balanced": False, "normalize_states": False}

@@ -119,7 +119,6 @@ PRIVATE_NAMES = (
         ("prompts/model.py",),
     ),
     PrivateName(_TUNER, "_enable_adapter_layers", "learns that adapters are switched off", ("enabled",), _BOTH_TUNERS),
-    PrivateName(_TUNER, "_get_adapter_state_dict", "refuses to save what was unloaded", ("model",), ("prompts/model.py",)),
     PrivateName(
         _TUNER, "_remove_adapter_name_from_key", "what routers are called in files", ("key", "adapter_name"), ("routed/model.py",)
     ),
@@ -232,7 +231,6 @@ PRIVATE_NAMES = (
     # Accelerate
     PrivateName("accelerate.state:AcceleratorState", "_shared_state", "reads how a Trainer was told to shard"),
     PrivateName("accelerate.state:PartialState", "_shared_state", "says that a model on the CPU is sharded"),
-    PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_old_forward", "exchanges the forward that a hook keeps"),
     PrivateName("accelerate:Accelerator", "_original_forward", "scores without the autocast that Accelerate put around a model"),
     # DeepSpeed

@@ -157,7 +157,7 @@ class SearchMixin(BilevelMixin):
                 "consistency learns from the loss's: search with gatewise.prompts.SearchTrainer on tokenised rows, or turn it off "
                 "with consistency=0"
             )
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def _draw(self) -> Tensor:
         """Which gates a pass leaves out (n,), drawn by the CPU's generator, whose state checkpoints hold."""

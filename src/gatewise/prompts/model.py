@@ -173,7 +173,7 @@ class SelectivePromptModel(BaseTuner):
             "selective prompts cannot be merged, because they are tokens generated from each text and no change of the weights"
         )
 
-    merge_and_unload = merge_adapter  # type: ignore[assignment]
+    merge_and_unload = merge_adapter
 
     # ---- passes ----
 
@@ -208,7 +208,7 @@ class SelectivePromptModel(BaseTuner):
 
     def gates(self) -> Tensor:
         """a (n,) of the active adapter, float32 on the CPU: sigmoid(α), and in a discrete model one or zero."""
-        logits = list(self.gate_parameters().values())
+        logits: list[Tensor] = list(self.gate_parameters().values())
         if logits:
             return torch.cat(logits).detach().float().sigmoid().cpu()
         gates = torch.zeros(len(self._blocks))

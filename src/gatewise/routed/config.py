@@ -102,7 +102,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         """
         if kwargs.pop("adapt", "always") != "always":
             raise GatewiseError("the adapter was trained with adapt='after_prompt', which gatewise no longer has: train it anew")
-        return super().check_kwargs(**kwargs)  # type: ignore[no-any-return]
+        return super().check_kwargs(**kwargs)
 
     def _check_ranges(self) -> None:
         for name, number in (("r", self.r), ("top_k", self.top_k)):

@@ -211,8 +211,7 @@ class RoutedLinear(nn.Module, LoraLayer):
 
     def with_gradients(self, x: Tensor, *args: Any, shares: Sequence[Share], **kwargs: Any) -> Tensor:
         """base(x) and every share, as in training."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result if self.disable_adapters else self.add_shares(x, result, shares)
+        return self.add_shares(x, self.base_layer(x, *args, **kwargs), shares)
 
     def add_shares(self, x: Tensor, result: Tensor, shares: Sequence[Share]) -> Tensor:
         """``result`` (b, ..., d_out) with the delta of every share added to its rows, one after the other, with its graph."""
@@ -270,8 +269,6 @@ class KeptModule:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in)."""
         layer = self._layer
         result: Tensor = layer.base_layer(x, *args, **kwargs)
-        if layer.disable_adapters:
-            return result
         if result.dtype != self._dtype:  # at first, and when autocast comes or goes
             self._gather(x, result)
         return layer.add_shares(x, result, self._shares) if self._gathered is None else self._gathered.add(x, result)
