@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import write_base, write_recipe, write_rows
+from tiny_run import write_base, write_recipe
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -133,22 +133,18 @@ def test_eval_says_what_was_cut_and_takes_a_length(gatewise: Gatewise, trained: 
 
 
 def test_eval_refuses_what_it_would_ignore(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "written.jsonl"
-    rows.write_text(json.dumps({"source": "lamp", "target": "late"}) + "\n")
     adapter, dev = trained / "adapter", tmp_path / "dev.jsonl"
     dev.write_bytes((trained.parent / "dev.jsonl").read_bytes())
-    assert_refused(gatewise("eval", adapter, "--data", rows, "--labels", "no,yes"), "holds generation rows, which have no labels")
     assert_refused(gatewise("eval", adapter, "--data", dev, "--max-new-tokens", 3), "holds label rows, to which nothing is written")
     before = dev.read_bytes()
     assert_refused(gatewise("eval", adapter, "--data", dev, "--limit", 3, "--out", dev), "is the file with the rows themselves")
     assert dev.read_bytes() == before
 
 
-def test_a_classifier_of_a_run_keeps_its_order_and_takes_no_words(gatewise: Gatewise, tmp_path: Path) -> None:
+def test_a_classifier_of_a_run_keeps_its_order(gatewise: Gatewise, tmp_path: Path) -> None:
     assert gatewise("train", write_recipe(tmp_path, "lora", "bert"), "--output", "out").exit_code == 0
     words = ("eval", "out/adapter", "--data", "dev.jsonl", "--json")
     assert gatewise(*words, "--labels", "good,bad").stdout == gatewise(*words).stdout
-    assert_refused(gatewise(*words, "--labels", "bad=no,good=yes"), "is a classifier, which writes no words")
 
 
 def test_a_classifier_from_elsewhere_needs_the_order_of_its_classes(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -168,7 +164,7 @@ def test_a_classifier_from_elsewhere_needs_the_order_of_its_classes(gatewise: Ga
     assert_refused(gatewise(*words), "does not say which of its classes is which of the labels bad, good: give --labels")
     assert json.loads(gatewise(*words, "--labels", "good,bad").stdout) == pytest.approx(expected)
     name_classes("Good", "Bad")
-    assert_refused(gatewise(*words), "its classes (its base model calls them Good, Bad) is which of the labels bad, good")
+    assert_refused(gatewise(*words), "its classes (Good, Bad) is which of the labels bad, good")
     name_classes("good", "bad")
     assert json.loads(gatewise(*words).stdout) == pytest.approx(expected)
 
@@ -263,7 +259,7 @@ def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     assert_refused(gatewise("train", recipe, "--set", "data.train=none.jsonl"), "none.jsonl: there is no such file")
     assert_refused(gatewise("train", recipe, "--set", "model=./none"), "none' is not a folder")
-    assert_refused(gatewise("inspect", "none"), "none is not an adapter, there is no such folder")
+    assert_refused(gatewise("inspect", "none"), "none is not an adapter")
     assert_refused(gatewise("export", "none", "out"), "none is not an adapter")
     assert_refused(gatewise("eval", "none", "--data", "dev.jsonl"), "none is not an adapter")
     assert not (tmp_path / "runs").exists()
@@ -275,8 +271,8 @@ def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
     [
         ('{"text": "late", "label": ', "not valid JSON"),
         ('{"text": "late"}', "field 'label' is missing"),
-        ('{"text": 7, "label": "good"}', "field 'text' must be a string"),
-        ('{"text": "late", "label": "fine"}', "field 'label' is 'fine', expected"),
+        ('{"text": 7, "label": "good"}', "field 'text': expected a text"),
+        ('{"text": "late", "label": "fine"}', "the label is 'fine', expected"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_number_and_field(
@@ -359,8 +355,6 @@ def test_data_of_another_kind_than_the_adapters(gatewise: Gatewise, tmp_path: Pa
     recipe = write_recipe(tmp_path, "lora", "bert")
     assert gatewise("train", recipe, "--output", "out", "--set", "training.max_steps=1").exit_code == 0
     assert_refused(gatewise("eval", "out/adapter", "--data", "sample:reminder-dev"), "reminder-dev")
-    write_rows(tmp_path / "more.jsonl", 4)
-    assert_refused(gatewise("eval", "out/adapter", "--data", "more.jsonl", "--labels", "bad"), "--labels 'bad': expected")
 
 
 def test_a_bug_shows_its_traceback(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_a_classifier_and_rows_longer_than_its_positions(tmp_path: Path) -> None
     assert {"q", "up", "down", "pooler"} <= {module.kind for module in found.modules}
     assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-3)
     rows.write_text(rows.read_text() + json.dumps({"text": "middling", "label": "so so"}) + "\n")
-    with pytest.raises(GatewiseError, match=r"calls them bad, good\) is which of the labels bad, good, so so: give --labels"):
+    with pytest.raises(GatewiseError, match=r"its classes \(bad, good\) is which of the labels bad, good, so so: give --labels"):
         scored(tmp_path)
 
 

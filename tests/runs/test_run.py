@@ -246,7 +246,7 @@ def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) 
     train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}")
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write(json.dumps({"text": "lamp", "label": "good"}) + "\n")
-    with pytest.raises(GatewiseError, match=r"has {title}, but the row's fields are"):
+    with pytest.raises(GatewiseError, match=r"has {title}, but a row has"):
         train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}", overwrite=True)
     assert (tmp_path / "out" / "adapter").is_dir()
 
@@ -296,7 +296,7 @@ def test_a_base_model_that_gives_nan_stops_before_the_first_step_and_leaves_noth
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     model.save_pretrained(tmp_path / "llama")
-    with pytest.raises(GatewiseError, match="what the model computes is not finite: look for numbers that are not"):
+    with pytest.raises(GatewiseError, match="what the model computes is not finite: look for such numbers"):
         train(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -430,12 +430,11 @@ def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) 
     ("overrides", "said"),
     [
         (["peft.target_modules=[q_proj, k_prj]"], "peft.target_modules: 'k_prj' is no linear module .* did you mean k_proj"),
-        (["template.prompt='{txet}'"], "{txet}.*the row's fields are 'text', 'label'"),
+        (["template.prompt='{txet}'"], "{txet}.*but a row has text, label"),
         (["template.prompt='{text} {label}'"], "which is the answer"),
         (["data.dev=sample:none"], "there is no sample 'none'"),
-        (["data.labels=[good, poor]"], "train.jsonl, line .*'bad', expected 'good' or 'poor'"),
+        (["data.labels=[good, poor]"], "train.jsonl, line .*'bad', expected one of good, poor"),
         (["data.dev=sample:reminder-dev"], "holds generation rows, but data.train .* holds label rows"),
-        (["data.max_new_tokens=9"], "max_new_tokens is 9, but .*train.jsonl holds label rows, to which nothing is written"),
         (["data.max_length=8", "template={prompt: '{text}', labels: {good: absolutely, bad: dreadful}}"], "raise max_length"),
         (["method=alora", "allocation.first_round=8"], "allocation.first_round is 8, after step 8, but the run has 8"),
     ],

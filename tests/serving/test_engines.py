@@ -13,9 +13,7 @@ from gatewise.serving.engines import is_told, serving_settings, settings_togethe
 
 
 def adapter(*paths: str, rank: int = 3, **others: Any) -> LoraAdapter:
-    modules = [
-        LoraModule(path, torch.ones(rank, 4), torch.ones(4, rank), ("a", "b"), 1.0, 1, False, None, others) for path in paths
-    ]
+    modules = [LoraModule(path, torch.ones(rank, 4), torch.ones(4, rank), ("a", "b"), 1.0, None, None, others) for path in paths]
     return LoraAdapter({"base_model_name_or_path": "base"}, modules, {}, {})
 
 

@@ -75,7 +75,7 @@ def test_a_long_prompt_loses_its_beginning_and_keeps_the_answer_and_bos(bos_toke
 
 def test_an_answer_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     records = Records("generation", [{"source": "lamp", "target": "late " * 50}], None, "rows")
-    with pytest.raises(GatewiseError, match=r"answer to 'Input: lamp\\nOutput:' takes \d+ tokens.* in 40; raise max_length"):
+    with pytest.raises(GatewiseError, match=r"the prompt 'Input: lamp\\nOutput:' .* its answer of \d+ tokens leaves no room in 40"):
         encode(records, tokenizer, None, max_length=40)
 
 
@@ -94,21 +94,14 @@ def test_pairs_are_parted_where_the_tokenizer_does_not_do_it(tokenizer: PreTrain
     assert tokenizer.decode(cut["input_ids"]).endswith("\nbad")
 
 
-def test_labels_that_are_the_same_tokens_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    class Blind:
-        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[5] for _ in texts]}
-
-    with pytest.raises(GatewiseError, match="the label words ' good' and ' very bad indeed' are the same tokens"):
-        encode(LABELS, Blind(), TEMPLATE)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("labels", [["good", "good lamp"], ["bad", "good lamp", "good"]])
 def test_labels_that_begin_another_one_are_refused(tokenizer: PreTrainedTokenizerFast, labels: list[str]) -> None:
     """Without an end the longer one is never the likelier."""
     records = Records("label", [{"text": "x", "label": "good"}], labels, "rows")
     with pytest.raises(GatewiseError, match=r"the label word ' good' is the beginning of ' good lamp'.* other words for them"):
         encode(records, tokenizer, TEMPLATE)
+    with pytest.raises(GatewiseError, match="the beginning of"):
+        encode(records, tokenizer, Template(TEMPLATE.prompt, dict.fromkeys(labels, "same")))
     words = Template(TEMPLATE.prompt, {"good": "plain good", "good lamp": "good lamp", "bad": "bad"})
     assert len(encode(records, tokenizer, words)) == 1
 
@@ -157,8 +150,6 @@ def test_score_batch_is_fixed_without_replacement_and_leaves_the_random_state(
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in other["input_ids"]] != texts
     assert len(score_batch(records, tokenizer, TEMPLATE, n=99)["labels"]) == 20
     assert score_batch(records, tokenizer, None, n=4, classification=True)["labels"].tolist() == [0] * 4
-    with pytest.raises(GatewiseError, match="at least 1"):
-        score_batch(records, tokenizer, TEMPLATE, n=0)
 
 
 def test_missing_special_tokens_are_reported(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -22,7 +22,7 @@ def test_only_plain_field_names_are_allowed(prompt: str) -> None:
 
 
 def test_unknown_field_is_named_with_the_fields_there_are() -> None:
-    with pytest.raises(GatewiseError, match=r"has \{sentence\}, but the row's fields are 'text', 'label'"):
+    with pytest.raises(GatewiseError, match=r"has \{sentence\}, but a row has text, label"):
         Template("{sentence}").check(LABELS)
 
 
@@ -59,15 +59,11 @@ def test_candidates_and_target_begin_with_one_space() -> None:
     assert Template("{question}").target(CHOICE, CHOICE.rows[0]) == " two"
     several = Records("generation", [{"source": "a", "targets": ["b ", "c"]}], None, "rows")
     assert Template("{source}").target(several, several.rows[0]) == " b"
-    with pytest.raises(ValueError, match="no candidates"):
-        Template("{source}").candidates(several, several.rows[0])
 
 
-def test_label_words_must_be_complete_and_different() -> None:
-    with pytest.raises(GatewiseError, match="no word for 'pos'; they have 'neg'"):
+def test_each_label_must_have_a_word() -> None:
+    with pytest.raises(GatewiseError, match="no word for 'pos'; they have neg"):
         Template("{text}", labels={"neg": "bad"}).check(LABELS)
-    with pytest.raises(GatewiseError, match="write 'bad' for more than one label"):
-        Template("{text}", labels={"neg": "bad", "pos": "bad "}).check(LABELS)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-from gatewise.errors import GatewiseError
-
 
 @dataclass(frozen=True)
 class DataOptions:
-    """All of them may be left out: the adapter's note says how its run did it. What is given and empty is a GatewiseError.
+    """All of them may be left out: the adapter's note says how its run did it.
 
     Attributes:
         base: the base model, if not the one that the adapter names.
@@ -24,8 +22,3 @@ class DataOptions:
     labels: str | None = None
     limit: int | None = None
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("base", "split", "prompt", "labels"):
-            if getattr(self, name) == "":  # an unset variable of a shell
-                raise GatewiseError(f"{name} is empty: give one, or leave it out (--{'template-' * (name == 'prompt')}{name})")

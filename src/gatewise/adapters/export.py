@@ -1,6 +1,5 @@
 """Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
 
-import math
 import re
 import shutil
 import tempfile
@@ -29,13 +28,9 @@ from gatewise.adapters.files import (
 from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
-from gatewise.models.loading import load_tokenizer
 
 _LAYER = re.compile(r"\.\d+\.")
-_UNLIKE_LORA = {
-    **dict.fromkeys(("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"), "whose prompts change no weights"),
-    "ROUTED_LORA": "which chooses modules by the prompt",
-}
+_MORE_THAN_LORA = ("kasa_config", "monteclora_config")  # they keep more numbers of each rank, or change the base model by the rank
 
 
 def to_lora(
@@ -67,28 +62,16 @@ def to_lora(
     with _folder_of(model_or_dir, adapter) as folder:
         check_plain_lora(folder)
         file = read_lora(folder)
-        before = {module.path: _rank(module) for module in file.modules}
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
-        if all(module.stacked and not module.live().any() for module in modules):
-            raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
+        if all(module.experts and not module.live().any() for module in modules):
+            raise GatewiseError("the adapter has no live rank")
         if padded:
-            widest = max(map(_rank, modules))
-            # The groups of grouped convolutions share a rank evenly.
-            step = math.lcm(*(1 if module.stacked else module.blocks for module in modules))
-            wanted = step * math.ceil(widest / step)
-            if rank is not None and (rank < wanted or rank % step):
-                raise GatewiseError(
-                    f"rank is {rank}, but the largest live rank is {widest}: give at least {wanted}"
-                    + (f", a multiple of {step} because convolutions are in groups" if step > 1 else "")
-                )
-            modules = [_pad(module, wanted if rank is None else rank) for module in modules]
+            largest = max(module.rank for module in modules)
+            if rank is not None and rank < largest:
+                raise GatewiseError(f"rank is {rank}, but the largest live rank is {largest}: give at least that")
+            modules = [_pad(module, rank or largest) for module in modules]
             if rank is not None:
                 modules += _without_ranks(folder, file, modules)
-        if file.config.get("monteclora_config") and any(_rank(module) != before.get(module.path) for module in modules):
-            raise GatewiseError(
-                "the adapter has monteclora_config, whose noise is stored for the ranks that it was made with, and here they would "
-                "be others: use it as it is"
-            )
         tensors = dict(file.others)
         for module in modules:
             name_of_a, name_of_b = module.keys
@@ -121,57 +104,50 @@ def check_plain_lora(folder: Path) -> None:
         GatewiseError: it is one.
     """
     config = read_config(folder)
-    kind = str(config.get("peft_type"))
-    if kind in _UNLIKE_LORA:
-        raise GatewiseError(
-            f"{folder / CONFIG_FILE} is of peft_type {kind!r}, {_UNLIKE_LORA[kind]}, so that no LoRA is like it: use it as it is"
-        )
-    if kind != "LORA":
-        raise GatewiseError(f"{folder / CONFIG_FILE} is of peft_type {kind!r}, expected 'LORA'")
+    if config.get("peft_type") != "LORA":
+        raise GatewiseError(f"{folder / CONFIG_FILE} is of peft_type {config.get('peft_type')!r}, expected 'LORA'")
     if takes_out_of_base(config.get("init_lora_weights")):
         raise GatewiseError(
             f"the adapter has init_lora_weights {config['init_lora_weights']!r}, for which PEFT changes the base model by the rank "
             "when it loads it: at other ranks it would be wrong. Convert it first: save_pretrained with "
             "path_initial_model_for_weight_conversion"
         )
-    if config.get("kasa_config"):
-        raise GatewiseError(
-            "the adapter has kasa_config, which scales every rank by a number of its own and cuts the base model by the rank: "
-            "plain LoRA has neither, so use it as it is"
-        )
+    if more := [key for key in _MORE_THAN_LORA if config.get(key)]:
+        raise GatewiseError(f"the adapter has {more[0]}, for which there is no plain LoRA: use it without exporting it")
 
 
 def _compact(module: LoraModule, file: LoraAdapter) -> LoraModule | None:
     """The module at its true rank, or None if nothing of it is left."""
-    if module.stacked:  # experts stay together, each with its own live slots first
+    if module.experts:  # they stay together, each with its own live slots first
         kept = module.live().sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(module.live().sum(dim=1).max()))]
         rows, columns = (one.take_along_dim(kept[..., None], dim=1) for one in (module.rows, module.columns))
         return _stacked(module, rows, columns)
     base_layer = module.keys[0].rpartition(".lora_")[0] + ".base_layer."  # its bias, with bias="all" or "lora_only"
-    live = module.live().any(dim=0).nonzero().flatten()  # a slot stays if any group of a grouped convolution uses it
+    live = module.live()[0].nonzero().flatten()
     if not len(live):
         if not module.others and not any(name.startswith(base_layer) for name in file.others):
             return None
         live = torch.zeros(1, dtype=torch.long)  # a magnitude or bias needs its module: keep one slot, which is zero
-    return replace(module, a=_blocks(module)[:, live].flatten(0, 1), b=module.b[:, live])
+    return replace(module, a=module.a[live], b=module.b[:, live])
 
 
 def _pad(module: LoraModule, rank: int) -> LoraModule:
     """The module with zeros up to ``rank`` and the scaling in B: PEFT multiplies all of B by it, B's bias (lora_bias) too."""
-    if module.stacked:
+    scaling, missing = module.scaling, rank - module.rank
+    if module.experts:
         rows, columns = (
-            torch.cat([one, one.new_zeros(len(one), rank - one.shape[1], one.shape[2])], dim=1)
-            for one in (module.rows, _scaled(module.columns, module.scaling))
+            torch.cat([one, one.new_zeros(len(one), missing, one.shape[2])], dim=1)
+            for one in (module.rows, _scaled(module.columns, scaling))
         )
         return replace(_stacked(module, rows, columns), scaling=1.0)
-    a, missing = _blocks(module), rank // module.blocks - module.b.shape[1]
-    a = torch.cat([a, a.new_zeros(len(a), missing, *a.shape[2:])], dim=1).flatten(0, 1)
-    b = _scaled(module.b, module.scaling)
-    b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
-    others = {
-        name: _scaled(tensor, module.scaling) if name.endswith(".lora_B.bias") else tensor for name, tensor in module.others.items()
-    }
-    return replace(module, a=a, b=b, others=others, scaling=1.0)
+    b = _scaled(module.b, scaling)
+    return replace(
+        module,
+        a=torch.cat([module.a, module.a.new_zeros(missing, *module.a.shape[1:])]),
+        b=torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1),
+        others={key: _scaled(one, scaling) if key.endswith(".lora_B.bias") else one for key, one in module.others.items()},
+        scaling=1.0,
+    )
 
 
 def _without_ranks(folder: Path, file: LoraAdapter, modules: list[LoraModule]) -> list[LoraModule]:
@@ -199,45 +175,35 @@ def _stacked(module: LoraModule, rows: Tensor, columns: Tensor) -> LoraModule:
     return replace(module, a=rows.flatten(0, 1), b=columns.permute(2, 1, 0).flatten(1))
 
 
-def _rank(module: LoraModule) -> int:
-    """The rank as PEFT counts it: of each expert, but of all groups of a convolution together."""
-    return len(module.a) // (module.blocks if module.stacked else 1)
-
-
-def _blocks(module: LoraModule) -> Tensor:
-    """A as (blocks, r, ...)."""
-    return module.a.unflatten(0, (module.blocks, len(module.a) // module.blocks))
-
-
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
     return (tensor.float() * scaling).to(tensor.dtype)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer that an adapter brings along, if it does. One that was used would save how it was last asked to cut."""
-    if not (source / "tokenizer_config.json").is_file():
-        return
-    with tempfile.TemporaryDirectory() as other:
-        files = load_tokenizer(source).save_pretrained(other)  # which tells the names of its files
-        for one in map(Path, files):
-            own = source / one.relative_to(other)
-            (folder / one.relative_to(other)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(own if own.is_file() else one, folder / one.relative_to(other))
-    for name in ("special_tokens_map.json", "added_tokens.json"):  # which older versions of Transformers wrote beside them
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    """Copies the files of the tokenizer that an adapter brings along, if it does."""
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+    ):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _config(file: LoraAdapter, modules: list[LoraModule], once: Iterable[str]) -> dict[str, Any]:
     """The configuration of what is left of an adapter. ``once``: modules that it had, of which some may be gone."""
-    ranks = {module.path: _rank(module) for module in modules}
+    ranks = {module.path: module.rank for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
     config["init_lora_weights"] = start_at_any_rank(config.get("init_lora_weights"))
     before = {module.path for module in file.modules}
     if ranks.keys() != before:
         # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
-        left = {module.path for module in modules if not module.stacked}
+        left = {module.path for module in modules if not module.experts}
         # A list takes all modules that end so, and these were adapted. What a regular expression leaves out is in no file.
         config |= target_settings(left, [*before, *once], whole=isinstance(config.get("target_modules"), str))
     return config

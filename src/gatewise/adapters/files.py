@@ -17,7 +17,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
-from gatewise.files import write_json
+from gatewise.files import content_of, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOTE_FILE = "gatewise.json"
 ALLOCATION_FILE = "allocation.json"
 SEARCH_FILE = "search.json"
-
-_PICKLE = "adapter_model.bin"  # never read: a pickle can run code
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the base model."""
@@ -50,20 +48,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         GatewiseError: no such folder, no configuration in it, or one that is not a JSON object.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "it is a file" if folder.exists() else "there is no such folder"
-        raise GatewiseError(f"{folder} is not an adapter, {what}: give the folder that holds {CONFIG_FILE}")
-    path = folder / CONFIG_FILE
-    try:
-        is_there = path.is_file()
-    except OSError as error:  # the folder may not be entered
-        raise _unread(path, error) from error
-    if not is_there:
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}"))
-        hint = f"give one of its sub-folders {', '.join(inside)}" if inside else "give a folder saved by save_pretrained"
-        raise GatewiseError(f"{folder} is not an adapter, it has no {CONFIG_FILE}: {hint}")
-    return _object(path, "save the adapter again or repair the file")
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{CONFIG_FILE}"))
+        hint = f"one of its sub-folders {', '.join(inside)}" if inside else "a folder saved by save_pretrained"
+        raise GatewiseError(f"{folder} is not an adapter, it has no {CONFIG_FILE}: give {hint}")
+    return _read_json(path)
 
 
 def peft_type(folder: str | Path) -> str:
@@ -80,15 +70,13 @@ def weights_of(folder: str | Path) -> Path:
     Raises:
         GatewiseError: it is not there.
     """
-    folder = Path(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return folder / WEIGHTS_FILE
-    if (folder / _PICKLE).is_file():
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
         raise GatewiseError(
-            f"{folder} has its weights in {_PICKLE}, which is a pickle and is never read, as it may run code: where you trust it, "
-            "load it with peft.PeftModel.from_pretrained and call save_pretrained to get safetensors"
+            f"{folder} has no {WEIGHTS_FILE}, and a pickle (adapter_model.bin) is never read, as it may run code: save the adapter "
+            "again with save_pretrained"
         )
-    raise GatewiseError(f"{folder} has no {WEIGHTS_FILE}: expected it beside {CONFIG_FILE}")
+    return path
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -97,33 +85,23 @@ def fingerprint(folder: str | Path) -> str:
     Raises:
         GatewiseError: it is no adapter, or a file cannot be read.
     """
-    weights = weights_of(folder)
-    try:
-        return hashlib.sha256(weights.read_bytes() + (Path(folder) / CONFIG_FILE).read_bytes()).hexdigest()
-    except OSError as error:
-        raise _unread(Path(folder), error) from error
+    return hashlib.sha256(content_of(weights_of(folder)) + content_of(Path(folder) / CONFIG_FILE)).hexdigest()
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Name -> shape of every tensor in a safetensors file, from its header; that also tells whether the file is whole.
 
     Raises:
-        GatewiseError: the file is damaged or cut short.
+        GatewiseError: the file cannot be read.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Errors are those of ``tensor_shapes``."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def stored_numbers(folder: str | Path) -> int:
@@ -131,12 +109,15 @@ def stored_numbers(folder: str | Path) -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(weights_of(folder)).values())
 
 
-def _damaged(path: Path, error: Exception) -> GatewiseError:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        path.open("rb").close()
-    except OSError as reason:  # of which safetensors says that there is no such file
-        return _unread(path, reason)
-    return GatewiseError(f"{path} is damaged or cut short ({error}): copy, download or save it again")
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise GatewiseError(
+            f"{path} is damaged or cut short, or this user may not read it ({error}): copy, download or save it again"
+        ) from error
 
 
 # ---------------------------------------------------------------- LoRA in it
@@ -148,13 +129,11 @@ class LoraModule:
 
     Attributes:
         path: the module's path in the base model, or that of the parameter whose experts are stacked.
-        a, b: the factors as they are stored. Linear layers and embeddings: A (r, d_in), B (d_out, r). Convolutions: A (r, d_in,
-            *kernel), B (d_out, r / groups, 1, ...). Stacked parameters of e experts: A (e * r, d_in), B (d_out, r * e), ordered
-            differently.
+        a, b: the factors as they are stored, A (r, d_in) and B (d_out, r); of convolutions with further dimensions. Stacked
+            parameters of e experts: A (e * r, d_in), B (d_out, r * e), ordered differently.
         keys: the names of a and b in the file.
         scaling: what PEFT multiplies B A by.
-        blocks: how many updates, each with slots of its own, the factors hold: experts or groups, otherwise 1.
-        stacked: whether those are experts.
+        experts: how many updates, each with slots of its own, the factors of a stacked parameter hold; None for a module.
         diagonal: AdaLoRA's singular values, or None.
         others: what else is trained of this module, by name in the file: DoRA's magnitude, B's bias.
     """
@@ -164,27 +143,27 @@ class LoraModule:
     b: Tensor
     keys: tuple[str, str]
     scaling: float
-    blocks: int
-    stacked: bool
+    experts: int | None
     diagonal: Tensor | None
     others: dict[str, Tensor]
 
     @property
+    def rank(self) -> int:
+        """The rank of the module, or of each expert, dead slots included."""
+        return len(self.a) // (self.experts or 1)
+
+    @property
     def rows(self) -> Tensor:
-        """A as (blocks, r, d_in), whatever the kind of layer."""
-        flat = self.a.flatten(1)
-        return flat.reshape(self.blocks, len(flat) // self.blocks, flat.shape[1])
+        """A as (experts or 1, r, d_in)."""
+        return self.a.flatten(1).unflatten(0, (self.experts or 1, self.rank))
 
     @property
     def columns(self) -> Tensor:
-        """B as (blocks, r, d_out), slot by slot as ``rows``."""
-        d_out, slots = self.b.shape[:2]
-        if self.stacked:
-            return self.b.reshape(d_out, slots // self.blocks, self.blocks).permute(2, 1, 0)
-        return self.b.reshape(self.blocks, d_out // self.blocks, slots).mT
+        """B as (experts or 1, r, d_out), slot by slot as ``rows``."""
+        return self.b.flatten(1).unflatten(1, (self.rank, self.experts or 1)).permute(2, 1, 0)
 
     def live(self) -> Tensor:
-        """(blocks, r) bool: slots that are not zero in both factors."""
+        """(experts or 1, r) bool: slots that are not zero in both factors."""
         return (self.rows != 0).any(-1) | (self.columns != 0).any(-1)
 
 
@@ -198,36 +177,20 @@ class LoraAdapter:
     metadata: dict[str, str]
 
 
+# PEFT's names of the factors. What else is called lora_... belongs to the module too, but for the routers of routed LoRA.
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?!router\b)(?P<part>[A-Za-z_]+?)(?:\.(?P<leaf>weight|bias))?$")
+_FACTORS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "E": "diagonal", "diag": "diagonal"}
+
+
 def read_lora(folder: str | Path) -> LoraAdapter:
     """Reads an adapter of type LORA, ADALORA or ROUTED_LORA from its folder, without its base model.
 
     Raises:
         GatewiseError: a file is missing or damaged, the adapter is of another type, or its configuration makes no sense.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    scalings = Scalings(config, str(folder / CONFIG_FILE))
-    path = weights_of(folder)
-    tensors, metadata = read_tensors(path)
-    modules, others = lora_modules(tensors, scalings, str(path))
-    return LoraAdapter(config, modules, others, metadata)
-
-
-# PEFT's names of the factors. What else is called lora_... belongs to the module too, but for the routers of routed LoRA.
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?!router\b)(?P<part>[A-Za-z_]+?)(?:\.(?P<leaf>weight|bias))?$")
-_FACTORS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "E": "diagonal", "diag": "diagonal"}
-
-
-def lora_modules(tensors: Mapping[str, Tensor], scalings: "Scalings", where: str) -> tuple[list[LoraModule], dict[str, Tensor]]:
-    """Sorts the tensors of a LoRA adapter by module.
-
-    Args:
-        tensors: name -> tensor, as PEFT saves them.
-        where: what errors call the tensors' place.
-
-    Returns:
-        The modules, and the tensors that belong to none.
-    """
+    config, where = read_config(folder), str(folder)
+    settings = _Settings(config, where)
+    tensors, metadata = read_tensors(weights_of(folder))
     keys: dict[str, dict[str, str]] = {}  # module path -> "A", "B", "diagonal" or the name itself -> name
     others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -237,42 +200,34 @@ def lora_modules(tensors: Mapping[str, Tensor], scalings: "Scalings", where: str
         else:
             part = name if match["leaf"] == "bias" else _FACTORS.get(match["part"], name)
             keys.setdefault(match["path"], {})[part] = name
-    if not any("A" in parts for parts in keys.values()):
+    if not keys:
         raise GatewiseError(f"{where} holds no LoRA weights (names that end in lora_A.weight): give a LoRA adapter")
     for path, parts in keys.items():
-        for part in ("A", "B"):
-            if part not in parts:
-                raise GatewiseError(f"{where}: {path} has no lora_{part}, the file is incomplete: save the adapter again")
-    parameters = _parameters({path: len(tensors[parts["A"]]) for path, parts in keys.items()}, scalings, where)
-    modules = []
-    for path, parts in keys.items():
-        a, b = tensors[parts["A"]], tensors[parts["B"]]
-        blocks = _groups(a, b)
-        stacked = path in parameters and blocks is not None
-        path, experts = parameters.get(path, (path, 1))
-        blocks = experts if stacked else blocks
-        if blocks is None:
+        if not {"A", "B"} <= parts.keys() or len(tensors[parts["A"]]) != tensors[parts["B"]].shape[1]:
             raise GatewiseError(
-                f"{where}: {path} has lora_A of shape {tuple(a.shape)} and lora_B of shape {tuple(b.shape)}, whose "
-                "ranks differ, so the file is damaged: save the adapter again"
+                f"{where}: lora_A and lora_B of {path} are not both there or do not fit each other, as in grouped convolutions, "
+                "which are not read: save the adapter again"
             )
+    experts = _stacked_experts({path: len(tensors[parts["A"]]) for path, parts in keys.items()}, settings, where)
+    modules = []
+    for name, parts in keys.items():
+        path, count = experts.get(name, (name, None))
         modules.append(
             LoraModule(
                 path=path,
-                a=a,
-                b=b,
+                a=tensors[parts["A"]],
+                b=tensors[parts["B"]],
                 keys=(parts["A"], parts["B"]),
-                scaling=scalings[path],
-                blocks=blocks,
-                stacked=stacked,
+                scaling=settings.scaling(path),
+                experts=count,
                 diagonal=tensors[parts["diagonal"]] if "diagonal" in parts else None,
                 others={name: tensors[name] for part, name in parts.items() if part == name},
             )
         )
-    return modules, others
+    return LoraAdapter(config, modules, others, metadata)
 
 
-def _parameters(rows: Mapping[str, int], scalings: "Scalings", where: str) -> dict[str, tuple[str, int]]:
+def _stacked_experts(rows: Mapping[str, int], settings: "_Settings", where: str) -> dict[str, tuple[str, int]]:
     """The parameters that ``target_parameters`` names: path in the file -> (path of the parameter, its experts).
 
     PEFT saves the factors of a module's last parameter under the module's path, those of the one before under that path with
@@ -282,7 +237,7 @@ def _parameters(rows: Mapping[str, int], scalings: "Scalings", where: str) -> di
     Args:
         rows: path in the file -> rows of A.
     """
-    if not scalings.parameters:
+    if not settings.parameters:
         return {}
     homes: dict[str, list[str]] = {}  # module -> the paths in the file that have its parameters, the outermost first
     for path in sorted(rows, key=len):
@@ -290,10 +245,10 @@ def _parameters(rows: Mapping[str, int], scalings: "Scalings", where: str) -> di
     found: dict[str, tuple[str, int]] = {}
     for module, paths in homes.items():
         names = sorted(
-            name for owner, _, name in (one.rpartition(".") for one in scalings.parameters) if f".{module}".endswith(f".{owner}")
+            name for owner, _, name in (one.rpartition(".") for one in settings.parameters) if f".{module}".endswith(f".{owner}")
         )
         for order in itertools.permutations(dict.fromkeys(names), len(paths)):
-            ranks = [scalings.rank(f"{module}.{name}") for name in order]
+            ranks = [settings.rank(f"{module}.{name}") for name in order]
             experts = {rows[path] / rank for path, rank in zip(paths, ranks, strict=True)}
             if len(experts) == 1 and (count := experts.pop()).is_integer():
                 found |= {path: (f"{module}.{name}", int(count)) for path, name in zip(paths, order, strict=True)}
@@ -307,86 +262,51 @@ def _parameters(rows: Mapping[str, int], scalings: "Scalings", where: str) -> di
     return found
 
 
-def _groups(a: Tensor, b: Tensor) -> int | None:
-    """The groups of the convolution whose factors these are, 1 for all other layers; None: they do not belong together."""
-    if a.ndim < 2 or b.ndim < 2:
-        return None
-    slots, (d_out, columns) = len(a), b.shape[:2]
-    if slots == columns:
-        groups = 1
-    elif b.ndim > 2 and columns and slots % columns == 0 and d_out % (slots // columns) == 0:
-        groups = slots // columns
-    else:
-        return None
-    return groups if b.numel() == d_out * columns else None
+class _Settings:
+    """Rank and scaling of each module, from an adapter's configuration.
 
-
-LORA_TYPES = ("LORA", "ADALORA", "ROUTED_LORA")
-
-
-class Scalings:
-    """What PEFT multiplies each module's B A by, from an adapter's configuration: ``Scalings(config, where)[path]``.
-
-    alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, with the module's own rank and alpha where a pattern has them.
+    PEFT multiplies B A by alpha / r, or by alpha / sqrt(r) with rank-stabilised LoRA, with the module's own rank and alpha where a
+    pattern has them.
 
     Args:
         config: the contents of adapter_config.json.
-        where: what errors call it.
+        where: what errors call the adapter.
 
     Raises:
-        GatewiseError: not the configuration of a LoRA adapter, one with factors in blocks, or numbers in it that are none.
+        GatewiseError: not LoRA, LoRA with factors in blocks, or ranks and alphas that are no numbers.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         kind = str(config.get("peft_type"))
-        if kind not in LORA_TYPES:
-            hint = ": its prompts have no ranks" if kind.endswith(("_PROMPT", "_TUNING")) else ""
-            raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(LORA_TYPES)}){hint}")
-        if config.get("use_bdlora"):
+        if kind not in ("LORA", "ADALORA", "ROUTED_LORA") or config.get("use_bdlora"):  # bdlora stores A or B in blocks
             raise GatewiseError(
-                f"{where} has use_bdlora, which stores A or B in blocks that gatewise does not read: use the adapter as it is"
+                f"{where}: peft_type is {kind}, expected a LoRA adapter (LORA, ADALORA, ROUTED_LORA) without use_bdlora"
             )
         self._adaptive = kind == "ADALORA"
         self._stabilised = bool(config.get("use_rslora")) and not self._adaptive
         self.parameters = [str(name) for name in config.get("target_parameters") or ()]
-        rank = "init_r" if self._adaptive else "r"
-        ranks, alphas = {rank: config.get(rank, 8)}, {"lora_alpha": config.get("lora_alpha", 8)}  # PEFT's own defaults
-        patterns: dict[str, Mapping[str, Any]] = {}
-        for key, numbers in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            # AdaLoRA keeps lists of booleans under rank_pattern, which do not change the scaling.
-            given = None if self._adaptive else config.get(key)
-            if not isinstance(given, dict | None):
-                raise GatewiseError(f"{where}: {key} is {_json_type(given)}, expected an object of module: number")
-            patterns[key] = given or {}
-            numbers |= {f"{key}[{name!r}]": number for name, number in patterns[key].items()}
-        for numbers, wanted in ((ranks, "a positive number"), (alphas, "a number")):
-            for key, number in numbers.items():
-                if not is_number(number) or (numbers is ranks and number <= 0):
-                    raise GatewiseError(f"{where}: {key} is {number!r}, expected {wanted}")
-        self._r, self._alpha = float(ranks[rank]), float(alphas["lora_alpha"])
-        self._ranks, self._alphas = (_compiled(key, pattern, where) for key, pattern in patterns.items())
-
-    def __getitem__(self, path: str) -> float:
-        rank, alpha = _first_match(self._ranks, path, self._r), _first_match(self._alphas, path, self._alpha)
-        if self._adaptive:
-            return (alpha if alpha > 0 else rank) / (rank + 1e-5)
-        return alpha / math.sqrt(rank) if self._stabilised else alpha / rank
+        # AdaLoRA keeps lists of booleans under rank_pattern, which do not change the scaling.
+        patterns = [{} if self._adaptive else config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+        try:
+            self._r, self._alpha = float(config.get("init_r" if self._adaptive else "r", 8)), float(config.get("lora_alpha", 8))
+            # PEFT's rule (get_pattern_key): the first key that matches at the end of the path wins. Compiled here, because one
+            # pattern a module can outgrow the cache of `re`.
+            self._ranks, self._alphas = (
+                [(re.compile(rf"(.*\.)?({name})$"), float(number)) for name, number in pattern.items()] for pattern in patterns
+            )
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise GatewiseError(f"{where}: {CONFIG_FILE} has ranks or alphas that PEFT cannot use ({error})") from error
 
     def rank(self, path: str) -> int:
         """The rank that the configuration gives a module."""
         return int(_first_match(self._ranks, path, self._r))
 
-
-def _compiled(key: str, pattern: Mapping[str, Any], where: str) -> list[tuple[re.Pattern[str], float]]:
-    """PEFT's rule (get_pattern_key): the first key that matches at the end of the path wins."""
-    compiled = []
-    for name, number in pattern.items():
-        try:
-            # Compiled here, because one pattern a module can outgrow the cache of `re`.
-            compiled.append((re.compile(rf"(.*\.)?({name})$"), float(number)))
-        except re.error as error:
-            raise GatewiseError(f"{where}: {key} has the key {name!r}, which is not a valid regular expression: {error}") from error
-    return compiled
+    def scaling(self, path: str) -> float:
+        """What PEFT multiplies the module's B A by."""
+        rank, alpha = _first_match(self._ranks, path, self._r), _first_match(self._alphas, path, self._alpha)
+        if self._adaptive:
+            return (alpha if alpha > 0 else rank) / (rank + 1e-5)
+        return alpha / math.sqrt(rank) if self._stabilised else alpha / rank
 
 
 def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, default: float) -> float:
@@ -426,7 +346,7 @@ class Allocation:
 
 
 def read_allocation(folder: str | Path) -> Allocation:
-    """The rounds of an adapter from ``allocation.json`` in its folder; none where there is no such file of gatewise's.
+    """The rounds of an adapter from ``allocation.json`` in its folder; none where there is no such file.
 
     Raises:
         GatewiseError: the file is damaged, or of a newer version.
@@ -434,27 +354,25 @@ def read_allocation(folder: str | Path) -> Allocation:
     path = Path(folder) / ALLOCATION_FILE
     if not path.is_file():
         return Allocation()
-    record = _read_json(path, "restore or remove the file")
-    if not isinstance(record, dict) or "rounds" not in record or "format" not in record:
-        return Allocation()  # a file of that name that somebody else wrote
-    if record["format"] != 1:
-        raise GatewiseError(f"{path} has format {record['format']!r}, this version reads format 1: upgrade gatewise")
-    rounds: list[RoundSummary] = []
-    ranks: dict[str, int] = {}
-    for index, entry in enumerate(record["rounds"] if isinstance(record["rounds"], list) else [None]):
-        try:
-            ranks = {str(key): int(rank) for key, rank in entry["ranks"].items()}
-            pruned, grown = (sum(len(slots) for slots in entry[key].values()) for key in ("pruned", "grown"))
-            after = sum(ranks.values())
-            before, loss_after = (None if entry.get(key) is None else float(entry[key]) for key in ("loss_before", "loss_after"))
-            number = int(entry.get("round", index))
-            step = None if entry.get("step") is None else int(entry["step"])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise GatewiseError(
-                f"{path}: rounds[{index}] is not a round as gatewise writes it ({error!r}): restore or remove the file"
-            ) from error
-        rounds.append(RoundSummary(number, step, after + pruned - grown, after, pruned, grown, before, loss_after))
-    return Allocation(str(record.get("score") or "") or None, tuple(rounds), ranks)
+    record = _read_json(path)
+    try:
+        if record["format"] != 1:
+            raise ValueError(f"format {record['format']}")
+        rounds = []
+        for entry in record["rounds"]:
+            pruned, grown = (sum(map(len, entry[key].values())) for key in ("pruned", "grown"))
+            after = sum(entry["ranks"].values())
+            rounds.append(
+                RoundSummary(
+                    entry["round"], entry["step"], after + pruned - grown, after, pruned, grown,
+                    entry["loss_before"], entry["loss_after"],
+                )
+            )  # fmt: skip
+        return Allocation(record["score"], tuple(rounds), dict(record["rounds"][-1]["ranks"]) if rounds else {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise GatewiseError(
+            f"{path} is not what this version of gatewise writes ({error!r}): restore or remove the file, or upgrade gatewise"
+        ) from error
 
 
 # ---------------------------------------------------------------- search.json
@@ -495,94 +413,31 @@ def read_selection(path: Path) -> Selection:
     Raises:
         GatewiseError: no such file, or one that does not hold a selection.
     """
+    told = _read_json(path)
+    told.pop("format", None)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        layers, gates = [int(layer) for layer in told["layers"]], [float(gate) for gate in told["gates"]]
-        losses = None if told.get("losses") is None else [float(loss) for loss in told["losses"]]
-        if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < len(gates):
-            raise ValueError(f"layers {layers} of {len(gates)}")
-        return Selection(
-            layers=layers,
-            gates=gates,
-            losses=losses,
-            steps=int(told["steps"]),
-            seconds=float(told["seconds"]),
-            resumed_from=None if told["resumed_from"] is None else int(told["resumed_from"]),
-            settings=dict(told["settings"]),
-            log=list(told["log"]),
-        )
-    except (OSError, ValueError, KeyError, OverflowError, TypeError) as error:
-        raise GatewiseError(
-            f"{path} is not what a search wrote ({type(error).__name__}: {error}): restore it, or search again with --overwrite"
-        ) from error
+        return Selection(**told)
+    except TypeError as error:
+        raise GatewiseError(f"{path} is not what a search wrote ({error}): restore it, or search again with --overwrite") from error
 
 
 # ---------------------------------------------------------------- gatewise.json
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
-    """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere.
-
-    Raises:
-        GatewiseError: the file is damaged, or one of its values is of another kind than a run writes.
-    """
+    """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere."""
     path = Path(folder) / NOTE_FILE
-    advice = "restore it, or remove it and give --template-prompt and --labels where prompts are written"
-    note = _object(path, advice) if path.is_file() else {}
-    training = note.get("training")
-    for found, kinds in ((note, _IN_NOTE), (training if isinstance(training, dict) else {}, _IN_TRAINING)):
-        for key, (expected, fits) in kinds.items():
-            if (value := found.get(key)) is not None and not fits(value):
-                raise GatewiseError(f"{path}: {key} is {value!r}, expected {expected}: {advice}")
-    return note
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-# What of a note is read, in words and as a test. Null says nothing.
-_COUNT = ("a whole number of at least 1", lambda value: is_whole(value) and value >= 1)
-_NOT_NEGATIVE = ("a number of at least 0", lambda value: is_number(value) and 0 <= value < math.inf)
-_IN_NOTE: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("task", "template", "dtype"), ("text", _text)),
-    **dict.fromkeys(("max_length", "max_new_tokens"), _COUNT),
-    "labels": ("a list of texts", lambda value: isinstance(value, list) and all(map(_text, value))),
-    "label_words": ("a text for each label", lambda value: isinstance(value, dict) and all(map(_text, value.values()))),
-    "training": ("an object", lambda value: isinstance(value, dict)),
-}
-_IN_TRAINING: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("batch_size", "gradient_accumulation"), _COUNT),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
-    "learning_rate": ("a number above 0", lambda value: is_number(value) and 0 < value < math.inf),
-}
+    return _read_json(path) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------- JSON
 
 
-def _object(path: Path, advice: str) -> dict[str, Any]:
-    content = _read_json(path, advice)
-    if not isinstance(content, dict):
-        raise GatewiseError(f"{path} holds {_json_type(content)}, expected an object: {advice}")
-    return content
-
-
-def _read_json(path: Path, advice: str) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _unread(path, error) from error
+        content = json.loads(content_of(path))
     except (ValueError, RecursionError) as error:
-        raise GatewiseError(f"{path} is not valid JSON ({error}): {advice}") from error
-
-
-def _unread(path: Path, error: OSError) -> GatewiseError:
-    if isinstance(error, PermissionError):  # safetensors writes files that only their owner can read
-        return GatewiseError(f"{path} cannot be read ({error.strerror}): let the user of this process read it")
-    return GatewiseError(f"{path} cannot be read: {error.strerror or error}")
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+        raise GatewiseError(f"{path} is not valid JSON ({error}): restore the file") from error
+    if not isinstance(content, dict):
+        raise GatewiseError(f"{path} holds no JSON object: restore the file")
+    return content

@@ -1,14 +1,13 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
@@ -19,7 +18,7 @@ from gatewise.models.loading import HEADS, Task, class_names, load_model, load_t
 from gatewise.parts import TASKS
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
-from gatewise.tasks.records import check_labels, load_like
+from gatewise.tasks.records import check_labels, load_records
 
 _BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
 
@@ -71,69 +70,56 @@ def load_with_data(
 
 
 def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Template | None, int]:
-    """The part of ``load_with_data`` that needs no model: rows, how prompts are written, and the most tokens of a sequence."""
-    note = read_note(adapter)
-    _refuse_other_tasks(adapter, note)
-    causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
+    """The part of ``load_with_data`` that needs no model.
 
-    def classes() -> list[str] | None:
-        base = options.base or _peft_config(adapter).base_model_name_or_path
-        return class_names(base) if base else None
-
-    records, template = read_rows(str(adapter), data, options, note, causal, classes)
-    return records, template, int(note.get("max_length") or 512)
-
-
-def read_rows(
-    called: str, data: str, options: DataOptions, note: Mapping[str, Any], causal: bool, classes: Callable[[], list[str] | None]
-) -> tuple[Records, Template | None]:
-    """Rows for a model, with their labels in the order of its classes, and how prompts are written for it.
-
-    Args:
-        called: what the model is called in errors.
-        note: of its run; empty where there is none.
-        causal: it writes; otherwise it is a classifier.
-        classes: what the model itself calls its classes, in order; None where it does not say.
+    Returns:
+        Rows, with their labels in the order of a classifier's classes; how prompts are written, None for a classifier; and the most
+        tokens of a sequence.
 
     Raises:
         GatewiseError: the data cannot be read, or labels and classes do not fit each other.
     """
+    note = read_note(adapter)
+    _refuse_other_tasks(adapter, note)
+    config = _peft_config(adapter)
+    causal = (note.get("task") or _task_of(config, adapter)) == "causal"
+    length = int(note.get("max_length") or 512)
     names, words = note.get("labels"), note.get("label_words")
     if options.labels:
-        given, with_words = _labels(options.labels)
-        same = names is not None and set(given) == set(names)  # in an order of one's own, perhaps, with the run's words
-        if with_words and not causal:
-            raise GatewiseError(f"{called} is a classifier, which writes no words: give --labels without them")
-        if causal or not same:  # of a run's classifier, which class is which does not change
-            names, words = given, words if same and with_words is None else with_words
-    records = load_like(data, names, split=options.split, limit=options.limit)
+        given = _labels(options.labels)
+        same = names is not None and set(given) == set(names)  # perhaps in another order
+        if any(given.values()):
+            words = given
+        elif not same:
+            words = None
+        if causal or not same:  # which class of a run's classifier is which does not change
+            names = list(given)
+    records = load_records(data, split=options.split, limit=options.limit, labels=names)
     if not causal and names is None and records.labels is not None:
-        records = replace(records, labels=_in_order(called, classes(), records.labels))
-    if options.labels and records.labels is None:
-        raise GatewiseError(f"{data} holds {records.kind} rows, which have no labels: leave --labels out")
+        base = options.base or config.base_model_name_or_path
+        known = class_names(base) if base else None
+        if known is None or not set(records.labels) <= set(known):
+            told = f" ({', '.join(known)})" if known else ""
+            raise GatewiseError(
+                f"{adapter} does not say which of its classes{told} is which of the labels {', '.join(records.labels)}: give "
+                "--labels with all of them, in the order of the classes"
+            )
+        records = replace(records, labels=known)
     check_labels(records, "give --labels with all of them")
-    template = None
     if causal:
-        prompt = options.prompt or note.get("template") or default_template(records).prompt
-        template = Template(prompt, words if records.labels is not None else None)
-    elif options.prompt:
-        raise GatewiseError(f"{called} is a classifier, which reads the text itself: leave the prompt's template out")
-    return records, template
+        return records, Template(options.prompt or note.get("template") or default_template(records).prompt, words), length
+    if options.prompt:
+        raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
+    return records, None, length
 
 
-def _in_order(called: str, known: list[str] | None, found: Sequence[str]) -> list[str]:
-    """The labels that rows have, in the order of a classifier's classes.
-
-    Raises:
-        GatewiseError: they have other names, or none.
-    """
-    if known is None or not set(found) <= set(known):
-        told = f" (its base model calls them {', '.join(known)})" if known else ""
-        raise GatewiseError(
-            f"{called} does not say which of its classes{told} is which of the labels {', '.join(found)}: give --labels with all "
-            "of them, in the order of the classes"
-        )
-    return known
+def _labels(text: str) -> dict[str, str]:
+    """Label -> the word for it, empty where only labels are given."""
+    parts = [part.partition("=") for part in text.split(",")]
+    found = {name.strip(): word.strip() for name, _, word in parts}
+    if len(found) < len(parts) or not all(found) or any(found.values()) != all(found.values()):
+        raise GatewiseError(f"--labels {text!r}: expected 'no,yes', or with a word for each label 'no=bad,yes=good'")
+    return found
 
 
 def load_as_trained(
@@ -155,25 +141,8 @@ def load_as_trained(
     return load_adapter(adapter, base=base, dtype=dtype, device=device, trainable=trainable, around=around)
 
 
-def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:
-    parts = [part.strip() for part in text.split(",")]
-    pairs = [part.partition("=") for part in parts]
-    names = [name.strip() for name, _, _ in pairs]
-    with_words = [bool(equals and word.strip()) for _, equals, word in pairs]
-    if not all(names) or len(names) < 2 or any(with_words) != all(with_words):
-        raise GatewiseError(f"--labels {text!r}: expected 'no,yes', or with a word for each label 'no=bad,yes=good'")
-    return names, {name.strip(): word.strip() for name, _, word in pairs} if all(with_words) else None
-
-
 # The last linear of a sequence classifier: BERT and kin, decoders, RoBERTa and kin.
 _CLASSIFIER = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight$")
-
-
-# How torch reports the first of the tensors that do not fit.
-_SIZE_MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
-    r"the shape in current model is torch\.Size\((.*?)\)"
-)
 
 
 def load_adapter(
@@ -196,24 +165,19 @@ def load_adapter(
     """
     folder = Path(adapter_dir).expanduser()
     config, weights = _peft_config(folder), weights_of(folder)
-    shapes = tensor_shapes(weights)
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
     task = "encoder" if around else _task_of(config, folder)
-    num_labels = _count_labels(shapes, weights) if task == "classification" else None
+    num_labels = _count_labels(weights) if task == "classification" else None
     place = pick_device(device)
     precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
-    try:
-        brought = getattr(config, "modules_to_save", None) or ()
-        model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought)
-        model = around(model) if around else model
-        own_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
-        if task == "classification":
-            pad_as(model, tokenizer)
-    except GatewiseError as error:
-        raise GatewiseError(f"the adapter {folder} could not be put on its base model: {error}") from error
+    brought = getattr(config, "modules_to_save", None) or ()
+    model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought)
+    model = around(model) if around else model
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
+    if task == "classification":
+        pad_as(model, tokenizer)
     adapted = _put(model, config, folder, "default", base_name, trainable)
     if not trainable:  # PEFT leaves soft prompts and biases free
         adapted.requires_grad_(False)
@@ -283,34 +247,23 @@ def _put(
     model: PreTrainedModel | PeftModel, config: PeftConfig, folder: Path, name: str, base_name: str, trainable: bool = False
 ) -> PeftModel:
     config.inference_mode = not trainable
-    _sound(weights_of(folder))
+    weights = weights_of(folder)
+    for key, tensor in read_tensors(weights)[0].items():
+        # A router would make of such numbers a choice of experts like any other.
+        if "lora_" in key and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise GatewiseError(f"{weights} is damaged: {key} has numbers that are not finite; copy, download or train it again")
     try:
         with quiet():
             adapted = model if isinstance(model, PeftModel) else get_peft_model(model, config, adapter_name=name)
             result = adapted.load_adapter(str(folder), name, is_trainable=trainable, torch_device="cpu")
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise _misfit(folder, base_name, _why_not(error)) from error
-    _check_all_found(result, config, folder, base_name)
-    return adapted
-
-
-def _sound(weights: Path) -> dict[str, Tensor]:
-    """An adapter's tensors. LoRA that is not finite is refused: a router makes of it a choice of experts like any other."""
-    tensors, _ = read_tensors(weights)
-    for key, tensor in tensors.items():
-        if "lora_" in key and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise GatewiseError(
-                f"{weights} is damaged: {key} has numbers that are not finite; copy or download the adapter again, or train it anew"
-            )
-    return tensors
-
-
-def _check_all_found(result: Any, config: PeftConfig, folder: Path, base_name: str) -> None:
-    """PEFT itself passes over tensors that found no module, and modules that found no tensor."""
+        raise _misfit(folder, base_name, reason_of(error)) from error
+    # PEFT itself passes over tensors that found no module, and modules that found no tensor.
     if result.missing_keys:
         raise _misfit(folder, base_name, f"the adapter has no weights for {some(sorted(result.missing_keys), 1)}")
     if result.unexpected_keys and not config.is_prompt_learning:  # a soft prompt is loaded apart from the modules
         raise _misfit(folder, base_name, f"the base has no module for the adapter's {some(sorted(result.unexpected_keys), 1)}")
+    return adapted
 
 
 def _peft_config(folder: Path) -> PeftConfig:
@@ -349,8 +302,8 @@ def _refuse_other_tasks(folder: Path, note: Mapping[str, Any]) -> None:
         raise GatewiseError(f"the adapter {folder} {elsewhere}")
 
 
-def _count_labels(shapes: dict[str, list[int]], weights: Path) -> int:
-    for key, shape in shapes.items():
+def _count_labels(weights: Path) -> int:
+    for key, shape in tensor_shapes(weights).items():
         if _CLASSIFIER.search(key) and len(shape) == 2:
             return shape[0]
     raise GatewiseError(f"{weights} has no classifier, though the adapter is for classification: save it again with one.")
@@ -358,10 +311,3 @@ def _count_labels(shapes: dict[str, list[int]], weights: Path) -> int:
 
 def _misfit(folder: Path, base: str, why: str) -> GatewiseError:
     return GatewiseError(f"the adapter {folder} does not fit the base model {base!r}: {why}")
-
-
-def _why_not(error: Exception) -> str:
-    first = _SIZE_MISMATCH.search(str(error))
-    if isinstance(error, KeyError):
-        return f"there is no {error.args[0] if error.args else 'such module'}"
-    return "{} is {} in the adapter and {} in the base".format(*first.groups()) if first else reason_of(error)

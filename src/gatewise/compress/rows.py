@@ -13,9 +13,8 @@ from gatewise.compress.recovery import Recovery
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind
 from gatewise.tasks import Records, Template
-from gatewise.tasks.encoding import check_labelled
 from gatewise.tasks.metrics import check_classes
-from gatewise.tasks.records import Row, load_like
+from gatewise.tasks.records import Row, load_records
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ def rows_for(
     """
     records, template, train = loaded.records, loaded.template, None
     if loss_kind(loaded.model) == "rows":
-        check_labelled(records)
         check_classes(loaded.model, records)
     measure = measure or ("loss" if records.kind == "generation" else "right")
     if measure == "right" and records.kind == "generation":
@@ -56,7 +54,7 @@ def rows_for(
     if recovery is None:
         scored, held_out = split(held_out, score_rows)
     else:
-        train = load_like(recovery.data, records.labels, split=recovery.split)
+        train = load_records(recovery.data, split=recovery.split, labels=records.labels)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
         train = _without_repeats(train, template, say, set(_shown_text(records, template)))

@@ -199,6 +199,6 @@ class HarnessModel(TemplateLM):
         for (most, until), members in groups.items():
             prompts = [self.tok_encode(requests[index].args[0])[-(self.max_length - most) :] for index in members]
             written = write_texts(self.model, self.tokenizer, prompts, self.batch_size, most, until=until, progress=self.progress)
-            for index, text in zip(members, written, strict=True):
+            for index, (text, _) in zip(members, written, strict=True):
                 texts[index] = text
         return texts

@@ -44,7 +44,7 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
             they are given by kind, which holds in all layers.
     """
     paths = sorted(module.path for module in adapter.modules)
-    rank = max(len(module.a) // (module.blocks if module.stacked else 1) for module in adapter.modules)
+    rank = max(module.rank for module in adapter.modules)
     declared = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]  # vLLM refuses more of these too
     rank = max(rank, *(one for one in declared if isinstance(one, int)), 1)
     others = [name for name in adapter.others if f".{ROUTER}." not in name]

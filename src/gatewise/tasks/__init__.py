@@ -2,7 +2,7 @@
 
 from gatewise.tasks.encoding import PadCollator, Template, default_template, encode, encode_classification, prompt_ids, score_batch
 from gatewise.tasks.metrics import end_ids, evaluate, generate_ids, measuring, most_positions
-from gatewise.tasks.records import Records, final_number, load_records, sample_names
+from gatewise.tasks.records import Records, final_number, load_records
 
 __all__ = [
     "PadCollator",
@@ -19,6 +19,5 @@ __all__ = [
     "measuring",
     "most_positions",
     "prompt_ids",
-    "sample_names",
     "score_batch",
 ]

@@ -6,12 +6,13 @@ Shapes: b batch, t tokens.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import permutations
 from string import Formatter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
@@ -54,15 +55,11 @@ class Template:
             raise GatewiseError(
                 f"the prompt {self.prompt!r} shows nothing of the row; write its fields in braces: {', '.join(fields)}"
             )
-        self.render(records.rows[0])
-        if records.labels is not None and self.labels is not None:
-            missing = [label for label in records.labels if not self.labels.get(label, "").strip()]
-            if missing:
-                raise GatewiseError(f"the template's labels have no word for {missing[0]!r}; they have {_quoted(self.labels)}")
-            words = [self.labels[label].strip() for label in records.labels]
-            twice = [word for word in words if words.count(word) > 1]
-            if twice:
-                raise GatewiseError(f"the template's labels write {twice[0]!r} for more than one label; give each its own word")
+        for row in records.rows:
+            self.render(row)
+        words = self.labels
+        if words is not None and (missing := [label for label in records.labels or () if not words.get(label, "").strip()]):
+            raise GatewiseError(f"the template's labels have no word for {missing[0]!r}; they have {', '.join(words)}")
 
     def render(self, row: Row) -> str:
         """The prompt of a row; of a field that is null nothing is written.
@@ -75,7 +72,7 @@ class Template:
             pieces.append(text)
             if field is not None:
                 if field not in row:
-                    raise GatewiseError(f"the prompt {self.prompt!r} has {{{field}}}, but the row's fields are {_quoted(row)}")
+                    raise GatewiseError(f"the prompt {self.prompt!r} has {{{field}}}, but a row has {', '.join(row)}")
                 value = "" if row[field] is None else row[field]
                 pieces.append("\n".join(map(str, value)) if isinstance(value, list) else str(value))
         return "".join(pieces).rstrip(" ")
@@ -84,9 +81,7 @@ class Template:
         """The continuations to choose from (kinds "label" and "choice"), each beginning with a space."""
         if records.labels is not None:
             return [" " + (label if self.labels is None else self.labels[label]).strip() for label in records.labels]
-        if records.kind == "choice":
-            return [" " + choice.strip() for choice in row["choices"]]
-        raise ValueError(f"rows of kind {records.kind!r} have no candidates")
+        return [" " + choice.strip() for choice in row["choices"]]
 
     def target(self, records: Records, row: Row) -> str:
         """The right continuation, beginning with a space. Of several targets it is the first."""
@@ -109,7 +104,7 @@ def default_template(records: Records) -> Template:
 
 def references(row: Row) -> list[str]:
     """All the right texts of a generation row."""
-    return list(row["targets"]) if "targets" in row else [row["target"]]
+    return list(row.get("targets") or [row["target"]])
 
 
 @lru_cache(maxsize=64)
@@ -125,10 +120,6 @@ def _parts(prompt: str) -> tuple[tuple[str, str | None], ...]:
                 f"the prompt {prompt!r}: braces may hold only a field's name, such as {{text}}; write {{{{ for a brace"
             )
     return tuple((text, field) for text, field, _, _ in parts)
-
-
-def _quoted(names: dict[str, str] | Row) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"
 
 
 def encode(
@@ -166,12 +157,6 @@ def encode(
     ]
 
 
-def check_labelled(records: Records) -> None:
-    """Raises GatewiseError for records without labels, of which a classifier learns nothing."""
-    if records.labels is None:
-        raise GatewiseError(f"{records.source} holds {records.kind} rows: a classifier needs rows with labels")
-
-
 def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
     """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
 
@@ -184,8 +169,8 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         GatewiseError: the records have no labels.
     """
-    check_labelled(records)
-    assert records.labels is not None
+    if records.labels is None:
+        raise GatewiseError(f"{records.source} holds {records.kind} rows: a classifier needs rows with labels")
     fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
     columns = [[row[field] for row in records.rows] for field in fields]
     if len(columns) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
@@ -239,28 +224,20 @@ def score_batch(
     classification: bool = False,
     max_length: int = 512,
 ) -> dict[str, Tensor]:
-    """A fixed batch to score ranks on: ``n`` rows (or all, if fewer) drawn without replacement and collated.
+    """A fixed batch to score ranks on: ``n`` rows (or all, if fewer) drawn without replacement.
 
     The draw depends on ``seed`` alone and leaves torch's random state as it is.
     """
-    if n < 1:
-        raise GatewiseError(f"a score batch of {n} rows was asked for: expected at least 1")
     drawn = torch.randperm(len(records.rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
     subset = replace(records, rows=[records.rows[index] for index in drawn])
-    features: Sequence[Mapping[str, Any]]
     if classification:
-        features = encode_classification(subset, tokenizer, max_length=max_length)
-    else:
-        features = encode(subset, tokenizer, template, max_length=max_length)
-    return PadCollator(tokenizer)(features)
+        return PadCollator(tokenizer)(encode_classification(subset, tokenizer, max_length=max_length))
+    return PadCollator(tokenizer)(encode(subset, tokenizer, template, max_length=max_length))
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """Rows of unlike length -> (b, t) long tensor, filled with ``value``."""
-    longest = max(map(len, rows))
-    if left:
-        return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
-    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -272,33 +249,23 @@ def candidate_ids(records: Records, tokenizer: PreTrainedTokenizerBase, template
     """Token ids of every candidate of every row (kinds "label" and "choice").
 
     Raises:
-        GatewiseError: a candidate has no tokens, or one label's are the beginning of another's: as labels are written without an
+        GatewiseError: a choice has no tokens, or one label's are the beginning of another's: as labels are written without an
             end, the longer one would never be likelier.
     """
-    if records.labels is not None:
-        written = template.candidates(records, records.rows[0])
-        ids = tuple(map(tuple, token_ids(tokenizer, written)))
-        _check_tokens(written, ids)
-        for (word, one), (other, longer) in combinations(zip(written, ids, strict=True), 2):
-            if one == longer:
-                raise GatewiseError(
-                    f"the label words {word!r} and {other!r} are the same tokens to this tokenizer; give the template other words "
-                    "for them"
-                )
-            shorter = min(len(one), len(longer))
-            if one[:shorter] == longer[:shorter]:
-                first, second = (word, other) if len(one) == shorter else (other, word)
-                raise GatewiseError(
-                    f"the label word {first!r} is the beginning of {second!r} to this tokenizer, which then would never be chosen; "
-                    "give the template other words for them"
-                )
-        return [ids] * len(records.rows)
-    per_row = [template.candidates(records, row) for row in records.rows]
-    flat = [text for texts in per_row for text in texts]
-    tokens = list(map(tuple, token_ids(tokenizer, flat)))
-    _check_tokens(flat, tokens)
-    stream = iter(tokens)
-    return [tuple(next(stream) for _ in texts) for texts in per_row]
+    if records.labels is None:
+        rows = [tuple(map(tuple, token_ids(tokenizer, template.candidates(records, row)))) for row in records.rows]
+        if not all(ids for row in rows for ids in row):
+            raise GatewiseError(f"{records.source}: a choice has no tokens in this tokenizer")
+        return rows
+    words = template.candidates(records, records.rows[0])
+    tokens = tuple(map(tuple, token_ids(tokenizer, words)))
+    for (word, ids), (other, longer) in permutations(zip(words, tokens, strict=True), 2):
+        if longer[: len(ids)] == ids:
+            raise GatewiseError(
+                f"the label word {word!r} is the beginning of {other!r} to this tokenizer, which then would never be chosen; give "
+                "the template other words for them"
+            )
+    return [tokens] * len(records.rows)
 
 
 def prompt_ids(
@@ -317,13 +284,11 @@ def prompt_ids(
     prefix = _text_prefix(tokenizer)
     prompts = []
     for text, ids, space in zip(texts, token_ids(tokenizer, texts), room, strict=True):
-        if not prefix and not ids:
-            raise GatewiseError(f"{records.source}: the prompt {text!r} has no tokens")
         left = space - len(prefix)
-        if left < 1:
+        if left < 1 or not (prefix or ids):
             raise GatewiseError(
-                f"{records.source}: the answer to {_shortened(text)!r} takes {max_length - space} tokens, which leaves "
-                f"no room for the prompt in {max_length}; raise max_length in the recipe of a run, or leave the row out"
+                f"{records.source}: the prompt {text[:60]!r} has no tokens, or its answer of {max_length - space} tokens leaves "
+                f"no room in {max_length}; raise max_length, or leave the row out"
             )
         prompts.append([*prefix, *ids[-left:]])
     return prompts
@@ -337,13 +302,3 @@ def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if dressed[start : start + len(bare)] == bare:
             return list(dressed[:start])
     return []
-
-
-def _check_tokens(texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    for text, ids in zip(texts, tokens, strict=True):
-        if not ids:
-            raise GatewiseError(f"the answer {text!r} has no tokens in this tokenizer")
-
-
-def _shortened(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[:length] + "…"

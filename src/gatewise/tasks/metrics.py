@@ -10,10 +10,9 @@ Shapes: b batch, t tokens, n positions read, V vocabulary.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def evaluate(
         template: for causal models; None takes `default_template`. Classifiers read the text itself.
         batch_size: sequences in one forward. The result does not depend on it.
         max_new_tokens: the most tokens written for a generation or number row; None takes 16 more than the longest right answer
-            has, and 64 at least, as far as the model's positions leave room for prompts.
+            has, and 64 at least, but no more than half of the model's positions.
         max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
         progress: called with (done, total) after every batch.
         answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
@@ -91,47 +90,44 @@ def evaluate(
     Raises:
         GatewiseError: the model cannot do this kind of task, or template, labels or lengths do not fit.
     """
-    answers = [] if answers is None else answers
-    if batch_size < 1:
-        raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
     positions, kind = most_positions(model), loss_kind(model)
     max_length = min(max_length, positions)
-    if kind == "rows":
-        with measuring(model):
-            return _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress, answers)
-    if kind != "causal" or base_of(model).get_output_embeddings() is None:
+    if kind != "rows" and (kind != "causal" or base_of(model).get_output_embeddings() is None):
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
         )
-    template = template or default_template(records)
-    template.check(records)
     with measuring(model):
-        if records.kind in ("label", "choice"):
-            return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
-        prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records.rows), max_length)
-        longest_prompt = max(map(len, prompts))
-        if max_new_tokens is None:
-            longest = max(map(len, token_ids(tokenizer, _golds(records))))
-            # Where positions are few, no prompt is cut so that an answer may be long.
-            max_new_tokens = min(max(64, longest + 16), max(64, positions - longest_prompt), positions // 2)
-        room = min(max_length, positions - max_new_tokens)
-        if max_new_tokens < 1 or room < 1:
-            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
-        if longest_prompt > room:
-            prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), max_length)
-        cut: set[int] = set()
-        written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress, cut=cut)
-    for at, (text, row) in enumerate(zip(written, records.rows, strict=True)):
-        right = {"right": final_number(text) == final_number(row["answer"])} if records.kind == "number" else {}
-        answers.append({"predicted": text, **right, **({"cut": True} if at in cut else {})})
-    return generation_metrics(records, written) if records.kind == "generation" else number_metrics(records, written)
+        if kind == "rows":
+            metrics, found = _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress)
+        else:
+            template = template or default_template(records)
+            template.check(records)
+            if records.kind in ("label", "choice"):
+                metrics, found = _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
+            else:
+                if max_new_tokens is None:
+                    right = [[row["answer"]] if records.kind == "number" else references(row) for row in records.rows]
+                    longest = max(map(len, token_ids(tokenizer, [text.strip() for texts in right for text in texts])))
+                    max_new_tokens = min(max(64, longest + 16), positions // 2)
+                room = min(max_length, positions - max_new_tokens)
+                prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), positions)
+                written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
+                metrics, found = _judge_texts(records, written)
+    if answers is not None:
+        answers += found
+    return metrics
 
 
-def _golds(records: Records) -> list[str]:
-    """All right answers of generation or number rows."""
-    if records.kind == "number":
-        return [row["answer"].strip() for row in records.rows]
-    return [text.strip() for row in records.rows for text in references(row)]
+# ---- what was written ----
+
+
+def _judge_texts(records: Records, written: Sequence[tuple[str, bool]]) -> tuple[Metrics, Answers]:
+    found: Answers = [{"predicted": text, **({} if ended else {"cut": True})} for text, ended in written]
+    if records.kind == "generation":
+        return generation_metrics(records, [text for text, _ in written]), found
+    for answer, row in zip(found, records.rows, strict=True):
+        answer["right"] = final_number(answer["predicted"]) == final_number(row["answer"])
+    return {"exact": sum(answer["right"] for answer in found) / len(found), "n": len(found)}, found
 
 
 def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
@@ -156,12 +152,6 @@ def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
     return {"bleu": float(bleu), "rougeL": float(sum(rouge) / len(rouge)), "n": len(records.rows)}
 
 
-def number_metrics(records: Records, written: Sequence[str]) -> Metrics:
-    """``exact`` and ``n`` of texts written for number records."""
-    hits = [final_number(text) == final_number(row["answer"]) for text, row in zip(written, records.rows, strict=True)]
-    return {"exact": sum(hits) / len(hits), "n": len(hits)}
-
-
 class _Words:
     """Splits text for ROUGE into lower-case words and Chinese characters; rouge-score's own drops other alphabets."""
 
@@ -175,7 +165,7 @@ def metrics_line(metrics: Mapping[str, float | int]) -> str:
 
 
 def cut_line(answers: Answers, option: str) -> str | None:
-    """How many of the texts that ``evaluate`` had written had not ended, and the option by which they may be longer."""
+    """How many of the written answers had not ended, and the option that lets them be longer; None if all had."""
     cut = sum("cut" in answer for answer in answers)
     return f"{cut} of {len(answers)} answers had not ended when they were cut; {option} lets them be longer" if cut else None
 
@@ -197,7 +187,7 @@ class _Run:
     row: int
     ids: list[int]
     first_read: int
-    members: tuple[int, ...]
+    members: list[int]
 
 
 def scored_candidates(
@@ -213,7 +203,7 @@ def scored_candidates(
     runs = [
         _Run(row, [*prompt, *context], len(prompt) - 1, members)
         for row, prompt in enumerate(prompts)
-        for context, members in _shared_contexts(candidates[row])
+        for context, members in _shared_contexts(candidates[row]).items()
     ]
     scores = [[(0.0, True)] * len(row) for row in candidates]
     device = _device(model)
@@ -249,18 +239,14 @@ def scored_candidates(
     return scores
 
 
-@lru_cache(maxsize=1024)
-def _shared_contexts(candidates: Candidates) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """The contexts c[:-1] that are not the beginning of another one, each with the candidates it serves."""
-    contexts: list[tuple[int, ...]] = []
-    for context in sorted({candidate[:-1] for candidate in candidates}, key=lambda c: (-len(c), c)):
-        if not any(longer[: len(context)] == context for longer in contexts):
-            contexts.append(context)
-    members: dict[tuple[int, ...], list[int]] = {context: [] for context in contexts}
-    for index, candidate in enumerate(candidates):
-        needed = candidate[:-1]
-        members[next(context for context in contexts if context[: len(needed)] == needed)].append(index)
-    return tuple((context, tuple(indices)) for context, indices in members.items())
+def _shared_contexts(candidates: Candidates) -> dict[tuple[int, ...], list[int]]:
+    """The contexts c[:-1] that are not the beginning of another one -> the candidates that each serves."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(candidates)), key=lambda index: (-len(candidates[index]), candidates[index])):
+        needed = candidates[index][:-1]
+        context = next((longer for longer in shared if longer[: len(needed)] == needed), needed)
+        shared.setdefault(context, []).append(index)
+    return shared
 
 
 def _batches(runs: Sequence[_Run], batch_size: int, max_reads: int) -> Iterator[list[_Run]]:
@@ -286,50 +272,41 @@ def _evaluate_candidates(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-    answers: Answers,
-) -> Metrics:
+) -> tuple[Metrics, Answers]:
     candidates = candidate_ids(records, tokenizer, template)
     room = [max_length - max(map(len, row)) for row in candidates]
     prompts = prompt_ids(records, tokenizer, template, room, max_length)
     scored = scored_candidates(model, tokenizer, prompts, candidates, batch_size, progress)
-    scores = [[score for score, _ in row] for row in scored]
-    hits = norm_hits = gold_tokens = 0
+    found: Answers = []
+    norm_hits = gold_tokens = 0
     gold_score = 0.0
-    _check_numbers(math.isnan(score) for row in scores for score in row)
-    golds = [records.gold_index(row) for row in records.rows]
-    for gold, texts, row in zip(golds, candidates, scores, strict=True):
-        per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
+    for row, texts, pairs in zip(records.rows, candidates, scored, strict=True):
+        gold, scores = records.gold_index(row), [score for score, _ in pairs]
+        per_token = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         # Two choices with the same text are the same answer.
-        best = row.index(max(row))
-        hits += texts[best] == texts[gold]
-        answers.append(_chosen(records, best, texts[best] == texts[gold], row))
+        best = scores.index(max(scores))
+        found.append(_chosen(records, best, texts[best] == texts[gold], scores))
         norm_hits += texts[per_token.index(max(per_token))] == texts[gold]
-        gold_score += row[gold]
+        gold_score += scores[gold]
         gold_tokens += len(texts[gold])
-    n = len(records.rows)
-    metrics: Metrics = {"accuracy": hits / n}
+    n = len(found)
+    metrics: Metrics = {"accuracy": sum(answer["right"] for answer in found) / n}
     if records.kind == "choice":
         metrics["accuracy_norm"] = norm_hits / n
-    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}
-
-
-def _check_numbers(not_a_number: Iterable[bool]) -> None:
-    if any(not_a_number):
-        raise GatewiseError(
-            "what the model computes is not finite: look for numbers that are not in the adapter and its base model, "
-            "or take float32"
-        )
+    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}, found
 
 
 def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
+    if any(map(math.isnan, scores)):
+        raise GatewiseError(
+            "what the model computes is not finite: look for such numbers in the adapter and its base model, or take float32"
+        )
     rounded = [round(score, 4) for score in scores]
     if records.labels is None:
         return {"predicted": index, "right": right, "log_likelihoods": rounded}
     return {
-        "predicted": records.labels[index],
-        "right": right,
-        "log_likelihoods": dict(zip(records.labels, rounded, strict=True)),
-    }
+        "predicted": records.labels[index], "right": right, "log_likelihoods": dict(zip(records.labels, rounded, strict=True))
+    }  # fmt: skip
 
 
 # ---- sequence classifiers ----
@@ -342,31 +319,27 @@ def _evaluate_classifier(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-    answers: Answers,
-) -> Metrics:
+) -> tuple[Metrics, Answers]:
     features = encode_classification(records, tokenizer, max_length=max_length)
     check_classes(model, records)
     order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))
     device = _device(model)
     collate = PadCollator(tokenizer)
-    hits, total = 0, 0.0
+    total = 0.0
     found: Answers = [{} for _ in features]
     for start in range(0, len(features), batch_size):
         rows = order[start : start + batch_size]
         batch = {key: value.to(device) for key, value in collate([features[row] for row in rows]).items()}
         labels = batch.pop("labels")
         logits = class_logits(model, batch).float()
-        scores, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
-        _check_numbers(scores.isnan().any(dim=1).tolist())
-        right = best == labels
-        hits += int(right.sum())
-        for row, index, hit, one in zip(rows, best.tolist(), right.tolist(), scores.tolist(), strict=True):
-            found[row] = _chosen(records, index, hit, one)
+        scores = logits.log_softmax(dim=-1)
+        for row, best, scores_of_row in zip(rows, logits.argmax(dim=-1).tolist(), scores.tolist(), strict=True):
+            found[row] = _chosen(records, best, best == features[row]["labels"], scores_of_row)
         total += float(F.nll_loss(scores, labels, reduction="sum"))
         if progress:
-            progress(min(start + batch_size, len(features)), len(features))
-    answers += found
-    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
+            progress(start + len(rows), len(features))
+    n = len(features)
+    return {"accuracy": sum(answer["right"] for answer in found) / n, "loss": total / n, "n": n}, found
 
 
 def encoded(
@@ -406,16 +379,15 @@ def write_texts(
     *,
     until: Sequence[str] = (),
     progress: Progress | None = None,
-    cut: set[int] | None = None,
-) -> list[str]:
+) -> list[tuple[str, bool]]:
     """What the model writes after each prompt, greedily, up to the end-of-text token or before the first of the texts ``until``.
 
-    Args:
-        cut: a set to which the numbers of the texts are added that neither ended.
+    Returns:
+        Each text, and whether it ended so; otherwise ``max_new_tokens`` cut it.
     """
     ends = end_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
+    found = [("", True)] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         stopped = _Stopped(tokenizer, until, len(prompts[rows[0]]), min(ends)) if until and ends else None
@@ -423,12 +395,11 @@ def write_texts(
         for row, tokens in zip(rows, written, strict=True):
             end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
             text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
-            texts[row] = text[: min((place for one in until if (place := text.find(one)) >= 0), default=len(text))]
-            if cut is not None and end == len(tokens) and len(texts[row]) == len(text):
-                cut.add(row)
+            stop = min((text.index(one) for one in until if one in text), default=len(text))
+            found[row] = text[:stop], end < len(tokens) or stop < len(text)
         if progress:
             progress(start + len(rows), len(prompts))
-    return texts
+    return found
 
 
 def generate_ids(
@@ -450,8 +421,8 @@ def generate_ids(
         GatewiseError: the tokenizer has no padding token.
     """
     pad_id = PadCollator(tokenizer).pad_id
-    ids = pad(prompts, pad_id, left=True).to(_device(model))
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(_device(model))
+    ids = pad(prompts, pad_id, side="left").to(_device(model))
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(_device(model))
     return generate_after(model, ids, mask, greedy(max_new_tokens, end_ids(model, tokenizer), pad_id), processor)
 
 

@@ -14,7 +14,7 @@ from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
 from gatewise.tasks.encoding import Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import cut_line, evaluate
-from gatewise.tasks.records import Records, check_labels, load_like, load_records
+from gatewise.tasks.records import Records, check_labels, load_records
 
 
 def _labels_as_text(value: Any) -> Any:
@@ -64,9 +64,9 @@ class Rows(Task):
         self.train = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
         check_labels(self.train, "give rows with other labels too, or name them all in data.labels")
         labels = self.train.labels
-        self.measured = {"dev": load_like(data.dev, labels, split=data.dev_split, limit=data.limit_dev)}
+        self.measured = {"dev": load_records(data.dev, split=data.dev_split, limit=data.limit_dev, labels=labels)}
         if data.test is not None:
-            self.measured["test"] = load_like(data.test, labels, split=data.test_split)
+            self.measured["test"] = load_records(data.test, split=data.test_split, labels=labels)
         for name, records in self.measured.items():
             if records.kind != self.train.kind:
                 raise GatewiseError(
@@ -104,17 +104,9 @@ class Causal(Rows):
     def read(self, noted: Mapping[str, Any] | None) -> None:
         """Rows, and the template that writes them."""
         super().read(noted)
-        rows, data = self.train, self.data
-        if data.max_new_tokens is not None and rows.kind in ("label", "choice"):
-            raise GatewiseError(
-                f"data.max_new_tokens is {data.max_new_tokens}, but {data.train} holds {rows.kind} rows, to which nothing is "
-                "written: remove the key"
-            )
-        self.prompt = Template(self.template.prompt or default_template(rows).prompt, self.template.labels)
-        for records in (rows, *self.measured.values()):
+        self.prompt = Template(self.template.prompt or default_template(self.train).prompt, self.template.labels)
+        for records in (self.train, *self.measured.values()):
             self.prompt.check(records)
-        for row in self.measured["test"].rows if "test" in self.measured else ():  # the others are rendered when they are encoded
-            self.prompt.render(row)
 
     def encode(
         self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
