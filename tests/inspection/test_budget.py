@@ -13,7 +13,6 @@ from maps import rendered
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import BdLoraConfig
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -186,18 +185,6 @@ def test_a_slot_counts_unless_both_halves_are_zero(dtype: torch.dtype, tmp_path:
     assert module.allocated == 4 * (16 + 16) + 16
     assert module.norm == pytest.approx(norm_of(layer), rel=0.02)
     assert budget.rank == budget.total("capacity") - 2
-
-
-def test_the_usual_key_spellings_are_read(tmp_path: Path) -> None:
-    tensors = random_factors("model.layers.0.self_attn.q_proj")
-    plain = random_factors("model.layers.1.self_attn.q_proj")
-    magnitude = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(5)}
-    write_folder(tmp_path, tensors)
-    prefixed = {f"base_model.model.{key}": value for key, value in tensors.items()}
-    save_file(prefixed | plain | magnitude, tmp_path / "adapter_model.safetensors")
-    budget = read_budget(str(tmp_path))
-    assert [module.parameters for module in budget.modules] == [4 * 11 + 5, 4 * 11]
-    assert [module.layer for module in budget.modules] == [0, 1]
 
 
 def test_rounds_are_read_and_a_module_that_lost_all_stays_visible(tmp_path: Path) -> None:

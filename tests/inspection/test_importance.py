@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, random_adapter
+from tiny_models import EXPERTS
 from tiny_run import write_adapter, write_base, write_rows
-from transformers import AutoModelForCausalLM
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES, as_score
@@ -23,7 +22,6 @@ from gatewise.inspection import importance_lines
 from gatewise.inspection.importance import importance_of, score_adapter
 from gatewise.inspection.suggestion import suggest
 from gatewise.losses import mean_loss
-from gatewise.models import load_adapter, load_model
 from gatewise.runs.measure import measure_adapter
 
 Adapted = Callable[..., PeftModel]
@@ -125,19 +123,6 @@ def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapt
     assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
 
 
-def test_a_score_of_ones_own(adapted: Adapted, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_to_inspect.py").write_text("""
-from gatewise.allocation.slots import live_slots, lora_layers
-
-def by_place(model, batch, adapter):
-    return {path: [0.5 + slot for slot in live_slots(layer, adapter)] for path, layer in lora_layers(model, adapter).items()}
-""")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = importance_of(adapted(), batch(), "mine_to_inspect:by_place")
-    assert {module.scores for module in found.modules} == {(0.5, 1.5, 2.5)}
-    assert "score: mine_to_inspect:by_place, without a unit; of each rank, higher is worth more" in importance_lines(found)
-
-
 def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Adapted, batch: Batch) -> None:
     model, rows = adapted(r=2, target_modules=["q_proj", "down_proj"]).eval(), batch()
     layers = lora_layers(model)
@@ -195,14 +180,6 @@ def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp
         score_adapter(tmp_path / "none", "none", score="path_integral", score_options={"pionts": 3})
 
 
-def test_an_embedding_is_scored_among_linear_modules(saved: Path, tmp_path: Path) -> None:
-    both = write_adapter(tmp_path / "both", saved / "base", target_modules=["embed_tokens", "q_proj"])
-    found = score_adapter(both, str(saved / "rows.jsonl"), score="path_integral", score_options={"points": 64})
-    assert not found.unscored
-    assert [module.kind for module in found.modules] == ["q", "q", "embed_tokens"]
-    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-4)
-
-
 def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> None:
     found = importance_of(adapted("mixtral", **EXPERTS), batch("mixtral"))
     assert not found.unscored
@@ -210,18 +187,6 @@ def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> N
     assert {one.rank for one in found.modules} == {3}
     with pytest.raises(GatewiseError, match=r"adapts parameters or stacked experts \(target_parameters\)"):
         suggest(found, 400)
-
-
-def test_a_parameter_that_is_not_stacked_is_refused_too(adapted, batch) -> None:
-    """PEFT would take its path for that of a module, find none and say nothing."""
-    both = adapted(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
-    found = importance_of(both, batch())
-    assert {one.path.rpartition(".self_attn.")[2]: one.of_parameter for one in found.modules} == {
-        "q_proj.weight": True,
-        "v_proj": False,
-    }
-    with pytest.raises(GatewiseError, match=r"adapts parameters or stacked experts"):
-        suggest(found, 300)
 
 
 def test_modules_that_no_score_reads_are_named_or_refused(adapted, batch) -> None:
@@ -233,14 +198,6 @@ def test_modules_that_no_score_reads_are_named_or_refused(adapted, batch) -> Non
         importance_of(adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv"]), batch("wav2vec2"))
 
 
-def test_other_kinds_of_adapters_are_refused(saved: Path, tmp_path: Path) -> None:
-    config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "base"), config)
-    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    with pytest.raises(GatewiseError, match="ADALORA; only plain LoRA has ranks to score and move"):
-        score_adapter(tmp_path, str(saved / "rows.jsonl"))
-
-
 def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(saved / "base", tmp_path / "base"))
     broken = write_adapter(tmp_path / "broken", base)
@@ -250,19 +207,3 @@ def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(GatewiseError, match=r"^the path_integral scores of model\.layers\.\S+ are not finite: "):
         score_adapter(broken, str(saved / "rows.jsonl"), score="path_integral")
-
-
-@pytest.mark.real
-def test_real_smollm2(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[3, 20], task_type="CAUSAL_LM")
-    model = random_adapter(get_peft_model(load_model("smollm2-135m-instruct"), config), scale=0.05)
-    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    del model
-    found = score_adapter(tmp_path, "sample:support-dev", score="path_integral", rows=2, score_options={"points": 3})
-    assert found.base_model == "smollm2-135m-instruct"
-    assert [(module.layer, module.kind, module.rank, module.room) for module in found.modules] == [
-        (3, "v", 2, 192),
-        (20, "v", 2, 192),
-    ]
-    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=0.05)
-    assert load_adapter(tmp_path)[0].peft_config["default"].r == 2

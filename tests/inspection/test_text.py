@@ -37,31 +37,6 @@ def test_table_fits_eighty_columns_and_reads_without_colour(value: Any) -> None:
     assert all(len(row) == 9 for row in numbered)
 
 
-def test_no_number_is_cut_short_where_there_are_many_kinds(tmp_path: Path) -> None:
-    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkvz", "shared_expert_gate")
-    tensors: dict[str, Any] = {}
-    for kind in kinds:
-        tensors |= random_factors(f"model.layers.0.mlp.{kind}", r=16, d_in=64, d_out=64)
-    table = grid_table(read_budget(write_folder(tmp_path, tensors, r=16)).grid("parameters"))
-    row = next(line.split() for line in rendered(table).splitlines() if line.split()[:1] == ["0"])
-    assert row == ["0", *["2.05k"] * 9, "18.4k"]
-
-
-def test_table_holds_every_rank_and_total() -> None:
-    budget = budget_stack(5)
-    rows = [line.split() for line in rendered(grid_table(budget.grid())).splitlines() if line.split()]
-    cells = budget.grid().cells
-    for index, row in enumerate(cells):
-        assert [int(text) for text in rows[2 + index]] == [index, *row, sum(row)]  # type: ignore[arg-type]
-    columns = [sum(row[x] for row in cells) for x in range(7)]  # type: ignore[misc]
-    assert rows[-1] == ["total", *map(str, columns), str(budget.rank)]
-
-
-def test_table_shades_differences_only() -> None:
-    assert "48;2;" in rendered(grid_table(budget_stack(4).grid()), colour=True)
-    assert "48;2;" not in rendered(grid_table(budget_stack(4, rank=8).grid()), colour=True)
-
-
 def test_summary_says_where_it_went(tmp_path: Path) -> None:
     tensors = random_factors("model.layers.0.self_attn.q_proj", r=1) | random_factors("model.layers.3.self_attn.v_proj", r=3)
     tensors["model.layers.0.self_attn.q_proj.lora_A.weight"][:] = 0

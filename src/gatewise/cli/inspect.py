@@ -84,13 +84,10 @@ def inspect(
 
 
 def _show(title: str, tables: Sequence[Table], lines: Sequence[str], plot: Path | None) -> None:
-    """Prints what was found; tables are as wide as the terminal or, in a file or a pipe, as wide as they need."""
+    """Prints what was found. Tables are as wide as they need: a narrow terminal goes on in its next line, and loses no number."""
     console = Console()
-    if console.is_terminal:  # which goes on in its next line, where rich would leave numbers out
-        console.width = max(console.width, *(sum((column.min_width or 0) + 2 for column in table.columns) for table in tables))
-    else:
-        wide = console.options.update(width=10_000)
-        console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
+    wide = console.options.update(width=10_000)
+    console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
     if title:
         console.print(title, markup=False, highlight=False)
     for table in tables:
