@@ -101,7 +101,7 @@ def test_rows_that_are_sorted_by_label_are_fitted_on_in_another_order(tmp_path: 
     lines = sorted(rows.read_text().splitlines(), key=lambda line: json.loads(line)["label"])
     rows.write_text("\n".join(lines) + "\n")
     seen: list[Any] = []
-    monkeypatch.setattr(search, "refit", lambda model, batch, name: seen.append(batch["labels"].tolist()))
+    monkeypatch.setattr(search, "refit", lambda model, batch: seen.append(batch["labels"].tolist()))
     quick(adapter, rows, tmp_path / "small", Goal("modules", 3), score_rows=20)
     assert len(seen[0]) == 20
     assert len(set(seen[0][:15])) == len(set(seen[0][15:])) == 2

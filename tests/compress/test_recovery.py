@@ -121,16 +121,6 @@ def test_settings_of_the_run_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 2, 0.1, 0.5), (1e-4, 16, 0.0, 1.0), (1e-4, 16, 0.0, 1.0)]
 
 
-def test_the_random_state_is_as_it_was() -> None:
-    model = adapted(lora_dropout=0.5)
-    rows = features(model)
-    torch.manual_seed(7)
-    wanted = torch.rand(3)
-    torch.manual_seed(7)
-    recover(model, word_tokenizer(), rows, Recovery("", steps=2), {})
-    assert torch.equal(torch.rand(3), wanted)
-
-
 def test_a_loss_that_is_not_finite_is_said() -> None:
     model = adapted()
     rows = features(model)

@@ -154,11 +154,11 @@ def _write(search: Search, order: str, out: Path, source: Path) -> Compressed:
     Raises:
         GatewiseError: it cannot be written, or what was written is another function.
     """
-    chosen = search.chosen()
+    chosen = search.find()
     with whole_folder(out) as part:
         with tempfile.TemporaryDirectory() as folder:
             # Beside what was trained the file may have embeddings of the base model, whose vocabulary was resized.
-            tensors = search.stored | {name: value.cpu().contiguous() for name, value in search.as_stored().items()}
+            tensors = search.file_tensors | {name: value.cpu().contiguous() for name, value in search.rounded().items()}
             save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata=search.metadata)
             for name in filter(lambda name: (source / name).is_file(), (CONFIG_FILE, NOTE_FILE)):
                 shutil.copyfile(source / name, Path(folder) / name)

@@ -15,7 +15,6 @@ from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
 from gatewise.losses import Batch, rows_of, scored
-from gatewise.models.device import random_state_kept
 from gatewise.tasks import PadCollator
 
 RATE_OF_RUN = 0.25
@@ -47,7 +46,7 @@ class Recovery:
             raise GatewiseError(f"the learning rate is {self.learning_rate}: expected a number above zero (--learning-rate)")
 
 
-def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int = 8, learning_rate: float = 0.05) -> int:
+def refit(model: nn.Module, batch: Batch, steps: int = 8, learning_rate: float = 0.05) -> int:
     """Fits one factor for every live rank, all at once, and multiplies it into B: what is left makes up for what is gone.
 
     The factors start at one and are trained by Adam on the mean cross-entropy of three quarters of the rows of a batch (b, t).
@@ -60,7 +59,7 @@ def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int
     rows = len(batch["labels"])
     if rows < 4:
         return 0
-    with scoring(model, float32=False), GateBank(model, adapter) as gates:
+    with scoring(model, float32=False), GateBank(model) as gates:
         parts, check = (parts_of(model, rows_of(batch, part)) for part in (slice(rows - rows // 4), slice(rows - rows // 4, None)))
         leaves = gates.fill(1.0, requires_grad=True)
         optimizer = torch.optim.Adam(leaves.values(), lr=learning_rate)
@@ -99,7 +98,7 @@ def recover(
     """
     run = {name: value for name, value in (note.get("training") or {}).items() if value is not None}
     device = next(model.parameters()).device
-    with random_state_kept(device), tempfile.TemporaryDirectory() as folder:  # torch's, which the trainer seeds
+    with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=recovery.steps,

@@ -74,7 +74,7 @@ class Candidate:
 
     Attributes:
         dropped: steps of the order that were taken.
-        recovered: whether it was trained on.
+        recovered: whether it was trained after its ranks went.
         quality: the mean over the held-out rows; difference: to the whole adapter, on the same rows.
     """
 
@@ -92,7 +92,7 @@ class Work:
         self.folder = folder
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` returns, or returned when it was called for this name before."""
+        """Returns what ``make`` returns, or what it returned when it was first called for this name."""
         path = self.folder / f"{name}.safetensors"
         if path.is_file():
             return read_tensors(path)[0]
@@ -124,29 +124,29 @@ class Search:
         model = loaded.model
         _refuse(model)
         self.layers = lora_layers(model, ADAPTER)
-        self.each = slots.costs(self.layers, ADAPTER)
-        self.fixed = _beside_ranks(model, self.layers)
+        self.rank_cost = slots.costs(self.layers, ADAPTER)
+        self.beside_ranks = _beside_ranks(model, self.layers)
         self.trainable = [value for value in model.parameters() if value.requires_grad]
         model.requires_grad_(False)
         # Stored name -> the model's own tensor: the factors and what else the adapter has, such as a head.
-        self.own: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-        self.stored, self.metadata = read_tensors(weights_of(source))
+        self.tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        self.file_tensors, self.metadata = read_tensors(weights_of(source))
         to_singular_basis(model, ADAPTER)
-        self.whole = self._copied()
+        self.whole = self._copy()
         self.live = {path: live_slots(layer, ADAPTER) for path, layer in self.layers.items()}
         # What does not fit is found before long work.
-        features = self._encoded(rows.scored)
-        self.training = self._encoded(rows.train) if rows.train is not None else []
+        features = self._encode(rows.scored)
+        self.training = self._encode(rows.train) if rows.train is not None else []
         if rows.measure == "loss":
-            self._encoded(rows.held_out)
+            self._encode(rows.held_out)
         # In a file rows may be sorted by label, and fitting fits on the first ones and checks on the last.
         shuffled = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).tolist()
         self.batch = PadCollator(loaded.tokenizer)([features[at] for at in shuffled])
-        self._put_in_order(order)
-        self.whole_rows = self._measured("whole")
+        self._order(order)
+        self.whole_rows = self._measure("whole")
         for path, layer in self.layers.items():
             prune(layer, ADAPTER, self.live[path])
-        self.base_rows = self._measured("without a rank")
+        self.base_rows = self._measure("without a rank")
         gap = difference(self.whole_rows, self.base_rows, rows.measure)
         if goal.size is None and gap.within(goal.tolerance):
             raise GatewiseError(
@@ -155,18 +155,18 @@ class Search:
                 "(--parameters, --modules)"
             )
 
-    def _encoded(self, records: Records) -> list[dict[str, Any]]:
+    def _encode(self, records: Records) -> list[dict[str, Any]]:
         return encoded(self.loaded.model, self.loaded.tokenizer, records, self.loaded.template, self.loaded.max_length)
 
-    def _copied(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.own.items()}
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.tensors.items()}
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _load(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.own[name].copy_(value)
+            self.tensors[name].copy_(value)
 
-    def _put_in_order(self, order: str) -> None:
-        """What goes first, and after each step the size and the cost of what is left."""
+    def _order(self, order: str) -> None:
+        """Sets the steps in which ranks go, and the size and cost of what is left after each."""
 
         def value() -> dict[str, Tensor]:
             self.progress.say(f"valuing ranks on {len(self.rows.scored)} rows by {order}")
@@ -177,7 +177,7 @@ class Search:
         must_stay = carries_more_than_ranks if by_parameters else _stays
         stays = [path for path, layer in self.layers.items() if must_stay(layer, ADAPTER)]
         values = {path: found[path].tolist() for path in self.layers}
-        self.moves = moves(values, self.each if by_parameters else None, stays)
+        self.moves = moves(values, self.rank_cost if by_parameters else None, stays)
         left = {path: len(live) for path, live in self.live.items()}
         self.sizes = [self._size(left)]
         for move in self.moves:
@@ -193,21 +193,21 @@ class Search:
             )
 
     def _size(self, left: Mapping[str, int]) -> Size:
-        """Of what has so many ranks left, module by module, as PEFT stores it.
+        """The size of an adapter with so many ranks left in each module, as PEFT stores it.
 
-        It stores a rank where a module cannot go, and of all experts of a parameter as many as the one with most has.
+        PEFT stores a rank for a module that cannot go, and for each expert of a parameter as many as the one with most has.
         """
         stored = {path: max(count, int(_stays(self.layers[path], ADAPTER))) for path, count in left.items()}
         experts: dict[str, int] = {}
         for path, count in stored.items():
             parameter = path.partition("[")[0]
             experts[parameter] = max(count, experts.get(parameter, 0))
-        parameters = sum(self.each[path] * experts[path.partition("[")[0]] for path in stored)
+        parameters = sum(self.rank_cost[path] * experts[path.partition("[")[0]] for path in stored)
         modules = sum(bool(left[path] if isinstance(self.layers[path], Expert) else count) for path, count in stored.items())
-        return Size(self.fixed + parameters, modules, sum(left.values()))
+        return Size(self.beside_ranks + parameters, modules, sum(left.values()))
 
-    def _measured(self, key: str) -> Tensor:
-        """(n,) qualities of the model as it is now, or as they were measured before an interruption."""
+    def _measure(self, key: str) -> Tensor:
+        """(n,) qualities of the model's present weights on the rows that measure; read from ``work`` where they are in it."""
 
         def measure() -> dict[str, Tensor]:
             with self.progress.counting(f"measuring {key}") as count:
@@ -221,10 +221,10 @@ class Search:
 
         return self.work.once(key, measure)["rows"]
 
-    def chosen(self) -> Candidate:
-        """The candidate that the goal asks for. The model is this one afterwards."""
+    def find(self) -> Candidate:
+        """The candidate that the goal asks for. Afterwards the model has its weights."""
         found = self._smallest() if self.goal.size is None else self._of_size(self.goal.size)
-        self._cut(found.dropped)
+        self._drop(found.dropped)
         if found.recovered:
             self._recover(found.dropped)
         return found
@@ -235,7 +235,7 @@ class Search:
         Candidates are judged together in the end: one is picked for its bound, so all bounds have to hold at once.
         """
         tolerance = self.goal.tolerance
-        furthest(self.costs[: self.last + 1], LOOKS, lambda at: self._candidate(at).difference.within(tolerance))
+        furthest(self.costs[: self.last + 1], LOOKS, lambda at: self._try(at).difference.within(tolerance))
         found = differences(self.whole_rows, self.candidate_rows, self.rows.measure)
         self.candidates = [replace(one, difference=gap) for one, gap in zip(self.candidates, found, strict=True)]
         good = [one for one in self.candidates if one.difference.within(tolerance)]
@@ -257,17 +257,17 @@ class Search:
                 f"{asked:,} {self.goal.unit} were asked for, but the smallest adapter of this order has {self.costs[self.last]:,}: "
                 "ask for more"
             )
-        return self._candidate(at)
+        return self._try(at)
 
-    def _candidate(self, at: int) -> Candidate:
-        """Measures what is left after ``at`` steps of the order, and trains it on where that is not as good."""
-        self._cut(at)
-        found = self._judged(at, False)
+    def _try(self, at: int) -> Candidate:
+        """Measures what is left after ``at`` steps of the order. Where it is not as good, trains it and measures again."""
+        self._drop(at)
+        found = self._judge(at, False)
         good = self.goal.size is None and found.difference.within(self.goal.tolerance)
-        return self._judged(at, True) if not good and self._recover(at) else found
+        return self._judge(at, True) if not good and self._recover(at) else found
 
-    def _judged(self, at: int, recovered: bool) -> Candidate:
-        rows = self._measured(f"{at} recovered" if recovered else str(at))
+    def _judge(self, at: int, recovered: bool) -> Candidate:
+        rows = self._measure(f"{at} recovered" if recovered else str(at))
         gap, size = difference(self.whole_rows, rows, self.rows.measure), self.sizes[at]
         self.candidates.append(Candidate(at, size, recovered, _mean(rows), gap))
         self.candidate_rows.append(rows)
@@ -275,40 +275,40 @@ class Search:
         self.progress.say(f"{size.parameters:,} parameters in {size.modules} modules{how}: {gap}")
         return self.candidates[-1]
 
-    def _cut(self, at: int) -> None:
-        """Makes the model the whole adapter without what goes in the first ``at`` steps, and fits one number a rank anew."""
-        self._put(self.whole)
+    def _drop(self, at: int) -> None:
+        """Puts the whole adapter back, drops the first ``at`` steps of the order, and fits one number for every rank left."""
+        self._load(self.whole)
         for move in self.moves[:at]:
             prune(self.layers[move.path], ADAPTER, [self.live[move.path][rank] for rank in move.ranks])
         if at:
-            refit(self.loaded.model, self.batch, ADAPTER)
-        self._put(self.as_stored())
+            refit(self.loaded.model, self.batch)
+        self._load(self.rounded())
 
-    def as_stored(self) -> dict[str, Tensor]:
-        """The adapter in the number formats of its file, in which it is written: what is measured is rounded to them."""
-        return {name: value.to(self.stored[name].dtype) for name, value in self.own.items()}
+    def rounded(self) -> dict[str, Tensor]:
+        """The adapter's tensors in the number formats of its file, in which the smaller one is measured and written."""
+        return {name: value.to(self.file_tensors[name].dtype) for name, value in self.tensors.items()}
 
     def _recover(self, at: int) -> bool:
-        """Trains what is left after ``at`` steps. True if that lowers the loss on the rows that valued ranks; else it is undone."""
+        """Trains what is left after ``at`` steps. Returns False, and undoes it, if the rows that valued ranks gain nothing."""
         if self.recovery is None or self.rows.train is None:
             return False
         recovery, rows, model = self.recovery, len(self.rows.train), self.loaded.model
 
         def train() -> dict[str, Tensor]:
             self.progress.say(f"recovering for {recovery.steps} steps on {rows} rows")
-            before, loss = self._copied(), self._scored_loss()
+            before, loss = self._copy(), self._scored_loss()
             own = nn.ParameterList(self.trainable).requires_grad_(True)
             recover(model, self.loaded.tokenizer, self.training, recovery, self.note)
             own.requires_grad_(False)
-            self._put(self.as_stored())
+            self._load(self.rounded())
             if self._scored_loss() < loss:
-                return self._copied()
+                return self._copy()
             self.progress.say("recovery made it no better on the rows that valued ranks, and is left out")
-            self._put(before)
+            self._load(before)
             return {}
 
         trained = self.work.once(f"{at} trained", train)
-        self._put(trained)
+        self._load(trained)
         return bool(trained)
 
     def _scored_loss(self) -> float:
