@@ -59,7 +59,6 @@ def test_scores_are_shown_by_layer_and_module(inspect: Inspect, saved: Path, dat
     assert lines[1] == ["layer", "q", "k", "v", "o", "gate", "up", "down", "total"]
     assert ["0", *map(grid.write, grid.cells[0]), grid.write(grid.rows[0])] in lines
     assert ["total", *map(grid.write, grid.columns), grid.write(grid.total)] in lines
-    assert [found.ranked[0].path, "3", grid.write(found.ranked[0].total)] in lines
     assert f"rows: 12 of {data}" in " ".join(result.stdout.split())
     assert f"could go: {len(found.useless)} modules" in result.stdout
     assert "scoring on 12 rows with path_integral" in result.stderr
@@ -100,16 +99,15 @@ def test_json_is_alone_on_stdout_and_holds_the_suggestion(inspect: Inspect, data
 def test_the_suggestion_is_a_lora_config_of_at_most_the_parameters_asked_for(
     inspect: Inspect, saved: Path, data: Path, tmp_path: Path
 ) -> None:
-    text, brace, rest = inspect("--scores", "--data", data, "--suggest", "0.5k").stdout.partition("{\n")
+    _, brace, rest = inspect("--scores", "--data", data, "--suggest", "0.5k").stdout.partition("{\n")
     written = inspect("--scores", "--data", data, "--suggest", 500, "--out", "new/pattern.json")
-    assert written.stdout.rstrip().endswith(", written: new/pattern.json")
+    assert written.stdout.rstrip().endswith("suggestion written: new/pattern.json")
     settings = json.loads(brace + rest)
     assert json.loads((tmp_path / "new" / "pattern.json").read_text()) == settings
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved.parent / "base"), LoraConfig(**settings))
     assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {2.0}
     stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert 500 - 40 < stored <= 500
-    assert f"suggestion: {stored} parameters in " in text
 
 
 def test_the_help_names_every_score(inspect: Inspect) -> None:

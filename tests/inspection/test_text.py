@@ -20,7 +20,6 @@ from gatewise.inspection import (
     importance_json,
     importance_lines,
     read_budget,
-    top_table,
 )
 
 
@@ -112,16 +111,6 @@ def test_the_summary_names_what_could_go() -> None:
     assert "sum of scores: -7" in lines
     assert lines[-1].endswith("layers.3.q_proj, layers.4.q_proj and 2 more")
     assert importance_lines(importance(module("layers.0.q_proj", 1.0)))[-1] == "could go: no module"
-
-
-def test_the_most_important_come_first() -> None:
-    found = importance(
-        module("layers.0.q_proj", 0.01), module("layers.0.v_proj", 0.02, 0.03), module("layers.1.q_proj", -0.09),
-        module("layers.1.v_proj", 0.04),
-    )  # fmt: skip
-    rows = [line.split() for line in rendered(top_table(found, count=2)).splitlines() if line.split()]
-    assert rows[0] == ["most", "important", "rank", "score"]
-    assert rows[2:] == [["layers.0.v_proj", "2", "50.0"], ["layers.1.v_proj", "1", "40.0"]]
 
 
 def test_json_of_importance_is_plain_and_complete() -> None:

@@ -1,10 +1,11 @@
 """The ``inspect`` command: where an adapter's budget went and, with ``--scores``, what its modules are worth."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -58,6 +59,9 @@ def inspect(
       gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 2.4M --out pattern.json
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
+    from gatewise import inspection
+    from gatewise.files import check_new_file, write_json
+
     mode = "routing" if routing else "scores" if scores else ""
     belongs = {
         "scores": (scores or None, "scores"), "value": (value, ""), "score": (score, "scores"), "suggest": (suggest, "scores"),
@@ -67,124 +71,94 @@ def inspect(
         if given is not None and mode not in modes.split(" "):
             where = f"with --{mode}" if mode else "without --scores"
             raise GatewiseError(f"--{name} was given {where}, where it means nothing: leave one of the two out")
-    if not mode:
-        if options != DataOptions():
-            raise GatewiseError("a base model, a device, or how to read data was given without --scores or --routing: add one")
-        _show_budget(adapter, plot, value or "rank", as_json)
-        return
-    if data is None:
-        raise GatewiseError(f"--{mode} was given without --data: name the rows to read, such as --data sample:support-dev")
+    if not mode and options != DataOptions():
+        raise GatewiseError("a base model, a device, or how to read data was given without --scores or --routing: add one")
     if out and suggest is None:
         raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the size of the next adapter")
-    if routing:
-        _show_routing(adapter, data, replace(options, limit=rows), plot, as_json)
-    else:
-        size = None if suggest is None else number_of(suggest, "--suggest")
-        _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, out, as_json)
-
-
-def _show(title: str, tables: Sequence[Table], lines: Sequence[str], plot: Path | None) -> None:
-    """Prints what was found. Tables are as wide as they need: a narrow terminal goes on in its next line, and loses no number."""
-    console = Console()
-    wide = console.options.update(width=10_000)
-    console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
-    if title:
-        console.print(title, markup=False, highlight=False)
-    for table in tables:
-        console.print(table)
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    size = None if suggest is None else number_of(suggest, "--suggest")
     if plot:
-        typer.echo(f"drawn: {plot}")
+        inspection.check_plot(plot)
+    for path in (plot, out):  # scoring takes a while: what can be refused is refused before it
+        if path:
+            check_new_file(path)
+    if not mode:
+        found = _budget(adapter, value or "rank")
+    elif data is None:
+        raise GatewiseError(f"--{mode} was given without --data: name the rows to read, such as --data sample:support-dev")
+    elif routing:
+        found = _routing(adapter, data, replace(options, limit=rows))
+    else:
+        found = _scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows)
+    if plot:
+        found.draw(plot)
+    if not as_json:
+        _print(found, plot)
+    if size is not None:
+        found.told["suggestion"] = inspection.suggest(found.source, size)
+        if out:
+            write_json(out, found.told["suggestion"])
+    if as_json:
+        typer.echo(json.dumps(found.told, indent=2, ensure_ascii=False))
+    elif out:
+        typer.echo(f"suggestion written: {out}")
+    elif size is not None:
+        typer.echo(json.dumps(found.told["suggestion"], indent=2, ensure_ascii=False))
 
 
-def _show_budget(adapter: Path, plot: Path | None, value: Value, as_json: bool) -> None:
-    from gatewise import inspection
+class Found(NamedTuple):
+    """What was read of an adapter, and how it is shown: as JSON, as a table with lines below it, and as a picture."""
+
+    source: Any
+    told: dict[str, Any]
+    title: str
+    table: Table
+    lines: Sequence[str]
+    draw: Callable[[Path], Path]
+
+
+def _budget(adapter: Path, value: Value) -> Found:
+    from gatewise import inspection as show
     from gatewise.adapters.files import peft_type
 
     if peft_type(adapter) == "SELECTIVE_PROMPT":
-        prompts = inspection.read_prompts(adapter)
-        told, table, lines = inspection.prompts_json(prompts), inspection.prompts_table(prompts), inspection.prompts_lines(prompts)
-        if plot:
-            inspection.plot_prompts(prompts, plot)
-    else:
-        budget = inspection.read_budget(adapter)
-        told, table, lines = (
-            inspection.budget_json(budget),
-            inspection.grid_table(budget.grid(value)),
-            inspection.budget_lines(budget),
-        )
-        if plot:
-            inspection.plot(budget, plot, value)
-    if as_json:
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
-    else:
-        _show("", [table], lines, plot)
+        prompts = show.read_prompts(adapter)
+        table, draw = show.prompts_table(prompts), partial(show.plot_prompts, prompts)
+        return Found(prompts, show.prompts_json(prompts), "", table, show.prompts_lines(prompts), draw)
+    budget = show.read_budget(adapter)
+    table, drawn = show.grid_table(budget.grid(value)), partial(show.plot, budget, value=value)
+    return Found(budget, show.budget_json(budget), "", table, show.budget_lines(budget), drawn)
 
 
-def _show_scores(
-    adapter: Path,
-    data: str,
-    options: DataOptions,
-    score: str,
-    rows: int,
-    plot: Path | None,
-    budget: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    from gatewise import inspection
+def _scores(adapter: Path, data: str, options: DataOptions, score: str, rows: int) -> Found:
+    from gatewise import inspection as show
     from gatewise.adapters.files import peft_type
-    from gatewise.files import check_new_file, write_json
-    from gatewise.inspection.importance import score_adapter
-    from gatewise.inspection.suggestion import suggest, suggested_ranks
 
-    # Scoring takes a while: what can be refused before it is.
-    if plot:
-        inspection.check_plot(plot)
-        check_new_file(plot)
-    if out:
-        check_new_file(out)
     kind = peft_type(adapter)
     if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
-    importance = score_adapter(adapter, data, options, score=score, rows=rows)
-    if plot:
-        inspection.plot_importance(importance, plot)
-    if not as_json:
-        grid = importance.score_grid()
-        tables = [inspection.grid_table(grid), inspection.top_table(importance)]
-        _show(f"{grid.title}, the sum over the ranks of a module", tables, inspection.importance_lines(importance), plot)
-    suggestion = None if budget is None else suggest(importance, budget)
-    if out and suggestion:
-        write_json(out, suggestion)
-    if as_json:
-        told = inspection.importance_json(importance) | ({"suggestion": suggestion} if suggestion else {})
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
-    elif budget is not None:
-        ranks = suggested_ranks(importance, budget)
-        kept = [rank for rank in ranks.values() if rank]
-        parameters = sum(module.cost * ranks[module.path] for module in importance.modules)
-        where = f"{len(kept):,} of {len(ranks):,} modules, ranks from {min(kept)} to {max(kept)}"
-        typer.echo(f"suggestion: {parameters:,} parameters in {where}" + (f", written: {out}" if out else ""))
-        if not out:
-            typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
+    importance = show.score_adapter(adapter, data, options, score=score, rows=rows)
+    grid, draw = importance.score_grid(), partial(show.plot_importance, importance)
+    title = f"{grid.title}, the sum over the ranks of a module"
+    return Found(
+        importance, show.importance_json(importance), title, show.grid_table(grid), show.importance_lines(importance), draw
+    )
 
 
-def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | None, as_json: bool) -> None:
-    from gatewise import inspection
-    from gatewise.files import check_new_file
-    from gatewise.inspection.routing import route_data
+def _routing(adapter: Path, data: str, options: DataOptions) -> Found:
+    from gatewise import inspection as show
 
-    if plot:
-        inspection.check_plot(plot)
-        check_new_file(plot)
-    routing = route_data(adapter, data, options)
-    if plot:
-        inspection.plot_routing(routing, plot)
-    if as_json:
-        typer.echo(json.dumps(inspection.routing_json(routing), indent=2, ensure_ascii=False))
-        return
-    grid = routing.grid()
-    _show(grid.title, [inspection.grid_table(grid)], inspection.routing_lines(routing), plot)
+    routing = show.route_data(adapter, data, options)
+    grid, draw = routing.grid(), partial(show.plot_routing, routing)
+    return Found(routing, show.routing_json(routing), grid.title, show.grid_table(grid), show.routing_lines(routing), draw)
+
+
+def _print(found: Found, plot: Path | None) -> None:
+    """Prints what was found. The table is as wide as it needs: a narrow terminal goes on in its next line, and loses no number."""
+    console = Console()
+    console.width = max(console.width, console.measure(found.table, options=console.options.update(width=10_000)).maximum)
+    if found.title:
+        console.print(found.title, markup=False, highlight=False)
+    console.print(found.table)
+    for line in (*found.lines, *([f"drawn: {plot}"] if plot else [])):
+        console.print(line, markup=False, highlight=False)

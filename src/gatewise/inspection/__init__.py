@@ -30,7 +30,6 @@ from gatewise.inspection.text import (
     prompts_table,
     routing_json,
     routing_lines,
-    top_table,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ __all__ = [
     "score_adapter",
     "suggest",
     "suggested_ranks",
-    "top_table",
 ]
 
 

@@ -104,11 +104,6 @@ class Importance:
         return as_score(self.score).meaning
 
     @property
-    def ranked(self) -> list[ModuleImportance]:
-        """The modules, the most important first."""
-        return sorted(self.modules, key=lambda module: -module.total)
-
-    @property
     def useless(self) -> list[ModuleImportance]:
         """The modules whose scores add up to zero or less: on these rows the adapter does without them as well."""
         return [module for module in self.modules if module.total <= 0]

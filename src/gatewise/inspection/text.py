@@ -113,18 +113,6 @@ def importance_json(importance: "Importance") -> dict[str, Any]:
     return finite(asdict(importance) | sums | {"modules": modules, "could_go": [module.path for module in importance.useless]})
 
 
-def top_table(importance: "Importance", count: int = 10) -> Table:
-    """The ``count`` most important modules with their rank and total score, in the unit of ``score_grid``."""
-    grid = importance.score_grid()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("most important", overflow="fold")
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("score", justify="right", no_wrap=True)
-    for module in importance.ranked[:count]:
-        table.add_row(Text(module.path), str(module.rank), grid.write(module.total))
-    return table
-
-
 def routing_lines(routing: "RoutingMap") -> list[str]:
     """The map in a few lines of plain text."""
     kinds = ", ".join(f"{kind} {percent(share)}" for kind, share in routing.by_kind.items())
