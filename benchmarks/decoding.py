@@ -7,10 +7,9 @@ are random too, so that eight adapters agree on nothing and nearly every module 
 the best one, where all choose the same modules.
 
 The bare base runs before and after every two methods, whose order changes with every repeat, and a method's figure is the ratio to
-the mean of the two runs around it, so that the machine's drift falls on both. Lines are written as they come, and a run that was
-stopped goes on where it was. Run it with nothing else running.
+the mean of the two runs around it, so that the machine's drift falls on both. Run it with nothing else running.
 
-    python benchmarks/decoding.py [--repeats 7] [--threads 2] [--device cpu]
+    python benchmarks/decoding.py [--repeats 7] [--device cpu]
     python benchmarks/decoding.py --report
 """
 
@@ -18,7 +17,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +36,7 @@ from gatewise.models import load_model, load_tokenizer
 from gatewise.tasks import load_records
 
 MODEL = "smollm2-135m-instruct"
-EIGHT = 8
+EIGHT, PROMPT, TOKENS, RANK, THREADS = 8, 64, 64, 8, 2
 KEPT = (1, 2, 3, 7)
 
 
@@ -75,15 +74,15 @@ class FirstToken(StoppingCriteria):
 class Bench:
     """The models, and runs of them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, device: str) -> None:
+        self.device = device
 
     @cache  # noqa: B019 - one Bench a process
     def model(self, method: str) -> Any:
         """The model of a method; all k of MiLoRA are adapters of one."""
         torch.manual_seed(0)
-        base = load_model(MODEL, dtype=torch.bfloat16).to(self.options.device).eval()
-        common = {"r": self.options.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        base = load_model(MODEL, dtype=torch.bfloat16).to(self.device).eval()
+        common = {"r": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         if method == "base":
             return base
         if method == "PEFT DoRA":
@@ -105,8 +104,7 @@ class Bench:
         rows = load_records("sample:support-train").rows
         text = "\n".join(" ".join(str(value) for value in row.values()) for row in rows)
         ids = load_tokenizer(MODEL)(text, return_tensors="pt").input_ids[0]
-        width = self.options.prompt
-        return torch.stack([ids[begin : begin + width] for begin in range(0, EIGHT * width, width)]).to(self.options.device)
+        return ids[: EIGHT * PROMPT].view(EIGHT, PROMPT).to(self.device)
 
     def run(self, method: str, setting: Setting, tokens: int) -> tuple[float, float, int | None]:
         """Seconds until the first new token, and of the others; and how many modules any row kept, where rows choose."""
@@ -134,13 +132,12 @@ class Bench:
 
     def measure(self, setting: Setting, methods: list[str]) -> Iterator[dict[str, Any]]:
         """Runs base, two methods, base, two methods, ... base."""
-        tokens = self.options.tokens
         for method in ("base", *methods):
             self.run(method, setting, 2)  # weights into memory, kernels chosen
-        before = self.run("base", setting, tokens)
+        before = self.run("base", setting, TOKENS)
         for begin in range(0, len(methods), 2):
-            seconds = {method: self.run(method, setting, tokens) for method in methods[begin : begin + 2]}
-            after = self.run("base", setting, tokens)
+            seconds = {method: self.run(method, setting, TOKENS) for method in methods[begin : begin + 2]}
+            after = self.run("base", setting, TOKENS)
             for method, (first, rest, kept) in seconds.items():
                 yield {
                     **{"method": method, "kept": kept, "first": first, "rest": rest},
@@ -159,33 +156,23 @@ def ready(model: PeftModel) -> PeftModel:
     return model.eval().requires_grad_(False)
 
 
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells measurements apart."""
-    return tuple(line[name] for name in ("run", "batch", "adapters", "beams", "method", "repeat"))
-
-
 def measure(options: argparse.Namespace) -> None:
-    """Measures what is not there yet."""
-    torch.set_num_threads(options.threads)
-    bench = Bench(options)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} cores"
-    run = f"{device}, prompt {options.prompt}, {options.tokens} new tokens, rank {options.rank}"
+    """Measures all settings, in each repeat with the methods in another order."""
+    torch.set_num_threads(THREADS)
+    bench = Bench(options.device)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{THREADS} cores"
+    run = f"{device}, prompt {PROMPT}, {TOKENS} new tokens, rank {RANK}"
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
-    done = {key_of(line) for line in read(options.out)}
     for repeat in range(options.repeats):
         for setting in SETTINGS:
-            line = {"run": run, **vars(setting), "repeat": repeat}
             methods = [
                 method
                 for method in METHODS
-                if key_of(line | {"method": method}) not in done
-                and (setting.adapters == EIGHT if method == ALIKE else method != "PEFT DoRA" or setting.adapters == 1)
+                if (setting.adapters == EIGHT if method == ALIKE else method != "PEFT DoRA" or setting.adapters == 1)
             ]
             random.Random(repeat).shuffle(methods)
-            if not methods or (options.only and str(setting) not in options.only):
-                continue
             for one in bench.measure(setting, methods):
-                append(line | one | {"versions": versions}, options.out)
+                append({"run": run, **vars(setting), "repeat": repeat} | one | {"versions": versions}, options.out)
                 print(f"{repeat} {setting}: {one['method']} {ratio(one, ('first', 'rest')):.3f}", flush=True)
 
 
@@ -196,33 +183,21 @@ def ratio(line: dict[str, Any], parts: tuple[str, ...]) -> float:
 
 
 def report(lines: list[dict[str, Any]]) -> None:
-    """Medians and quartiles over repeats: the whole generation, and its steps alone, after the prompt."""
-    print("Tokens/s relative to the base alone: median over repeats (quartiles); then without reading the prompt")
-    for run in dict.fromkeys(line["run"] for line in lines):
-        print(f"\n{run}")
-        for setting in SETTINGS:
-            here = [line for line in lines if line["run"] == run and all(line[k] == v for k, v in vars(setting).items())]
-            if not here:
-                continue
-            new = int(run.split(" new tokens")[0].rsplit(", ", 1)[1]) * setting.batch
-            speed = new / statistics.median(
-                statistics.mean(line["base_first"]) + statistics.mean(line["base_rest"]) for line in here
-            )
-            print(f"  {setting}: base {speed:.0f} tokens/s")
-            for method in METHODS:
-                mine = [line for line in here if line["method"] == method]
-                if mine:
-                    name = "PEFT mixed batch" if (method, setting.adapters) == ("PEFT LoRA", EIGHT) else method
-                    whole, steps = spread(mine, ("first", "rest")), spread(mine, ("rest",))
-                    kept = f", {mine[0]['kept']} modules in use" if mine[0]["kept"] else ""
-                    print(f"    {name:<18} {whole}   {steps}   {len(mine)} repeats{kept}")
+    """Medians and ranges over repeats: the whole generation, and its steps alone, after the prompt."""
+    print("Tokens/s relative to the base alone: median over repeats (range); then without reading the prompt")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["run"], Setting(line["batch"], line["adapters"], line["beams"]), line["method"]), []).append(line)
+    for (run, setting, method), mine in groups.items():
+        kept = f", {mine[0]['kept']} modules in use" if mine[0]["kept"] else ""
+        whole, steps = spread(mine, ("first", "rest")), spread(mine, ("rest",))
+        print(f"{run}; {setting}: {method:<18} {whole}   {steps}   {len(mine)} repeats{kept}")
 
 
 def spread(lines: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
-    """Median and quartiles of the ratios."""
-    ratios: list[float] = sorted(ratio(line, parts) for line in lines)
-    quartile: Callable[[float], float] = lambda share: ratios[round(share * (len(ratios) - 1))]  # noqa: E731
-    return f"{statistics.median(ratios):.3f} ({quartile(0.25):.3f} to {quartile(0.75):.3f})"
+    """Median and range of the ratios."""
+    ratios = [ratio(line, parts) for line in lines]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def main() -> None:
@@ -230,12 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.jsonl")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", nargs="*", help='settings, such as "batch 8, 8 adapters, beam 1"')
     parser.add_argument("--report", action="store_true", help="print the results, measure nothing")
     options = parser.parse_args()
     if not options.report:
