@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +26,6 @@ UNEVEN = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 7, "layers.2.mlp.up_proj": 1},
     "exclude_modules": r".*layers\.1\.(mlp|self_attn\.v).*",
 }
-RUNNERS = ("V1", "V2", "V2 ahead")
-"""vLLM's model runners. "ahead": a step is scheduled before the tokens of the last one are known, as is usual on GPUs."""
-
-
-def on(runner: str) -> dict[str, str]:
-    """The environment in which vLLM takes this model runner."""
-    if runner == "V1":
-        return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    has_triton, has_gpu = _has_triton_and_gpu()
-    if not has_triton:
-        pytest.skip("model runner V2 needs Triton, which is not installed beside vLLM")
-    if has_gpu:
-        return {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-    paths = (str(Path(__file__).with_name("interpreted")), os.environ.get("PYTHONPATH"))
-    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-@lru_cache
-def _has_triton_and_gpu() -> tuple[bool, bool]:
-    code = "import importlib.util, torch; print(importlib.util.find_spec('triton') is not None, torch.cuda.is_available())"
-    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True)
-    triton, gpu = done.stdout.split()
-    return triton == "True", gpu == "True"
 
 
 def write_base(folder: Path, family: str) -> Path:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from routed_models import trained_routers
-from test_vllm import PYTHON, RUNNERS, on, pytestmark, write_adapter, write_base
+from test_vllm import PYTHON, pytestmark, write_adapter, write_base
 from tiny_models import random_adapter
 from tiny_run import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +71,7 @@ def run(
     folder: Path,
     steps: Sequence[Mapping[str, Any]],
     *arguments: str,
-    runner: str = "V1",
+    ahead: bool = False,
     version: str = "",
     unset: Sequence[str] = (),
     **environment: str,
@@ -80,10 +80,10 @@ def run(
     asked, answered = folder / "request.json", folder / "answer.json"
     answered.unlink(missing_ok=True)
     told = {"arguments": ["--model", str(folder / "base"), *ARGUMENTS, *arguments], "steps": steps, "version": version}
-    told["ahead"] = runner.endswith("ahead")
+    told["ahead"] = ahead
     asked.write_text(json.dumps(told), encoding="utf-8")
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", CPU_LORA: "1"}
-    settings |= on(runner) | environment
+    settings |= {"VLLM_USE_V2_MODEL_RUNNER": "0", **environment}
     command = [str(PYTHON), str(DRIVER), str(asked), str(answered)]
     for name in unset:
         del settings[name]
@@ -169,8 +169,8 @@ def choices(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path) -> in
     return len(set(gates))
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, runner: str) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, ahead: bool) -> None:
     one, two, plain = folder / "one", folder / "two", folder / "plain"
     reference = InPeft(folder)
     prompts = prompts_of(1, 5, 17, 40, 9, 70)
@@ -205,13 +205,13 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, runner: str)
             {"do": "unload", "folder": str(folder / "moved")},
             {"do": "replace", "folder": str(folder / "moved"), "by": str(one)},
             {"do": "answer", "rows": [{**row, "adapter": str(folder / "moved")} for row in tenant], "tokens": 8},
-            {"do": "runner"},
+            {"do": "is_ahead"},
             {"do": "prompt_logprobs", "prompt": prompts[3], "adapter": str(one)},
         ],
         *("--max-loras", "3", IN_ONE_PIECE, "--enable-prefix-caching"),
         # Other modules than these have no adapter; but vLLM fails with prompt_logprobs where it gives the last one a LoRA.
         *("--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        runner=runner,
+        ahead=ahead,
     )
     reference.check(mixed, found[0])
     reference.check(again[:1], found[1])
@@ -228,17 +228,17 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, runner: str)
     for expected, answers in ((tenant, found[12]), (others, found[14]), (others, found[16]), (tenant, found[19])):
         reference.check(expected, answers)
     assert found[13] is found[17] is True
-    assert found[20] == runner
+    assert found[20] is ahead
     assert found[21] == pytest.approx(reference.prompt_logprobs(prompts[3], str(one)), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_preempted_requests_keep_their_gates(folder: Path, runner: str) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preempted_requests_keep_their_gates(folder: Path, ahead: bool) -> None:
     """There is room for half of the requests, so that others wait, with what they had written, and are read once more."""
     rows = rows_of(prompts_of(*range(24, 32)), folder / "one", folder / "two", folder / "plain")
     steps = [{"do": "answer", "rows": rows, "tokens": 40}, {"do": "preemptions"}]
     for cache in ("--enable-prefix-caching", "--no-enable-prefix-caching"):
-        found = run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache, runner=runner)
+        found = run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache, ahead=ahead)
         assert found[1] > 3
         InPeft(folder).check(rows, found[0])
 
@@ -265,8 +265,8 @@ def test_files_that_change_under_a_loaded_adapter(folder: Path) -> None:
     reference.check(rows_of(behind, plain), found[6])
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_rows_come_and_go(folder: Path, runner: str) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_come_and_go(folder: Path, ahead: bool) -> None:
     """Answers end at different tokens, nobody knows at which before, and others begin in their rows."""
     reference = InPeft(folder)
     rows = rows_of(prompts_of(*range(3, 15)), folder / "one", folder / "two", None)
@@ -278,17 +278,16 @@ def test_rows_come_and_go(folder: Path, runner: str) -> None:
         {"do": "answer", "rows": rows[2:3], "tokens": 2},
         {"do": "requests_with_gates"},
     ]
-    found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--max-num-seqs", "5", runner=runner)
+    found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--max-num-seqs", "5", ahead=ahead)
     assert len({len(one["tokens"]) for [one] in found[0]}) > 3
     reference.check(rows, found[0])
     assert len(found[3]) <= 1
 
 
-@pytest.mark.parametrize("runner", RUNNERS[:2])
-def test_two_processes_share_a_model(folder: Path, runner: str) -> None:
+def test_two_processes_share_a_model(folder: Path) -> None:
     rows = rows_of(prompts_of(1, 5, 17, 40), folder / "one", folder / "two", folder / "plain", None)
     settings = ("--max-loras", "3", IN_ONE_PIECE, "--tensor-parallel-size", "2")
-    found = run(folder, [{"do": "answer", "rows": rows, "tokens": 6}], *settings, runner=runner, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    found = run(folder, [{"do": "answer", "rows": rows, "tokens": 6}], *settings, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     InPeft(folder).check(rows, found[0])
 
 
@@ -429,11 +428,8 @@ def test_routed_rows_by_vllms_own_products(folder: Path) -> None:
     InPeft(folder).check(rows, run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, unset=[CPU_LORA])[0])
 
 
-@pytest.mark.parametrize("runner", RUNNERS[:2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_in_peft(tmp_path: Path, family: str, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in on(runner).items():
-        monkeypatch.setenv(name, value)
+def test_every_family_answers_as_in_peft(tmp_path: Path, family: str) -> None:
     base = write_base(tmp_path / family, family)
     adapters = [write_routed(tmp_path / "routed", base, 1), write_adapter(tmp_path / "plain", base, 2)]
     rows = write_rows(tmp_path / "rows.jsonl", 8)
@@ -442,11 +438,8 @@ def test_every_family_answers_as_in_peft(tmp_path: Path, family: str, runner: st
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("runner", RUNNERS[:2])
-def test_a_real_model_answers_as_in_peft(tmp_path: Path, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_answers_as_in_peft(tmp_path: Path) -> None:
     """Two adapters with random factors and routers that tell prompts apart, ten prompts each, in one engine."""
-    for name, value in on(runner).items():
-        monkeypatch.setenv(name, value)
     base = Path(resolve("smollm2-135m-instruct"))
     settings = ({"top_k": 3, "r": 8, "lora_alpha": 8}, {"top_k": 2, "pooler": "last", "r": 4, "exclude_modules": r".*\.v_proj"})
     adapters = [

@@ -2,11 +2,11 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -201,7 +201,7 @@ def test_blocks_of_the_prefix_cache_belong_to_one_routed_request(folder: Path, m
 
     monkeypatch.setattr(hooks, "_folder", lambda path: path)
     hooks._is_routed.cache_clear()
-    keys = hooks._hash_keys(made)
+    keys = partial(hooks.generate_block_hash_extra_keys, made)
     request = SimpleNamespace(request_id="r", lora_request=SimpleNamespace(lora_path=str(folder), lora_int_id=7))
     (lora, own), following = keys(request, 0, 4, 1)
     assert (lora, following) == (("lora", "name", str(folder)), 2)
@@ -360,49 +360,6 @@ def test_experts_that_the_engine_does_not_adapt_are_refused(folder: Path) -> Non
 # ---- what vLLM computes in a step ----
 
 
-class RunnerV2:
-    """vLLM's model runner V2, as far as the plug-in looks: five requests, of which a step computes three in an order of its own."""
-
-    def __init__(self, lora: bool) -> None:
-        self.lora_config = SimpleNamespace() if lora else None
-        self.lora_state = SimpleNamespace(lora_ids=np.array([0, 7, 0, 9, 7], dtype=np.int32))
-        lengths = {"prompt_len": [3, 5, 4, 6, 2], "prefill_len": [3, 5, 4, 11, 2]}  # the fourth was preempted
-        self.req_states = SimpleNamespace(
-            **{name: SimpleNamespace(np=np.array(one, dtype=np.int32)) for name, one in lengths.items()}
-        )
-
-    def prepare_inputs(self, scheduler_output: Any, batch_req_state: Any, batch_desc: Any, num_active_loras: int) -> Any:
-        return SimpleNamespace(
-            req_ids=["four", "one", "three"],
-            idx_mapping_np=np.array([4, 1, 3]),
-            num_scheduled_tokens=np.array([1, 5, 9], dtype=np.int32),
-            num_computed_tokens_np=np.array([8, 0, 2], dtype=np.int32),
-        )
-
-
-def test_model_runner_v2_tells_what_a_step_computes() -> None:
-    begun = []
-    prepare = hooks._prepare_inputs(RunnerV2.prepare_inputs)
-
-    def set_active_loras(self: Any, prompts: Any, tokens: Any, requests: Any) -> None:
-        """vLLM's own, which loads adapters."""
-
-    begin = hooks._begin_step(set_active_loras)
-    runner: Any = RunnerV2(lora=True)
-    routing = SimpleNamespace(begin=lambda parts, _: begun.append(parts), idle=lambda: begun.append(None))
-    manager = SimpleNamespace(device=torch.device("meta"), gatewise_routing=routing)
-    runner.lora_manager = SimpleNamespace(_adapter_manager=manager)
-    batch = prepare(runner, None, None, None, 2)
-    assert batch.req_ids == ["four", "one", "three"]
-    begin(runner, (7, 7, 9), (7,) * 6 + (9,) * 9, set())
-    begin(runner, (1, 2), (1, 2), set())  # a dry run prepares no inputs
-    assert begun == [[Part("four", 7, 1, 8, 2), Part("one", 7, 5, 0, 5), Part("three", 9, 9, 2, 6)], None]
-    assert all(type(number) is int for part in begun[0] for number in (part.adapter, part.tokens, part.computed, part.prompt))
-    without = RunnerV2(lora=False)
-    prepare(without, None, None, None, 0)
-    assert not [name for name in vars(without) if name.startswith("gatewise")]
-
-
 def test_only_the_language_models_modules_are_told_whose_tokens_a_step_has() -> None:
     """The tower that reads images has tokens of its own, maybe as many."""
     text, tower = SimpleNamespace(), SimpleNamespace()
@@ -434,7 +391,7 @@ def engine_config(**changed: Any) -> Any:
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         lora_config=SimpleNamespace(fully_sharded_loras=False),
         compilation_config=SimpleNamespace(mode=none, cudagraph_mode=none),
-        speculative_config=None, kv_transfer_config=None, ec_transfer_config=None,
+        use_v2_model_runner=False, speculative_config=None, kv_transfer_config=None, ec_transfer_config=None,
     )  # fmt: skip
     for name, value in changed.items():
         owner, _, last = name.rpartition("__")
@@ -463,6 +420,7 @@ class Platform:
         ({"scheduler__max_num_scheduled_tokens": 32}, "a step takes 32 tokens and a text may have 64"),
         ({"scheduler__max_num_batched_tokens": 48}, "a step takes 48 tokens"),
         ({"scheduler__scheduler_cls": "mine"}, "leave --scheduler-cls out"),
+        ({"use_v2_model_runner": True}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"speculative_config": 1}, "leave --speculative-config out"),
         ({"kv_transfer_config": 1}, "leave --kv-transfer-config"),
         ({"ec_transfer_config": 1}, "leave --kv-transfer-config"),

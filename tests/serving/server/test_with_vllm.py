@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 from served_models import adapter_folder, base_folder, client, text_of, words, writes
-from test_vllm import PYTHON, on
+from test_vllm import PYTHON
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server import guard, vllm_server
@@ -273,21 +273,21 @@ def test_constraints_are_classes_of_vllms(made: Path, tmp_path: Path) -> None:
 real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
 
 
-@pytest.fixture(scope="module", params=("V1", "V2"))
-def served(made: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+@pytest.fixture(scope="module")
+def served(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """``gatewise serve`` with the real vLLM, in a process of its own."""
     folder = tmp_path_factory.mktemp("watched")
     for name in ("one", "two", "routed"):
         shutil.copytree(made / "adapters" / name, folder / name)
-    with vllm_serving(made / "base", folder, request.param, "--", "--block-size", "32") as server:
+    with vllm_serving(made / "base", folder, "--", "--block-size", "32") as server:
         yield server
 
 
 @contextmanager
-def vllm_serving(base: Path, folder: Path, runner: str, *rest: str) -> Iterator[SimpleNamespace]:
+def vllm_serving(base: Path, folder: Path, *rest: str) -> Iterator[SimpleNamespace]:
     command = [sys.executable, "-m", "gatewise", "serve", str(base), "--adapters", str(folder), "--python", str(PYTHON)]
     command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", *rest]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **on(runner)}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with (folder.parent / "log").open("w+") as log:
         process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -362,7 +362,7 @@ def test_two_states_of_an_adapter_write_in_one_batch(tmp_path: Path) -> None:
     wanted = text_of(writes(base, states[1], prompt, 8, ends=False))
     more = {"prompt": prompt, "temperature": 0, "extra_body": {"ignore_eos": True}}
     rest = ["--", "--block-size", "32", "--max-loras", "2", "--max-cpu-loras", "2"]
-    with vllm_serving(base, folder, "V1", *rest) as server, ThreadPoolExecutor(1) as thread:
+    with vllm_serving(base, folder, *rest) as server, ThreadPoolExecutor(1) as thread:
         asked, enough = client(server), Event()
 
         def read() -> tuple[set[str], str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, weights_of
+from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_lora
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import ROUTED, ROUTER
 
@@ -100,14 +99,8 @@ def read_routed(folder: str | Path, hidden_size: int) -> RoutedAdapter:
 
 def _router_states(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The path of each module that keeps a router -> the router's state."""
-    path = weights_of(folder)
     states: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                module, found, name = key.removeprefix(PEFT_PREFIX).partition(f".{ROUTER}.")
-                if found:
-                    states.setdefault(module, {})[name] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise GatewiseError(f"{path} is damaged or cut short ({error}): copy, download or save it again") from error
+    for key, tensor in read_lora(folder).others.items():
+        module, _, name = key.removeprefix(PEFT_PREFIX).partition(f".{ROUTER}.")
+        states.setdefault(module, {})[name] = tensor
     return states

@@ -5,6 +5,7 @@
     worker       routers are loaded with their adapter; a step says which tokens are whose; modules multiply gates between A and B
 
 All of it was read in the versions of ``TESTED``. In others nothing is changed, and vLLM itself refuses the routers of an adapter.
+Each function here whose first argument is ``theirs`` stands in for the one of vLLM's of this name, and gets that one to call.
 """
 
 import logging
@@ -53,11 +54,6 @@ def install() -> None:
         logger.warning("routed adapters cannot be served by this vLLM: %s", reason_of(error))
 
 
-def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, wraps(original)(around(original)))
-
-
 def _install_all() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
@@ -66,23 +62,31 @@ def _install_all() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    _replace(InputProcessor, "process_inputs", _process_inputs)
+    _replace(InputProcessor, "process_inputs", process_inputs)
     for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
-        _replace(mixin, "beam_search", _beam_search)
+        _replace(mixin, "beam_search", beam_search)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
-        _replace(module, "generate_block_hash_extra_keys", _hash_keys)
-    _replace(WorkerLoRAManager, "__init__", _keep_config)
-    _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
-    _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
-    _replace(Worker, "execute_model", _execute_model)
-    _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
-    _replace(SecondModelRunner, "prepare_inputs", _prepare_inputs)
-    _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
-    _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
+        _replace(module, "generate_block_hash_extra_keys", generate_block_hash_extra_keys)
+    _replace(WorkerLoRAManager, "__init__", keep_config)
+    _replace(WorkerLoRAManager, "_load_adapter", load_adapter)
+    _replace(LoRAModelManager, "activate_adapter", activate_adapter)
+    _replace(Worker, "execute_model", execute_model)
+    _replace(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
+    _replace(LoRAModelRunnerMixin, "_set_active_loras", begin_step)
+    _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", apply_lora_to_output)
+
+
+def _replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    theirs = getattr(owner, name)
+
+    @wraps(theirs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(theirs, *args, **kwargs)
+
+    setattr(owner, name, call)
 
 
 # ---------------------------------------------------------------- front end and engine
@@ -118,85 +122,66 @@ def _raise(message: str) -> None:
     raise VLLMValidationError(message)
 
 
-def _process_inputs(made: Any) -> Any:
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = made(self, *args, **kwargs)
-        if _asks_routed(request.lora_request) and (why := _refusal(self.vllm_config) or why_not_request(request)):
-            name = client_name(request.lora_request.lora_name)
-            _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
-        return request
-
-    return process_inputs
+def process_inputs(theirs: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = theirs(self, *args, **kwargs)
+    if _asks_routed(request.lora_request) and (why := _refusal(self.vllm_config) or why_not_request(request)):
+        name = client_name(request.lora_request.lora_name)
+        _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
+    return request
 
 
-def _beam_search(made: Any) -> Any:
-    call = signature(made)
-
-    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = call.bind(self, *args, **kwargs).arguments.get("lora_request")
-        for one in given if isinstance(given, Sequence) else [given]:
-            if one is not None and _asks_routed(one):
-                _raise(
-                    f"beam search with the routed adapter {client_name(one.lora_name)} is refused, for vLLM reads what was "
-                    "written as a new prompt at every token, by which other modules would be chosen: sample, or write greedily"
-                )
-        return made(self, *args, **kwargs)
-
-    return beam_search
+def beam_search(theirs: Any, *args: Any, **kwargs: Any) -> Any:
+    given = signature(theirs).bind(*args, **kwargs).arguments.get("lora_request")
+    for one in given if isinstance(given, Sequence) else [given]:
+        if one is not None and _asks_routed(one):
+            _raise(
+                f"beam search with the routed adapter {client_name(one.lora_name)} is refused, for vLLM reads what was written as "
+                "a new prompt at every token, by which other modules would be chosen: sample, or write greedily"
+            )
+    return theirs(*args, **kwargs)
 
 
-def _hash_keys(made: Any) -> Any:
+def generate_block_hash_extra_keys(theirs: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """What blocks of the prefix cache have in their key beside their tokens."""
-
-    def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
-        found, following = made(request, start_token_idx, end_token_idx, start_mm_idx)
-        if not _asks_routed(request.lora_request):
-            return found, following
-        # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
-        own = request.__dict__.setdefault(_OWN, str(next(_numbers)))
-        return (*(found or ()), ("gatewise", own)), following
-
-    return keys
+    found, following = theirs(request, *args, **kwargs)
+    if not _asks_routed(request.lora_request):
+        return found, following
+    # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
+    own = request.__dict__.setdefault(_OWN, str(next(_numbers)))
+    return (*(found or ()), ("gatewise", own)), following
 
 
 # ---------------------------------------------------------------- worker
 
 
-def _keep_config(made: Any) -> Any:
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, vllm_config, *args, **kwargs)
-        setattr(self, _CONFIG, vllm_config)
-
-    return init
+def keep_config(theirs: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    theirs(self, vllm_config, *args, **kwargs)
+    setattr(self, _CONFIG, vllm_config)
 
 
-def _load_adapter(load: Any) -> Any:
-    def _load(self: Any, lora_request: Any) -> Any:
-        path = lora_request.lora_path
-        routed = is_routed(_folder(path))
-        if routed != _asks_routed(lora_request):  # requests and keys of the prefix cache count on what it was
-            raise GatewiseError(
-                f"the adapter {client_name(lora_request.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
-                "asked for by its number before: load it under another name"
-            )
-        if not routed:
-            return load(self, lora_request)
-        config, manager = getattr(self, _CONFIG), self._adapter_manager
-        why = _refusal(config)
-        if why is not None:
-            raise GatewiseError(f"the routed adapter {path} cannot be served, for routed adapters {why}")
-        adapter = read_routed(_folder(path), config.model_config.get_hidden_size())
-        model = manager.model
-        before = getattr(model, "lora_skip_prefixes", None)
-        model.lora_skip_prefixes = [*(before or []), f"{ROUTER}."]
-        try:
-            lora = load(self, lora_request)
-        finally:
-            model.lora_skip_prefixes = before
-        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model)))
-        return lora
-
-    return _load
+def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
+    path = lora_request.lora_path
+    routed = is_routed(_folder(path))
+    if routed != _asks_routed(lora_request):  # requests and keys of the prefix cache count on what it was
+        raise GatewiseError(
+            f"the adapter {client_name(lora_request.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
+            "asked for by its number before: load it under another name"
+        )
+    if not routed:
+        return theirs(self, lora_request)
+    config, manager = getattr(self, _CONFIG), self._adapter_manager
+    if why := _refusal(config):
+        raise GatewiseError(f"the routed adapter {path} cannot be served, for routed adapters {why}")
+    adapter = read_routed(_folder(path), config.model_config.get_hidden_size())
+    model = manager.model
+    before = getattr(model, "lora_skip_prefixes", None)
+    model.lora_skip_prefixes = [*(before or []), f"{ROUTER}."]
+    try:
+        lora = theirs(self, lora_request)
+    finally:
+        model.lora_skip_prefixes = before
+    setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model)))
+    return lora
 
 
 def _name_of(model: Any, path: str) -> str:
@@ -234,23 +219,18 @@ def _experts_of(path: str, module: Any, manager: Any) -> list[str | None]:
     return [*names] if len(names) == slices else [None] * slices
 
 
-def _execute_model(made: Any) -> Any:
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        manager = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
-        routing = getattr(manager, _ROUTING, None)
-        if routing is not None:
-            routing.release(scheduler_output.finished_req_ids)
-        return made(self, scheduler_output, *args, **kwargs)
-
-    return execute_model
+def execute_model(theirs: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    manager = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+    routing = getattr(manager, _ROUTING, None)
+    if routing is not None:
+        routing.release(scheduler_output.finished_req_ids)
+    return theirs(self, scheduler_output, *args, **kwargs)
 
 
-def _set_active_loras(made: Any) -> Any:
-    def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        setattr(self, _PARTS, partial(_parts, input_batch, num_scheduled_tokens))
-        return made(self, input_batch, num_scheduled_tokens, *args, **kwargs)
-
-    return set_active_loras
+def set_active_loras(theirs: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a step computes; a dry run calls ``_set_active_loras`` alone."""
+    setattr(self, _PARTS, partial(_parts, input_batch, num_scheduled_tokens))
+    return theirs(self, input_batch, num_scheduled_tokens, *args, **kwargs)
 
 
 def _parts(batch: Any, tokens: Any) -> list[Part]:
@@ -266,47 +246,23 @@ def _parts(batch: Any, tokens: Any) -> list[Part]:
     ]
 
 
-def _prepare_inputs(made: Any) -> Any:
-    """Model runner V2 has all that a step computes here, and calls ``_set_active_loras`` next. In a dry run it calls that alone."""
-
-    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = made(self, *args, **kwargs)
-        if self.lora_config:
-            setattr(self, _PARTS, partial(_parts_v2, self, batch))
-        return batch
-
-    return prepare_inputs
-
-
-def _parts_v2(runner: Any, batch: Any) -> list[Part]:
-    at = batch.idx_mapping_np
-    numbers = zip(
-        runner.lora_state.lora_ids[at].tolist(),
-        batch.num_scheduled_tokens.tolist(),
-        # A bound, which is reached where nothing is drafted.
-        batch.num_computed_tokens_np.tolist(),
-        # Not prefill_len, which counts what a request had written before it was preempted.
-        runner.req_states.prompt_len.np[at].tolist(),
-        strict=True,
-    )
-    return [Part(request, *one) for request, one in zip(batch.req_ids, numbers, strict=True)]
+def begin_step(theirs: Any, self: Any, prompts: Any, tokens: Any, lora_requests: Any, *args: Any, **kwargs: Any) -> None:
+    theirs(self, prompts, tokens, lora_requests, *args, **kwargs)  # which loads them
+    parts = self.__dict__.pop(_PARTS, None)
+    manager = self.lora_manager._adapter_manager
+    routing, same_gates = getattr(manager, _ROUTING, None), True
+    if routing is not None and parts is not None:
+        same_gates = routing.begin(parts(), partial(_placed, manager))
+    elif routing is not None:  # a dry run
+        routing.idle()
+        same_gates = False
+    if manager.device.type == "cpu" and CPU_LORA in os.environ:
+        _group(manager, tuple(map(int, tokens)), same_gates)
 
 
-def _begin_step(made: Any) -> Any:
-    def _set_active_loras(self: Any, prompts: Any, tokens: Any, lora_requests: Any, *args: Any, **kwargs: Any) -> Any:
-        made(self, prompts, tokens, lora_requests, *args, **kwargs)  # which loads them
-        parts = self.__dict__.pop(_PARTS, None)
-        manager = self.lora_manager._adapter_manager
-        routing, same_gates = getattr(manager, _ROUTING, None), True
-        if routing is not None and parts is not None:
-            same_gates = routing.begin(parts(), partial(_placed, manager))
-        elif routing is not None:  # a dry run
-            routing.idle()
-            same_gates = False
-        if manager.device.type == "cpu" and CPU_LORA in os.environ:
-            _group(manager, tuple(map(int, tokens)), same_gates)
-
-    return _set_active_loras
+def _placed(manager: Any, adapter: int) -> Placed | None:
+    found: Placed | None = getattr(manager.get_adapter(adapter), _PLACED, None)
+    return found
 
 
 def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
@@ -320,39 +276,28 @@ def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
         setattr(next(iter(manager.punica_wrapper_mapping.values())), _GROUPS, groups)
 
 
-def _activate_adapter(made: Any) -> Any:
-    def activate_adapter(self: Any, lora_id: int) -> bool:
-        try:
-            activated: bool = made(self, lora_id)
-        except Exception:
-            # It is in a slot, half of it written, and the next request would find it loaded.
-            self.remove_adapter(lora_id)
-            raise
-        if activated:
-            self.__dict__.pop(_GROUPS, None)
-            for module in self.modules.values():
-                forget(module, self.lora_index_to_id.index(lora_id))
-        return activated
-
-    return activate_adapter
+def activate_adapter(theirs: Any, self: Any, lora_id: int) -> bool:
+    try:
+        activated: bool = theirs(self, lora_id)
+    except Exception:
+        # It is in a slot, half of it written, and the next request would find it loaded.
+        self.remove_adapter(lora_id)
+        raise
+    if activated:
+        self.__dict__.pop(_GROUPS, None)
+        for module in self.modules.values():
+            forget(module, self.lora_index_to_id.index(lora_id))
+    return activated
 
 
-def _placed(manager: Any, adapter: int) -> Placed | None:
-    found: Placed | None = getattr(manager.get_adapter(adapter), _PLACED, None)
-    return found
-
-
-def _apply(made: Any) -> Any:
-    def _apply_lora_to_output(self: Any, x: Any, output: Any) -> Any:
-        routing, path = getattr(self, _GATES, (None, ""))
-        groups: Groups | None = getattr(self.punica_wrapper, _GROUPS, None)
-        count = x.shape[:-1].numel()
-        gates_of = partial(routing.gates, path, count) if routing is not None and routing.is_at_work else None
-        if groups is not None and groups.tokens == count:
-            return groups.add(self, x, output, gates_of)
-        if gates_of is None:
-            return made(self, x, output)
-        gates = gates_of()
-        return output if gates is None else add_lora(self, x, output, gates)
-
-    return _apply_lora_to_output
+def apply_lora_to_output(theirs: Any, self: Any, x: Any, output: Any) -> Any:
+    routing, path = getattr(self, _GATES, (None, ""))
+    groups: Groups | None = getattr(self.punica_wrapper, _GROUPS, None)
+    tokens = x.shape[:-1].numel()
+    gates_of = partial(routing.gates, path, tokens) if routing is not None and routing.is_at_work else None
+    if groups is not None and groups.tokens == tokens:
+        return groups.add(self, x, output, gates_of)
+    if gates_of is None:
+        return theirs(self, x, output)
+    gates = gates_of()
+    return output if gates is None else add_lora(self, x, output, gates)
