@@ -1,10 +1,8 @@
-from typing import Any
-
 import pytest
 from gatewise_mdt import DecisionTree, in_text_order, linearise, parse, parse_lenient, read_trees
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import TEXT, gout, node, preorders, properties, published, trees
+from mdt_trees import TEXT, gout, node, properties, published, trees
 
 from gatewise.errors import GatewiseError
 
@@ -59,18 +57,18 @@ def test_a_triple_that_looks_like_a_mark_keeps_its_meaning() -> None:
         (LINES.replace(" | colchicine;", ";"), ["line 2", "subject | relation | object"]),
         (LINES.replace("adults with gout", "~"), ["line 1", '"~"']),
         (LINES.replace("C: ~", "If: ~"), ["line 3", "'If: ~"]),
-        (LINES.replace(" | and", ""), ["line 1", '"null" with 2 triples']),
-        (LINES.replace("flare\nD: ~", "flare | or\nD: ~"), ["line 3", '"or" with one triple']),
+        (LINES.replace(" | and", ""), ["line 1", '"null" does not fit']),
+        (LINES.replace("flare\nD: ~", "flare | or\nD: ~"), ["line 3", '"or" does not fit']),
         (LINES.replace(" | or", " | xor"), ["line 2", "subject | relation | object"]),
         (LINES[: LINES.rindex("\n")], ["missing"]),
-        (LINES + "\nD", ["node 6", "1 more node follows"]),
-        ("", ["line 1"]),
+        (LINES + "\nD", ["line 6", "the tree is complete above"]),
+        ("", ["no nodes"]),
     ],
 )
 def test_strict_reading_names_the_line(output: str, said: list[str]) -> None:
     with pytest.raises(GatewiseError) as caught:
-        parse(output, "row 5")
-    for text in ["row 5", *said]:
+        parse(output)
+    for text in said:
         assert text in str(caught.value)
 
 
@@ -118,18 +116,5 @@ def test_a_condition_that_lost_its_triples_gives_no_tree_but_a_reason() -> None:
 def test_no_output_breaks_the_lenient_reader(output: str) -> None:
     parsed = parse_lenient(output)
     assert parsed.tree is not None or parsed.notes
-    try:
-        strict = parse(output)
-    except GatewiseError:
-        return
-    assert strict == parsed.tree
-
-
-@properties
-@given(preorders(), st.data())
-def test_no_slip_of_a_model_breaks_the_lenient_reader(nodes: list[dict[str, Any]], data: st.DataObject) -> None:
-    written = linearise(DecisionTree.from_preorder(nodes))
-    start = data.draw(st.integers(0, len(written)))
-    end = data.draw(st.integers(start, len(written)))
-    parsed = parse_lenient(written[:start] + data.draw(st.text(max_size=3)) + written[end:])
-    assert parsed.tree is not None or parsed.notes
+    if parsed.tree is not None and not parsed.notes:
+        assert parse(output) == parsed.tree

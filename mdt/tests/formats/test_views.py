@@ -75,8 +75,7 @@ class Page(HTMLParser):
 @given(preorders(most_conditions=9))
 def test_no_box_is_over_another_and_children_are_on_their_sides(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
-    sizes = [(100.0, 20.0 + 10 * len(one["triples"])) for one in nodes]
-    places = place_boxes(tree, sizes, (10, 30))
+    places = place_boxes(tree, [20.0 + 10 * len(one["triples"]) for one in nodes])
     assert min(place.x for place in places) == pytest.approx(0)
     for i, one in enumerate(places):
         for other in places[:i]:
@@ -117,22 +116,16 @@ def shown(svg: str) -> list[str]:
 
 
 def test_svg_shows_the_whole_tree() -> None:
-    svg = drawing_of(TREE, TEXT).svg
+    svg = drawing_of(TREE, TEXT)
     texts = shown(svg)
     for text in ("adults with gout", "If all of these", "Then any of these", "acute flare", "and", "or", "No recommendation"):
         assert text in texts
     assert "colchicine \N{RIGHTWARDS ARROW} dosage and" in " ".join(texts)
-    # Two edges with their labels below each condition, and one of each in the legend.
-    assert (texts.count("yes"), texts.count("no")) == (3, 3)
-    for text in ("condition", "decision", "Needs review by a clinician. Not medical advice."):
-        assert text in texts
+    # Two edges with their labels below each condition.
+    assert (texts.count("yes"), texts.count("no")) == (2, 2)
+    assert "Needs review by a clinician. Not medical advice." in texts
     assert not re.search(r"(?:href|src|url)\s*[=(]", svg)
     assert "not in the text" not in svg
-
-
-def test_svg_marks_what_is_not_in_the_text() -> None:
-    assert sum("not in the text" in text for text in shown(drawing_of(TREE, TEXT.replace("naproxen", "ibuprofen")).svg)) == 1
-    assert "not in the text" not in drawing_of(TREE).svg
 
 
 def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
@@ -169,8 +162,8 @@ def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format
 
 
 def test_svg_in_chinese_speaks_chinese() -> None:
-    texts = shown(drawing_of(TREE.in_language("zh")).svg)
-    assert {"如果同时满足", "则任选其一", "是", "否", "无推荐", "条件", "决策"} <= set(texts)
+    texts = shown(drawing_of(TREE.in_language("zh")))
+    assert {"如果同时满足", "则任选其一", "是", "否", "无推荐"} <= set(texts)
     assert any("须经临床医生审核" in text for text in texts)
 
 
@@ -179,7 +172,7 @@ def test_svg_in_chinese_speaks_chinese() -> None:
 def test_svg_is_xml_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
     for focusable in (False, True):
-        root = ET.fromstring(drawing_of(tree, "some text", focusable=focusable).svg)
+        root = ET.fromstring(drawing_of(tree, "some text", focusable=focusable))
         assert sum("node" in (group.get("class") or "").split() for group in root.iter()) == len(nodes)
 
 
@@ -262,15 +255,9 @@ def test_the_page_allows_its_own_style_and_script_and_no_others() -> None:
             (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", content, flags=re.DOTALL)
             digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
             assert f"{rule} 'sha256-{digest}';" in policy
-
-
-def test_script_in_a_text_stays_text() -> None:
-    content = render([hostile()], "html")
     page = Page(content)
-    assert page.count("script") == 1
-    assert page.text.count("<script>alert(1)</script>") >= 5
-    assert page.open == []
-    assert "<script>alert" not in content
+    assert page.text.count("<script>alert(1)</script>") >= 5  # script in a text stays text
+    assert (page.count("script"), page.open) == (1, [])
 
 
 @properties
@@ -371,12 +358,6 @@ def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
     assert [(label or "").partition(". ")[2] for label in labels] == [*said, ""]
     assert "as measured on dev passages" in page.text
     assert not any("style" in attrs for _, attrs in page.elements)
-    bars = [attrs for tag, attrs in page.elements if tag == "rect" and (attrs.get("class") or "").startswith("bar")]
-    wide = [float(one["width"] or 0) for one in page_tracks(page)]
-    assert [float(one["width"] or 0) / whole for one, whole in zip(bars, wide, strict=True)] == pytest.approx(
-        [0.9, 0.41, 0.72, 0.4999]
-    )
-    assert [one["class"] for one in bars] == ["bar faint", "bar warn", "bar faint", "bar warn"]
     mermaid = render([SURE], "mermaid").split("\n")
     assert [re.findall(r"<i>confidence ([^<]*)</i>", line) for line in mermaid if re.match(r"  n\d[(\[]", line)] == [
         ["90#37;"], ["41#37;, doubtful"], ["72#37;"], ["49#37;, doubtful"], []
@@ -391,10 +372,6 @@ def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
     ]
     assert any("dev passages" in line for line in lines)
     assert "置信度 41%，存疑" in render([replace(SURE, tree=TREE.in_language("zh"))], "svg")
-
-
-def page_tracks(page: Page) -> list[dict[str, str | None]]:
-    return [attrs for tag, attrs in page.elements if tag == "rect" and attrs.get("class") == "track"]
 
 
 @pytest.mark.parametrize("name", ["text", "svg", "html", "mermaid"])

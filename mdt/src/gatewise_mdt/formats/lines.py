@@ -17,7 +17,6 @@ condition of a model had a single triple, where 58 of 100 gold ones have several
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
@@ -28,8 +27,7 @@ from gatewise_mdt.tree import DecisionTree
 
 _ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", ";": "\\;", "\n": "\\n", "\r": "\\r"})
 _UNESCAPED = {"n": "\n", "r": "\r"}
-_NODE = re.compile(r"([CD])(?::(.*))?", re.DOTALL)
-_LOOSE_NODE = re.compile(r"[-*\s]*([CD])\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
+_NODE = re.compile(r"[-*\s]*([CD])\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
 _MOST_NOTES = 50
 
 
@@ -75,21 +73,16 @@ class Parsed(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def parse(output: str, where: str = "") -> DecisionTree:
-    """The tree in a model's output, which must be exactly as :func:`linearise` writes it.
+def parse(output: str) -> DecisionTree:
+    """The tree in a model's output, which must have nothing that :func:`parse_lenient` notes.
 
     Raises:
         GatewiseError: names the line, what was given and what was expected.
     """
-    reader = _Reader(lenient=False, where=where)
-    nodes = []
-    for line in reader.nodes(output):
-        try:
-            checks.check_node(line.role, line.triples, line.join)
-        except checks.TreeError as fault:
-            reader.fault(line.number, fault.message)
-        nodes.append(line.to_json())
-    return DecisionTree.from_preorder(nodes, where)
+    tree, notes = parse_lenient(output)
+    if tree is None or notes:
+        raise GatewiseError(notes[0])
+    return tree
 
 
 def parse_lenient(output: str) -> Parsed:
@@ -99,7 +92,7 @@ def parse_lenient(output: str) -> Parsed:
     are missing at the end are taken as "no recommendation", and nodes after the tree is complete are left out. All of this is
     noted. There is no tree where a condition has no triple left.
     """
-    reader = _Reader(lenient=True)
+    reader = _Reader()
     try:
         tree = DecisionTree.from_preorder(reader.completed(output))
     except GatewiseError as error:
@@ -107,8 +100,7 @@ def parse_lenient(output: str) -> Parsed:
     return Parsed(tree, tuple(reader.notes))
 
 
-@dataclass
-class _Line:
+class _Line(NamedTuple):
     """A node and the number of its line."""
 
     number: int
@@ -116,51 +108,58 @@ class _Line:
     triples: list[tuple[str, str, str]]
     join: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {"role": self.role, "triples": [list(triple) for triple in self.triples], "logical_rel": self.join}
-
 
 class _Reader:
-    """Reads line by line; a fault is raised, or noted in a lenient reading."""
+    """Reads line by line, and notes what is wrong."""
 
-    def __init__(self, *, lenient: bool, where: str = "") -> None:
-        self.lenient, self.where = lenient, where
+    def __init__(self) -> None:
         self.notes: list[str] = []
-        self.main: str | None = None
+        self.main: str | None = None  # the subject for which "~" stands
 
-    def fault(self, number: int, message: str) -> None:
-        """Raises, or notes and goes on."""
-        sentence = ", ".join(filter(None, (self.where, f"line {number}"))) + f": {message}"
-        if not self.lenient:
-            raise GatewiseError(sentence)
+    def note(self, number: int, message: str) -> None:
         if len(self.notes) < _MOST_NOTES:
-            self.notes.append(sentence)
+            self.notes.append(f"line {number}: {message}")
 
-    def nodes(self, output: str) -> Iterator[_Line]:
-        """The nodes of an output as they are written."""
+    def completed(self, output: str) -> list[dict[str, Any]]:
+        """The nodes in the published format, with what is missing or over put right where that can be done."""
+        lines = []
         for number, raw in enumerate(output.strip("\n").split("\n"), start=1):
-            line = raw.strip()
-            match = (_LOOSE_NODE if self.lenient else _NODE).fullmatch(line)
-            if match is not None:
-                yield self._node(number, match[1].upper(), match[2])
-            elif line or not self.lenient:
-                self.fault(number, f'found {checks.shown(line)}, expected a node such as "C: subject | relation | object"')
+            if found := _NODE.fullmatch(raw.strip()):
+                lines.append(self._node(number, found[1].upper(), found[2]))
+            elif raw.strip():
+                self.note(number, f'found {checks.shown(raw.strip())}, expected a node such as "C: subject | relation | object"')
+        if lines and lines[-1].role == "C" and not lines[-1].triples:
+            self.note(lines.pop().number, "the last condition has no triple that can be read, and is left out")
+        nodes: list[dict[str, Any]] = []
+        waiting = 1
+        for line in lines:
+            if not waiting:
+                self.note(line.number, "the tree is complete above; this node and what follows is left out")
+                break
+            waiting += 1 if line.role == "C" else -1
+            join = checks.fitting_join(line.join, len(line.triples))
+            if join != line.join:
+                self.note(line.number, f'"{line.join}" does not fit the number of triples and is read as "{join}"')
+            nodes.append({"role": line.role, "triples": line.triples, "logical_rel": join})
+        if waiting and nodes:
+            self.note(lines[-1].number, f"the output ends with {waiting} nodes missing, which are read as no recommendation")
+            nodes += [{"role": "D", "triples": [], "logical_rel": "null"}] * waiting
+        return nodes
 
     def _node(self, number: int, role: str, said: str | None) -> _Line:
         items = [] if said is None else list(_split(said, ";"))
-        if self.lenient and len(items) > 1 and not items[-1].strip():
+        if len(items) > 1 and not items[-1].strip():
             items.pop()
         join = "null"
         if items:
             *parts, last = _split(items[-1], "|")
-            word = last.strip().lower() if self.lenient else last.strip()
-            if len(parts) == 3 and word in ("and", "or"):
-                items[-1], join = "|".join(parts), word
+            if len(parts) == 3 and last.strip().lower() in ("and", "or"):
+                items[-1], join = "|".join(parts), last.strip().lower()
         triples: list[tuple[str, str, str]] = []
         for item in items:
             triple = self._triple(number, item)
             if triple is not None and triple in triples:
-                self.fault(number, f"the triple {checks.shown(list(triple))} comes twice, expected each triple once in a node")
+                self.note(number, f"the triple {checks.shown(list(triple))} comes twice, expected each triple once in a node")
             elif triple is not None:
                 triples.append(triple)
         return _Line(number, role, triples, join)
@@ -168,41 +167,19 @@ class _Reader:
     def _triple(self, number: int, item: str) -> tuple[str, str, str] | None:
         raw = [part.strip() for part in _split(item, "|")]
         if len(raw) != 3:
-            self.fault(number, f"found {checks.shown(item.strip())}, expected subject | relation | object")
+            self.note(number, f"found {checks.shown(item.strip())}, expected subject | relation | object")
             return None
         if raw[0] == "~" and self.main is None:
-            self.fault(number, 'the first triple has "~" for its subject, expected the subject itself')
+            self.note(number, 'the first triple has "~" for its subject, expected the subject itself')
             return None
         subject = self.main if raw[0] == "~" else _unescaped(raw[0])
         try:
             triple = checks.triple_parts([subject, from_short(raw[1]) or raw[1], _unescaped(raw[2])])
         except checks.TreeError as fault:
-            self.fault(number, fault.message)
+            self.note(number, fault.message)
             return None
         self.main = self.main or triple[0]
         return triple
-
-    def completed(self, output: str) -> list[dict[str, Any]]:
-        """The nodes in the published format, with what is missing or over put right where that can be done."""
-        lines = list(self.nodes(output))
-        if lines and lines[-1].role == "C" and not lines[-1].triples:
-            self.fault(lines.pop().number, "the last condition has no triple that can be read, and is left out")
-        nodes: list[dict[str, Any]] = []
-        waiting = 1
-        for line in lines:
-            if not waiting:
-                self.fault(line.number, "the tree is complete above; this node and what follows is left out")
-                break
-            waiting += 1 if line.role == "C" else -1
-            join = checks.fitting_join(line.join, len(line.triples))
-            if join != line.join:
-                self.fault(line.number, f'"{line.join}" does not fit the number of triples and is read as "{join}"')
-            nodes.append({**line.to_json(), "logical_rel": join})
-        if waiting and nodes:
-            last = lines[-1].number
-            self.fault(last, f"the output ends with {waiting} nodes missing, which are read as no recommendation")
-            nodes += [{"role": "D", "triples": [], "logical_rel": "null"}] * waiting
-        return nodes
 
 
 def _split(text: str, mark: str) -> Iterator[str]:

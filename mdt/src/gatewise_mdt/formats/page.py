@@ -22,22 +22,11 @@ from gatewise_mdt.tree import DecisionTree
 if TYPE_CHECKING:
     from jinja2 import Template
 
-SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays readable
-
 
 def page_of(records: Sequence[TreeRecord]) -> str:
     """A page with one article a record. Everything that comes from the records is escaped."""
     words, several = words_for(records[0].tree.language), len(records) > 1
-    drawings = [
-        drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-", confidence=confidence_of(one))
-        for i, one in enumerate(records, start=1)
-    ]
-    widths = [f"#record-{i} svg{{min-width:{SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
-    style, script = content_of(__package__, "page.css") + "".join(widths), content_of(__package__, "marking.js")
-    articles = [
-        {**_article(record), "id": f"record-{i}", "svg": drawing.svg}
-        for i, (record, drawing) in enumerate(zip(records, drawings, strict=True), start=1)
-    ]
+    style, script = content_of(__package__, "page.css"), content_of(__package__, "marking.js")
     return template_of(content_of(__package__, "page.html")).render(
         words=words,
         several=several,
@@ -46,7 +35,7 @@ def page_of(records: Sequence[TreeRecord]) -> str:
         script=script,
         style_hash=source_of_policy(style),
         script_hash=source_of_policy(script),
-        articles=articles,
+        articles=[{**_article(record), "id": f"record-{i}"} for i, record in enumerate(records, start=1)],
     )
 
 
@@ -97,6 +86,7 @@ def _article(record: TreeRecord) -> dict[str, Any]:
         "notes": record.notes,
         "warnings": record.warnings,
         "outline": record.tree.to_outline(),
+        "svg": drawing_of(record.tree, record.text, focusable=True, confidence=confidence_of(record)),
     }
 
 

@@ -1,21 +1,19 @@
 """A decision tree as SVG, drawn by our own code, with nothing from outside.
 
 Colours are attributes, so that every viewer shows them; a page that holds the drawing may set others by class. Text is wrapped to
-the width of a box, and parents are centred over their children. Widths are those of DejaVu Sans, wider than most fonts that a
+the width of a box. Widths are those of DejaVu Sans, wider than most fonts that a
 viewer may have instead, so that text stays inside its box.
 """
 
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import DOUBTFUL
 from gatewise_mdt.relations import Language, relation_in
-from gatewise_mdt.spans import TripleSpans, locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 BOX, PAD, GAP, MARGIN = 264, 14, (28, 58), 24
@@ -24,14 +22,13 @@ LINE = 1.32  # of the font size
 FONT = "system-ui,-apple-system,'Segoe UI','Noto Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif"
 # kind -> fill, border
 COLOURS = {"condition": ("#e8f0fb", "#2f6db5"), "decision": ("#e6f4ea", "#2d7d46"), "nothing": ("#f5f6f7", "#7c8894")}
-INK, FAINT, WARN, TRACK = "#18222d", "#55636f", "#9a4b00", "#d5dce3"
+INK, FAINT, WARN = "#18222d", "#55636f", "#9a4b00"
 YES, NO = "#2d7d46", "#a23b3b"
 # Characters that XML does not allow, not even escaped.
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     """One line of text in a box: its style, and the triple that it belongs to."""
 
     text: str
@@ -51,11 +48,9 @@ _STYLES = {
     "sure": (SMALL, False, FAINT),
     "doubtful": (SMALL, True, WARN),
 }
-_BAR = (56, 5)  # of a confidence, in pixels
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a box is: its top left corner and its size, in pixels."""
 
     x: float
@@ -68,13 +63,6 @@ class Place:
         return self.x + self.width / 2
 
 
-class Drawing(NamedTuple):
-    """An SVG and its width in pixels."""
-
-    svg: str
-    width: float
-
-
 def drawing_of(
     tree: DecisionTree,
     text: str = "",
@@ -84,10 +72,9 @@ def drawing_of(
     origin: Sequence[str] = (),
     focusable: bool = False,
     language: Language | None = None,
-    prefix: str = "",
     confidence: Sequence[float | None] = (),
-) -> Drawing:
-    """The drawing of a tree. It has no style attributes, which pages may not allow.
+) -> str:
+    """The drawing of a tree, an SVG. It has no style attributes, which pages may not allow.
 
     Args:
         text: the passage, to mark triples that are not in it; without one nothing is marked.
@@ -96,19 +83,13 @@ def drawing_of(
         origin: where the tree comes from, for the description of the drawing, which is not drawn.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
-        prefix: begins every id, for a page with several drawings.
         confidence: for each node how likely it is right, in [0, 1], to stand in its box; None where that is not known.
     """
     words = words_for(language or tree.language)
     main = main_subject(tree)
-    spans = locate_tree(text, tree) if text.strip() else None
     sure = confidence or (None,) * len(tree.nodes)
-    boxes = [
-        [*_box_lines(node, main, words, text, spans[i] if spans else None), *_sure_lines(sure[i], words)]
-        for i, node in enumerate(tree.nodes)
-    ]
-    sizes = [(float(BOX), _height(lines)) for lines in boxes]
-    places = place_boxes(tree, sizes, GAP)
+    boxes = [_box_lines(node, main, words, text, one) for node, one in zip(tree.nodes, sure, strict=True)]
+    places = place_boxes(tree, [_height(lines) for lines in boxes])
     across = max(place.x + place.width for place in places)
     width = max(across, 560.0) + 2 * MARGIN
     title = [] if focusable else wrap(main or words.title, width - 2 * MARGIN, TITLE, bold=True)
@@ -116,7 +97,7 @@ def drawing_of(
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
     means = words.confidence_means if any(one is not None for one in sure) else ""
-    legend, height = _legend(words, main, headings, warnings, means, bottom + 30, width)
+    below, height = _below(words, main, headings, warnings, means, bottom + 20, width)
     described = " ".join([words.notice, *(f"{phrase}." for phrase in origin)])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
@@ -130,8 +111,8 @@ def drawing_of(
         parts.append(_text(line, MARGIN, y, TITLE, True, INK, "ink"))
     parts += [_edges(places[i], places[both[0]], places[both[1]], words) for i, both in enumerate(tree.children) if both]
     for i, node in enumerate(tree.nodes):
-        parts.append(_box(i, node, boxes[i], places[i], words, focusable, prefix, sure[i]))
-    return Drawing("".join([*parts, *legend, "</svg>\n"]), width)
+        parts.append(_box(i, node, boxes[i], places[i], words, focusable, sure[i]))
+    return "".join([*parts, *below, "</svg>\n"])
 
 
 def main_subject(tree: DecisionTree) -> str:
@@ -150,7 +131,7 @@ def label_of(triple: Triple, main: str) -> str:
     return triple.relation if triple.subject == main else f"{triple.subject} \N{RIGHTWARDS ARROW} {triple.relation}"
 
 
-def _box_lines(node: Node, main: str, words: Words, text: str, spans: list[TripleSpans] | None) -> list[_Line]:
+def _box_lines(node: Node, main: str, words: Words, text: str, confidence: float | None) -> list[_Line]:
     if node.is_empty and not node.is_condition:  # an empty condition is one that somebody is still writing
         return [_Line(line, "nothing") for line in wrap(words.nothing, BOX - 2 * PAD, BODY)]
     lines = [_Line(words.head(node), "head")]
@@ -160,22 +141,11 @@ def _box_lines(node: Node, main: str, words: Words, text: str, spans: list[Tripl
         avoid = relation_in(triple.relation, "en") == "prohibited drugs"  # not to be read as one of the drugs to take
         lines += _wrapped(label_of(triple, main), "avoid" if avoid else "label", i, 4)
         lines += _wrapped(triple.object, "object", i, 0)
-        if spans and None in spans[i]:
-            lost = [part for part, span in zip((triple.subject, triple.object), spans[i], strict=True) if span is None]
-            wholes = {part: part_of(text, part) for part in lost}
-            away = [part for part in lost if wholes[part] is None]
-            if away:
-                quoted = words.comma.join(f"“{part}”" for part in away)
-                lines += _wrapped(f"! {words.absent}" + (f": {quoted}" if away != [triple.object] else ""), "warn", i, 1)
-            for part, whole in wholes.items():
-                lines += _wrapped(f"! {words.part(part, whole)}", "warn", i, 1) if whole is not None else []
+        if text.strip() and (why := words.why_absent(text, triple)):
+            lines += _wrapped(f"! {why}", "warn", i, 1)
+    if confidence is not None:
+        lines.append(_Line(words.sure(confidence), "doubtful" if confidence < DOUBTFUL else "sure", None, 6))
     return lines
-
-
-def _sure_lines(confidence: float | None, words: Words) -> list[_Line]:
-    if confidence is None:
-        return []
-    return [_Line(words.sure(confidence), "doubtful" if confidence < DOUBTFUL else "sure", None, 6)]
 
 
 def _wrapped(text: str, style: str, triple: int, before: float) -> list[_Line]:
@@ -188,9 +158,7 @@ def _height(lines: list[_Line]) -> float:
     return 2 * PAD - 6 + sum(_STYLES[line.style][0] * LINE + line.before for line in lines)
 
 
-def _box(
-    i: int, node: Node, lines: list[_Line], place: Place, words: Words, focusable: bool, prefix: str, confidence: float | None
-) -> str:
+def _box(i: int, node: Node, lines: list[_Line], place: Place, words: Words, focusable: bool, confidence: float | None) -> str:
     kind = kind_of(node)
     fill, border = COLOURS[kind]
     spoken = words.nothing if node.is_empty else words.head(node) + ": " + words.comma.join(map(str, node.triples))
@@ -198,7 +166,7 @@ def _box(
     tab = f' tabindex="0" role="button" aria-label="{_escaped(spoken)}"' if focusable else ""
     radius, dashes = (16 if kind == "condition" else 4), (' stroke-dasharray="5 4"' if kind == "nothing" else "")
     parts = [
-        f'<g class="node {kind}" id="{prefix}node-{i + 1}" data-node="{i}"{tab}>',
+        f'<g class="node {kind}" data-node="{i}"{tab}>',
         f'<rect class="box" x="{place.x:g}" y="{place.y:g}" width="{place.width:g}" height="{place.height:g}" rx="{radius}"'
         f' fill="{fill}" stroke="{border}" stroke-width="1.5"{dashes}/>',
     ]
@@ -219,19 +187,9 @@ def _box(
         else:
             name = {"object": "ink", "warn": "warn", "avoid": "no", "doubtful": "warn"}.get(line.style, "faint")
             parts.append(_text(line.text, place.x + PAD, baseline, size, bold, colour, name))
-            if confidence is not None and line.style in ("sure", "doubtful"):
-                parts.append(_bar(confidence, place.x + place.width - PAD, baseline - 1, colour, name))
     parts.append("</g>" if open_triple is not None else "")
     number = _text(str(i + 1), place.x + place.width - PAD, place.y + PAD + HEAD * 0.8, SMALL, False, FAINT, "faint", anchor="end")
     return "".join([*parts, number if kind != "nothing" else "", "</g>"])
-
-
-def _bar(confidence: float, right: float, bottom: float, colour: str, name: str) -> str:
-    """A bar that a confidence fills, ending at ``right``."""
-    wide, high = _BAR
-    at = f'x="{right - wide:g}" y="{bottom - high:g}" height="{high}" rx="2"'
-    filled = f'<rect class="bar {name}" {at} width="{wide * confidence:g}" fill="{colour}"/>'
-    return f'<rect class="track" {at} width="{wide}" fill="{TRACK}"/>{filled}'
 
 
 def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
@@ -258,30 +216,12 @@ def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
     return "".join(parts)
 
 
-def _legend(
+def _below(
     words: Words, main: str, headings: Sequence[str], warnings: Sequence[str], means: str, y: float, width: float
 ) -> tuple[list[str], float]:
-    """What stands under the drawing: the legend, the headings, what a confidence means, the warnings and the notice; and the height
-    of the whole."""
-    parts = ['<g class="legend">']
-    x = float(MARGIN)
-    for kind, word in (("condition", words.condition), ("decision", words.decision), ("nothing", words.nothing)):
-        fill, border = COLOURS[kind]
-        radius, dashes = (7 if kind == "condition" else 2), (' stroke-dasharray="4 3"' if kind == "nothing" else "")
-        parts.append(
-            f'<g class="{kind}"><rect class="box" x="{x:g}" y="{y:g}" width="22" height="14" rx="{radius}" fill="{fill}"'
-            f' stroke="{border}"{dashes}/></g>'
-        )
-        parts.append(_text(word, x + 28, y + 11.5, SMALL, False, FAINT, "faint"))
-        x += 28 + width_of(word, SMALL) + 18
-    for word, colour, name, dashes in ((words.yes, YES, "yes", ""), (words.no, NO, "no", ' stroke-dasharray="6 4"')):
-        parts.append(
-            f'<path class="edge {name}" d="M{x:g} {y + 7:g}h26" stroke="{colour}" stroke-width="1.8" fill="none"{dashes}/>'
-        )
-        parts.append(_text(word, x + 32, y + 11.5, SMALL, False, FAINT, "faint"))
-        x += 32 + width_of(word, SMALL) + 18
-    parts.append("</g>")
-    y += 14
+    """What stands under the drawing: the headings, what a confidence means, the warnings and the notice; and the height of the
+    whole."""
+    parts: list[str] = []
     about = wrap(f"{words.headings}: {' › '.join(headings)}", width - 2 * MARGIN, SMALL) if headings else []
     about += wrap(f"{words.about}: {main}", width - 2 * MARGIN, SMALL) if main else []
     about += wrap(means, width - 2 * MARGIN, SMALL) if means else []
@@ -399,50 +339,19 @@ def _cut(word: str, width: float, size: float, bold: bool) -> int:
     return good + 1 if good > 0 else fits
 
 
-def place_boxes(tree: DecisionTree, sizes: list[tuple[float, float]], gap: tuple[float, float]) -> list[Place]:
-    """Places for the boxes of a tree, by node, none over another.
-
-    Args:
-        sizes: (width, height) of each box.
-        gap: least room between boxes, (across, down).
-    """
+def place_boxes(tree: DecisionTree, heights: Sequence[float]) -> list[Place]:
+    """Places for the boxes of a tree, by node: leaves beside each other, and each condition in the middle over its two children."""
     count = len(tree.nodes)
-    depth = [0] * count
+    depth, middle = [0] * count, [0.0] * count
     for i, both in enumerate(tree.children):
         for child in both or ():
             depth[child] = depth[i] + 1
-    heights = [0.0] * (max(depth) + 1)
-    for i, (_, height) in enumerate(sizes):
-        heights[depth[i]] = max(heights[depth[i]], height)
-    tops = [sum(heights[:level]) + gap[1] * level for level in range(len(heights))]
-    # Backwards through the pre-order, children are placed before their parents; a subtree is moved as a whole by its shift.
-    middle, shift = [0.0] * count, [0.0] * count
-    left: list[list[float]] = [[] for _ in range(count)]  # outline of a subtree by level, seen from its own origin
-    right: list[list[float]] = [[] for _ in range(count)]
-    for i in range(count - 1, -1, -1):
-        half = sizes[i][0] / 2
-        both = tree.children[i]
-        if both is None:
-            left[i], right[i] = [-half], [half]
-            continue
-        a, b = both
-        apart = max(one - other for one, other in zip(right[a], left[b], strict=False)) + gap[0]
-        shift[a], shift[b] = -apart / 2, apart / 2
-        left[i] = [-half, *_merged(left[a], left[b], shift[a], shift[b], min)]
-        right[i] = [half, *_merged(right[a], right[b], shift[a], shift[b], max)]
-    for i, both in enumerate(tree.children):
-        for child in both or ():
-            middle[child] = middle[i] + shift[child]
-    least = min(middle[i] - sizes[i][0] / 2 for i in range(count))
-    return [
-        Place(middle[i] - sizes[i][0] / 2 - least, tops[depth[i]], sizes[i][0], sizes[i][1])  # from x = 0
-        for i in range(count)
-    ]
-
-
-def _merged(a: list[float], b: list[float], a_shift: float, b_shift: float, choose: Callable[[list[float]], float]) -> list[float]:
-    both = []
-    for level in range(max(len(a), len(b))):
-        values = [outline[level] + shift for outline, shift in ((a, a_shift), (b, b_shift)) if level < len(outline)]
-        both.append(choose(values))
-    return both
+    leaves = [i for i, both in enumerate(tree.children) if both is None]
+    for number, leaf in enumerate(leaves):
+        middle[leaf] = BOX / 2 + number * (BOX + GAP[0])
+    for i in range(count - 1, -1, -1):  # backwards through the pre-order, children are placed before their parents
+        if both := tree.children[i]:
+            middle[i] = (middle[both[0]] + middle[both[1]]) / 2
+    levels = [max(height for height, at in zip(heights, depth, strict=True) if at == level) for level in range(max(depth) + 1)]
+    tops = [sum(levels[:level]) + GAP[1] * level for level in range(len(levels))]
+    return [Place(middle[i] - BOX / 2, tops[depth[i]], BOX, heights[i]) for i in range(count)]

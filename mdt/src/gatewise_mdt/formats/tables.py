@@ -12,7 +12,7 @@ and places are those that WHO's own reader of such workbooks looks for (``dt_ext
 import io
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
 from gatewise_mdt.formats.origin import BEFORE_USE, clean, said_beside
@@ -23,44 +23,24 @@ from gatewise_mdt.spans import TripleSpans, locate_tree
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
-_MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
 
 
-class Rule(NamedTuple):
-    """A way from the root to a decision.
-
-    Attributes:
-        answers: for each condition of the table whether it holds on this way; None where the way does not pass it.
-        leaf: the decision's position in the tree's pre-order, from 0.
-    """
-
-    answers: tuple[bool | None, ...]
-    leaf: int
-
-
-class Table(NamedTuple):
-    """A tree as a table.
-
-    Attributes:
-        conditions: their positions in the tree's pre-order, from 0.
-    """
-
-    conditions: tuple[int, ...]
-    rules: tuple[Rule, ...]
-
-
-def table_of(tree: DecisionTree) -> Table:
-    """The decision table of a tree; one without conditions has a single rule."""
-    conditions = tuple(i for i, node in enumerate(tree.nodes) if node.is_condition)
+def rules_of(tree: DecisionTree) -> list[tuple[dict[int, bool], int]]:
+    """The ways from the root to a decision: what holds of the conditions on it, by their positions in pre-order (from 0),
+    and the position of the decision."""
     rules = []
     to_do: list[tuple[int, dict[int, bool]]] = [(0, {})]
     while to_do:
         at, answers = to_do.pop()
         if (both := tree.children[at]) is None:
-            rules.append(Rule(tuple(answers.get(i) for i in conditions), at))
+            rules.append((answers, at))
         else:
             to_do += [(both[1], {**answers, at: False}), (both[0], {**answers, at: True})]
-    return Table(conditions, tuple(rules))
+    return rules
+
+
+def _conditions(tree: DecisionTree) -> list[int]:
+    return [i for i, node in enumerate(tree.nodes) if node.is_condition]
 
 
 def notes_of(record: TreeRecord) -> list[str]:
@@ -136,21 +116,21 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
     for number in range(1, len(tree.facts) + 1):
         needed = ET.SubElement(decision, _tag("informationRequirement"))
         ET.SubElement(needed, _tag("requiredInput"), {"href": f"#{prefix}fact_{number}"})
-    table = table_of(tree)
+    conditions = _conditions(tree)
     made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
-    for i in table.conditions:
+    for i in conditions:
         node = tree.nodes[i]
         column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(node.words)})
         expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
         _text(expression, "text", _expression(node, tree, prefix))
     for output, type_ in (("node", "number"), ("recommendation", "string")):
         ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
-    for rule in table.rules:
-        row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{rule.leaf + 1}"})
-        if absent := _absent(record, tree.nodes[rule.leaf].triples):
+    for holds, leaf in rules_of(tree):
+        row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{leaf + 1}"})
+        if absent := _absent(record, tree.nodes[leaf].triples):
             _text(row, "description", "\n".join(absent))
-        answers = ["-" if answer is None else str(answer).lower() for answer in rule.answers]
-        outputs = [str(rule.leaf + 1), _feel(_recommendation(tree.nodes[rule.leaf]))]
+        answers = [str(holds.get(i, "-")).lower() for i in conditions]
+        outputs = [str(leaf + 1), _feel(_recommendation(tree.nodes[leaf]))]
         for kind, values in (("input", answers), ("output", outputs)):
             for place, value in enumerate(values, start=1):
                 entry = ET.SubElement(row, _tag(f"{kind}Entry"), {"id": f"{row.get('id')}_{kind}_{place}"})  # engines ask for ids
@@ -233,23 +213,23 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
 
 
 def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
-    tree, table = record.tree, table_of(record.tree)
+    tree, conditions = record.tree, _conditions(record.tree)
     business = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
     for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
-    inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in table.conditions)]
+    inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in conditions)]
     inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
-    absent = [_absent(record, tree.nodes[i].triples) for i in table.conditions] or [[]]
+    absent = [_absent(record, tree.nodes[i].triples) for i in conditions] or [[]]
     names = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
     definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(names, inputs, strict=True))
     _row(sheet, 5, [*definitions, "", "", _ONE_ROW], bold=True)
     located = locate_tree(record.text, tree)
-    for place, rule in enumerate(table.rules, start=6):
-        answers = rule.answers or (None,)
+    for place, (holds, leaf) in enumerate(rules_of(tree), start=6):
+        answers = [holds.get(i) for i in conditions] or [None]
         cells = [_answer(*one, answer) for one, answer in zip(inputs, answers, strict=True)]
-        _row(sheet, place, [*cells, *_outputs(rule.leaf, record, located[rule.leaf], name)])
+        _row(sheet, place, [*cells, *_outputs(leaf, record, located[leaf], name)])
     sheet.freeze_panes = "A6"
 
 
@@ -284,20 +264,10 @@ def _row(sheet: Any, place: int, values: Sequence[str], *, bold: bool = False) -
 
     for column, value in enumerate(values, start=1):
         cell = sheet.cell(place, column)
-        if text := _cut(clean(value)):
+        if text := clean(value):
             cell.value = text
             cell.data_type = "s"  # whatever it begins with, a text is no formula
         cell.alignment = Alignment(wrap_text=True, vertical="top")
         if bold:
             cell.font = Font(bold=True)
         sheet.column_dimensions[cell.column_letter].width = 32
-
-
-def _cut(text: str) -> str:
-    if len(text) <= _MOST_IN_A_CELL:
-        return text
-    # What is asked of the facts, and which node a row leads to, stands in the last line, without which a table decides nothing.
-    _, line, last = text.rpartition("\n")
-    mark = " [cut: longer than a cell holds]"
-    end = f"{mark}\n{last}" if line and len(last) < _MOST_IN_A_CELL // 2 else mark
-    return text[: _MOST_IN_A_CELL - len(end)] + end

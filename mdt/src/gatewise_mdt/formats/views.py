@@ -15,7 +15,7 @@ from gatewise_mdt.formats.page import page_of
 from gatewise_mdt.formats.svg import drawing_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
+from gatewise_mdt.spans import TripleSpans, absent_triples, locate_tree, part_of
 from gatewise_mdt.tree import Triple, on_one_line
 
 FORMATS = {
@@ -55,7 +55,7 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
         "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
-        "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])).svg,
+        "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])),
         "html": page_of,
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
@@ -133,15 +133,11 @@ def _as_json(record: TreeRecord) -> dict[str, Any]:
 
 def _places(text: str, triple: Triple, found: TripleSpans) -> dict[str, Any]:
     """Where subject and object stand, and for one that is but a part of other words these words."""
-    places: dict[str, Any] = {"subject": _pair(found.subject), "object": _pair(found.object)}
+    places: dict[str, Any] = {"subject": found.subject, "object": found.object}
     for name, phrase in (("subject", triple.subject), ("object", triple.object)):
         if places[name] is None and (whole := part_of(text, phrase)) is not None:
             places[f"{name}_part_of"] = whole
     return places
-
-
-def _pair(span: Span | None) -> list[int] | None:
-    return None if span is None else list(span)
 
 
 def _json(value: Any) -> str:

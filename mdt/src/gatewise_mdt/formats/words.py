@@ -1,7 +1,7 @@
 """What the views say besides the tree itself, in English and Chinese."""
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from gatewise_mdt.records import DOUBTFUL
 from gatewise_mdt.relations import Language
@@ -9,43 +9,12 @@ from gatewise_mdt.spans import find, part_of
 from gatewise_mdt.tree import Node, Triple
 
 
-@dataclass(frozen=True)
-class Words:
-    """The words of one language.
+class Words(SimpleNamespace):
+    """The words of one language, by the names that they have in the tables below.
 
-    Attributes:
-        heads: (role, logical_rel) -> the head of a node.
-        joins: logical_rel -> the word between two triples.
-        origin: phrases of :mod:`gatewise_mdt.formats.origin`, by their names there.
+    Besides texts these are ``language``, ``heads``, the head of a node by its role and logical_rel, ``joins``, the word between two
+    triples, and ``origin``, the phrases of :mod:`gatewise_mdt.formats.origin`.
     """
-
-    language: Language
-    title: str
-    about: str
-    population: str
-    headings: str
-    notes: str
-    passage: str
-    tree: str
-    yes: str
-    no: str
-    nothing: str
-    absent: str
-    only_part: str
-    notice: str
-    warnings: str
-    condition: str
-    decision: str
-    as_outline: str
-    hint: str
-    records: str
-    comma: str
-    confidence: str
-    doubtful: str
-    confidence_means: str
-    heads: dict[tuple[str, str], str]
-    joins: dict[str, str]
-    origin: dict[str, str]
 
     def head(self, node: Node) -> str:
         """What stands over the triples of a node."""
@@ -86,8 +55,6 @@ _ENGLISH = Words(
     only_part="'{phrase}' stands in the text only as part of '{whole}'",
     notice="Needs review by a clinician. Not medical advice.",
     warnings="Warnings of the extraction: the tree may be incomplete or wrong",
-    condition="condition",
-    decision="decision",
     as_outline="The tree as text",
     hint="Point at a box, or go to it with the Tab key, to see its phrases in the text; or the other way round.",
     records="Records",
@@ -134,8 +101,6 @@ _CHINESE = Words(
     only_part="“{phrase}”在原文中只作为“{whole}”的一部分出现",
     notice="须经临床医生审核，不构成医疗建议。 Needs review by a clinician.",
     warnings="提取过程有警告，决策树可能不完整或有误",
-    condition="条件",
-    decision="决策",
     as_outline="文本形式的决策树",
     hint="指向一个方框，或用 Tab 键选中它，即可在原文中看到对应词语；反之亦然。",
     records="记录",

@@ -132,7 +132,7 @@ def entries_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 def _drawing(passage: Passage, version: Version, tree: DecisionTree, focusable: bool = False) -> str:
     sure = version.confidence or ()
-    return drawing_of(tree, passage.text, focusable=focusable, language=passage.language, confidence=sure).svg
+    return drawing_of(tree, passage.text, focusable=focusable, language=passage.language, confidence=sure)
 
 
 def _sure(confidence: float | None) -> dict[str, Any] | None:
