@@ -1,20 +1,17 @@
 """Writes files and folders whole or not at all: into a temporary folder beside the target, then renamed.
 
 When writing fails, the old file stays; when the power fails, either the old or the new one is there. A new file keeps the mode of
-the one that it replaces and, where the user may set it, the owner. Symbolic links are followed. Devices and pipes, such as
-/dev/stdout, are written into directly. ``content_of`` reads a file that a user named.
+the one that it replaces. Symbolic links are followed. Devices and pipes, such as /dev/stdout, are written into directly.
 """
 
-import errno
 import json
 import math
 import os
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +35,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             with open(path, "wb") as stream:
                 stream.write(part.read_bytes())
         else:
-            sync_to_disk(part, like=target)
-            os.replace(part, target)
-            _sync_renamed(path, target.parent)
+            _replace(part, target)
 
 
 @contextmanager
@@ -59,21 +54,20 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         part = folder / target.name
         part.mkdir()
         yield part
-        for place, _, names in os.walk(part, topdown=False):
-            for file in (Path(place, name) for name in names):
-                if not file.is_symlink():
-                    sync_to_disk(file)
-            sync_to_disk(Path(place), like=target if Path(place) == part else None)
+        for place, folders, names in os.walk(part, topdown=False):
+            for one in (Path(place, name) for name in (*names, *folders)):
+                if not one.is_symlink():
+                    sync_to_disk(one)
         old = folder / "old"
         if os.path.exists(target):
+            shutil.copymode(target, part)
             os.replace(target, old)
         try:
-            os.replace(part, target)
+            _replace(part, target)
         except BaseException:
             if old.exists():
                 os.replace(old, target)
             raise
-        _sync_renamed(path, target.parent)
 
 
 def check_new_file(path: str | Path) -> None:
@@ -147,36 +141,24 @@ def _try(path: str | Path) -> None:
         (folder / target.name).touch()
 
 
-def sync_to_disk(path: Path, like: Path | None = None) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk.
-
-    Args:
-        like: the file or folder that it will replace. If that exists, its mode and owner are copied.
-    """
-    folder = path.is_dir()
-    if folder and sys.platform == "win32":  # which has nothing of the kind
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk."""
+    if sys.platform == "win32" and path.is_dir():  # which has nothing of the kind
         return
     handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
-        if like is not None and like.exists():
-            old = os.stat(like)
-            if hasattr(os, "chown"):
-                with suppress(OSError):  # only root may give files away
-                    os.chown(path, old.st_uid, old.st_gid)
-            os.chmod(path, stat.S_IMODE(old.st_mode))
         os.fsync(handle)
-    except OSError as error:
-        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems have it not
-            raise
     finally:
         os.close(handle)
 
 
-def _sync_renamed(path: str | Path, folder: Path) -> None:
-    try:
-        sync_to_disk(folder)
-    except OSError as error:
-        raise GatewiseError(f"{path} was written, but a power failure may undo it: {error.strerror or error}") from error
+def _replace(part: Path, target: Path) -> None:
+    """Puts a file or folder in its place once it is on disk."""
+    if target.exists():
+        shutil.copymode(target, part)
+    sync_to_disk(part)
+    os.replace(part, target)
+    sync_to_disk(target.parent)
 
 
 def is_special(path: str | Path) -> bool:

@@ -80,7 +80,6 @@ def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
         (["--parameters", "1k", "--modules", "2"], "--parameters asks for a size: leave --modules out"),
         (["--parameters", "many"], "--parameters is 'many': expected a number such as 500000, 500k or 1.5M"),
         (["--steps", "3"], "--steps was given without --recover, the rows to train on: add them or leave it out"),
-        (["--data", ""], "the data's name is empty: give a file, sample:NAME or a data set's name"),
         (["--tolerance", "0.001"], "a tolerance of 0.001 cannot be shown with fewer than"),
     ],
 )  # fmt: skip

@@ -133,7 +133,7 @@ def test_the_help_names_every_score(inspect: Inspect) -> None:
         ("--scores --data DATA --suggest 99 --out .", ". is a folder, expected a file to write: give another path"),
         ("--scores --data DATA --plot DATA/map.png", "rows.jsonl/map.png"),
         ("--scores --data none.jsonl", "none.jsonl: there is no such file"),
-        ("--scores --data DATA --base ./none", "none' is not a folder"),
+        ("--scores --data DATA --base ./none", "no model './none' could be loaded"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(words: str, said: str, inspect: Inspect, data: Path, tmp_path: Path) -> None:

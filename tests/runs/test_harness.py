@@ -176,9 +176,8 @@ def test_shots_and_patterns(folder: Path, evaluated: Callable[..., Any], tmp_pat
         ("--harness own_choises", "lm_eval has no task own_choises"),
         ("--harness own_lost", "own_lost cannot be measured"),
         ("--harness own_drawing", "own_drawing wants answers that are drawn, and gatewise writes the most probable"),
-        ("--harness own_choices --labels a,b", "--labels goes with --data"),
+        ("--harness own_choices --labels a,b", "--labels does not go with --harness"),
         ("--harness own_choices --data rows.jsonl", "give either --data or --harness"),
-        ("--harness a,,b", "expected names of tasks with commas between them"),
     ],
 )
 def test_what_is_refused(words: str, said: str, folder: Path, evaluated: Callable[..., Any]) -> None:

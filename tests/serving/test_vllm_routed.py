@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gatewise
 from gatewise import RoutedLoraConfig
-from gatewise.models.cache import resolve
+from gatewise.models.embedded import resolve
 from gatewise.serving.checking import check_in_vllm
 from gatewise.serving.engines import CPU_LORA
 from gatewise.serving.vllm_plugin.refusals import FAMILIES

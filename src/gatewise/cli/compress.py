@@ -1,29 +1,27 @@
 """The ``compress`` command: a finished adapter -> the smallest one that is as good on some data."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
-from gatewise.cli.options import takes_data_options
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, print_table
 from gatewise.errors import GatewiseError
-from gatewise.flags import JsonOption
-
-if TYPE_CHECKING:
-    from gatewise.compress import Compressed
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 
-@takes_data_options()
 def compress(
     adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
     data: Annotated[str, typer.Option(help="Rows that measure: a file, sample:NAME or a data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write, new or empty.", show_default=False)],
-    options: DataOptions,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    prompt: PromptOption = None,
+    labels: LabelsOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
     tolerance: Annotated[
         float | None,
         typer.Option(help="How much worse it may be: share of right answers, or nats. [default: 0.01]"),
@@ -77,25 +75,18 @@ def compress(
     elif modules is not None:
         goal = Goal("modules", modules)
     recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate, split=recover_split)
+    options = DataOptions(base, split, prompt, labels, limit, device)
     result = run(adapter, data, out, goal, options=options, recovery=recovery, order=order, measure=measure, score_rows=score_rows)
     if as_json:
         typer.echo((out / "compress.json").read_text(encoding="utf-8"), nl=False)
         return
-    Console().print(_table(result))
     size, whole, gap = result.chosen.size, result.whole_size, result.chosen.difference
+    rows = [("none", "", "", "", f"{abs(result.base_quality):.4f}")]
+    for name, one, quality in (("whole", whole, result.whole_quality), ("smaller", size, result.chosen.quality)):
+        rows.append((name, f"{one.parameters:,}", f"{one.modules:,}", f"{one.ranks:,}", f"{abs(quality):.4f}"))
+    print_table(["adapter"], ["parameters", "modules", "ranks", "right" if result.measure == "right" else "loss"], rows)
     share, how = size.parameters / whole.parameters, ", after recovery" if result.chosen.recovered else ""
     unit = "share of right answers" if result.measure == "right" else "nats a token"
     typer.echo(f"{share:.0%} of the parameters, {size.modules} of {whole.modules} modules{how}")
     typer.echo(f"{gap}, with 95% confidence on {gap.rows} rows ({unit})")
     typer.echo(f"written: {out}, with what engines need to know in serving.json; its logits differ by {result.deviation:.1g}")
-
-
-def _table(result: "Compressed") -> Table:
-    table = Table("adapter", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("parameters", "modules", "ranks", "right" if result.measure == "right" else "loss"):
-        table.add_column(name, justify="right")
-    table.add_row("none", "", "", "", f"{abs(result.base_quality):.4f}")
-    chosen = result.chosen
-    for name, size, quality in (("whole", result.whole_size, result.whole_quality), ("smaller", chosen.size, chosen.quality)):
-        table.add_row(name, f"{size.parameters:,}", f"{size.modules:,}", f"{size.ranks:,}", f"{abs(quality):.4f}")
-    return table

@@ -14,14 +14,13 @@ from rich.table import Table
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
-from gatewise.cli.options import takes_data_options
+from gatewise.cli.options import LabelsOption, PromptOption, SplitOption
 from gatewise.errors import GatewiseError
-from gatewise.flags import JsonOption
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
 
 
-@takes_data_options(leave_out="limit")
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
@@ -36,8 +35,11 @@ def inspect(
         int | None,
         typer.Option(help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all]."),
     ] = None,
-    *,
-    options: DataOptions,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    prompt: PromptOption = None,
+    labels: LabelsOption = None,
+    device: DeviceOption = "auto",
     suggest: Annotated[
         str | None,
         typer.Option(
@@ -62,6 +64,7 @@ def inspect(
     from gatewise import inspection
     from gatewise.files import check_new_file, write_json
 
+    options = DataOptions(base, split, prompt, labels, device=device)
     mode = "routing" if routing else "scores" if scores else ""
     belongs = {
         "scores": (scores or None, "scores"), "value": (value, ""), "score": (score, "scores"), "suggest": (suggest, "scores"),

@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from gatewise.adapters.data_options import DataOptions
@@ -25,11 +22,11 @@ from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
-from gatewise.cli.options import takes_data_options
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, print_table
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
-from gatewise.errors import GatewiseError, reason_of
-from gatewise.flags import JsonOption
+from gatewise.errors import GatewiseError, needs, reason_of
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
 from gatewise.internals.import_warnings import no_import_warnings
 
 if TYPE_CHECKING:
@@ -48,17 +45,21 @@ class Commands(TyperGroup):
             with no_import_warnings():
                 return super().invoke(ctx)
         except GatewiseError as error:
-            if int(os.environ.get("RANK", "0")) > 0:  # the first of several processes says it, and then a launcher ends this one
-                time.sleep(SECONDS_FOR_OTHERS)
+            _wait_for_others(int(os.environ.get("RANK", "0")) > 0)  # the first of several processes says it
             typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception:
-            if "LOCAL_RANK" in os.environ:  # where another process failed first, a launcher ends this one before it complains
-                time.sleep(SECONDS_FOR_OTHERS)
+            _wait_for_others("LOCAL_RANK" in os.environ)  # this may be what comes of another process's fault
             raise
+
+
+def _wait_for_others(is_one_of_several: bool) -> None:
+    """Gives the process that failed first the time to say it: a launcher then ends this one."""
+    if is_one_of_several:
+        time.sleep(SECONDS_FOR_OTHERS)
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
@@ -167,21 +168,24 @@ def train(
             typer.echo(f"interrupted: {how}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if processes.is_main():
-        console = Console()
         if result.table is not None:
-            console.print(result.table())
-        console.print(_summary(result))
+            Console().print(result.table())
+        _print_summary(result)
     processes.leave()
 
 
 @app.command("eval")
-@takes_data_options()
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
-    options: DataOptions,
     data: Annotated[
         str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    prompt: PromptOption = None,
+    labels: LabelsOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
     max_new_tokens: Annotated[
         int | None,
@@ -213,87 +217,45 @@ def eval_(
     """
     if (data is None) == (harness is None):
         raise GatewiseError("give either --data or --harness, which says what to measure the adapter on")
-    if harness is not None:
-        if max_new_tokens is not None:
-            raise GatewiseError("--max-new-tokens goes with --data, and a task of --harness says it itself: leave it out")
-        _eval_with_harness(adapter, harness, options, harness_tasks, harness_shots, batch_size, out, as_json)
-        return
-    for name, given in (("--harness-tasks", harness_tasks), ("--harness-shots", harness_shots)):
+    of_data = {"--max-new-tokens": max_new_tokens, "--split": split, "--template-prompt": prompt, "--labels": labels}
+    of_harness = {"--harness-tasks": harness_tasks, "--harness-shots": harness_shots}
+    for name, given in (of_data if harness else of_harness).items():
         if given is not None:
-            raise GatewiseError(f"{name} goes with --harness: leave it out")
-    from gatewise.files import finite
-    from gatewise.runs.measure import measure_adapter
-    from gatewise.tasks.metrics import format_metric
+            raise GatewiseError(f"{name} does not go with {'--harness' if harness else '--data'}: leave it out")
+    console = Console(stderr=True)
+    if data is not None:
+        from gatewise.files import finite
+        from gatewise.runs.measure import measure_adapter
+        from gatewise.tasks.metrics import format_metric
 
-    progress = Console(stderr=True)
-    assert data is not None
-    metrics = measure_adapter(
-        adapter, data, options, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, console=progress
-    )
-    if as_json:
-        typer.echo(json.dumps(finite(metrics)))
+        options = DataOptions(base, split, prompt, labels, limit, device)
+        metrics = measure_adapter(
+            adapter, data, options, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, console=console
+        )
+        if as_json:
+            typer.echo(json.dumps(finite(metrics)))
+        else:
+            print_table(["metric"], ["value"], [(name, format_metric(name, value)) for name, value in metrics.items()])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, format_metric(name, value))
-    Console().print(table)
-
-
-def _eval_with_harness(
-    adapter: Path,
-    names: str,
-    options: DataOptions,
-    folder: Path | None,
-    shots: int | None,
-    batch_size: int,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    for flag, given in (("--split", options.split), ("--template-prompt", options.prompt), ("--labels", options.labels)):
-        if given is not None:
-            raise GatewiseError(f"{flag} goes with --data, and a task of --harness has its own: leave it out")
-    tasks = [name.strip() for name in names.split(",")]
-    if not all(tasks):
-        raise GatewiseError(f"--harness {names!r}: expected names of tasks with commas between them, such as arc_easy,piqa")
-    try:
+    with needs("harness", "--harness"):
         from gatewise.runs.harness import measure_with_harness
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        raise GatewiseError(f"--harness needs {missing}, which is not installed: pip install 'gatewise[harness]'") from error
     found = measure_with_harness(
-        adapter,
-        tasks,
-        folder=folder,
-        shots=shots,
-        base=options.base,
-        device=options.device,
-        limit=options.limit,
-        batch_size=batch_size,
-        out=out,
-        console=Console(stderr=True),
-    )
+        adapter, [name.strip() for name in (harness or "").split(",")], folder=harness_tasks, shots=harness_shots, base=base,
+        device=device, limit=limit, batch_size=batch_size, out=out, console=console,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("task", "shots", "metric"):
-        table.add_column(heading)
-    for heading in ("value", "stderr", "n"):
-        table.add_column(heading, justify="right")
-    for task, metrics in found["results"].items():
-        for key, value in metrics.items():
+    rows = []
+    for task, values in found["results"].items():
+        shots, n = found["n-shot"].get(task, ""), found["n-samples"].get(task, {}).get("effective", "")
+        for key, value in values.items():
             name, comma, kind = key.partition(",")
-            if not comma or name.endswith("_stderr"):
-                continue
-            shown = [
-                f"{one:.4f}" if isinstance(one, float) else "" if one is None else str(one)
-                for one in (value, metrics.get(f"{name}_stderr,{kind}"))
-            ]
-            n = found["n-samples"].get(task, {}).get("effective", "")
-            table.add_row(task, str(found["n-shot"].get(task, "")), name if kind == "none" else f"{name} ({kind})", *shown, str(n))
-    Console().print(table)
+            if comma and not name.endswith("_stderr"):
+                numbers = [value, values.get(f"{name}_stderr,{kind}", "")]
+                shown = [f"{one:.4f}" if isinstance(one, float) else str(one) for one in numbers]
+                rows.append((task, str(shots), name if kind == "none" else f"{name} ({kind})", *shown, str(n)))
+    print_table(["task", "shots", "metric"], ["value", "stderr", "n"], rows)
 
 
 app.command()(inspect)
@@ -329,39 +291,24 @@ def models_list(as_json: JsonOption = False) -> None:
     Example:
       gatewise models list --json
     """
-    from gatewise.models.cache import list_embedded
+    from gatewise.models.embedded import EMBEDDED, fetched
 
-    known = list_embedded()
     if as_json:
+        shown = ("name", "description", "licence", "download_bytes", "disk_bytes")
         rows = [
-            {
-                "name": model.name,
-                "description": model.description,
-                "licence": model.licence,
-                "download_bytes": model.download_bytes,
-                "disk_bytes": model.disk_bytes,
-                "fetched": model.cached,
-                "path": str(model.path),
-            }
-            for model in known
+            {**{name: getattr(model, name) for name in shown}, "path": (path := fetched(model.name)) and str(path)}
+            for model in EMBEDDED.values()
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("what")
-    table.add_column("licence")
-    table.add_column("download", justify="right")
-    table.add_column("fetched")
-    for model in known:
-        table.add_row(
-            model.name,
-            model.description,
-            model.licence,
-            f"{model.download_bytes / 1e6:.0f} MB",
-            "yes" if model.cached else "no",
-        )
-    Console().print(table)
+    print_table(
+        ["name", "what", "licence", "fetched"],
+        ["download"],
+        [
+            (one.name, one.description, one.licence, "yes" if fetched(one.name) else "no", f"{one.download_bytes / 1e6:.0f} MB")
+            for one in EMBEDDED.values()
+        ],
+    )
 
 
 @models_app.command("fetch")
@@ -375,7 +322,7 @@ def models_fetch(
     Example:
       gatewise models fetch gemma3-270m --accept-terms
     """
-    from gatewise.models.cache import fetch
+    from gatewise.models.embedded import fetch
 
     typer.echo(str(fetch(name, accept_terms=accept_terms, progress=lambda text: typer.echo(text, err=True))))
 
@@ -390,14 +337,12 @@ def models_path(
     Example:
       gatewise models path smollm2-135m-instruct
     """
-    from gatewise.models.cache import list_embedded
-    from gatewise.models.embedded import embedded
+    from gatewise.models.embedded import fetched
 
-    embedded(name)  # refuses an unknown name
-    model = next(model for model in list_embedded() if model.name == name)
-    if not model.cached:
+    path = fetched(name)
+    if path is None:
         raise GatewiseError(f"{name} is not fetched yet: run `gatewise models fetch {name}`")
-    typer.echo(str(model.path))
+    typer.echo(str(path))
 
 
 def _kept(recipe: "Recipe", folder: Path) -> str | None:
@@ -408,39 +353,27 @@ def _kept(recipe: "Recipe", folder: Path) -> str | None:
     return f"{kept} is kept: give the same command with --resume to go on from there" if kept else None
 
 
-def _summary(result: "RunResult") -> Table:
-    """Metrics before and after, then what it took and where it lies."""
+def _print_summary(result: "RunResult") -> None:
+    """Prints metrics before and after, then what it took and where it lies."""
     from gatewise.tasks.metrics import format_metric
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for name, both in result.metrics.items():
-        for metric, after in both["after"].items():
-            if metric == "n":
-                continue
-            table.add_row(f"{name} {metric}", format_metric(metric, both["before"][metric]), format_metric(metric, after))
-    table.add_section()
+    rows = [
+        (f"{name} {metric}", format_metric(metric, both["before"][metric]), format_metric(metric, after))
+        for name, both in result.metrics.items()
+        for metric, after in both["after"].items()
+    ]
+    print_table(["metric"], ["before", "after"], rows)
     share = result.parameters["adapter"] / result.parameters["base"]
-    took = result.seconds
-    stages = "".join(f"{value:.0f} {name}, " for name, value in took.items() if name not in ("evaluation", "training", "total"))
     facts = {
-        "rows": ", ".join(f"{both['after']['n']} {name}" for name, both in result.metrics.items()),
         "parameters": f"{result.parameters['adapter']:,} in the adapter, {share:.2%} of the base model",
         "steps": f"{result.steps}" + (f", resumed after {result.resumed_from}" if result.resumed_from else ""),
-        "seconds": f"{stages}{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
-        "adapter": str(result.adapter),
-        "metrics": str(result.metrics_file),
+        "seconds": ", ".join(f"{seconds:.0f} {what}" for what, seconds in result.seconds.items()),
+        "adapter": result.adapter,
+        "metrics": result.metrics_file,
+        **{path.stem: path for path in result.pictures.values()},
     }
-    facts |= {path.stem: str(path) for path in result.pictures.values()}
-    grid = Table.grid(padding=(0, 2))
-    for name, text in facts.items():
-        grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
-    outer = Table.grid()
-    outer.add_row(table)
-    outer.add_row(grid)
-    return outer
+    for name, fact in facts.items():
+        typer.echo(f"{name:<12}{fact}")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import takes_data_options
+from gatewise.cli.options import LabelsOption, PromptOption, SplitOption
 from gatewise.files import finite
-from gatewise.flags import JsonOption
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 if TYPE_CHECKING:
     from gatewise.serving.checking import Checked, Match
 
-DIFFERS = 1
 
-
-@takes_data_options(leave_out="limit")
 def serving_check(
     adapters: Annotated[
         list[Path], typer.Argument(help="The folders of LoRA adapters of one base, routed or not.", show_default=False)
     ],
     data: Annotated[str, typer.Option(help="Rows to take prompts from: a file, sample:NAME or a data set.", show_default=False)],
-    options: DataOptions,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    prompt: PromptOption = None,
+    labels: LabelsOption = None,
+    device: DeviceOption = "auto",
     python: Annotated[
         Path | None, typer.Option(help="The Python of an environment that has vLLM. [default: this one]", show_default=False)
     ] = None,
@@ -48,6 +49,7 @@ def serving_check(
     """
     from gatewise.serving.checking import check_in_vllm
 
+    options = DataOptions(base, split, prompt, labels, device=device)
     found = check_in_vllm(
         adapters, data, options=options, python=python or sys.executable, prompts=prompts, tokens=tokens,
         dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),
@@ -58,7 +60,7 @@ def serving_check(
         for one in found:
             typer.echo(line_of(one))
     if not all(one.holds for one in found):
-        raise typer.Exit(DIFFERS)
+        raise typer.Exit(1)
 
 
 def line_of(one: "Checked") -> str:

@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.models.cache import EmbeddedStatus, cache_dir, fetch, list_embedded, resolve
-from gatewise.models.embedded import EMBEDDED, EmbeddedModel
+from gatewise.models.embedded import EMBEDDED, EmbeddedModel, cache_dir, fetch, fetched, resolve
 
 if TYPE_CHECKING:
     from gatewise.adapters.loading import load_adapter
@@ -15,12 +14,11 @@ if TYPE_CHECKING:
 __all__ = [
     "EMBEDDED",
     "EmbeddedModel",
-    "EmbeddedStatus",
     "ModelAround",
     "attention_implementation",
     "cache_dir",
     "fetch",
-    "list_embedded",
+    "fetched",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -4,9 +4,7 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 "bfloat16"; "auto" is bfloat16 where the device computes in it by itself. Elsewhere bfloat16 is emulated, and much slower.
 """
 
-import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?|mps)$"
-DEVICE_NAMES = "auto, cpu, cuda, cuda:1 or mps"
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -33,27 +30,24 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
     if isinstance(name, torch.device):
         return name
     if not re.match(DEVICES, name):
-        raise GatewiseError(f"the device {name!r} is not known: expected {DEVICE_NAMES}")
+        raise GatewiseError(f"the device {name!r} is not known: expected auto, cpu, cuda, cuda:1 or mps")
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise GatewiseError(f"the device is {name}, but PyTorch finds no CUDA GPU here: take device auto or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise GatewiseError(f"the device is {name}, but the last CUDA GPU here is cuda:{count - 1}: take that, or device auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise GatewiseError("the device is mps, but PyTorch finds no Apple GPU here: take device auto or cpu")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(has_mps), "cpu": 1}[device.type]
+    if (device.index or 0) >= count:
+        raise GatewiseError(f"the device is {name}, but PyTorch finds {count} such devices here: take device auto or cpu")
     return device
 
 
 def pick_dtype(
     name: "str | torch.dtype" = "auto", device: "str | torch.device" = "cpu", warn: Callable[[str], None] | None = None
 ) -> "torch.dtype":
-    """The precision of a name on a device. A ``torch.dtype`` is what it is.
+    """The precision of a name on a device. A ``torch.dtype`` is returned unchanged.
 
     Args:
-        warn: told in one line when bfloat16 was asked for and is slow on the device; None makes it a Python warning.
+        warn: told in one line when bfloat16 was asked for and is slow on the device.
 
     Raises:
         GatewiseError: an unknown name.
@@ -64,20 +58,10 @@ def pick_dtype(
         return name
     if name not in DTYPES:
         raise GatewiseError(f"the dtype {name!r} is not known: expected auto, float32 or bfloat16")
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16(pick_device(device)) else torch.float32
-    if name == "bfloat16" and not has_bfloat16(pick_device(device)):
-        say_slow(warn)
-    return torch.float32 if name == "float32" else torch.bfloat16
-
-
-def say_slow(warn: Callable[[str], None] | None = None) -> None:
-    """Says that bfloat16 is slow here."""
-    text = "bfloat16 is emulated on this processor and 11 to 18 times slower than float32: take dtype: auto or float32"
-    if warn is None:
-        warnings.warn(text, stacklevel=3)
-    else:
-        warn(f"warning: {text}")
+    quick = name != "float32" and has_bfloat16(pick_device(device))
+    if name == "bfloat16" and not quick and warn is not None:
+        warn("warning: bfloat16 is emulated on this processor and 11 to 18 times slower than float32: take dtype: auto or float32")
+    return torch.bfloat16 if name == "bfloat16" or quick else torch.float32
 
 
 def has_bfloat16(device: "torch.device") -> bool:
@@ -95,30 +79,19 @@ def has_bfloat16(device: "torch.device") -> bool:
 def cpu_has_bfloat16() -> bool:
     """Whether PyTorch multiplies bfloat16 numbers with the processor's own instructions.
 
-    The processor may have them and PyTorch be kept from them: ``ATEN_CPU_CAPABILITY=avx2`` and ``ONEDNN_MAX_CPU_ISA=AVX2`` let one
-    machine stand in for an older one.
+    The processor may have them and PyTorch be kept from them: ``ATEN_CPU_CAPABILITY=avx2`` makes an older machine of it.
     """
     import torch
 
     from gatewise.internals.cpu_features import multiplies_bfloat16
 
-    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "default").lower()
-    kept_from = limit not in ("default", "all") and not re.search(r"bf16|amx|fp16|avx10", limit)
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and not kept_from and multiplies_bfloat16()
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and multiplies_bfloat16()
 
 
 @contextmanager
 def random_state_kept(device: "torch.device") -> Iterator[None]:
-    """Puts the random state of the CPU and of the device back at the end, and touches no other device's."""
+    """Puts the random state of the CPU, and of a CUDA device, back at the end, and touches no other device's."""
     import torch
 
-    if device.type == "mps":  # has one state and no index, which fork_rng does not know
-        state = torch.mps.get_rng_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            torch.mps.set_rng_state(state)
-    else:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

