@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, random_adapter, tiny_base
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
 
 from gatewise import fast_lora
 
@@ -16,14 +15,13 @@ TARGETS = {
     "llama": (["q_proj", "up_proj"], ["q_proj", "k_proj", "o_proj", "lm_head"]),
     "gpt2": (["c_attn"], ["c_proj", "c_fc"]),
     "bert": (["query", "dense"], ["key", "value"]),
-    "t5": (["q", "wi"], ["k", "v", "wo"]),
 }
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
 
 
 def mixed_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Adapters "all" (rank 3), "some" (rank 5, patterns) and "other" (rank 2, rsLoRA), in evaluation mode."""
-    base = _tiny_t5() if family == "t5" else tiny_base(family)
+    base = tiny_base(family)
     some, other = TARGETS[family]
     task, fan = TASKS[family], family == "gpt2"
     common: dict[str, Any] = {"task_type": task, "fan_in_fan_out": fan, **settings}
@@ -44,12 +42,6 @@ def prompts(rows: int, width: int = 7, padded: bool = False) -> dict[str, torch.
         for row in range(1, rows):
             mask[row, : row % 4] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def _tiny_t5() -> T5ForConditionalGeneration:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, pad_token_id=0, eos_token_id=59, **sizes)
-    return T5ForConditionalGeneration(config)
 
 
 NAMES = {

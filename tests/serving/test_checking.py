@@ -23,7 +23,6 @@ from gatewise import RoutedLoraConfig
 from gatewise.adapters.files import read_lora
 from gatewise.cli.main import app
 from gatewise.serving import checking
-from gatewise.serving.checking import check_in_vllm
 from gatewise.serving.engines import serving_settings, settings_together
 
 Check = Callable[..., Any]
@@ -108,25 +107,6 @@ def test_a_number_that_is_none_is_no_match(check: Check, saved: Path, monkeypatc
     assert result.exit_code == 1
     [found] = json.loads(result.stdout)
     assert found["unmerged"] == {"same": 12, "compared": 12, "difference": None, "holds": False}
-
-
-def test_prompts_are_cut_to_the_positions_of_the_base(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def ask(server: Any, prompted: Any, tokens: int) -> Any:
-        asked.append((server, prompted))
-        return ask_all(server, prompted, tokens)
-
-    monkeypatch.setattr(checking, "_ask_all", ask)
-    rows = tmp_path / "long rows.jsonl"
-    rows.write_text(json.dumps({"source": "nice " * 40, "target": "yes"}) + "\n", encoding="utf-8")
-    said: list[str] = []
-    [found] = check_in_vllm([saved / "one"], str(rows), tokens=4, say=said.append)
-    assert found.holds
-    [(server, [[prompt]])] = asked
-    assert len(prompt) == 92
-    assert server._arguments[server._arguments.index("--max-model-len") + 1] == "96"
-    assert said[0] == "answering 1 prompts in vLLM"
 
 
 def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check) -> None:

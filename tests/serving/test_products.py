@@ -92,25 +92,6 @@ def test_what_overflows_in_another_adapter_breaks_no_row() -> None:
     assert total[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_half_precision_is_as_close_as_rounding_allows(name: str) -> None:
-    parts = BATCHES[name]()
-    x, result = torch.randn(BATCH, 1, IN).bfloat16(), torch.randn(BATCH, 1, OUT).bfloat16()
-    total = Request(BATCH).gather(parts, result).add(x, result)
-    assert total.dtype == torch.bfloat16
-    torch.testing.assert_close(total.float(), plain_sum(parts, x.float(), result.float()), rtol=0.03, atol=0.15)
-
-
-def test_weights_are_read_once_a_request() -> None:
-    """Of several adapters, and in another precision, the factors are copies: what changes meanwhile comes with the next request."""
-    parts = [part(3, 2.0, [0]), part(2, 0.5, [1, 2])]
-    x, result = torch.randn(BATCH, 1, IN), torch.randn(BATCH, 1, OUT)
-    expected = plain_sum(parts, x, result)
-    gathered = Request(BATCH).gather(parts, result)
-    nn.init.zeros_(parts[0].first)
-    torch.testing.assert_close(gathered.add(x, result), expected, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
 def test_steps_after_a_prompt(name: str, in_place: bool) -> None:
@@ -157,12 +138,6 @@ def test_weights_are_not_copied_for_every_row(rows: int) -> None:
     assert inside.counts["bmm"] == 0
     if not before.counts["bmm"]:
         pytest.skip("this version of PyTorch copies no weights here, and has no need of this")
-
-
-def test_models_without_a_head() -> None:
-    for model in (nn.Linear(2, 2), type("None", (WithHead,), {"get_output_embeddings": lambda self: None})()):
-        with rows_side_by_side(model):
-            pass
 
 
 def test_the_head_is_as_it_was_after_a_call() -> None:

@@ -6,14 +6,8 @@ The engine runs in a process of the other Python (vllm_driver.py), started once 
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -345,68 +339,6 @@ def test_settings_that_cannot_be_right(folder: Path, arguments: tuple[str, ...],
     found = run(folder, steps, "--max-loras", "2", *arguments, version=version)
     assert reason in found[0]["error"]
     InPeft(folder).check(rows, found[1])
-
-
-@contextmanager
-def server(folder: Path, *arguments: str) -> Iterator[Callable[..., Any]]:
-    """vLLM's server of the base model: ask(path, **what) gives (status, answer)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base"), *ARGUMENTS, *arguments]
-    command += ["--served-model-name", "base", "--port", str(port)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-
-    def ask(path: str, **what: Any) -> tuple[int, Any]:
-        data = json.dumps(what).encode() if what else None
-        sent = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(sent, timeout=300) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        return status, json.loads(text) if text.startswith("{") else text
-
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            for _ in range(600):
-                try:
-                    if ask("/health")[0] == 200:
-                        break
-                except OSError:
-                    time.sleep(0.5)
-                assert process.poll() is None, (folder / "server.log").read_text(encoding="utf-8")[-3000:]
-            yield ask
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def test_a_server_answers_and_refuses(folder: Path) -> None:
-    """The engine is a process of its own, and the adapters are loaded at the start and while it runs."""
-    reference, bad = InPeft(folder), damaged(folder / "bad", folder / "one", top_k=9)
-    told = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
-    with server(
-        folder, "--max-loras", "3", IN_ONE_PIECE, "--lora-modules", f"one={folder / 'one'}", f"plain={folder / 'plain'}"
-    ) as ask:
-        assert ask("/v1/load_lora_adapter", lora_name="two", lora_path=str(folder / "two"))[0] == 200
-        status, answer = ask("/v1/load_lora_adapter", lora_name="bad", lora_path=str(bad))
-        assert status >= 400
-        assert "top_k is 9 for 7 experts" in answer["error"]["message"]
-        status, answer = ask("/v1/completions", model="one", prompt=prompts_of(5)[0], use_beam_search=True, n=2, max_tokens=4)
-        assert (status, "beam search with the routed adapter one is refused" in answer["error"]["message"]) == (400, True)
-        assert ask("/v1/completions", model="one", prompt=prompts_of(97)[0], **told)[0] == 400
-        for name in ("one", "two", "plain", "base"):
-            adapter = None if name == "base" else str(folder / name)
-            for prompt in prompts_of(7, 21):
-                status, answer = ask("/v1/completions", model=name, prompt=prompt, **told)
-                assert status == 200, answer
-                [found] = answer["choices"]
-                one = {"tokens": found["token_ids"], "logprobs": found["logprobs"]["token_logprobs"]}
-                reference.check([{"prompt": prompt, "adapter": adapter}], [[one]])
 
 
 def test_base_rows_stay_base_rows_where_that_is_asked_for(folder: Path) -> None:

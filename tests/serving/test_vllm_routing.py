@@ -336,17 +336,6 @@ def test_rows_are_freed_and_the_table_grows(folder: Path) -> None:
         routing.begin([Part("cut", 1, 3, 0, 4)], placed)
 
 
-def test_steps_without_routed_rows_are_vllms_own(folder: Path) -> None:
-    routing = Routing(Engine(), modules_of_vllm(), 64, torch.device("cpu"))
-    placed = routing.place(read_routed(folder, D), lambda path: path)
-    routing.begin([Part("plain", 1, 3, 0, 3), Part("base", 0, 1, 0, 1)], {1: None}.get)
-    assert not routing.is_at_work
-    routing.begin([Part("one", 2, 3, 0, 3)], {2: placed}.get)
-    assert routing.is_at_work
-    routing.idle()
-    assert not routing.is_at_work
-
-
 def test_experts_that_the_engine_does_not_adapt_are_refused(folder: Path) -> None:
     modules = {path: names for path, names in modules_of_vllm().items() if "down_proj" not in path}
     with pytest.raises(GatewiseError, match=r"adapts no modules model\.layers\.0\.mlp\.down_proj.*--lora-target-modules"):
@@ -358,15 +347,6 @@ def test_experts_that_the_engine_does_not_adapt_are_refused(folder: Path) -> Non
 
 
 # ---- what vLLM computes in a step ----
-
-
-def test_only_the_language_models_modules_are_told_whose_tokens_a_step_has() -> None:
-    """The tower that reads images has tokens of its own, maybe as many."""
-    text, tower = SimpleNamespace(), SimpleNamespace()
-    manager = SimpleNamespace(lora_index_to_id=[7], punica_wrapper_mapping={"language_model": text, "tower": tower})
-    hooks._group(manager, (7, 0, 7), False)
-    assert text.gatewise_groups.tokens == 3
-    assert not vars(tower)
 
 
 # ---- refusals ----

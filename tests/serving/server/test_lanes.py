@@ -76,31 +76,6 @@ def test_rows_are_what_generate_writes_alone(kind: Kind, adapters: list[dict[str
     assert not lane.rows
 
 
-def test_an_adapter_may_go_and_come_back_beside_rows_of_others(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    folders = {name: adapter_folder(base, tmp_path / name, "routed", seed=seed) for seed, name in enumerate(("stays", "goes"))}
-    lane = Lane(load_model(base), "routed")
-    for name, folder in folders.items():
-        lane.load(folder, name, str(base))
-    asked = [("stays", [5, 6, 7]), ("goes", [8, 9]), ("stays", [3])]
-    written: list[list[int]] = [[], [], []]
-    running: list[int] = []
-    for row, (name, prompt) in enumerate(asked):
-        read = lane.read(prompt, name)
-        lane.join(read)
-        running.append(row)
-        written[row].append(int(read.logits.argmax()))
-        for _ in range(3):
-            for place, token in zip(running, lane.step([written[one][-1] for one in running]).argmax(-1).tolist(), strict=True):
-                written[place].append(token)
-        if row == 0:
-            lane.unload("goes")
-            lane.load(folders["goes"], "goes", str(base))
-    for (name, prompt), row in zip(asked, written, strict=True):
-        alone = writes(base, folders[name], prompt, len(row))
-        assert row[: len(alone)] == alone
-
-
 def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None:
     """PEFT writes the base weights of a head with LoRA into its file, and reads them back."""
     base = base_folder(tmp_path / "base")

@@ -19,9 +19,8 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
-import openai
 import pytest
-from served_models import adapter_folder, base_folder, client, text_of, words, writes
+from served_models import adapter_folder, base_folder, client, text_of, writes
 from test_vllm import PYTHON
 
 from gatewise.errors import GatewiseError
@@ -273,16 +272,6 @@ def test_constraints_are_classes_of_vllms(made: Path, tmp_path: Path) -> None:
 real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
 
 
-@pytest.fixture(scope="module")
-def served(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """``gatewise serve`` with the real vLLM, in a process of its own."""
-    folder = tmp_path_factory.mktemp("watched")
-    for name in ("one", "two", "routed"):
-        shutil.copytree(made / "adapters" / name, folder / name)
-    with vllm_serving(made / "base", folder, "--", "--block-size", "32") as server:
-        yield server
-
-
 @contextmanager
 def vllm_serving(base: Path, folder: Path, *rest: str) -> Iterator[SimpleNamespace]:
     command = [sys.executable, "-m", "gatewise", "serve", str(base), "--adapters", str(folder), "--python", str(PYTHON)]
@@ -301,53 +290,13 @@ def vllm_serving(base: Path, folder: Path, *rest: str) -> Iterator[SimpleNamespa
             process.wait(60)
 
 
-@real
-def test_many_clients_at_once(served: SimpleNamespace, made: Path) -> None:
-    asked = client(served)
-    names = ["tiny", "one", "two", "routed"]
-    assert {one.id for one in asked.models.list()} == set(names)
-    jobs = [(name, [7 + number, 19, 23 + number][: 1 + number % 3], 4 + number) for number in range(6) for name in names]
-
-    def run(job: tuple[str, list[int], int]) -> str:
-        name, prompt, tokens = job
-        given: Any = prompt if tokens % 2 else words(prompt)
-        answer = asked.completions.create(model=name, prompt=given, max_tokens=tokens, temperature=0, stream=tokens % 3 == 0)
-        return "".join(one.choices[0].text for one in answer) if tokens % 3 == 0 else answer.choices[0].text
-
-    with ThreadPoolExecutor(12) as threads:
-        found = list(threads.map(run, jobs))
-    for (name, prompt, tokens), text in zip(jobs, found, strict=True):
-        alone = writes(made / "base", None if name == "tiny" else made / "adapters" / name, prompt, tokens)
-        assert text.strip() == text_of(alone).strip(), (name, prompt)
-
-
-@real
-def test_adapters_come_are_replaced_and_go(served: SimpleNamespace, made: Path) -> None:
-    prompt = [7, 19, 23]
-
-    def text(name: str) -> str | None:
-        try:
-            return client(served).completions.create(model=name, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
-        except openai.NotFoundError:
-            return None
-
-    def soon(name: str, expected: Path | None) -> None:
-        wanted = None if expected is None else text_of(writes(made / "base", expected, prompt, 8))
-        limit = time.monotonic() + 60
-        while text(name) != wanted:
-            assert time.monotonic() < limit, text(name)
-            time.sleep(0.2)
-
-    assert text("new") is None
-    for name in ("one", "routed", "two"):
-        shutil.copytree(made / "adapters" / name, served.folder / ".new")
-        shutil.rmtree(served.folder / "new", ignore_errors=True)
-        (served.folder / ".new").rename(served.folder / "new")
-        soon("new", made / "adapters" / name)
-    shutil.rmtree(served.folder / "new")
-    soon("new", None)
-    assert text("../one") is None
-    assert text(str(made / "adapters" / "one")) is None
+def status(server: SimpleNamespace, more: bytes = b"", **headers: str) -> int:
+    body = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 1}).encode() + more
+    asked = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json", **headers})
+    try:
+        return int(urllib.request.urlopen(asked).status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 @real
@@ -393,24 +342,9 @@ def test_two_states_of_an_adapter_write_in_one_batch(tmp_path: Path) -> None:
             enough.set()
         assert [(one.model, one.choices[0].text) for one in answers] == [("one", wanted)] * 2
         models, text = held.result()
+        assert status(server) == 200
+        assert status(server, Host="evil.example") == status(server, Origin="http://evil.example") == 403
+        assert status(server, b" " * guard.MOST_BYTES) == 413
         assert models == {"one"}
         assert text.startswith(text_of(writes(base, states[0], prompt, 40, ends=False)))
         assert {one.id for one in asked.models.list()} == {"tiny", "one", *(place.name for place in others)}
-
-
-@real
-def test_bodies_and_names_have_limits(served: SimpleNamespace) -> None:
-    def status(body: bytes, **headers: str) -> int:
-        asked = urllib.request.Request(f"{served.url}/v1/completions", body, {"Content-Type": "application/json", **headers})
-        try:
-            with urllib.request.urlopen(asked) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    body = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 1}).encode()
-    assert status(body) == 200
-    assert status(body, Host="evil.example") == 403
-    assert status(body, Origin="http://evil.example") == 403
-    assert status(body + b" " * guard.MOST_BYTES) == 413
-    assert status(body) == 200
