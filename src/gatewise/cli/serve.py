@@ -1,5 +1,6 @@
 """The ``serve`` command: one base model and many adapters behind OpenAI's API."""
 
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +100,7 @@ def serve(
         if engine == "vllm":
             from gatewise.serving.server.with_vllm import VllmServer
 
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing of vLLM is to be left behind
             kept_to = find_constraints(constraint or ())
             in_vllm = VllmServer(
                 base, adapters or (), python=python or sys.executable, rest=vllm or (), constraints=kept_to, **settings

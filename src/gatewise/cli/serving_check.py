@@ -71,8 +71,6 @@ def line_of(one: "Checked") -> str:
         return line
     if one.without.holds:
         return f"{line}. CANNOT TELL: the adapter changes little that these prompts show, give others"
-    if not one.base.holds:
-        return f"{line}. DIFFERS: and so does the base model without an adapter ({_shown(one.base)})"
     return f"{line}. DIFFERS: vLLM calls some modules by other names than it is told, or the adapter is not what it serves"
 
 

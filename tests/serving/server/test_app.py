@@ -143,7 +143,7 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
     [
         ({"model": "none"}, 404, "model", "does not exist"),
         ({"model": "../adapters/plain"}, 404, "model", "does not exist"),
-        ({"model": 3}, 400, "model", "model is 3"),
+        ({"model": 3}, 400, "model", "valid string"),
         ({"prompt": ""}, 400, "prompt", "no token"),
         ({"prompt": []}, 400, "prompt", "expected a text"),
         ({"prompt": [[1], []]}, 400, "prompt", "expected a text"),
@@ -154,10 +154,10 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"prompt": [5] * POSITIONS}, 400, "prompt", f"{POSITIONS} tokens"),
         ({"max_tokens": POSITIONS}, 400, "max_tokens", f"{POSITIONS} tokens"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 10**400}, 400, "max_tokens", "a huge number"),
-        ({"temperature": -1}, 400, "temperature", "temperature is -1: Input should be greater than or equal to 0"),
+        ({"max_tokens": 10**400}, 400, "max_tokens", "Input should be"),
+        ({"temperature": -1}, 400, "temperature", "temperature: Input should be greater than or equal to 0"),
         ({"temperature": float("nan")}, 400, "temperature", "less than or equal to 2"),
-        ({"temperature": 10**400}, 400, "temperature", "a huge number"),
+        ({"temperature": 10**400}, 400, "temperature", "Input should be"),
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"n": 129}, 400, "n", "less than or equal to 128"),
         ({"n": 100, "prompt": ["w1"] * 100}, 400, "n", "10000 answers"),
@@ -195,7 +195,7 @@ def test_what_makes_no_sense_is_told(server: AdapterServer, change: Any, status:
 def test_what_would_change_an_answer_is_refused(name: str, value: Any, neutral: Any, is_chat: bool) -> None:
     body: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": "w1"}], "prompt": "w1"}
     kind = Chat if is_chat else Completion
-    with pytest.raises(RefusedError, match=f"{name} is .*, which is not served here: leave it out"):
+    with pytest.raises(RefusedError, match=f"{name} is not served here, or not with this value: leave it out"):
         read(kind, json.dumps({**body, name: value}).encode())
     read(kind, json.dumps({**body, name: neutral}).encode())
 

@@ -31,13 +31,13 @@ class Guard:
         self._app, self._hosts, self._key = app, hosts, key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
-        if scope["type"] == "websocket":
-            await (self._app(scope, receive, send) if refusal is None else send({"type": "websocket.close", "code": 1008}))
-            return
         if refusal is None:
             body = await read_body(receive)
             if body is None:

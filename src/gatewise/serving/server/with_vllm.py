@@ -189,9 +189,9 @@ class VllmServer:
 
         Raises:
             GatewiseError: vLLM ended.
-            KeyboardInterrupt: after an interrupt, or SIGTERM; nothing of vLLM is left.
+            KeyboardInterrupt: after an interrupt; nothing of vLLM is left.
         """
-        with tempfile.TemporaryDirectory(prefix="gatewise-serve-") as copies, _interrupted_by_sigterm(), self._started() as process:
+        with tempfile.TemporaryDirectory(prefix="gatewise-serve-") as copies, self._started() as process:
             looked = time.monotonic()
             while (code := process.poll()) is None:
                 if time.monotonic() >= looked + self._every:  # while vLLM starts, too, which takes long
@@ -356,23 +356,6 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server without a proxy, which its key is not for."""
 
 _MISSING = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM is an interrupt, so that nothing of vLLM is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _read_arguments(rest: Sequence[str]) -> argparse.Namespace:
