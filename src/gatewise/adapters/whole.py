@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding
-from gatewise.internals.zero import check_settings, zero_of
+from gatewise.internals.zero import Zero, check_settings, zero_of
 from gatewise.processes import is_sharded
 
 
@@ -26,6 +26,7 @@ class WholeAdapter(TrainerCallback):
 
     def __init__(self) -> None:
         self._undo: Callable[[], None] | None = None
+        self.zero: Zero | None = None  # DeepSpeed's part, while it trains
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
@@ -35,9 +36,9 @@ class WholeAdapter(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Averages gradients from here on, as DeepSpeed does by itself."""
-        zero = zero_of(kwargs.get("optimizer"))
-        if zero is not None:
-            zero.keep_whole(_trained(kwargs["model"]))
+        self.zero = zero_of(kwargs.get("optimizer"))
+        if self.zero is not None:
+            self.zero.keep_whole(_trained(kwargs["model"]))
         if fsdp_plugin() is None:
             return
         trained = _trained(kwargs["model"])

@@ -26,6 +26,7 @@ from gatewise.allocation import slots
 from gatewise.allocation.scoring import Batches, Score, from_nothing, loss_without, parts_of, scoring
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError, some
+from gatewise.losses import mean_loss
 from gatewise.processes import summed
 
 # ---------------------------------------------------------------- when rounds run, and how much each prunes
@@ -230,6 +231,7 @@ def run_round(
     model: PeftModel,
     adapter: str,
     layers: Mapping[str, LoraLinear],
+    live: dict[str, list[int]],
     optimizer: torch.optim.Optimizer | None,
     batch: Batches,
     rows: int,
@@ -244,7 +246,8 @@ def run_round(
     """One round on a model in training: its LoRA factors and the optimiser's state of them change, nothing else.
 
     Args:
-        layers: those of the adapter, as ``slots.layers_of`` gives them.
+        layers: path -> LoRA layer of the adapter.
+        live: path -> its slots that live.
         optimizer: of the training; None when there is none any more.
         batch: the validation batch, or several.
         rows: how many rows training takes at once.
@@ -258,13 +261,12 @@ def run_round(
             plan that cannot be carried out.
     """
     began = time.perf_counter()
-    live = {path: slots.live_slots(layer, adapter) for path, layer in layers.items()}
     # Opened once: each opening may convert a half-precision model to float32, and back.
     with scoring(model, score.by_losses, rows):
         # Score every live rank: with AB-LoRA IS(r) = S(M) - S(M\r) + S(M_r), ALoRA's equation 3.
-        parts = parts_of(model, batch)
         losses: list[float] = []  # from a score that computes the loss with all ranks on its way
         given = score.of(model, batch, adapter, prune=limits.count, costs=limits.costs, on_loss=losses.append)
+        parts = parts_of(model, batch)
         loss_before = losses[0] if losses else parts.loss(model)
         if not math.isfinite(loss_before):
             raise GatewiseError(
@@ -295,7 +297,7 @@ def run_round(
         # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + len(history))
         grown = {path: slots.grow(layers[path], adapter, n, generator, optimizer) for path, n in plan.grown.items()}
-        loss_after = parts.loss(model)
+        loss_after = mean_loss(model, parts.own, over_all=parts.processes > 1)
     return Round(
         round=len(history) + 1,
         step=step,

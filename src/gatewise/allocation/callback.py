@@ -35,7 +35,7 @@ from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
-from gatewise.internals.zero import Zero, zero_of
+from gatewise.internals.zero import Zero
 from gatewise.processes import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._capacity: dict[str, int] = {}
         self._costs: dict[str, int] | None = None
         self._floor = min_rank
+        self._grace_rounds = schedule.grace_rounds if isinstance(schedule, ConstantBudget) else 0
         self._steps: list[int] = []
         self._rows = 1
         self._moves_dead = False
@@ -207,7 +208,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         # The Trainer may have looked for a number that fits into memory.
         self._rows = (state.train_batch_size or args.train_batch_size) // max(1, args.n_gpu)
         self._whole.on_train_begin(args, state, control, **kwargs)  # first: ZeRO-3 then has the factors whole
-        self._zero = zero_of(optimizer)
+        self._zero = self._whole.zero
         layers = slots.layers_of(model, self._name)
         if slots.capacities(layers, self._name) != self._capacity:
             raise GatewiseError(
@@ -223,7 +224,22 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         self._moves_dead = not type(kind).__module__.startswith(("torch.optim.", "deepspeed."))
         self._dead = slots.dead_places(layers, self._name) if self._moves_dead else []
-        _check_trained(model, layers, self._name)
+        if any(self._name not in layer.active_adapters or layer.disable_adapters for layer in layers.values()):
+            active = ", ".join(map(repr, model.active_adapters)) or "none"
+            raise GatewiseError(
+                f"adapter {self._name!r} is not active when training begins ({active} is), so it would not be trained: activate it "
+                "with model.set_adapter"
+            )
+        if not any(factor.requires_grad for factor in self._factors(layers)):
+            raise GatewiseError(
+                f"adapter {self._name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make "
+                "it with inference_mode=False, or load it with is_trainable=True"
+            )
+        other = [path for path, layer in layers.items() if isinstance(layer, slots.Expert) or self._name in layer.lora_embedding_A]
+        if other and is_sharded(model):
+            raise GatewiseError(
+                f"{some(other, 3)}: LoRA on embeddings or experts cannot be trained under FSDP2 and ZeRO-3: take DDP or ZeRO-2"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps dead ranks dead, and runs a round where one is due."""
@@ -237,7 +253,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._whole.on_train_end(args, state, control, **kwargs)
         model = kwargs["model"]
         if self._zero is not None:
-            self._zero.gather(self._factors(model))
+            self._zero.gather(self._factors(slots.layers_of(model, self._name)))
         best = Path(state.best_model_checkpoint or "")
         # Where the best checkpoint has gone, the Trainer says so and keeps the last weights.
         if args.load_best_model_at_end and state.best_model_checkpoint and (best / WEIGHTS_FILE).is_file():
@@ -326,10 +342,6 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.budget = kept.get("budget", self.budget)
         self.history = [Round(**one) for one in kept.get("history", ())]
 
-    @property
-    def _grace_rounds(self) -> int:
-        return self.schedule.grace_rounds if isinstance(self.schedule, ConstantBudget) else 0
-
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
         try:
@@ -349,21 +361,22 @@ class RankAllocation(TrainerCallback, ExportableState):
         assert self.validation_batch is not None
         constant = isinstance(self.schedule, ConstantBudget)
         layers = slots.layers_of(model, self._name)
-        ranks = slots.live_ranks(layers, self._name)
+        live = {path: slots.live_slots(layer, self._name) for path, layer in layers.items()}
+        ranks = {path: len(own) for path, own in live.items()}
         done = len(self._steps) if last else len(self.history) + 1
-        live = cost_of(ranks, self._costs)
-        count, budget = self.schedule.cut(self.budget, self.target, live, done, len(self._steps))
+        count, budget = self.schedule.cut(self.budget, self.target, cost_of(ranks, self._costs), done, len(self._steps))
         # With a cubic budget nothing grows, into what no rank fits of it either.
         limits = Limits(count, budget, self._capacity if constant else ranks, self._costs, self._floor)
         # ZeRO spreads the optimiser's state over the processes: a round needs that of all ranks.
         state: AbstractContextManager[Any] = nullcontext(optimizer)
         if self._zero is not None and optimizer is not None:
-            state = self._zero.whole(self._factors(model))
+            state = self._zero.whole(self._factors(layers))
         with state as whole:
             one = run_round(
                 model,
                 self._name,
                 layers,
+                live,
                 whole,
                 self.validation_batch,
                 self._rows,
@@ -393,10 +406,9 @@ class RankAllocation(TrainerCallback, ExportableState):
         if self.on_round:
             self.on_round(one)
 
-    def _factors(self, model: PeftModel) -> list[torch.nn.Parameter]:
+    def _factors(self, layers: Mapping[str, LoraLinear]) -> list[torch.nn.Parameter]:
         """A and B of all layers, each once: experts share theirs."""
-        layers = slots.layers_of(model, self._name).values()
-        return list(dict.fromkeys(factor for layer in layers for factor in slots.factors(layer, self._name)))
+        return list(dict.fromkeys(factor for layer in layers.values() for factor in slots.factors(layer, self._name)))
 
     def _target(self, target_rank: float, start: Mapping[str, int]) -> int:
         """What a cubic budget comes down to, in its unit."""
@@ -451,23 +463,3 @@ def _check_batches(given: Any) -> None:
                     f"validation_batch has {name!r} as a {type(value).__name__} of {len(value)} rows; expected a tensor of "
                     f"{len(batch['labels'])} rows, as many as labels: give what the data collator makes of the rows"
                 )
-
-
-def _check_trained(model: PeftModel, layers: Mapping[str, LoraLinear], name: str) -> None:
-    """Refuses an adapter that training would pass by, and layers that do not train beside a base model that is cut up."""
-    if any(name not in layer.active_adapters or layer.disable_adapters for layer in layers.values()):
-        active = ", ".join(map(repr, model.active_adapters)) or "none"
-        raise GatewiseError(
-            f"adapter {name!r} is not active when training begins ({active} is), so it would not be trained: activate it with "
-            "model.set_adapter"
-        )
-    if not any(factor.requires_grad for layer in layers.values() for factor in slots.factors(layer, name)):
-        raise GatewiseError(
-            f"adapter {name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make it with "
-            "inference_mode=False, or load it with is_trainable=True"
-        )
-    other = [path for path, layer in layers.items() if isinstance(layer, slots.Expert) or name in layer.lora_embedding_A]
-    if other and is_sharded(model):
-        raise GatewiseError(
-            f"{some(other, 3)}: LoRA on embeddings and stacked experts does not train under FSDP2 and ZeRO-3, take DDP or ZeRO-2"
-        )

@@ -25,7 +25,16 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import original_forward, recomputed_layers
 from gatewise.internals.quantised import computing_as_in_training, is_quantised
 from gatewise.internals.torch_modules import replaced_while_running
-from gatewise.losses import Batch, base_of, labelled_microbatches, loss_kind, mean_loss, padded_tokens, row_losses, rows_of
+from gatewise.losses import (
+    Batch,
+    base_of,
+    labelled_microbatches,
+    loss_kind,
+    mean_loss,
+    padded_tokens,
+    row_losses,
+    rows_of,
+)
 from gatewise.models.device import has_bfloat16
 from gatewise.processes import count, is_sharded, own_share, summed
 
@@ -216,8 +225,9 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
         return
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
-    kinds = (torch.float16,) if not float32 and has_bfloat16(device) else (torch.bfloat16, torch.float16)
-    half = _half_precision(model, kinds)
+    half = _half_precision(model)
+    if half and not float32 and has_bfloat16(device):
+        half = [tensor for tensor in half if tensor.dtype == torch.float16]
     if half and is_sharded(model):
         half = []
     # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
@@ -249,12 +259,13 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
             _rows_of_step.reset(tokens[1])
 
 
-def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """The weights and buffers of a model in these kinds of half precision, each once, without those of quantised modules.
+def _half_precision(model: nn.Module) -> list[Tensor]:
+    """The weights and buffers of a model in half precision, each once, without those of quantised modules.
 
     A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
     """
     found: dict[int, Tensor] = {}
+    kinds = (torch.bfloat16, torch.float16)
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
@@ -295,14 +306,13 @@ class Parts:
         return mean_loss(model, self.own, over_all=self.processes > 1)
 
 
-def step_tokens(device: torch.device, longest: int) -> int:
-    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it.
-
-    Args:
-        longest: tokens of the longest row.
-    """
+def step_tokens(model: nn.Module, device: torch.device, batches: Sequence[Batch]) -> int:
+    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it."""
     rows = _rows_of_step.get()
-    return 384 if device.type == "cpu" else min(8192, rows * longest) if rows else 8192
+    if device.type == "cpu" or rows is None:
+        return 384 if device.type == "cpu" else 8192
+    kind = loss_kind(model)
+    return min(8192, rows * max(padded_tokens(one, kind) // len(one["labels"]) for one in batches))
 
 
 def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
@@ -315,8 +325,8 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         single_rows: a microbatch is one row.
     """
     given, device = as_batches(batch), next(model.parameters()).device
-    n, kind, dtype = count(), loss_kind(model), getattr(base_of(model), "dtype", None)
-    longest = max((padded_tokens(one, kind) // len(one["labels"]) for one in given if one.get("labels") is not None), default=1)
+    most_tokens = 1 if single_rows else step_tokens(model, device, given)
+    kind, dtype = loss_kind(model), getattr(base_of(model), "dtype", None)
     batches = [
         {
             key: value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
@@ -326,7 +336,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         }
         for one in given
     ]
-    parts = labelled_microbatches(batches, 1 if single_rows else step_tokens(device, longest), kind)
+    parts, n = labelled_microbatches(batches, most_tokens, kind), count()
     while len(parts) % n and (rows := max(len(part["labels"]) for part in parts)) > 1:
         at = [len(part["labels"]) for part in parts].index(rows)
         parts[at : at + 1] = [rows_of(parts[at], slice(rows // 2)), rows_of(parts[at], slice(rows // 2, None))]
