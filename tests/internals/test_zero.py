@@ -25,27 +25,10 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", plugin)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"stage": 1}, "ZeRO stage is 1, but gatewise knows its stages 2 and 3"),
-        ({"offload_optimizer": {"device": "nvme"}}, "zero_optimization.offload_optimizer.device is nvme.*offload to the cpu"),
-        ({"offload_param": {"device": "nvme"}}, "zero_optimization.offload_param.device is nvme"),
-        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio is below 1"),
-        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size is 8.*leave it out"),
-        ({"zero_quantized_weights": True}, "zero_quantized_weights is True"),
-    ],
-)
-def test_settings_under_which_ranks_cannot_move_are_refused(monkeypatch, settings, sentence):
-    deepspeed(monkeypatch, **settings)
-    with pytest.raises(GatewiseError, match=sentence):
+def test_a_stage_that_shards_no_gradients_is_refused(monkeypatch):
+    deepspeed(monkeypatch, stage=1)
+    with pytest.raises(GatewiseError, match="ZeRO stage is 1, but gatewise knows its stages 2 and 3"):
         zero.check_settings(nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize("settings", [{}, {"stage": 2}, {"offload_optimizer": {"device": "cpu"}}, {"zero_hpz_partition_size": 1}])
-def test_other_settings_are_not(monkeypatch, settings):
-    deepspeed(monkeypatch, **settings)
-    zero.check_settings(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -69,17 +52,10 @@ class Lion(torch.optim.SGD):
     """An optimiser of somebody else's."""
 
 
-@pytest.mark.parametrize(
-    ("kind", "optimizer", "sentence"),
-    [
-        ("BF16_Optimizer", torch.optim.SGD, "DeepSpeed trains with its BF16_Optimizer"),
-        ("DeepSpeedZeroOptimizer", Lion, r"the optimizer is .*\.Lion, whose state ZeRO cuts up.*optim='adamw_torch'"),
-    ],
-)
-def test_optimisers_whose_state_cannot_be_found_are_refused(monkeypatch, kind, optimizer, sentence):
+def test_optimisers_whose_state_cannot_be_found_are_refused(monkeypatch):
     deepspeed(monkeypatch)
-    inner = type(kind, (), {"optimizer": optimizer([nn.Parameter(torch.ones(1))], lr=1.0)})()
-    with pytest.raises(GatewiseError, match=sentence):
+    inner = SimpleNamespace(optimizer=Lion([nn.Parameter(torch.ones(1))], lr=1.0))
+    with pytest.raises(GatewiseError, match=r"the optimizer is .*\.Lion, whose state ZeRO cuts up.*optim='adamw_torch'"):
         zero.zero_of(SimpleNamespace(optimizer=inner))
 
 

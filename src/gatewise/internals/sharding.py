@@ -8,8 +8,7 @@ Read in torch 2.13 and Accelerate 1.15.
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -31,7 +30,7 @@ def fsdp_plugin() -> Any | None:
 def leave_out_of_sharding(
     model: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device, loads_best: bool = False
 ) -> None:
-    """Has FSDP2 leave these parameters whole in every process, and weights that it cannot cut up. Without FSDP nothing happens.
+    """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
 
     Call it when the Trainer is made and has not wrapped its model yet.
 
@@ -61,12 +60,8 @@ def leave_out_of_sharding(
             "load_best_model_at_end is on and FSDP's state_dict_type is SHARDED_STATE_DICT, with which Transformers' processes may "
             "wait for each other for ever: take FULL_STATE_DICT, the adapter is whole anyway"
         )
-    if isinstance(plugin.ignored_modules, str):
-        raise GatewiseError(
-            f"fsdp_ignored_modules is {plugin.ignored_modules!r}, but gatewise sets it to keep the adapter whole: leave it out"
-        )
     # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters. FSDP does not move them.
-    whole = nn.ParameterList(dict.fromkeys([*parameters, *tied_weights(model)])).to(device)
+    whole = nn.ParameterList(parameters).to(device)
     plugin.ignored_modules = [*(plugin.ignored_modules or ()), whole]
     plugin.transformer_cls_names_to_wrap = _classes_to_wrap(model, plugin.transformer_cls_names_to_wrap)
 
@@ -76,53 +71,25 @@ def _classes_to_wrap(model: nn.Module, names: Sequence[str] | None) -> list[str]
 
     Accelerate shards the input embedding by itself, which fails where a module around it has been sharded before.
     """
-    embedding = _end_of(model, "input")
+    embedding = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     around = {type(one).__name__ for one in model.modules() if one is not embedding and any(m is embedding for m in one.modules())}
     return [name for name in names or getattr(model, "_no_split_modules", None) or () if name not in around]
 
 
-def tied_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of several modules, such as the embeddings of T5 and BART, which FSDP2 would put into several groups and refuse.
-
-    But for a weight that the embedding shares with the LM head alone: Accelerate puts the two into one group.
-    """
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    ends = [_end_of(model, "input"), _end_of(model, "output")]
-    return [parameter for parameter, found in owners.items() if len(found) > 1 and not all(one in ends for one in found)]
-
-
-def _end_of(model: nn.Module, end: str) -> nn.Module | None:
-    """The embedding ("input") or the LM head ("output"), which models of sounds do not have."""
-    with suppress(AttributeError, NotImplementedError):
-        return getattr(model, f"get_{end}_embeddings")()
-    return None
-
-
 def join(device: torch.device) -> None:
-    """Joins the other processes, where a launcher started several: what follows may speak with them.
-
-    Raises:
-        GatewiseError: a device of one's own choice, of which each process would take the same, or one that DeepSpeed would not
-            take; DeepSpeed without its package or a launcher.
-    """
-    deepspeed = zero.is_asked_for()
-    if device.type == "cpu":
+    """Joins the other processes, where a launcher started several: what follows may speak with them."""
+    deepspeed, on_cpu = zero.is_asked_for(), device.type == "cpu"
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, Accelerate imports it, and it would ask
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not deepspeed:
         return
-    if device.type == "cuda" and device.index is not None:
-        raise GatewiseError(f"the device is {device}, but several processes take a GPU each: take device auto or cuda")
-    if device.type == "mps":
-        raise GatewiseError("several processes cannot share an Apple GPU: take device cpu, or one process")
-    if deepspeed:
-        zero.join(device)
+    if deepspeed and on_cpu:
+        zero.without_compiling()
+        PartialState(backend="gloo")
         return
-    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if on_cpu and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         share_cpu_models()
-    PartialState(cpu=device.type == "cpu")
+    PartialState(cpu=on_cpu and not deepspeed)
 
 
 def share_cpu_models() -> None:

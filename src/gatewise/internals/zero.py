@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import get_active_deepspeed_plugin
 from torch import Tensor, distributed, nn
@@ -26,41 +25,16 @@ from torch.optim import Optimizer
 from gatewise.errors import GatewiseError
 from gatewise.processes import summed
 
-_CLASSES = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _NOT_WITH_STAGE_3 = {
     "ROUTED_LORA": "a routed adapter runs other modules for other prompts, but under ZeRO-3 all processes must run the same",
     "SELECTIVE_PROMPT": "selective prompts know positions by their tensors, which ZeRO-3 exchanges for others",
 }
-_OPTIMIZERS = ("torch.optim.", "deepspeed.ops.")
-
-
-def uses_deepspeed() -> bool:
-    """Whether the Trainer or Accelerator that was made last runs on DeepSpeed."""
-    return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
 
 
 def is_asked_for() -> bool:
-    """Whether a launcher started this process to train on DeepSpeed."""
+    """True if a launcher started this process to train on DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def join(device: torch.device) -> None:
-    """Joins the other processes as DeepSpeed does, over gloo where they share a CPU.
-
-    Raises:
-        GatewiseError: no DeepSpeed, no launcher, or a CPU where there are GPUs.
-    """
-    if find_spec("deepspeed") is None:
-        raise GatewiseError("this run is to train on DeepSpeed, which is not installed: pip install 'gatewise[deepspeed]'")
-    if "LOCAL_RANK" not in os.environ:
-        raise GatewiseError("ACCELERATE_USE_DEEPSPEED is set without a launcher: leave it to --strategy zero2 or accelerate launch")
-    if device.type != "cpu":
-        PartialState()
-        return
-    if torch.cuda.is_available():
-        raise GatewiseError("the device is cpu, but DeepSpeed takes this machine's GPUs: set CUDA_VISIBLE_DEVICES= to hide them")
-    without_compiling()
-    PartialState(backend="gloo")
 
 
 def without_compiling() -> None:
@@ -71,52 +45,44 @@ def without_compiling() -> None:
 
 
 def check_settings(model: nn.Module) -> None:
-    """Refuses, before training, what DeepSpeed is told to do and an adapter cannot bear. Without DeepSpeed nothing happens.
+    """Refuses, before training, a stage under which an adapter cannot be trained. Without DeepSpeed nothing happens.
 
     Raises:
-        GatewiseError: a stage that is neither 2 nor 3, sharded numbers that are kept elsewhere than in flat tensors in memory, or
-            a routed adapter or selective prompts under stage 3.
+        GatewiseError: a stage that is neither 2 nor 3, or a routed adapter or selective prompts under stage 3.
     """
-    if not uses_deepspeed():
+    if not _uses_deepspeed():
         return
     plugin = get_active_deepspeed_plugin(SimpleNamespace(**AcceleratorState._shared_state))
-    settings = plugin.deepspeed_config.get("zero_optimization", {})
-    stage = settings.get("stage", 0)
+    stage = plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (2, 3):
         raise GatewiseError(f"DeepSpeed's ZeRO stage is {stage}, but gatewise knows its stages 2 and 3: take one of them, or DDP")
     kinds = [getattr(one, "peft_type", None) for one in getattr(model, "peft_config", {}).values()]
     for kind, why in _NOT_WITH_STAGE_3.items():
         if stage == 3 and kind in kinds:
             raise GatewiseError(f"{why}: take ZeRO-2, FSDP2 or DDP")
-    for what in ("offload_optimizer", "offload_param"):
-        if (settings.get(what) or {}).get("device") == "nvme":
-            raise GatewiseError(f"zero_optimization.{what}.device is nvme, where ranks cannot be moved: offload to the cpu")
-    if (settings.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
-        raise GatewiseError("zero_optimization.offload_optimizer.ratio is below 1, but ranks move in one optimizer: leave it out")
-    for name, off in (("zero_hpz_partition_size", 1), ("zero_quantized_weights", False), ("zenflow", None)):
-        if settings.get(name, off) not in (off, None):
-            raise GatewiseError(f"zero_optimization.{name} is {settings[name]}, which keeps weights twice: leave it out")
 
 
 def zero_of(optimizer: Any) -> "Zero | None":
     """ZeRO's part of the optimiser that a Trainer gives its callbacks; None without DeepSpeed.
 
     Raises:
-        GatewiseError: an optimiser whose state ZeRO keeps in other shapes than the parameters'.
+        GatewiseError: an optimiser whose state ZeRO may keep in other shapes than the parameters'.
     """
-    if optimizer is None or not uses_deepspeed():
+    if optimizer is None or not _uses_deepspeed():
         return None
-    found = getattr(optimizer, "optimizer", optimizer)
-    if type(found).__name__ not in _CLASSES:
-        raise GatewiseError(f"DeepSpeed trains with its {type(found).__name__}, but gatewise knows ZeRO's stages 2 and 3")
-    zero = Zero(found)
+    zero = Zero(getattr(optimizer, "optimizer", optimizer))
     kind = type(zero.optimizer)
-    if not f"{kind.__module__}.".startswith(_OPTIMIZERS):
+    if not kind.__module__.startswith(("torch.optim.", "deepspeed.ops.")):
         raise GatewiseError(
             f"the optimizer is {kind.__module__}.{kind.__name__}, whose state ZeRO cuts up in a way of its own: take one of "
             "torch's, such as optim='adamw_torch'"
         )
     return zero
+
+
+def _uses_deepspeed() -> bool:
+    """True if the Trainer or Accelerator that was made last runs on DeepSpeed."""
+    return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
 
 
 @dataclass(frozen=True)
@@ -144,13 +110,6 @@ class Piece:
         return whole.detach().flatten().narrow(0, self.start, self.length)
 
 
-class Whole:
-    """An optimiser whose state of some parameters is whole in this process. It has what ``allocation.slots`` asks of one."""
-
-    def __init__(self, optimizer: Optimizer, state: dict[nn.Parameter, dict[str, Any]]) -> None:
-        self.optimizer, self.state = optimizer, state
-
-
 class Zero:
     """ZeRO's optimiser."""
 
@@ -164,7 +123,7 @@ class Zero:
 
     @property
     def _cuts_parameters(self) -> bool:
-        return type(self._zero).__name__ == _CLASSES[1]
+        return type(self._zero).__name__ == _STAGE_3
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -259,8 +218,8 @@ class Zero:
             group |= {name: settings[name] for name in group if name in settings and name != "params"}
 
     @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[Whole]:
-        """An optimiser that has the whole state of these parameters. What is changed of it and of them is kept when it closes.
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[Any]:
+        """Something with ``state``, as an optimiser has it, whole for these parameters. What is changed of it and of them is kept.
 
         Every process must change the same.
         """
@@ -268,7 +227,7 @@ class Zero:
         pieces = {parameter: self.piece(parameter) for parameter in parameters}
         before = {parameter: parameter.detach().clone() for parameter in parameters}
         state = self._gathered(pieces)
-        yield Whole(self.optimizer, state)
+        yield SimpleNamespace(state=state)
         for parameter, piece in pieces.items():
             if piece is None:
                 continue
