@@ -24,7 +24,6 @@ IGNORED = -100
 Batch = Mapping[str, Any]
 LossKind = Literal["causal", "tokens", "rows", "seq2seq"]
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
-_PATCH = 768  # the numbers of an image that make a token in most models: 16 by 16 in three colours
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -196,32 +195,12 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     if kind == "causal":
         labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     elif kind == "seq2seq" and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-        inputs["decoder_input_ids"] = _read_by_decoder(base_of(model), labels)
+        inputs["decoder_input_ids"] = base_of(model).prepare_decoder_input_ids_from_labels(labels)
     mask = labels != IGNORED
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
     logits = labelled_logits(model, inputs, mask, prompt)
     return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
-
-
-def _read_by_decoder(model: Any, labels: Tensor) -> Tensor:
-    """(b, t) the decoder's input with which an encoder-decoder model predicts ``labels``.
-
-    Mostly a start token and the labels; mBART and PLBart begin with the last label instead, which names a language.
-    """
-    config = model.config
-    start, own = getattr(config, "decoder_start_token_id", None), getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None and config.pad_token_id is not None:
-        try:
-            return own(labels)
-        except (TypeError, ValueError):  # it wants a start token
-            start = None
-    if start is None or config.pad_token_id is None:
-        raise GatewiseError(
-            "the model's configuration has no decoder_start_token_id or no pad_token_id, so what its decoder reads cannot be made "
-            "of the labels: set them, or give decoder_input_ids in the batch"
-        )
-    return F.pad(labels, (1, 0), value=start)[:, :-1].masked_fill(F.pad(labels, (1, 0))[:, :-1] == IGNORED, config.pad_token_id)
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False) -> float:
@@ -245,48 +224,33 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
     """Splits a batch into parts of rows of similar length, of at most ``max_tokens`` tokens with padding, and trims the padding.
 
     The loss sums of the parts add up to those of the batch. Only right padding is trimmed: a model with learned absolute positions
-    counts them from the first column. Sounds, images and embedded texts are not trimmed either.
+    counts them from the first column. Sounds, images, embedded texts and what a decoder beside an encoder reads are not trimmed.
 
     Args:
-        kind: the model's ``loss_kind``. The labels of "rows" have a column for each class, not token, and are never trimmed. A
-            decoder's tensors ("seq2seq") are trimmed after the last label, separately from the encoder's.
+        kind: the model's ``loss_kind``. The labels of "rows" have a column for each class, not token.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
-    per_token = {key: value for key, value in tensors.items() if value.ndim > 1 and not (kind == "rows" and key == "labels")}
-    rows = len(next(iter(tensors.values())))
-    text = {key: value for key, value in per_token.items() if not (kind == "seq2seq" and _is_decoders(key))}
-    width = next(map(_width, text.values()), 1)
-    attention = text.get("attention_mask")
-    lengths, answers, answer_width = [width] * rows, [0] * rows, 0
+    others = {"rows": ("labels",), "seq2seq": ("labels", "decoder_")}.get(kind, ())
+    text = {key: value for key, value in tensors.items() if value.ndim > 1 and not key.startswith(others)}
+    rows, width = len(next(iter(tensors.values()))), next((value.shape[1] for value in text.values()), 1)
+    lengths, attention = [width] * rows, text.get("attention_mask")
     as_ids = not any(value.is_floating_point() for value in text.values())
     if as_ids and attention is not None and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
         lengths = [max(1, int(n)) for n in attention.sum(dim=1).tolist()]
-    if kind == "seq2seq" and "labels" in per_token:
-        labels = per_token["labels"]
-        answer_width = labels.shape[1]
-        places = torch.arange(1, answer_width + 1, device=labels.device)
-        answers = [max(1, int(n)) for n in ((labels != IGNORED) * places).amax(dim=1).tolist()]
-
-    def tokens(members: list[int]) -> int:
-        return len(members) * (max(lengths[row] for row in members) + max(answers[row] for row in members))
-
     groups: list[list[int]] = []
-    for row in sorted(range(rows), key=lambda row: (lengths[row], answers[row], row)):
-        if groups and tokens([*groups[-1], row]) <= max_tokens:
+    for row in sorted(range(rows), key=lambda row: (lengths[row], row)):  # the last of a group is its longest
+        if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
-
-    def part(members: list[int]) -> dict[str, Any]:
-        made = dict(batch)
+    parts = []
+    for members in groups:
+        part, longest = dict(batch), lengths[members[-1]]
         for key, value in tensors.items():
-            rows_of_part = value[torch.as_tensor(members, device=value.device)]
-            own, longest = (width, lengths) if key in text else (answer_width, answers)
-            trims = key in per_token and value.ndim == 2 and value.shape[1] == own
-            made[key] = rows_of_part[:, : max(longest[row] for row in members)] if trims else rows_of_part
-        return made
-
-    return [part(members) for members in groups]
+            own = value[torch.as_tensor(members, device=value.device)]
+            part[key] = own[:, :longest] if key in text and value.ndim == 2 and value.shape[1] == width else own
+        parts.append(part)
+    return parts
 
 
 def labelled_microbatches(batches: Sequence[Batch], max_tokens: int, kind: LossKind) -> list[dict[str, Any]]:
@@ -314,26 +278,10 @@ def rows_of(batch: Batch, rows: slice | Tensor) -> dict[str, Any]:
     return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in batch.items()}
 
 
-def padded_tokens(batch: Batch, kind: LossKind = "causal") -> int:
-    """How many positions the model computes for a batch, padding included."""
-    sides = [0, 0]  # of an encoder-decoder model
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim:
-            side = int(kind == "seq2seq" and _is_decoders(key))
-            sides[side] = max(sides[side], len(value) * _width(value))
-    return sum(sides)
-
-
-def _is_decoders(key: str) -> bool:
-    """True for the tensors of an encoder-decoder model's batch that its decoder reads."""
-    return key == "labels" or key.startswith("decoder_")
-
-
-def _width(value: Tensor) -> int:
-    """How many positions the model computes for one row of a tensor."""
-    if value.ndim > 3:  # images, videos
-        return 1 + value[0].numel() // _PATCH
-    return value.shape[1] if value.ndim > 1 else 1
+def padded_tokens(batch: Batch) -> int:
+    """How many positions a model computes for a batch, padding included: those of its widest tensor."""
+    widths = [value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1]
+    return len(batch["labels"]) * max(widths, default=1)
 
 
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:

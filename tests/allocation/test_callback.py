@@ -26,7 +26,6 @@ from gatewise import ConstantBudget, Cubic, RankAllocation, scores
 from gatewise.allocation import algorithm, scoring, slots
 from gatewise.allocation.algorithm import Plan, plan_round
 from gatewise.errors import GatewiseError
-from gatewise.losses import padded_tokens
 
 
 @pytest.fixture
@@ -269,12 +268,12 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
             def look(module, _, inputs):
-                taken[module.training].append(padded_tokens(inputs, "seq2seq" if family == "t5" else "causal"))
+                taken[module.training].append(inputs["input_ids"].numel())
 
             model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
 
     step_tokens = scoring.step_tokens
-    monkeypatch.setattr(scoring, "step_tokens", lambda model, _, batches: step_tokens(model, torch.device("cuda"), batches))
+    monkeypatch.setattr(scoring, "step_tokens", lambda _, batches: step_tokens(torch.device("cuda"), batches))
     run(
         family,
         allocation={"score": score, "schedule": when(rounds=1)},
@@ -282,7 +281,7 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
         callbacks=[Watch()],
     )
     assert max(taken[True]) >= max(taken[False]) > min(taken[True]) // 2
-    assert step_tokens(None, torch.device("cuda"), []) == 8192
+    assert step_tokens(torch.device("cuda"), []) == 8192
 
 
 @pytest.mark.parametrize("score", [partial(scores.taylor), "gatewise.scores:taylor"])

@@ -1,5 +1,6 @@
 """PEFT's registry with our methods in it, in whichever order the two are imported. Each case in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,13 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, mapping
+from peft import PeftConfig, PeftModel, get_peft_model, mapping
 from peft.utils.peft_types import PeftType
 from tiny_models import random_adapter, tiny_base
 from transformers import LlamaForCausalLM
 
 import gatewise
-from gatewise.internals.registry import add_peft_method, peft_type, register_with_peft
+from gatewise.internals.registry import REQUIRES, add_peft_method, peft_type, register_with_peft
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
 
 # Runs code in forks of a process that has imported only what takes long.
@@ -194,3 +195,14 @@ def test_dir_names_the_public_api() -> None:
     shown = {name for name in dir(gatewise) if not name.startswith("_")}
     assert shown == set(gatewise.__all__)
     assert all(getattr(gatewise, name) is not None for name in shown)
+
+
+def test_a_saved_adapter_says_what_to_import_and_one_from_before_that_loads(tmp_path):
+    """Without gatewise PEFT says no more than ``KeyError: 'ROUTED_LORA'``."""
+    RoutedLoraConfig(r=4).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["requires"] == REQUIRES
+    path.write_text(json.dumps({key: value for key, value in saved.items() if key != "requires"}))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (loaded.r, loaded.requires) == (4, REQUIRES)

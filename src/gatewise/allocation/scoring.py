@@ -306,13 +306,12 @@ class Parts:
         return mean_loss(model, self.own, over_all=self.processes > 1)
 
 
-def step_tokens(model: nn.Module, device: torch.device, batches: Sequence[Batch]) -> int:
+def step_tokens(device: torch.device, batches: Sequence[Batch]) -> int:
     """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it."""
     rows = _rows_of_step.get()
     if device.type == "cpu" or rows is None:
         return 384 if device.type == "cpu" else 8192
-    kind = loss_kind(model)
-    return min(8192, rows * max(padded_tokens(one, kind) // len(one["labels"]) for one in batches))
+    return min(8192, rows * max(padded_tokens(one) // len(one["labels"]) for one in batches))
 
 
 def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
@@ -325,7 +324,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         single_rows: a microbatch is one row.
     """
     given, device = as_batches(batch), next(model.parameters()).device
-    most_tokens = 1 if single_rows else step_tokens(model, device, given)
+    most_tokens = 1 if single_rows else step_tokens(device, given)
     kind, dtype = loss_kind(model), getattr(base_of(model), "dtype", None)
     batches = [
         {

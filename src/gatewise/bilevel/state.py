@@ -1,18 +1,16 @@
 """The upper level of a bi-level training: its parameters, the order of its rows, and what a checkpoint keeps of it."""
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
 
@@ -25,7 +23,7 @@ class UpperLevel:
     """The upper parameters by name, their optimiser, and how far they are.
 
     Attributes:
-        optimizer: whose state is made of tensors, such as Adam's.
+        optimizer: of the parameters, in their order.
         steps: upper steps so far.
         rows_seen: rows of the upper stream so far, over all processes.
     """
@@ -36,14 +34,10 @@ class UpperLevel:
     rows_seen: int = 0
 
     def save(self, path: Path) -> None:
-        """Writes optimiser state and counters as safetensors, the counters as JSON in its metadata."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        tensors: dict[str, Tensor] = {}
-        for parameter, state in self.optimizer.state.items():
-            tensors |= {f"{key}/{names[id(parameter)]}": value.detach().contiguous() for key, value in state.items()}
-        about = {"format": 1, "steps": self.steps, "rows_seen": self.rows_seen, "parameters": list(self.parameters)}
+        """Writes the optimiser's state and the counters."""
+        about = {"steps": self.steps, "rows_seen": self.rows_seen, "parameters": list(self.parameters)}
         with whole_file(path) as part:
-            save_file(tensors, part, metadata={"bilevel": json.dumps(about)})
+            torch.save({**about, "state": self.optimizer.state_dict()["state"]}, part)
 
     def load(self, path: Path) -> None:
         """Takes up what ``save`` wrote; the learning rate and the other settings stay those of this run.
@@ -52,29 +46,20 @@ class UpperLevel:
             GatewiseError: no such file, one that cannot be read, or one of other upper parameters.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads(file.metadata()["bilevel"])
-                slots = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-                steps, rows_seen, stored = int(about["steps"]), int(about["rows_seen"]), set(about["parameters"])
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise GatewiseError(
                 f"{path.parent} has no {path.name}: another Trainer wrote it, or save_only_model was on; start from the beginning"
             ) from error
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise GatewiseError(f"{path} cannot be read ({error}): resume from an earlier checkpoint") from error
-        if stored != set(self.parameters):
+        if stored["parameters"] != list(self.parameters):
             raise GatewiseError(
-                f"{path} is of the upper parameters {some(stored)}, but this run's are {some(self.parameters)}: "
+                f"{path} is of the upper parameters {some(stored['parameters'])}, but this run's are {some(self.parameters)}: "
                 "resume with the upper_parameters it was written with"
             )
-        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        places = {id(parameter): place for place, parameter in enumerate(ordered)}
-        state: dict[int, dict[str, Any]] = {}
-        for slot, value in slots.items():
-            key, _, name = slot.partition("/")
-            state.setdefault(places[id(self.parameters[name])], {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.steps, self.rows_seen = steps, rows_seen
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
+        self.steps, self.rows_seen = stored["steps"], stored["rows_seen"]
 
 
 def select_upper(model: Any, pattern: str) -> dict[str, nn.Parameter]:

@@ -35,7 +35,7 @@ else:
 
 __all__ = ["STATE_FILE", "BilevelMixin", "BilevelTrainer"]
 logger = logging.getLogger(__name__)
-STATE_FILE = "bilevel.safetensors"
+STATE_FILE = "bilevel.pt"
 
 
 class BilevelMixin(_AnyTrainer):
@@ -63,8 +63,8 @@ class BilevelMixin(_AnyTrainer):
         Others: those of the Trainer.
 
     Raises:
-        GatewiseError: settings that do not fit the model, the data or the run; sharded training (DeepSpeed, FSDP, tensor parallel);
-            while training, an upper gradient that is not finite, or that no upper parameter received.
+        GatewiseError: settings that do not fit the model, the data or the run; a ready optimizer, fp16, or sharded training; while
+            training, an upper gradient that is not finite, or that no upper parameter received.
     """
 
     def __init__(
@@ -87,10 +87,8 @@ class BilevelMixin(_AnyTrainer):
         self._upper_batches: Iterator[Any] | None = None
         self._upper_log: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
-        self._refuse_sharding()
+        self._check_run()
         upper = select_upper(self.model, upper_parameters)
-        if self.optimizer is not None:
-            _check_lower(self.optimizer, upper)
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in upper.values()):
             logger.warning("some upper parameters are in half precision, which loses small steps: keep them in float32")
         # First, so that all other callbacks see a step's end with both levels moved.
@@ -104,7 +102,7 @@ class BilevelMixin(_AnyTrainer):
         return loss
 
     def create_upper_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        """A new optimiser for exactly the upper parameters. Its state must be made of tensors, to be saved."""
+        """A new optimiser for exactly the upper parameters."""
         return torch.optim.AdamW(parameters.values(), lr=self.upper_learning_rate, weight_decay=0.0)
 
     # Lower steps.
@@ -115,7 +113,6 @@ class BilevelMixin(_AnyTrainer):
         # The Trainer, and what overrides it, takes all that requires a gradient.
         with held_fixed(upper.values()):
             lower = super().create_optimizer(*args, **kwargs)
-        _check_lower(lower, upper)
         self._upper = UpperLevel(upper, self.create_upper_optimizer(upper))
         self._upper_batches, self._upper_log = None, {}
         return lower
@@ -171,20 +168,13 @@ class BilevelMixin(_AnyTrainer):
                 f"the loss on upper_dataset gives none of the upper parameters ({some(level.parameters)}) a gradient: they take no "
                 "part in it, or reentrant activation checkpointing cuts them off (set use_reentrant=False)"
             )
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None:
-            # Infinite gradients are the scaler's business: it leaves the step out and lowers its scale.
-            scaler.unscale_(level.optimizer)
-            scaler.step(level.optimizer)
-            scaler.update()
         norm = nn.utils.get_total_norm(gradients)
-        if scaler is None and not bool(torch.isfinite(norm)):
+        if not bool(torch.isfinite(norm)):
             raise GatewiseError(
                 f"the upper gradient has norm {float(norm)} after step {self.state.global_step}, so the run stopped before it "
                 "moved the upper parameters: lower upper_learning_rate, or check upper_dataset"
             )
-        if scaler is None:
-            level.optimizer.step()
+        level.optimizer.step()
         return norm
 
     def _lower_parameters(self, level: UpperLevel) -> list[nn.Parameter]:
@@ -240,20 +230,19 @@ class BilevelMixin(_AnyTrainer):
             self._upper.load(Path(checkpoint) / STATE_FILE)
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _refuse_sharding(self) -> None:
-        by = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            # What is trained stays whole where WholeAdapter keeps it so.
-            "FSDP": (self.is_fsdp_enabled and not keeps_whole(self.callback_handler.callbacks)) or self.is_fsdp_xla_enabled,
-            "parallelism_config": getattr(self.accelerator, "parallelism_config", None) is not None,
-            "the model's distributed_config": getattr(self, "is_distributed_loading_by_transformers", False),
-        }
-        for name, active in by.items():
-            if active:
-                raise GatewiseError(
-                    f"this run shards its parameters ({name}), but the two levels are stepped on whole ones: train on one "
-                    "device or, on several, with DDP or with FSDP2 and WholeAdapter in Trainer(callbacks=[...])"
-                )
+    def _check_run(self) -> None:
+        if self.optimizer is not None:
+            raise GatewiseError("the Trainer was given a ready optimizer, which may have upper parameters: let the Trainer make it")
+        if self.args.fp16:
+            raise GatewiseError("fp16 is on, whose scaled gradients the upper steps do not undo: take bf16")
+        # What is trained stays whole where WholeAdapter keeps it so.
+        fsdp = (self.is_fsdp_enabled and not keeps_whole(self.callback_handler.callbacks)) or self.is_fsdp_xla_enabled
+        by = "FSDP" if fsdp else "DeepSpeed"
+        if fsdp or self.is_deepspeed_enabled:
+            raise GatewiseError(
+                f"this run shards its parameters ({by}), but the two levels are stepped on whole ones: "
+                "train on one device or, on several, with DDP or with FSDP2 and WholeAdapter in Trainer(callbacks=[...])"
+            )
 
 
 class BilevelTrainer(BilevelMixin, Trainer):
@@ -280,13 +269,3 @@ class _UpperSteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.trainer.upper_every == 0:
             self.trainer.upper_step()
-
-
-def _check_lower(optimizer: Any, upper: Mapping[str, nn.Parameter]) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    both = [name for name, parameter in upper.items() if id(parameter) in held]
-    if both:
-        raise GatewiseError(
-            f"the Trainer's optimizer holds upper parameters ({some(both)}), which only upper steps may move: give it the others "
-            "alone, or let the Trainer make it"
-        )

@@ -1,19 +1,13 @@
 """Every name that gatewise relies on of PyTorch, PEFT, Transformers, Accelerate, DeepSpeed and filelock with an underscore first.
 
 Libraries may change such names in any version. ``tests/internals/test_private_names.py`` looks each of them up in the versions
-that are installed, and says in a sentence which one has gone and who relied on it. It also fails when the source comes to use one
-that is not listed here.
+that are installed, and fails when the source comes to use one that is not listed here.
 
 Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15, deepspeed 0.19 and filelock 4.3. Names that a subclass must
 override, or calls on itself, are used where the subclass is; all others only in this folder.
 """
 
-import inspect
-import re
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,39 +27,6 @@ class PrivateName:
     why: str
     parameters: tuple[str, ...] | None = None
     files: tuple[str, ...] = ()
-
-    @property
-    def library(self) -> str:
-        """The name of the package."""
-        return self.owner.partition(":")[0].partition(".")[0]
-
-
-def fault_of(one: PrivateName) -> str | None:
-    """What the installed library has changed about a name, in a sentence; None for nothing."""
-    module, _, owner_name = one.owner.partition(":")
-    end = f"which gatewise relies on in {', '.join(one.files) or 'internals'} ({one.why}): see gatewise/internals/private_names.py"
-    try:
-        installed = f"{one.library} {version(one.library)}"
-    except PackageNotFoundError:  # it was installed under another name
-        installed = one.library
-    home = import_module(module)
-    owner: Any = getattr(home, owner_name, None) if owner_name else home
-    called = f"{owner_name or module.rpartition('.')[2]}.{one.name}"
-    if owner is None:
-        return f"{installed} has no {owner_name} any more, whose {one.name} is one of the names {end}"
-    if one.parameters is None:
-        # Attributes of objects are not to be seen on the class, but where it declares or sets them.
-        declared = hasattr(owner, one.name) or one.name in getattr(owner, "__annotations__", {})
-        there = declared or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
-        return None if there else f"{installed} has no {called} any more, {end}"
-    method = getattr(owner, one.name, None)
-    if method is None:
-        return f"{installed} has no {called} any more, {end}"
-    signature = inspect.signature(method)
-    names = tuple(name for name in signature.parameters if name != "self")
-    if names[: len(one.parameters)] != one.parameters:
-        return f"{installed} has {called}{signature}, no longer with {', '.join(one.parameters)} first, {end}"
-    return None
 
 
 _TUNER, _LORA = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.lora:LoraModel"
@@ -145,22 +106,9 @@ PRIVATE_NAMES = (
     PrivateName("transformers:TrainingArguments", "_n_gpu", "keeps a Trainer on one of several GPUs"),
     PrivateName("transformers:TrainingArguments", "_setup_devices", "puts a Trainer on one named device"),
     PrivateName("transformers:PretrainedConfig", "_attn_implementation", "refuses attention whose masks prompts do not make"),
-    PrivateName(
-        "transformers:PreTrainedModel", "_supports_sdpa", "a model around another one says that it can do what that one can"
-    ),
-    PrivateName(
-        "transformers:PreTrainedModel", "_supports_flash_attn", "a model around another one says that it can do what that one can"
-    ),
-    PrivateName(
-        "transformers:PreTrainedModel", "_supports_flex_attn", "a model around another one says that it can do what that one can"
-    ),
-    PrivateName(
-        "transformers:PreTrainedModel",
-        "_supports_attention_backend",
-        "a model around another one says that it can do what that one can",
-    ),
-    PrivateName(
-        "transformers:PreTrainedModel", "_no_split_modules", "a model around another one says that it can do what that one can"
+    *(
+        PrivateName("transformers:PreTrainedModel", name, "a model around another one says that it can do what that one can")
+        for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
     ),
     PrivateName(
         "transformers:PreTrainedModel",

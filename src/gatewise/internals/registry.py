@@ -8,6 +8,7 @@ imported, our methods are added. Without PEFT nothing is imported, and ``import 
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -20,6 +21,28 @@ _HOMES = ("gatewise.routed", "gatewise.prompts")
 That may happen in the middle of whatever imports PEFT: one of our own files, or Transformers' trainer. So all that they import must
 be complete by then: of gatewise only files that do not import PEFT themselves, of Transformers only what PEFT imports too.
 """
+
+
+REQUIRES = "gatewise: `import gatewise` before PEFT loads this adapter, or PEFT stops with a KeyError of its peft_type"
+
+
+@dataclass
+class SavedWithNote:
+    """A configuration of PEFT that says in ``adapter_config.json`` what to import. It goes in front of PEFT's own class.
+
+    Without gatewise PEFT stops with a bare ``KeyError`` of the type's name, before any code of ours could run.
+    """
+
+    requires: str = field(
+        default=REQUIRES,
+        repr=False,
+        compare=False,
+        metadata={"help": "A note for those who load the adapter without gatewise; always the same."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        self.requires = REQUIRES
 
 
 def peft_type(name: str) -> Any:

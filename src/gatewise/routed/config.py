@@ -8,8 +8,7 @@ from peft import LoraConfig
 
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
-from gatewise.internals.import_note import SavedWithNote
-from gatewise.internals.registry import peft_type
+from gatewise.internals.registry import SavedWithNote, peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
 Activation = Literal["rational", "gelu", "relu", "identity"]
