@@ -13,53 +13,11 @@ from maps import rendered
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import BdLoraConfig
+from tiny_models import tiny_base
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from gatewise.errors import GatewiseError
 from gatewise.inspection import budget_json, budget_lines, grid_table, plot, read_budget
-
-
-def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-
-
-def bert() -> BertForSequenceClassification:
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    )
-
-
-def gpt2() -> GPT2LMHeadModel:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, bos_token_id=0, eos_token_id=0, **sizes))
-
-
-class Odd(nn.Module):
-    """The layer types that language models seldom have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.conv = nn.Conv2d(4, 6, 3)
-        self.grouped = nn.Conv1d(4, 8, 3, groups=2)
-        self.linear = nn.Linear(8, 8)
 
 
 class Experts(nn.Module):
@@ -77,26 +35,20 @@ class Mixture(nn.Module):
         self.layers = nn.ModuleList([nn.ModuleDict({"experts": Experts()})])
 
 
-def trained(model: PeftModel) -> PeftModel:
+def adapted(base: Any, **config: Any) -> PeftModel:
     """Random factors everywhere, as training would leave them."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if re.search(r"lora_(embedding_)?[ABE]", name):
-                parameter.normal_()
+    kind = AdaLoraConfig if "init_r" in config else LoraConfig
+    model = get_peft_model(tiny_base(base) if isinstance(base, str) else base(), kind(**config))
+    for name, parameter in model.named_parameters():
+        if re.search(r"lora_(embedding_)?[ABE]", name):
+            torch.nn.init.normal_(parameter)
     return model
 
 
 def norm_of(layer: Any) -> float:
     """The norm of the update that PEFT itself would merge."""
     return float(torch.linalg.norm(layer.get_delta_weight("default").detach().float()))
-
-
-def kill(model: PeftModel, path: str, slots: list[int]) -> None:
-    layer = model.base_model.model.get_submodule(path)
-    with torch.no_grad():
-        layer.lora_A["default"].weight[slots] = 0
-        layer.lora_B["default"].weight[:, slots] = 0
 
 
 def saved(model: PeftModel, folder: Path) -> Path:
@@ -107,9 +59,9 @@ def saved(model: PeftModel, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("base", "config"),
     [
-        (llama, {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
+        ("llama", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
         (
-            llama,
+            "llama",
             {
                 "r": 4,
                 "target_modules": ["q_proj", "v_proj", "down_proj"],
@@ -117,19 +69,18 @@ def saved(model: PeftModel, folder: Path) -> Path:
                 "alpha_pattern": {"q_proj": 32, "model.layers.1.self_attn.q_proj": 1},
             },
         ),
-        (llama, {"r": 4, "use_rslora": True, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 9}}),
-        (llama, {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
-        (bert, {"r": 3, "target_modules": "all-linear", "task_type": "SEQ_CLS", "use_dora": True}),
-        (gpt2, {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "lora_alpha": 16}),
-        (Odd, {"r": 4, "target_modules": ["embed", "conv", "linear"], "lora_alpha": 3}),
+        ("llama", {"r": 4, "use_rslora": True, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 9}}),
+        ("llama", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
+        ("bert", {"r": 3, "target_modules": "all-linear", "task_type": "SEQ_CLS", "use_dora": True}),
+        ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "lora_alpha": 16}),
         (Mixture, {"r": 2, "target_parameters": ["experts.weight"], "target_modules": []}),
     ],
 )
 def test_folder_agrees_with_the_update_peft_applies(base: Any, config: dict[str, Any], tmp_path: Path) -> None:
-    folder = saved(trained(get_peft_model(base(), LoraConfig(**config))), tmp_path / "adapter")
+    folder = saved(adapted(base, **config), tmp_path / "adapter")
     budget = read_budget(folder)
     # Loaded anew, because PEFT sorts the patterns when it saves them and then takes the first that matches.
-    model = PeftModel.from_pretrained(base(), str(folder))
+    model = PeftModel.from_pretrained(tiny_base(base) if isinstance(base, str) else base(), str(folder))
     layers = {
         path.removeprefix("base_model.model.") + (".weight" if base is Mixture else ""): layer
         for path, layer in model.named_modules()
@@ -149,16 +100,14 @@ def test_folder_agrees_with_the_update_peft_applies(base: Any, config: dict[str,
 
 
 def test_types_and_parameters_outside_lora(tmp_path: Path) -> None:
-    config = LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS", use_dora=True)
-    budget = read_budget(saved(get_peft_model(bert(), config), tmp_path))
+    budget = read_budget(saved(adapted("bert", r=3, target_modules="all-linear", task_type="SEQ_CLS", use_dora=True), tmp_path))
     assert budget.adapter_type == "DoRA"
-    assert budget.other_parameters == 16 * 2 + 2  # the classifier head, trained and saved whole
+    assert budget.other_parameters == 16 * 3 + 3  # the classifier head, trained and saved whole
     assert {module.kind for module in budget.modules} == {"q", "k", "v", "o", "up", "down", "pooler"}
 
 
 def test_adalora(tmp_path: Path) -> None:
-    config = AdaLoraConfig(init_r=5, target_r=2, total_step=100, lora_alpha=3, target_modules=["q_proj", "v_proj"])
-    model = trained(get_peft_model(llama(), config))
+    model = adapted("llama", init_r=5, target_r=2, total_step=100, lora_alpha=3, target_modules=["q_proj", "v_proj"])
     layer = model.base_model.model.model.layers[1].self_attn.v_proj
     budget = read_budget(saved(model, tmp_path))
     assert budget.adapter_type == "AdaLoRA"
@@ -171,12 +120,12 @@ def test_adalora(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*lora_bias:UserWarning", "ignore:.*invalid shape:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_slot_counts_unless_both_halves_are_zero(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = trained(get_peft_model(llama(), LoraConfig(r=4, lora_bias=True, target_modules=["q_proj", "v_proj"])))
-    model.to(dtype)
+    model = adapted("llama", r=4, lora_bias=True, target_modules=["q_proj", "v_proj"]).to(dtype)
     path = "model.layers.0.self_attn.q_proj"
-    kill(model, path, [0, 2])
     layer = model.base_model.model.get_submodule(path)
     with torch.no_grad():
+        layer.lora_A["default"].weight[[0, 2]] = 0
+        layer.lora_B["default"].weight[:, [0, 2]] = 0
         layer.lora_B["default"].weight[:, 1] = 0  # a freshly grown rank: alive, though it adds nothing yet
     budget = read_budget(saved(model, tmp_path))
     module = budget.modules[0]
@@ -215,9 +164,9 @@ def test_nan_weights_are_shown_not_hidden(tmp_path: Path) -> None:
     assert plot(budget, tmp_path / "a.png", "norm").stat().st_size > 0
 
 
-def test_factors_in_blocks_are_not_called_damaged(adapted: Any, tmp_path: Path) -> None:
+def test_factors_in_blocks_are_not_called_damaged(tmp_path: Path) -> None:
     blocks = BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False)
-    model = adapted(target_modules=["q_proj", "o_proj"], r=4, use_bdlora=blocks)
+    model = adapted("llama", target_modules=["q_proj", "o_proj"], r=4, use_bdlora=blocks)
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(GatewiseError, match=r"expected a LoRA adapter .* without use_bdlora"):
         read_budget(tmp_path / "saved")
