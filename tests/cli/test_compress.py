@@ -52,7 +52,7 @@ def test_it_says_what_is_left_and_how_sure_it_is(compress: Compress) -> None:
     chosen, gap = report["chosen"], report["chosen"]["difference"]
     lines = [line.split() for line in result.stdout.splitlines() if line.split()]
     assert ["smaller", str(chosen["size"]["parameters"]), str(chosen["size"]["modules"])] in [line[:3] for line in lines]
-    assert f"at most by {gap['high']:.4f}, with 95% confidence on {gap['rows']} rows (nats a token)" in result.stdout
+    assert f"at most by {gap['high']:.4f} with 95% confidence ({gap['rows']} rows, nats a token)" in result.stdout
     assert "written: small, with what engines need to know in serving.json" in result.stdout
     assert "valuing ranks on 20 rows by path_moments" in result.stderr
     assert not Path("small.work").exists()

@@ -88,5 +88,5 @@ def compress(
     share, how = size.parameters / whole.parameters, ", after recovery" if result.chosen.recovered else ""
     unit = "share of right answers" if result.measure == "right" else "nats a token"
     typer.echo(f"{share:.0%} of the parameters, {size.modules} of {whole.modules} modules{how}")
-    typer.echo(f"{gap}, with 95% confidence on {gap.rows} rows ({unit})")
-    typer.echo(f"written: {out}, with what engines need to know in serving.json; its logits differ by {result.deviation:.1g}")
+    typer.echo(f"{gap} ({gap.rows} rows, {unit}); as written its logits differ by {result.deviation:.1g}")
+    typer.echo(f"written: {out}, with what engines need to know in serving.json")

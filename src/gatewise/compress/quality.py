@@ -68,7 +68,9 @@ class Difference:
         return self.high <= tolerance
 
     def __str__(self) -> str:
-        most = "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f}"
+        most = (
+            "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f} with 95% confidence"
+        )
         return f"worse by {self.mean:.4f}, {most}"
 
 
