@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
     from gatewise_mdt.extraction.batch import extract_files
-    from gatewise_mdt.extraction.extractor import Extraction, Extractor, extract, measure
+    from gatewise_mdt.extraction.extractor import Extraction, Extractor, measure
     from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise_mdt.formats.views import render, write_view
     from gatewise_mdt.pointing.extractor import PointingExtractor, load_extractor
@@ -55,7 +55,7 @@ _HOME = {
     "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
     "extraction.batch": ("extract_files",),
-    "extraction.extractor": ("Extraction", "Extractor", "extract", "measure"),
+    "extraction.extractor": ("Extraction", "Extractor", "measure"),
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
     "pointing.extractor": ("PointingExtractor", "load_extractor"),
@@ -88,7 +88,6 @@ __all__ = [
     "agree",
     "count_mistakes",
     "evaluate",
-    "extract",
     "extract_files",
     "in_text_order",
     "linearise",

@@ -258,7 +258,7 @@ def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
     assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
 
 
-@pytest.mark.parametrize("words", [("--free",), ("--limit", "3")])
+@pytest.mark.parametrize("words", [("--verbatim",), ("--limit", "3")])
 def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
     refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
     assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")

@@ -72,17 +72,17 @@ def test_an_interrupted_extraction_goes_on_and_keeps_confidence(
     assert gatewise(*words).exit_code == 0
     whole = json.loads(Path("out.json").read_text())
     Path("out.json").unlink()
-    call = PointingExtractor.__call__
+    call = PointingExtractor.extract
     calls = []
 
-    def stopping(self: PointingExtractor, *args: Any, **more: Any) -> Any:
+    def stopping(self: PointingExtractor, texts: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return call(self, *args, **more)
+        return call(self, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PointingExtractor, "__call__", stopping)
+        patch.setattr(PointingExtractor, "extract", stopping)
         stopped = gatewise(*words)
     assert stopped.exit_code != 0
     assert "stopped after 2 of 3 passages" in stopped.stderr
@@ -96,12 +96,6 @@ def test_evaluate_measures_its_trees(gatewise: Gatewise, adapter: Path) -> None:
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert (values["n"], values["failed"]) == (len(RECORDS), 0)
-
-
-def test_options_of_writing_are_refused(gatewise: Gatewise, adapter: Path) -> None:
-    for command in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json"), ("review", "good.txt")):
-        result = gatewise("mdt", *command, "--adapter", adapter, "--verbatim")
-        assert_refused(result, "points at the text and writes nothing: leave out --verbatim")
 
 
 @pytest.mark.parametrize(

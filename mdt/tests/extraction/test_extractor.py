@@ -1,14 +1,16 @@
-"""From text to tree with tiny models, constrained and free, and what is said when it does not go well."""
+"""From text to tree with tiny models, and what is said when it does not go well."""
 
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, measure, render, sample, training_rows
-from gatewise_mdt.extraction import extractor as module
+from gatewise_mdt import DecisionTree, Extraction, Extractor, TreeRecord, linearise, measure, render, sample, training_rows
 from gatewise_mdt.extraction.course import Course
+from gatewise_mdt.extraction.extractor import made_with
 from gatewise_mdt.extraction.prompts import prompt
+from gatewise_mdt.spans import locate_tree
 from mdt_models import dictated, random_model
 from mdt_trees import TEXT, gout, node
 
@@ -19,6 +21,12 @@ from gatewise.tasks import Template
 pytest.importorskip("llguidance")
 
 TREE = DecisionTree.from_preorder(gout())
+
+
+def extract(model: Any, tokenizer: Any, text: str, language: Any = None, **settings: Any) -> Extraction:
+    (found,) = Extractor(model, tokenizer, **settings)([text], language=language)
+    assert isinstance(found, Extraction), found
+    return found
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -32,19 +40,11 @@ def test_every_output_of_a_random_model_is_a_tree(seed: int, settings: dict) -> 
         assert one.warnings or not one.is_empty or one.written.endswith("D")
 
 
-@pytest.mark.parametrize("constrained", [True, False])
-def test_what_a_model_has_learnt_comes_through(constrained: bool) -> None:
+def test_what_a_model_has_learnt_comes_through() -> None:
     model, tokenizer = dictated({prompt(TEXT, "en"): linearise(TREE, text=TEXT)})
-    found = extract(model, tokenizer, TEXT, constrained=constrained, max_new_tokens=900)
+    found = extract(model, tokenizer, TEXT, max_new_tokens=900)
     assert found.tree == TREE
     assert (found.language, found.absent, found.warnings) == ("en", (), ())
-
-
-def test_an_adapter_that_learnt_a_chain_of_thought_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    thinking = dictated({"tree:": "triples:\n1. a | sign | b"})
-    monkeypatch.setattr(module, "load_as_trained", lambda *_, **__: (*thinking, "base"))
-    with pytest.raises(GatewiseError, match=r"was trained to write a chain of thought \(level 1 or 2\).*: train it anew"):
-        Extractor.load(tmp_path)
 
 
 def test_an_extraction_says_what_it_was_made_with() -> None:
@@ -57,10 +57,10 @@ def test_an_extraction_says_what_it_was_made_with() -> None:
     assert made == {
         "base": "maker/model-1b",
         "gatewise": __version__,
-        "settings": {"constrained": True, "verbatim": False, "max_new_tokens": 150, "dtype": "float32", "device": "cpu"},
+        "settings": {"verbatim": False, "max_new_tokens": 150, "dtype": "float32", "device": "cpu"},
     }
     assert found.record().extraction == found.made_with
-    assert Extractor(model, tokenizer, adapter={"name": "a", "sha256": "b"}).made_with()["adapter"] == {"name": "a", "sha256": "b"}
+    assert made_with(model, "", {"name": "a", "sha256": "b"}, {})["adapter"] == {"name": "a", "sha256": "b"}
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_an_extraction_says_what_it_was_made_with() -> None:
 def test_of_a_folder_only_its_own_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("here/base").mkdir(parents=True)
-    assert Extractor(*random_model(), base=given).made_with()["base"] == said
+    assert made_with(None, given, None, {})["base"] == said
 
 
 def test_spans_are_those_of_the_text_and_what_is_not_in_it_is_marked() -> None:
     model, tokenizer = dictated({"tree:": "C: adults with gout | sign | acute flare\nD: ~ | drug | aspirin\nD"})
     found = extract(model, tokenizer, TEXT)
-    spans = found.spans
+    spans = locate_tree(TEXT, found.tree)
     assert [TEXT[span.start : span.end] for span in spans[0][0] if span] == ["adults with gout", "acute flare"]
     assert spans[1][0].object is None
     assert [triple.object for triple in found.absent] == ["aspirin"]
@@ -109,17 +109,6 @@ def test_chinese_comes_in_and_out() -> None:
     assert [triple.relation for triple in found.tree.triples] == ["临床表现", "治疗药物"]
 
 
-def test_free_writing_is_repaired_or_refused() -> None:
-    model, tokenizer = dictated({"tree:": "Sure!\nC: adults with gout | sign | acute flare\nD: ~ | drug | colchicine; ~ | drug"})
-    found = extract(model, tokenizer, TEXT, constrained=False)
-    assert [node.role for node in found.tree.nodes] == ["C", "D", "D"]
-    assert [triple.object for triple in found.tree.triples] == ["acute flare", "colchicine"]
-    assert len(found.warnings) == 3  # the first line, the triple without an object, the leaf that is missing
-    babbling, tokenizer = dictated({"tree:": "I am not a doctor."})
-    with pytest.raises(GatewiseError, match=r"what the model wrote is no tree .* let its writing be constrained"):
-        extract(babbling, tokenizer, TEXT, constrained=False)
-
-
 def test_an_output_that_is_cut_is_closed_and_says_so() -> None:
     written = "C: adults with gout | sign | acute flare\nD: ~ | drug | colchicine and much more that goes on and on"
     model, tokenizer = dictated({"tree:": written})
@@ -140,26 +129,26 @@ def test_a_text_with_a_fault_does_not_stop_the_others() -> None:
     found = Extractor(model, tokenizer)(texts)
     assert isinstance(found[1], Extraction)
     said = [str(one) for one in found if isinstance(one, GatewiseError)]
-    wanted = ["is empty", "no passage after it", "Japanese", "another script", "tokens of the 2048", "surrogate", "no letters"]
+    wanted = [
+        "is empty",
+        "no passage after it",
+        "another script",
+        "another script",
+        "tokens of the 2048",
+        "surrogate",
+        "no letters",
+    ]
     assert len(said) == len(wanted)
     for sentence, part in zip(said, wanted, strict=True):
         assert part in sentence
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"verbatim": True, "constrained": False}, "leave one of the two out"),
-        ({"max_new_tokens": 0}, "at least 1"),
-        ({"template": Template("Text: {text}")}, "without {source}"),
-    ],
-)
-def test_settings_that_cannot_be_meant_are_refused(settings: dict, said: str) -> None:
+def test_what_cannot_be_meant_is_refused() -> None:
     model, tokenizer = dictated({"tree:": "D"})
-    with pytest.raises(GatewiseError, match=said):
-        extract(model, tokenizer, TEXT, **settings)
+    with pytest.raises(GatewiseError, match=r"without \{source\}"):
+        extract(model, tokenizer, TEXT, template=Template("Text: {text}"))
     with pytest.raises(GatewiseError, match="language is 'de'"):
-        extract(model, tokenizer, TEXT, language="de")  # type: ignore[arg-type]
+        extract(model, tokenizer, TEXT, language="de")
 
 
 def test_the_model_stays_as_it_was() -> None:

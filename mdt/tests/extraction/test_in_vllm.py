@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from gatewise_mdt import Extraction, Extractor, sample
-from gatewise_mdt.extraction.served import ServedExtractor, Server
+from gatewise_mdt.extraction.extractor import Text
+from gatewise_mdt.extraction.served import ServedExtractor
 from tiny_run import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from gatewise.errors import GatewiseError
 
 PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
@@ -87,18 +86,14 @@ def test_requests_were_set_aside_meanwhile(url: str) -> None:
 
 
 def test_a_course_that_cannot_be_read_is_refused(url: str) -> None:
-    found = Server(url, "trees").write("a", '{"language": "fr"}', 20)
-    assert isinstance(found, GatewiseError)
+    found = ServedExtractor(url, "trees").extract([Text("a", "fr")])[0]  # type: ignore[arg-type]
     assert "not told as gatewise tells it" in str(found)
-    assert Server(url, "trees").write("a", None, 5)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_at_the_start() -> None:
     """With the first request it would end the engine."""
     code = """
-from types import SimpleNamespace
-from gatewise.errors import GatewiseError
-from gatewise_mdt.extraction import in_vllm
+from types import SimpleNamespacefrom gatewise_mdt.extraction import in_vllm
 in_vllm.cached_tokenizer_from_config = lambda model: type("Tokenizer", (), {"eos_token_id": 1})()
 nothing = SimpleNamespace(max_num_seqs=1, get_vocab_size=lambda: 9)
 config = SimpleNamespace(model_config=nothing, scheduler_config=nothing)

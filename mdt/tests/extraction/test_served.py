@@ -12,11 +12,10 @@ import torch
 from gatewise_mdt import Extraction, Extractor, read_trees, sample
 from gatewise_mdt.documents.reading import documents_in
 from gatewise_mdt.extraction import served
-from gatewise_mdt.extraction.batch import Batch, Journal, extract_files, extract_pieces, read_pieces
+from gatewise_mdt.extraction.batch import extract_files
 from gatewise_mdt.extraction.course import Course
-from gatewise_mdt.extraction.extractor import Text
 from gatewise_mdt.extraction.prompts import prompt
-from gatewise_mdt.extraction.served import ServedExtractor, Server
+from gatewise_mdt.extraction.served import ServedExtractor
 from mdt_models import random_model
 from mdt_trees import TEXT
 from refusals import assert_refused
@@ -118,15 +117,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, str]]:
 
 
 def plain(found: Any) -> Any:
-    """An extraction without its date."""
-    return (
-        (found.tree, found.absent, found.warnings, found.written, found.language) if isinstance(found, Extraction) else str(found)
-    )
+    """An extraction without its date, and what only one side knows."""
+    return (found.tree, found.absent, found.written, found.language) if isinstance(found, Extraction) else str(found)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"verbatim": True}, {"constrained": False}],
+    [{}, {"verbatim": True}],
     ids=lambda settings: "-".join(settings) or "constrained",
 )
 def test_the_same_trees_as_in_one_process(engine: tuple[Engine, str], settings: dict[str, Any]) -> None:
@@ -138,12 +135,16 @@ def test_the_same_trees_as_in_one_process(engine: tuple[Engine, str], settings: 
         assert any(isinstance(one, Extraction) and not one.is_empty for one in through)
 
 
-def test_what_tokens_cut_off_is_left_out_as_in_one_process(engine: tuple[Engine, str]) -> None:
+def test_what_tokens_cut_off_is_left_out(engine: tuple[Engine, str]) -> None:
     made, url = engine
-    for most in (20, 60):
-        alone = Extractor(made.model, made.tokenizer, max_new_tokens=most)(TEXTS)
-        through = ServedExtractor.connect(url, "trees", max_new_tokens=most)(TEXTS)
-        assert [plain(one) for one in through] == [plain(one) for one in alone]
+    made.answers = [
+        (200, {"choices": [{"text": " D: a | drug | b; ~ | drug | c and m", "finish_reason": "length"}]}),
+        (200, {"choices": [{"text": " D: a | drug | b", "finish_reason": "stop"}], "usage": {"completion_tokens": 55}}),
+    ]
+    cut, short = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=1)(TEXTS[:2], language="en")
+    assert [triple.object for triple in cut.tree.triples] == ["b"]  # type: ignore[union-attr]
+    assert "the output ended before it was whole" in cut.warnings[0]  # type: ignore[union-attr]
+    assert "may have been brought to a close" in short.warnings[0]  # type: ignore[union-attr]
 
 
 def test_many_at_a_time_and_each_as_it_comes(engine: tuple[Engine, str]) -> None:
@@ -184,7 +185,6 @@ def test_a_busy_server_is_asked_again(engine: tuple[Engine, str]) -> None:
         ([(200, b"<html>")], "no JSON object"),
         ([(200, [1])], "no JSON object"),
         ([(200, {"choices": []})], "no completion"),
-        ([(200, {"choices": [{"text": " Here is a tree:", "finish_reason": "stop"}]})], "does not keep to what may be written"),
     ],
 )
 def test_what_is_wrong_with_a_server_is_said_once(engine: tuple[Engine, str], answer: list[Any], expected: str) -> None:
@@ -196,39 +196,17 @@ def test_what_is_wrong_with_a_server_is_said_once(engine: tuple[Engine, str], an
 
 def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> None:
     made, url = engine
-    made.obeys = False
-    with pytest.raises(GatewiseError, match="start it with `gatewise serve --constraint gatewise_tree`"):
-        ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS)
-    assert all(ServedExtractor.connect(url, "trees", max_new_tokens=60, constrained=False)(TEXTS))
-
-
-@pytest.mark.parametrize(
-    ("told", "text", "most", "expected"),
-    [
-        # Where a tokenizer falls back to bytes, each byte of half a character is a mark.
-        ({"within": "患者@用药"}, " C: 药 | 用\ufffd\ufffd", 60, ("", False)),
-        ({"within": "患者@用药"}, " D: 药 | 用法用量 | 药; ~ | \ufffd\ufffd", 60, ("D: 药 | 用法用量 | 药;", False)),
-        # The last token ends a tree that only in a hurry has to end there.
-        ({}, " D", 20, ("D", True)),
-        ({}, " D", 2000, ("", False)),
-    ],
-)
-def test_what_the_last_token_cut(told: dict[str, Any], text: str, most: int, expected: tuple[str, bool]) -> None:
-    read = served._read_again(Course("zh", **told), text, False, most, most)
-    assert isinstance(read, served.Written)
-    assert (read.text, read.ended) == expected
+    made.answers = [
+        (200, {"choices": [{"text": text, "finish_reason": "stop"}]})
+        for text in (" Here is a tree:", " C: a | sig", " D: Patients | drug | a drug that the text does not have")
+    ]
+    for found in ServedExtractor.connect(url, "trees", verbatim=True, batch_size=1)(TEXTS[:3]):
+        assert "start it with `gatewise serve --constraint gatewise_tree`" in str(found)
 
 
 def test_documents_of_which_none_can_be_read(engine: tuple[Engine, str], tmp_path: Path) -> None:
     extractor = ServedExtractor.connect(engine[1], "trees")
     assert extract_files([tmp_path / "none.txt"], extractor).failed == [str(tmp_path / "none.txt")]
-
-
-def test_an_end_before_the_tree_is_whole_is_a_fault_of_that_passage(engine: tuple[Engine, str]) -> None:
-    made, url = engine
-    made.answers = [(200, {"choices": [{"text": " C: a | sig", "finish_reason": "stop"}]})]
-    first, _ = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=1)(TEXTS[:2])
-    assert "could not work out" in str(first)
 
 
 def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
@@ -238,9 +216,9 @@ def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
         ServedExtractor.connect(url, "trees")
     with pytest.raises(GatewiseError, match="no model 'tree': expected one of base, trees"):
         ServedExtractor.connect(f"{url}/v1", "tree", api_key="secret")
-    assert Server(f"{url}/v1/", "trees", "secret").base_model() == "maker/base-1b"
+    assert ServedExtractor.connect(f"{url}/v1/", "trees", api_key="secret").base == "maker/base-1b"
     with pytest.raises(GatewiseError, match="expected an address"):
-        Server("127.0.0.1:8000", "trees")
+        ServedExtractor.connect("127.0.0.1:8000", "trees")
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,23 +306,8 @@ def test_what_an_interrupt_gave_is_no_document_of_its_folder(
 def body_of(number: int) -> dict[str, Any]:
     """What is asked for a document of the tests above."""
     text = TEXT.replace("0.5", f"{number}")
-    asker = ServedExtractor(None, None, verbatim=True)  # type: ignore[arg-type]
-    course = json.dumps(asker.course_of(Text(text, "en")))
+    course = json.dumps({"language": "en", "within": text})
     return {"prompt": prompt(text, "en"), "max_tokens": 150, "vllm_xargs": {"gatewise_tree": course}}
-
-
-def test_pieces_are_kept_one_by_one(engine: tuple[Engine, str], tmp_path: Path) -> None:
-    """Not only when a whole batch is done."""
-    _, url = engine
-    file, batch = tmp_path / "a.txt", Batch()
-    file.write_text(TEXT)
-    journal = Journal(tmp_path / "work.jsonl", {})
-    kept: list[int] = []
-    keep = journal.keep
-    journal.keep = lambda pieces, found: (kept.append(len(pieces)), keep(pieces, found))[1]  # type: ignore[method-assign]
-    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=2)
-    extract_pieces(read_pieces([file] * 5, batch), extractor, batch, journal=journal)
-    assert kept == [1] * 5
 
 
 @pytest.mark.parametrize(

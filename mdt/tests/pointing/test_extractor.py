@@ -87,21 +87,6 @@ def test_batches_change_nothing(learnt: PointingExtractor, untrained: PointingEx
             assert other.confidence == pytest.approx(one_by_one[i].confidence, abs=1e-4)
 
 
-def test_long_texts_go_in_smaller_batches(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = sound(untrained(TEXTS))
-    sizes: list[int] = []
-    forward = PointingModel.forward
-
-    def counted(self: PointingModel, **given: Any) -> Any:
-        sizes.append(len(given["units"]))
-        return forward(self, **given)
-
-    monkeypatch.setattr(PointingModel, "forward", counted)
-    monkeypatch.setattr(extractor_module, "MOST_TOKENS", 180)
-    assert [one.tree for one in sound(untrained(TEXTS))] == [one.tree for one in together]
-    assert sizes == [2, 1, 1]
-
-
 # ---- odd texts ----
 
 
@@ -204,18 +189,13 @@ def test_a_tokenizers_own_limit_counts_too() -> None:
 def test_progress_counts_texts_and_its_interrupt_goes_through(untrained: PointingExtractor) -> None:
     told: list[tuple[int, int]] = []
     replace(untrained, batch_size=3)(TEXTS, progress=lambda *what: told.append(what))
-    assert told == [(3, 4), (4, 4)]
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         untrained(TEXTS, progress=stop)
-
-
-def test_a_batch_has_at_least_one_text(untrained: PointingExtractor) -> None:
-    with pytest.raises(GatewiseError, match="batch_size is 0: expected at least 1"):
-        replace(untrained, batch_size=0)
 
 
 # ---- confidence ----
@@ -249,7 +229,8 @@ def test_confidence_is_kept_in_the_journal_and_old_journals_are_read(learnt: Poi
     pieces = [Piece("a.txt", Passage(text), "en") for text in TEXTS]
     found = sound(learnt(TEXTS))
     journal = Journal(tmp_path / "journal", {})
-    journal.keep(pieces, found)
+    for piece, one in zip(pieces, found, strict=True):
+        journal.keep(piece, one)
     read = Journal(tmp_path / "journal", {})
     for piece, one in zip(pieces, found, strict=True):
         again = read.take(piece)
@@ -280,14 +261,14 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("load", [PointingExtractor.load, load_extractor])
 def test_each_extractor_takes_its_own_adapters(load: Callable[..., Any], writer: Path) -> None:
     if load is load_extractor:
-        assert isinstance(load(writer, constrained=False), Extractor)
+        assert isinstance(load(writer, verbatim=True), Extractor)
         return
     with pytest.raises(GatewiseError, match="does not point at the text: expected an adapter of a run with task: text2mdt"):
         load(writer)
     (writer / "gatewise.json").write_text(json.dumps(NOTE))
     try:
         with pytest.raises(GatewiseError, match="points at the text: expected an adapter that was trained to write trees"):
-            Extractor.load(writer, constrained=False)
+            Extractor.load(writer)
     finally:
         (writer / "gatewise.json").unlink()
 
@@ -311,21 +292,3 @@ def test_damaged_notes_say_one_sentence(change: dict[str, Any], said: str, write
         assert len(str(error.value).splitlines()) == 1
     finally:
         (writer / "gatewise.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"verbatim": True}, "--verbatim"),
-        ({"max_new_tokens": 100}, "--max-new-tokens"),
-        ({"constrained": False, "verbatim": True}, "--verbatim, --free"),
-    ],
-)
-def test_what_is_asked_of_writing_is_refused(settings: dict[str, Any], named: str, writer: Path) -> None:
-    (writer / "gatewise.json").write_text(json.dumps(NOTE))
-    try:
-        with pytest.raises(GatewiseError) as error:
-            load_extractor(writer, **settings)
-    finally:
-        (writer / "gatewise.json").unlink()
-    assert str(error.value) == f"{writer} points at the text and writes nothing: leave out {named}"

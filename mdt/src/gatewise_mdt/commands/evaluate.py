@@ -13,16 +13,14 @@ from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 from gatewise_mdt.commands.model import (
     BatchOption,
-    FreeOption,
     TokensOption,
     VerbatimOption,
-    check_ways,
     loaded,
     options_given,
 )
 from gatewise_mdt.commands.trees import RepairOption, read_file
 
-_EXTRACTING = ("base", "verbatim", "free", "max_new_tokens", "batch_size", "device", "limit")
+_EXTRACTING = ("base", "verbatim", "max_new_tokens", "batch_size", "device", "limit")
 """Options that say how trees are extracted."""
 
 
@@ -33,7 +31,6 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
     base: BaseOption = None,
     verbatim: VerbatimOption = False,
-    free: FreeOption = False,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
@@ -58,11 +55,10 @@ def evaluate(
     if adapter is not None:
         from gatewise_mdt.extraction.extractor import measure
 
-        check_ways(free, verbatim)
         read = read_file(gold, repair)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
-        settings = {"constrained": not free, "verbatim": verbatim, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        settings = {"verbatim": verbatim, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         with loaded(adapter, base, device, **settings) as (extractor, count):
             values = measure(extractor, read.records[:limit], count, mistakes=mistakes)
     else:

@@ -12,12 +12,10 @@ import typer
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 from gatewise_mdt.commands.model import (
-    FreeOption,
     NameOption,
     ServerOption,
     TokensOption,
     VerbatimOption,
-    check_ways,
     connected,
     loaded,
 )
@@ -50,7 +48,6 @@ def extract(
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
     verbatim: VerbatimOption = False,
-    free: FreeOption = False,
     max_new_tokens: TokensOption = 512,
     batch_size: Annotated[
         int | None,
@@ -79,7 +76,6 @@ def extract(
     from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
     from gatewise_mdt.formats.views import ONE_TREE
 
-    check_ways(free, verbatim)
     _check_model(adapter, server, adapter_name, base)
     check_format(format, out)
     work = None if out is None or is_special(out) else out.with_name(f"{out.name}.work.jsonl")
@@ -97,7 +93,7 @@ def extract(
     journal: Journal | None = None
     if pieces:
         check_place(format, out, several)
-        settings: dict[str, Any] = {"constrained": not free, "verbatim": verbatim, "max_new_tokens": max_new_tokens}
+        settings: dict[str, Any] = {"verbatim": verbatim, "max_new_tokens": max_new_tokens}
         if work is not None:
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
             journal = Journal(work, {**model, "base": base, **settings})

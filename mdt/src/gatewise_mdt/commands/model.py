@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from gatewise.errors import GatewiseError
-
 if TYPE_CHECKING:
     from gatewise_mdt.extraction.extractor import Extracts
 
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written for a passage.", min=1)]
 VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
-FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
 ServerOption = Annotated[
     str | None, typer.Option(help="Ask a running server, such as http://127.0.0.1:8000, in place of loading --adapter.")
 ]
@@ -28,12 +25,6 @@ def options_given(context: typer.Context, names: Iterable[str]) -> list[str]:
     """Those of some options that stand on the command line, as "--name", with their default as well as with another value."""
     sources = {name: context.get_parameter_source(name) for name in names}
     return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-
-
-def check_ways(free: bool, verbatim: bool) -> None:
-    """Before a model is loaded for what the extractor refuses."""
-    if free and verbatim:
-        raise GatewiseError("--free and --verbatim exclude each other: verbatim phrases take constrained writing")
 
 
 @contextmanager

@@ -5,9 +5,8 @@ did, goes on from there. What was found before keeps its date.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.reading import STDIN, read_document
 from gatewise_mdt.extraction.extractor import Extraction, Extracts, Progress
-from gatewise_mdt.extraction.served import ServedExtractor
 from gatewise_mdt.json_lines import JsonLines
-from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.records import TreeRecord, quoted_beginning
 from gatewise_mdt.relations import Language
 from gatewise_mdt.spans import absent_triples
 from gatewise_mdt.tree import DecisionTree
 
 _FORMAT = 1
-_BATCHES_AT_ONCE = 4  # among which passages are sorted by length: few, so that an interrupt leaves the first passages and no gaps
 
 
 @dataclass
@@ -82,9 +79,9 @@ class Journal:
             raise GatewiseError(
                 f"{path} is in the way, and is not what an interrupted extraction left: move it, or give another --out"
             )
-        if rows and (held := rows[0].get("settings")) != self._head["settings"]:
+        if rows and rows[0].get("settings") != self._head["settings"]:
             raise GatewiseError(
-                f"{path} is what an interrupted extraction with another {_first_difference(held, settings)} left: give the same"
+                f"{path} is what an interrupted extraction with other settings left ({rows[0].get('settings')}): give the same"
                 " command again to go on with it, or remove the file to begin anew"
             )
         for number, row in enumerate(rows[1:], start=2):
@@ -98,13 +95,13 @@ class Journal:
         found = self._found.get((piece.language, piece.passage.text))
         return found.popleft() if found else None
 
-    def keep(self, pieces: "Sequence[Piece]", found: Sequence[Extraction | GatewiseError]) -> None:
-        """Returns when what was found for the passages is on disk.
+    def keep(self, piece: "Piece", found: Extraction | GatewiseError) -> None:
+        """Returns when what was found for a passage is on disk.
 
         Raises:
             GatewiseError: it cannot be written.
         """
-        rows = [_row(piece, one) for piece, one in zip(pieces, found, strict=True)]
+        rows = [_row(piece, found)]
         self._lines.append(rows if self._begun else [self._head, *rows])
         self._begun = True
 
@@ -175,27 +172,21 @@ def extract_pieces(
     journal: Journal | None = None,
 ) -> Batch:
     """The trees of passages, added to what a batch has: what an interrupt leaves can be used."""
-    with_trees: set[str] = set()
-    batch = max(len(pieces), 1) if isinstance(extractor, ServedExtractor) else extractor.batch_size
-    at_once = _BATCHES_AT_ONCE * batch
-    for start in range(0, len(pieces), at_once):
-        portion = pieces[start : start + at_once]
-        found = [journal.take(piece) if journal else None for piece in portion]
-        left = sorted((i for i, one in enumerate(found) if one is None), key=lambda i: len(portion[i].passage.text))
-        try:
-            for at in range(0, len(left), batch):
-                now = left[at : at + batch]
-                before = start + len(portion) - len(left) + at
-                told = partial(_tell, progress, before, len(pieces)) if progress else None
-                for some in _as_found([portion[i] for i in now], extractor, told):
-                    for k, one in some.items():
-                        found[now[k]] = one
-                    if journal:
-                        journal.keep([portion[now[k]] for k in some], list(some.values()))
-        finally:
-            for piece, got in zip(portion, found, strict=True):
-                if got is not None:
-                    _add(piece, got, into, with_trees)
+    found = [journal.take(piece) if journal else None for piece in pieces]
+    left = [i for i, one in enumerate(found) if one is None]
+    before = len(pieces) - len(left)
+    texts, languages = [pieces[i].passage.text for i in left], [pieces[i].language for i in left]
+    told = (lambda done, _: progress(before + done, len(pieces))) if progress else None
+    try:
+        for number, one in extractor.as_they_come(texts, language=languages, progress=told):
+            found[left[number]] = one
+            if journal:
+                journal.keep(pieces[left[number]], one)
+    finally:
+        for piece, got in zip(pieces, found, strict=True):
+            if got is not None:
+                _add(piece, got, into)
+    with_trees = {record.more["source"] for record in into.records}
     for name in dict.fromkeys(piece.name for piece in pieces):
         if name not in with_trees:
             into.failed.append(name)
@@ -204,31 +195,15 @@ def extract_pieces(
     return into
 
 
-def _as_found(pieces: Sequence[Piece], extractor: Extracts, progress: Progress | None) -> Iterator[dict[int, Any]]:
-    """What is found for pieces, by their numbers: all at once, or one after the other as they come from a server."""
-    texts, languages = [piece.passage.text for piece in pieces], [piece.language for piece in pieces]
-    if isinstance(extractor, ServedExtractor):
-        for number, one in extractor.as_they_come(texts, language=languages, progress=progress):
-            yield {number: one}
-    else:
-        yield dict(enumerate(extractor(texts, language=languages, progress=progress)))
-
-
-def _tell(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    """The progress of a portion as that of all passages."""
-    progress(before + done, total)
-
-
-def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees: set[str]) -> None:
+def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch) -> None:
     into.read += 1
     if isinstance(one, GatewiseError):
         into.faults.append(f"{piece.where}: {one}")
         return
     into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
     if one.is_empty:
-        into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
+        into.notes.append(f"{piece.where}: no decision was found in {quoted_beginning(piece.passage.passage)}")
         return
-    with_trees.add(piece.name)
     into.records.append(one.record(len(into.records) + 1, piece.passage.origin(piece.name)))
 
 
@@ -261,17 +236,9 @@ def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
     )
 
 
-def _first_difference(held: Any, settings: Mapping[str, Any]) -> str:
-    return next((name for name, value in settings.items() if not isinstance(held, dict) or held.get(name) != value), "settings")
-
-
 def _of(passage: Passage, otherwise: Language) -> Language:
     """A passage's own language; a short one that does not tell has the document's."""
     try:
         return detect_language(passage.passage)
     except GatewiseError:
         return otherwise
-
-
-def _quoted(text: str) -> str:
-    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'

@@ -1,6 +1,7 @@
-"""Constrained decoding: at each step of ``generate`` only tokens with which the output can still become a valid tree.
+"""Constrained decoding: at each step only tokens with which the output can still become a valid tree.
 
 :mod:`gatewise_mdt.extraction.course` says what may be written next, ``llguidance`` which tokens that leaves.
+:class:`TreeConstraint` is for ``generate``, :class:`TreeScores` for engines that choose tokens by themselves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,21 +16,90 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.extraction.course import Course
 
-_MISSING = "llguidance, which constrains what the model writes, is not installed: install gatewise-mdt, or write without constraint"
 _TOKENS_A_LINE = 3  # a bare line costs a token and its line break; one more where a tokenizer splits it
 _TOKENS_A_PIECE = 40  # what a piece under way may still take
 
 
-def check_available() -> None:
-    """Refuses where llguidance is missing, without which writing cannot be constrained.
+class TreeScores:
+    """What one output may go on with: called with what was written and the scores.
+
+    Args:
+        ends: ids of the end-of-text tokens.
+        most: tokens of the output; near the end, the tree is brought to a close.
+        size: of the vocabulary; with it, the tokenizer is read now and not in the first call.
+
+    Attributes:
+        hurried: the course was cut short, because tokens were running out.
+        fault: why nothing more can be written; the output then ends at once.
 
     Raises:
-        GatewiseError: llguidance is not installed.
+        GatewiseError: llguidance cannot read the tokenizer.
     """
-    try:
-        import llguidance  # noqa: F401
-    except ImportError:
-        raise GatewiseError(_MISSING) from None
+
+    def __init__(
+        self, course: Course, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], most: int, size: int | None = None
+    ) -> None:
+        self.course, self.tokenizer, self.ends, self.most = course, tokenizer, tuple(sorted(set(ends))), most
+        self.seen, self.hurried = 0, False
+        self.fault: GatewiseError | None = None
+        self.known: Any = None if size is None else llguidance_tokenizer(tokenizer, self.ends, size)
+        self.matcher: Any = None
+        self.tokens: list[int] = []  # of the piece under way
+
+    @torch.no_grad()
+    def __call__(self, written: Sequence[int], scores: Tensor) -> Tensor:
+        """Scores (V,) with -inf for tokens that are not allowed after these."""
+        self.known = llguidance_tokenizer(self.tokenizer, self.ends, len(scores))
+        self.read(written)
+        self._open()
+        mask = np.zeros(len(scores), dtype=bool)
+        if not self.course.finished:
+            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+            if self._is_sound():
+                held = np.unpackbits(bits, bitorder="little")[: len(mask)]
+                mask[: len(held)] = held
+        if self.course.finished:
+            mask[list(self.ends)] = True
+        return scores.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
+
+    def read(self, written: Sequence[int]) -> None:
+        """Takes note of the tokens that it has not seen yet. What comes after the end is padding."""
+        for token in written[self.seen :]:
+            self._open()
+            self.seen += 1
+            if self.course.finished:
+                continue
+            if token in self.ends:
+                self._end_piece()
+                self.course.finished = True
+                continue
+            self.matcher.consume_token(token)
+            self.tokens.append(token)
+            if self._is_sound() and self.matcher.is_stopped():
+                self._end_piece()
+
+    def _open(self) -> None:
+        """Begins the next piece, where none is under way."""
+        if self.course.finished or self.matcher is not None:
+            return
+        from llguidance import LLMatcher
+
+        short = self.most - self.seen <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
+        self.hurried = self.hurried or short
+        self.matcher = LLMatcher(self.known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
+        self._is_sound()
+
+    def _end_piece(self) -> None:
+        self.course.add_piece(self.known.decode_bytes(self.tokens).decode())
+        self.matcher, self.tokens = None, []
+
+    def _is_sound(self) -> bool:
+        """False if the matcher cannot go on; the output is then at its end."""
+        if self.matcher.is_error():
+            reason = (str(self.matcher.get_error()).strip().splitlines() or ["no reason given"])[0]
+            self.fault = GatewiseError(f"what the model may write cannot be worked out ({reason[:200]}): try without --verbatim")
+            self.course.finished = True
+        return self.fault is None
 
 
 class TreeConstraint(LogitsProcessor):
@@ -39,10 +109,10 @@ class TreeConstraint(LogitsProcessor):
         courses: one for each row.
         ends: ids of the end-of-text tokens.
         prompt_tokens: tokens of the padded prompts.
-        max_new_tokens: as given to ``generate``; near the end, the tree is brought to a close.
+        max_new_tokens: as given to ``generate``.
 
     Raises:
-        GatewiseError: llguidance is missing, or cannot read the tokenizer.
+        GatewiseError: llguidance cannot read the tokenizer.
     """
 
     def __init__(
@@ -54,155 +124,18 @@ class TreeConstraint(LogitsProcessor):
         prompt_tokens: int,
         max_new_tokens: int,
     ) -> None:
-        check_available()
-        self.ends = tuple(sorted(set(ends)))
-        self.rows = [TreeRow(course, self.ends) for course in courses]
-        self.tokenizer, self.start, self.most, self.seen = tokenizer, prompt_tokens, max_new_tokens, 0
+        self.start, ends = prompt_tokens, tuple(ends)
+        self.rows = [TreeScores(course, tokenizer, ends, max_new_tokens) for course in courses]
 
-    @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (b, V) with -inf for tokens that are not allowed after prompts and what was written (b, t)."""
-        self.read(input_ids[:, self.start :])
-        allowed = np.zeros(scores.shape, dtype=bool)
-        known = llguidance_tokenizer(self.tokenizer, self.ends, scores.shape[1])
-        for row, mask in zip(self.rows, allowed, strict=True):
-            row.allow(known, mask, self.most - self.seen)
-        return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
+        written = input_ids[:, self.start :].tolist()
+        return torch.stack([row(tokens, own) for row, tokens, own in zip(self.rows, written, scores, strict=True)])
 
     def read(self, written: Tensor) -> None:
-        """Takes note of the tokens (b, n) chosen since the last step; to be called after ``generate``, too, for the last ones."""
-        for tokens in written[:, self.seen :].T.tolist():
-            for row, token in zip(self.rows, tokens, strict=True):
-                row.add_token(int(token))
-        self.seen = written.shape[1]
-
-
-class TreeRow:
-    """One row: its course, and the matcher of the piece under way.
-
-    Attributes:
-        hurried: the course was cut short, because tokens were running out.
-        fault: why nothing more can be written; the row then ends at once, so that the others of its batch go on.
-    """
-
-    def __init__(self, course: Course, ends: Sequence[int]) -> None:
-        self.course, self.ends = course, tuple(ends)
-        self.hurried = False
-        self.fault: GatewiseError | None = None
-        self.matcher: Any = None
-        self.known: Any = None
-        self.tokens: list[int] = []
-
-    def allow(self, known: Any, mask: np.ndarray, left: int) -> None:
-        """Sets the tokens that are allowed, in a mask (V,) without any.
-
-        Args:
-            known: the tokenizer, see :func:`llguidance_tokenizer`.
-            left: tokens that may still be written.
-        """
-        self.open(known, left)
-        if not self.course.finished:
-            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-            if self._is_sound():
-                held = np.unpackbits(bits, bitorder="little")[: len(mask)]
-                mask[: len(held)] = held
-                return
-        mask[list(self.ends)] = True
-
-    def open(self, known: Any, left: int) -> None:
-        """Begins the next piece, where none is under way. Before every token that is taken, if it was not asked what is allowed."""
-        if self.course.finished or self.matcher is not None:
-            return
-        from llguidance import LLMatcher
-
-        self.known = known
-        self.hurried = self.hurried or self.is_short(left)
-        self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
-        self._is_sound()
-
-    def add_token(self, token: int) -> None:
-        """Takes note of the token that was chosen; what comes after the end is padding."""
-        if self.course.finished or self.matcher is None:
-            return
-        if token in self.ends:
-            self.end()
-            return
-        self.matcher.consume_token(token)
-        self.tokens.append(token)
-        if self._is_sound() and self.matcher.is_stopped():
-            self.end_piece()
-
-    def add_if_allowed(self, token: int) -> bool:
-        """Takes a token, no end, if the piece under way can go on with it; whether it can."""
-        if self.matcher is None or not self.matcher.try_consume_tokens([token]):
-            return False
-        self.tokens.append(token)
-        if self.matcher.is_stopped():
-            self.end_piece()
-        return True
-
-    def is_short(self, left: int) -> bool:
-        """Whether so many tokens are too few for anything but to come to an end."""
-        return left <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
-
-    @property
-    def may_pause(self) -> bool:
-        """Whether the piece under way is whole as it is."""
-        return self.matcher is not None and bool(self.matcher.is_accepting())
-
-    def end(self) -> None:
-        """Takes note that the output ended here."""
-        self.end_piece()
-        self.course.finished = True
-
-    def end_piece(self) -> None:
-        """Takes note that the piece under way is whole."""
-        self.course.add_piece(self.known.decode_bytes(self.tokens).decode())
-        self.matcher, self.tokens = None, []
-
-    def _is_sound(self) -> bool:
-        """Whether the matcher can go on; if not, the row is at its end."""
-        if self.matcher.is_error():
-            reason = (str(self.matcher.get_error()).strip().splitlines() or ["no reason given"])[0]
-            self.fault = GatewiseError(
-                f"what the model may write cannot be worked out ({reason[:200]}): write without constraint, or not verbatim"
-            )
-            self.course.finished = True
-        return self.fault is None
-
-
-class TreeScores:
-    """What one answer may go on with, for engines that choose tokens by themselves: called with what was written and the scores.
-
-    Args:
-        told: the course, see :meth:`Course.from_json`.
-        ends: ids of the end-of-text tokens.
-        most: tokens of the answer.
-        size: of the vocabulary; with it, the tokenizer is read now and not in the first call.
-
-    Raises:
-        GatewiseError: there is no such course, or llguidance is missing, or cannot read the tokenizer.
-    """
-
-    def __init__(
-        self, told: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], most: int, size: int | None = None
-    ) -> None:
-        check_available()
-        self.tokenizer, self.ends, self.most = tokenizer, tuple(sorted(set(ends))), most
-        self.row, self.seen = TreeRow(Course.from_json(told), self.ends), 0
-        if size is not None:
-            llguidance_tokenizer(self.tokenizer, self.ends, size)
-
-    def __call__(self, written: Sequence[int], scores: Tensor) -> Tensor:
-        """Scores (V,) with -inf for tokens that are not allowed after these. Those that it has not seen yet are read first."""
-        known = llguidance_tokenizer(self.tokenizer, self.ends, len(scores))
-        for token in written[self.seen :]:
-            self.row.open(known, self.most - self.seen)
-            self.row.add_token(int(token))
-            self.seen += 1
-        mask = np.zeros(len(scores), dtype=bool)
-        self.row.allow(known, mask, self.most - self.seen)
-        return scores.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
+        """Takes note of the last tokens (b, n), after ``generate``."""
+        for row, tokens in zip(self.rows, written.tolist(), strict=True):
+            row.read(tokens)
 
 
 class TreeConstraintOfServers:
@@ -213,8 +146,8 @@ class TreeConstraintOfServers:
     def limit(
         self, text: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], max_tokens: int, vocabulary: int
     ) -> TreeScores:
-        """See :class:`TreeScores`."""
-        return TreeScores(text, tokenizer, ends, max_tokens, vocabulary)
+        """See :class:`TreeScores` and :meth:`Course.from_json`."""
+        return TreeScores(Course.from_json(text), tokenizer, ends, max_tokens, vocabulary)
 
 
 IN_SERVERS = TreeConstraintOfServers()
@@ -235,10 +168,9 @@ def llguidance_tokenizer(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ..
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise GatewiseError(
-            f"the tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library, which constrained writing needs:"
-            " write without constraint"
+            f"the tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library, which constrained writing needs"
         )
     try:
         return llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)), eos_token=list(ends))
     except Exception as error:  # the library's own errors have no common kind
-        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason_of(error, 200)}): write without constraint") from error
+        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason_of(error, 200)})") from error

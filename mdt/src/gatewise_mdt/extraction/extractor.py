@@ -8,11 +8,11 @@ What is extracted needs review by a clinician.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,13 +25,13 @@ from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.evaluation.intervals import intervals
 from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
 from gatewise_mdt.evaluation.mistakes import count_mistakes
-from gatewise_mdt.extraction.constraint import TreeConstraint, check_available
+from gatewise_mdt.extraction.constraint import TreeConstraint
 from gatewise_mdt.extraction.course import Course
 from gatewise_mdt.extraction.prompts import parted, prompt
 from gatewise_mdt.formats.lines import parse_lenient
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.relations import Language, check_language
-from gatewise_mdt.spans import TripleSpans, absent_triples, locate_tree
+from gatewise_mdt.spans import absent_triples
 from gatewise_mdt.tree import DecisionTree, Triple
 
 Progress = Callable[[int, int], None]
@@ -68,13 +68,8 @@ class Extraction:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was found: a tree that only says "no recommendation"."""
+        """True if nothing was found: a tree that only says "no recommendation"."""
         return not self.tree.triples
-
-    @property
-    def spans(self) -> list[list[TripleSpans]]:
-        """For each node, for each of its triples, where subject and object stand in ``text``; None where they do not."""
-        return locate_tree(self.text, self.tree)
 
     def record(self, number: int = 1, more: Mapping[str, Any] | None = None) -> TreeRecord:
         """As a record for files and views, with what has to be known of it beside the tree."""
@@ -86,21 +81,26 @@ class Extraction:
         return TreeRecord(self.text, self.tree, number, {**(more or {}), **said})
 
 
-class Extracts(Protocol):
-    """What gives trees of texts: :class:`Extractor`, which writes them, or ``pointing.extractor.PointingExtractor``.
+class Text(NamedTuple):
+    """A text that can be read, and its language."""
+
+    text: str
+    language: Language
+
+
+class Extracts:
+    """What gives trees of texts: :class:`Extractor`, which writes them, ``ServedExtractor``, which asks a server to, or
+    ``PointingExtractor``.
 
     Attributes:
         batch_size: texts at once.
-        most_tokens: that are written for a text at most; 0 where nothing is written.
-        model: what is run.
     """
 
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def most_tokens(self) -> int: ...
-    @property
-    def model(self) -> Any: ...
+    batch_size: int
+
+    def extract(self, texts: Sequence[Text]) -> "list[Extraction | GatewiseError]":
+        """The tree of each text of one batch, or why there is none."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -118,44 +118,56 @@ class Extracts(Protocol):
         Raises:
             GatewiseError: something is wrong that is no single text's fault.
         """
-        ...
+        found = dict(self.as_they_come(texts, language=language, progress=progress))
+        return [found[number] for number in range(len(texts))]
+
+    def as_they_come(
+        self,
+        texts: Sequence[str],
+        *,
+        language: Language | Sequence[Language | None] | None = None,
+        progress: Progress | None = None,
+    ) -> "Iterator[tuple[int, Extraction | GatewiseError]]":
+        """The number of each text, and its tree or why there is none, in the order in which they are done."""
+        checked = dict(enumerate(checked_texts(texts, language)))
+        sound = {number: one for number, one in checked.items() if isinstance(one, Text)}
+        yield from ((number, one) for number, one in checked.items() if isinstance(one, GatewiseError))
+        done = len(texts) - len(sound)
+        for number, one in self._extracted(sound):
+            done += 1
+            if progress:
+                progress(done, len(texts))
+            yield number, one
+
+    def _extracted(self, texts: Mapping[int, Text]) -> "Iterator[tuple[int, Extraction | GatewiseError]]":
+        """In batches of like length, the longest first."""
+        order = sorted(texts, key=lambda number: -len(texts[number].text))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield from zip(batch, self.extract([texts[number] for number in batch]), strict=True)
 
 
 @dataclass(frozen=True)
-class Extractor:
-    """A model and how it is asked.
+class Extractor(Extracts):
+    """A model and how it is asked. It writes only tokens with which the output becomes a valid tree.
 
     Attributes:
         template: how prompts were written in training; the adapter's note has it.
-        constrained: allow only tokens with which the output becomes a valid tree.
-        verbatim: with ``constrained``, allow only subjects and objects that are whole words of the text.
+        verbatim: allow only subjects and objects that are whole words of the text.
         max_new_tokens: the most that is written for a text.
         batch_size: texts at once.
         base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256" of
             the adapter. :meth:`load` knows them; without a base, the one that the model names.
-
-    Raises:
-        GatewiseError: the settings contradict each other, or llguidance is missing.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: Template = PLAIN
-    constrained: bool = True
     verbatim: bool = False
     max_new_tokens: int = 512
     batch_size: int = 8
     base: str = ""
     adapter: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.verbatim and not self.constrained:
-            raise GatewiseError("verbatim phrases were asked for without constraint: leave one of the two out")
-        for name in ("max_new_tokens", "batch_size"):
-            if (number := getattr(self, name)) < 1:
-                raise GatewiseError(f"{name} is {number}: expected at least 1")
-        if self.constrained:
-            check_available()
 
     @classmethod
     def load(
@@ -176,107 +188,71 @@ class Extractor:
             settings: attributes of the extractor.
 
         Raises:
-            GatewiseError: the adapter or its base cannot be read, the adapter was trained for something else, or the settings
-                contradict each other.
+            GatewiseError: the adapter or its base cannot be read, or the adapter was trained for something else.
         """
-        if settings.get("constrained", True):
-            check_available()
         note = read_note(Path(adapter))
         if note.get("task", "causal") != "causal":
             what = "points at the text" if note["task"] == "text2mdt" else "is a classifier"
             raise GatewiseError(f"{adapter} {what}: expected an adapter that was trained to write trees")
         model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
         template = Template(note.get("template") or PLAIN.prompt)
-        _refuse_chain_of_thought(model, tokenizer, template, adapter)
-        known = {"base": loaded, "adapter": adapter_identity(adapter)}
-        return cls(model, tokenizer, template, **{**known, **settings})
+        return cls(model, tokenizer, template, **{"base": loaded, "adapter": adapter_identity(adapter), **settings})
 
-    @property
-    def most_tokens(self) -> int:
-        """That are written for a text at most."""
-        return self.max_new_tokens
+    def extract(self, texts: Sequence[Text]) -> list[Extraction | GatewiseError]:
+        """The tree of each text of one batch, or why there is none: a text that is too long does not stop the others.
 
-    def made_with(self) -> dict[str, Any]:
-        """What a tree is made with that is written now, see :attr:`Extraction.made_with`."""
-        settings = {name: getattr(self, name) for name in ("constrained", "verbatim", "max_new_tokens")}
-        return made_with(self.model, self.base, self.adapter, settings)
-
-    def __call__(
-        self,
-        texts: Sequence[str],
-        *,
-        language: Language | Sequence[Language | None] | None = None,
-        progress: Progress | None = None,
-    ) -> list[Extraction | GatewiseError]:
-        """The tree of each text, or why there is none; see :class:`Extracts`."""
-        return extract_sound(checked_texts(texts, language), lambda sound: self._trees(sound, progress))
-
-    def _trees(self, texts: "Sequence[Text]", progress: Progress | None) -> list[Extraction | GatewiseError]:
-        return [self._tree(one, output) for one, output in zip(texts, self._write(texts, progress), strict=True)]
-
-    def _write(self, texts: "Sequence[Text]", progress: Progress | None) -> "list[Written | GatewiseError]":
-        return write(
-            self.model,
-            self.tokenizer,
-            [prompt(one.text, one.language) for one in texts],
-            [Course(**self.course_of(one)) for one in texts] if self.constrained else None,
-            template=self.template,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            progress=progress,
-        )
-
-    def course_of(self, one: "Text") -> dict[str, Any]:
-        """The arguments of a text's :class:`Course`, as JSON has them."""
-        return {"language": one.language, "within": one.text if self.verbatim else None}
-
-    def _tree(self, one: "Text", output: "Written | GatewiseError") -> Extraction | GatewiseError:
-        if isinstance(output, GatewiseError):
-            return output
-        tree, notes = parse_lenient(output.text)
-        if output.hurried and output.ended:
-            notes = ("the output was brought to a close before its end: allow more new tokens", *notes)
-        elif not output.ended:
-            notes = ("the output ended before it was whole: allow more new tokens", *notes)
-        if tree is None and not self.constrained:
-            reason = notes[-1].removeprefix("no tree: ")
-            return GatewiseError(
-                f"what the model wrote is no tree ({reason}): train the model longer, or let its writing be constrained"
+        Raises:
+            GatewiseError: the template does not show ``{source}``, or the constraint cannot be had.
+        """
+        if "{source}" not in self.template.prompt:
+            raise GatewiseError(
+                f"the adapter's prompt is {self.template.prompt!r}, without {{source}}: expected one that was trained on rows from"
+                " `gatewise mdt prepare`"
             )
-        if tree is None:
-            notes = (*notes[:-1], "nothing was found before the tokens ran out")
-            tree = DecisionTree.from_preorder(_EMPTY_LEAF)
-        return Extraction(one.text, tree, one.language, absent_triples(one.text, tree), notes, output.text, self.made_with())
+        if not (ends := end_ids(self.model, self.tokenizer)):
+            raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
+        prompts = [{"source": prompt(one.text, one.language), "target": "D"} for one in texts]
+        rows = Records("generation", prompts, None, "the prompts")
+        ids, positions = prompt_ids(rows, self.tokenizer, self.template, [2**40] * len(texts), 2**40), most_positions(self.model)
+        made: list[Any] = [
+            GatewiseError(
+                f"the passage takes {len(row)} tokens of the {positions} that the model can read and write: give a shorter one"
+            )
+            for row in ids
+        ]
+        fitting = [i for i, row in enumerate(ids) if positions - len(row) >= _LEAST_ROOM]
+        if not fitting:
+            return made
+        longest = max(len(ids[i]) for i in fitting)
+        most = min(self.max_new_tokens, positions - longest)
+        courses = [Course(texts[i].language, within=texts[i].text if self.verbatim else None) for i in fitting]
+        constraint = TreeConstraint(self.tokenizer, courses, ends=ends, prompt_tokens=longest, max_new_tokens=most)
+        with measuring(self.model):
+            constraint.read(generate_ids(self.model, self.tokenizer, [ids[i] for i in fitting], most, constraint))
+        settings = {"verbatim": self.verbatim, "max_new_tokens": self.max_new_tokens}
+        told = made_with(self.model, self.base, self.adapter, settings)
+        for i, row in zip(fitting, constraint.rows, strict=True):
+            course = row.course
+            made[i] = row.fault or tree_written(texts[i], course.written, told, ended=course.finished, hurried=row.hurried)
+        return made
 
 
-def extract(
-    model: Any, tokenizer: PreTrainedTokenizerBase, text: str, *, language: Language | None = None, **settings: Any
-) -> Extraction:
-    """The tree of one text.
+def tree_written(one: Text, output: str, made_with: Mapping[str, Any], *, ended: bool, hurried: bool) -> Extraction:
+    """The tree in what a model wrote for a text.
 
     Args:
-        text: "population@passage"; without an "@" all of it is the passage.
-        language: None finds it out.
-        settings: attributes of :class:`Extractor`, such as ``verbatim=True``.
-
-    Raises:
-        GatewiseError: the text is empty, too long, or in neither English nor Chinese; what was written is no tree (only without
-            constraint); or the settings contradict each other.
+        ended: it came to its end; otherwise the tokens ran out, and a piece that was not whole is left out.
+        hurried: the constraint brought it to a close because tokens were running out.
     """
-    found = Extractor(model, tokenizer, **settings)([text], language=language)[0]
-    if isinstance(found, GatewiseError):
-        raise found
-    return found
-
-
-# ---- texts ----
-
-
-class Text(NamedTuple):
-    """A text that can be read, and its language."""
-
-    text: str
-    language: Language
+    tree, notes = parse_lenient(output)
+    if hurried and ended:
+        notes = ("the output was brought to a close before its end: allow more new tokens", *notes)
+    elif not ended:
+        notes = ("the output ended before it was whole: allow more new tokens", *notes)
+    if tree is None:
+        notes = (*notes[:-1], "nothing was found before the tokens ran out")
+        tree = DecisionTree.from_preorder(_EMPTY_LEAF)
+    return Extraction(one.text, tree, one.language, absent_triples(one.text, tree), notes, output, made_with)
 
 
 def checked_texts(texts: Sequence[str], language: Language | Sequence[Language | None] | None) -> list[Text | GatewiseError]:
@@ -297,118 +273,6 @@ def checked_texts(texts: Sequence[str], language: Language | Sequence[Language |
         except GatewiseError as error:
             checked.append(error)
     return checked
-
-
-def extract_sound(
-    texts: Sequence[Text | GatewiseError], run: Callable[[list[Text]], Sequence[Extraction | GatewiseError]]
-) -> list[Extraction | GatewiseError]:
-    """Runs on the texts that can be read; what is wrong with the others stays in its place."""
-    found = iter(run([one for one in texts if isinstance(one, Text)]))
-    return [next(found) if isinstance(one, Text) else one for one in texts]
-
-
-# ---- writing ----
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote.
-
-    Attributes:
-        ended: it came to its end by itself; otherwise the tokens ran out, and a piece that was not whole is left out.
-        hurried: the constraint brought it to a close because tokens were running out.
-    """
-
-    text: str
-    ended: bool = True
-    hurried: bool = False
-
-
-def write(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    courses: Sequence[Course] | None = None,
-    *,
-    template: Template,
-    max_new_tokens: int,
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> list[Written | GatewiseError]:
-    """What the model writes after each prompt, the most probable tokens.
-
-    Args:
-        courses: what may be written after each prompt; None leaves it free.
-        template: how a prompt, as the row's ``source``, was written in training.
-
-    Returns:
-        For each prompt what was written, or why it could not be: a prompt that is too long, or a course that leads nowhere, does
-        not stop the others.
-
-    Raises:
-        GatewiseError: the template does not show ``{source}``, or the constraint cannot be had.
-    """
-    if not prompts:
-        return []
-    if "{source}" not in template.prompt:
-        raise GatewiseError(
-            f"the adapter's prompt is {template.prompt!r}, without {{source}}: expected one that was trained on rows from"
-            " `gatewise mdt prepare`"
-        )
-    if not (ends := end_ids(model, tokenizer)):
-        raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
-    rows = Records("generation", [{"source": text, "target": "D"} for text in prompts], None, "the prompts")
-    ids = prompt_ids(rows, tokenizer, template, [2**40] * len(prompts), 2**40)
-    positions = most_positions(model)
-    written: list[Any] = [
-        GatewiseError(
-            f"the passage takes {len(row)} tokens of the {positions} that the model can read and write: give a shorter one"
-        )
-        if positions - len(row) < _LEAST_ROOM
-        else None
-        for row in ids
-    ]
-    order = sorted((i for i, fault in enumerate(written) if fault is None), key=lambda i: -len(ids[i]))
-    with measuring(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = len(ids[batch[0]])
-            most = min(max_new_tokens, positions - longest)
-            constraint = None
-            if courses is not None:
-                own = [courses[i] for i in batch]
-                constraint = TreeConstraint(tokenizer, own, ends=ends, prompt_tokens=longest, max_new_tokens=most)
-            found = generate_ids(model, tokenizer, [ids[i] for i in batch], most, constraint)
-            if constraint is not None:
-                constraint.read(found)
-                made = [row.fault or Written(row.course.written, row.course.finished, row.hurried) for row in constraint.rows]
-            else:
-                made = [_read_freely(tokens, tokenizer, ends) for tokens in found.tolist()]
-            for i, one in zip(batch, made, strict=True):
-                written[i] = one
-            if progress:
-                progress(start + len(batch), len(order))
-    return written
-
-
-def _read_freely(tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Written:
-    end = next((i for i, token in enumerate(tokens) if token in ends), None)
-    return Written(str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip(), end is not None)
-
-
-def _refuse_chain_of_thought(model: Any, tokenizer: PreTrainedTokenizerBase, template: Template, adapter: str | Path) -> None:
-    """An adapter that learnt to write triples first would be forced into trees that it never learnt to write.
-
-    Raises:
-        GatewiseError: left to itself, that is how it begins.
-    """
-    most = len(tokenizer(" triples:", add_special_tokens=False)["input_ids"])
-    (begun,) = write(model, tokenizer, [prompt("adults@For a flare, give rest.", "en")], template=template, max_new_tokens=most)
-    if isinstance(begun, Written) and begun.text.startswith("triples:"):
-        raise GatewiseError(
-            f"{adapter} was trained to write a chain of thought (level 1 or 2), which is no longer read: train it anew on rows of"
-            " `gatewise mdt prepare`"
-        )
 
 
 # ---- what a tree is made with ----

@@ -14,7 +14,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.extraction.constraint import TreeScores, check_available, llguidance_tokenizer
+from gatewise_mdt.extraction.constraint import TreeScores, llguidance_tokenizer
 from gatewise_mdt.extraction.course import ARGUMENT, Course
 
 
@@ -40,7 +40,6 @@ class TreeLogits(AdapterLogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
-        check_available()
         model = vllm_config.model_config
         self.tokenizer = cached_tokenizer_from_config(model)
         # What cannot be read is told at the start: with the first request it would end the engine.
@@ -56,4 +55,4 @@ class TreeLogits(AdapterLogitsProcessor):
         if told is None:
             return None
         ends = [*params.all_stop_token_ids, int(self.tokenizer.eos_token_id)]
-        return TreeScores(str(told), self.tokenizer, ends, int(params.max_tokens or 0))
+        return TreeScores(Course.from_json(str(told)), self.tokenizer, ends, int(params.max_tokens or 0))

@@ -11,7 +11,7 @@ clinician.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,11 +25,8 @@ from gatewise_mdt.extraction.extractor import (
     Extraction,
     Extractor,
     Extracts,
-    Progress,
     Text,
     adapter_identity,
-    checked_texts,
-    extract_sound,
     made_with,
 )
 from gatewise_mdt.pointing import decoding
@@ -40,17 +37,14 @@ from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_
 from gatewise_mdt.pointing.targets import NOTHING, preorder, tree_of, unplaced
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
-from gatewise_mdt.relations import Language
 from gatewise_mdt.spans import absent_triples
 
 MOST_PHRASES = 64
 """Of a text; time and memory grow with their square and more. No published passage has half as many."""
-MOST_TOKENS = 8192
-"""Of the texts of one pass, with padding, unless it is one text: the scores of all their phrases are in memory at once."""
 
 
 @dataclass(frozen=True)
-class PointingExtractor:
+class PointingExtractor(Extracts):
     """A pointing model, ready for texts.
 
     Attributes:
@@ -58,9 +52,6 @@ class PointingExtractor:
         batch_size: texts in one pass.
         calibration: how the heads' probabilities become confidence; None: there is none.
         base, adapter: what the model is, see :class:`gatewise_mdt.Extractor`.
-
-    Raises:
-        GatewiseError: the batch size is below one.
     """
 
     model: Any
@@ -69,11 +60,6 @@ class PointingExtractor:
     calibration: Calibration | None = None
     base: str = ""
     adapter: Mapping[str, str] | None = None
-    most_tokens: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise GatewiseError(f"batch_size is {self.batch_size}: expected at least 1")
 
     @classmethod
     def load(
@@ -109,19 +95,9 @@ class PointingExtractor:
         )
         return cls(model, tokenizer, batch_size, calibration, loaded, adapter_identity(adapter))
 
-    def made_with(self) -> dict[str, Any]:
-        """What a tree is made with that is made now, see :attr:`gatewise_mdt.Extraction.made_with`."""
-        return made_with(self.model, self.base, self.adapter, {"pointing": True})
-
-    def __call__(
-        self,
-        texts: Sequence[str],
-        *,
-        language: Language | Sequence[Language | None] | None = None,
-        progress: Progress | None = None,
-    ) -> list[Extraction | GatewiseError]:
-        """The tree of each text, or why there is none; see :class:`Extracts`."""
-        return extract_sound(checked_texts(texts, language), lambda sound: self._read(sound, progress, self._tree))
+    def extract(self, texts: Sequence[Text]) -> list[Extraction | GatewiseError]:
+        """The tree of each text of one batch, or why there is none."""
+        return self._read(texts, self._tree)
 
     def judged(self, records: Sequence[TreeRecord]) -> tuple[list[tuple[float, float, float, float]], list[bool]]:
         """What the heads say of every node that is found in the records' texts (``Found.of_node``), and whether it is one of the
@@ -134,17 +110,18 @@ class PointingExtractor:
 
         logs: list[tuple[float, float, float, float]] = []
         right: list[bool] = []
-        texts = [Text(record.text, record.tree.language) for record in records]
-        for record, made in zip(records, self._read(texts, None, judge), strict=True):
-            if isinstance(made, list):
-                gold = set(plain_tree(record.tree, False)[0])
-                logs += [one for one, _ in made]
-                right += [node in gold for _, node in made]
+        for start in range(0, len(records), self.batch_size):
+            batch = records[start : start + self.batch_size]
+            for record, made in zip(batch, self._read([Text(one.text, one.tree.language) for one in batch], judge), strict=True):
+                if isinstance(made, list):
+                    gold = set(plain_tree(record.tree, False)[0])
+                    logs += [one for one, _ in made]
+                    right += [node in gold for _, node in made]
         return logs, right
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[Text], progress: Progress | None, make: Callable[[Text, Units, Found], Any]) -> list[Any]:
-        """What is made of what the heads find in each text, or why nothing can be found."""
+    def _read(self, texts: Sequence[Text], make: Callable[[Text, Units, Found], Any]) -> list[Any]:
+        """What is made of what the heads find in each text of one batch, or why nothing can be found."""
         heads: PointingHeads = base_of(self.model).heads
         collate, device = PointingCollator(self.tokenizer), next(self.model.parameters()).device
         longest = most_tokens(base_of(self.model), self.tokenizer)
@@ -158,28 +135,15 @@ class PointingExtractor:
                 rows[i] = row
             except GatewiseError as error:
                 made[i] = error
+        if not rows:
+            return made
         self.model.eval()
-        done = 0
-        for now in self._batches({i: len(row["input_ids"]) for i, row in rows.items()}):
-            batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
-            states = self.model(**batch).states
-            with without_autocast(states):
-                found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])))
-            for i, its in zip(now, found, strict=True):
-                made[i] = its if isinstance(its, GatewiseError) else make(texts[i], Units.of(texts[i].text), its)
-            done += len(now)
-            if progress:
-                progress(done, len(texts))
-        return made
-
-    def _batches(self, lengths: Mapping[int, int]) -> list[list[int]]:
-        """Texts of like length, by their numbers."""
-        made: list[list[int]] = []
-        for i in sorted(lengths, key=lambda i: lengths[i]):
-            if made and len(made[-1]) < self.batch_size and (len(made[-1]) + 1) * lengths[i] <= MOST_TOKENS:
-                made[-1].append(i)
-            else:
-                made.append([i])
+        batch = {key: value.to(device) for key, value in collate(list(rows.values())).items()}
+        states = self.model(**batch).states
+        with without_autocast(states):
+            found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])))
+        for i, its in zip(rows, found, strict=True):
+            made[i] = its if isinstance(its, GatewiseError) else make(texts[i], Units.of(texts[i].text), its)
         return made
 
     def _tree(self, text: Text, units: Units, found: Found) -> Extraction:
@@ -196,10 +160,8 @@ class PointingExtractor:
             if unsure := sum(value < DOUBTFUL for value in known):
                 are = "is" if unsure == 1 else "are"
                 warnings.append(f"{unsure} of the {len(known)} nodes {are} more likely wrong than right")
-        absent = absent_triples(text.text, tree)
-        return Extraction(
-            text.text, tree, text.language, absent, tuple(warnings), made_with=self.made_with(), confidence=confidence
-        )
+        absent, told = absent_triples(text.text, tree), made_with(self.model, self.base, self.adapter, {"pointing": True})
+        return Extraction(text.text, tree, text.language, absent, tuple(warnings), made_with=told, confidence=confidence)
 
 
 def _found(heads: PointingHeads, units: UnitStates) -> list[Found | GatewiseError]:
@@ -215,10 +177,6 @@ def _too_many(count: int) -> GatewiseError:
         f"{count} phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages, or train the "
         "model longer"
     )
-
-
-_WRITING = {"verbatim": False, "constrained": True, "max_new_tokens": Extractor.max_new_tokens}
-_OPTIONS = {"verbatim": "--verbatim", "constrained": "--free", "max_new_tokens": "--max-new-tokens"}
 
 
 def load_extractor(
@@ -241,7 +199,5 @@ def load_extractor(
     """
     if read_note(Path(adapter)).get("task") != "text2mdt":
         return Extractor.load(adapter, base=base, device=device, say=say, **settings)
-    if given := [_OPTIONS[name] for name, default in _WRITING.items() if settings.get(name, default) != default]:
-        raise GatewiseError(f"{adapter} points at the text and writes nothing: leave out {', '.join(given)}")
-    sizes = {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
+    sizes = {name: value for name, value in settings.items() if name == "batch_size"}
     return PointingExtractor.load(adapter, base=base, device=device, say=say, **sizes)
