@@ -14,7 +14,7 @@ from typing import Any
 
 from gatewise_mdt.evaluation.metrics import evaluate
 from gatewise_mdt.pointing.targets import pointed_at, tree_of
-from gatewise_mdt.pointing.training import read_records
+from gatewise_mdt.pointing.task import read_records
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.relations import Language
 from gatewise_mdt.spans import find, part_of

@@ -26,7 +26,7 @@ from campaign import campaign, spread
 from gatewise_mdt import measure
 from gatewise_mdt.pointing.calibration import Calibration, fitted
 from gatewise_mdt.pointing.extractor import PointingExtractor
-from gatewise_mdt.pointing.training import read_records
+from gatewise_mdt.pointing.task import read_records
 
 from gatewise.progress import quiet
 from gatewise.runs.recipe import load_recipe

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -33,7 +34,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = run.train(load_recipe(write_pointing(folder)), folder / "out", console=Console(quiet=True)).adapter
     note = json.loads((made / "gatewise.json").read_text())
     assert note["calibration"] is None  # of so few nodes
-    (made / "gatewise.json").write_text(json.dumps({**note, "calibration": Calibration().to_json()}))
+    (made / "gatewise.json").write_text(json.dumps({**note, "calibration": asdict(Calibration())}))
     return made
 
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator
 from itertools import combinations
 
-import numpy as np
 import pytest
 from gatewise_mdt.pointing import assembling
-from gatewise_mdt.pointing.assembling import MOST_EXACT, MOST_STRETCHES, NONE, Tree, best_groups, best_tree
+from gatewise_mdt.pointing.assembling import MOST_EXACT, NONE, Tree, best_groups, best_tree
 
 INFINITY = float("inf")
 Scores = tuple[list[bool], list[float], list[list[list[float]]], list[list[float]]]
@@ -41,10 +40,6 @@ def score_of_groups(scores: list[list[float]], groups: list[list[int]]) -> float
     return sum(scores[a][b] for group in groups for a, b in combinations(group, 2))
 
 
-def is_stretches(groups: list[list[int]]) -> bool:
-    return all(group == list(range(group[0], group[-1] + 1)) for group in groups)
-
-
 @pytest.mark.parametrize("n", range(7))
 @pytest.mark.parametrize("impossible", [0.0, 0.3, 1.0])
 def test_groups_are_the_best_of_all(n: int, impossible: float) -> None:
@@ -52,16 +47,6 @@ def test_groups_are_the_best_of_all(n: int, impossible: float) -> None:
         scores = pairs(n, seed, impossible)
         every = sorted((sorted(groups) for groups in groupings(n)), key=lambda groups: score_of_groups(scores, groups))
         assert best_groups(scores) == every[-1]
-
-
-@pytest.mark.parametrize("n", [1, 4, 6])
-@pytest.mark.parametrize("impossible", [0.0, 0.3])
-def test_of_many_phrases_groups_are_the_best_of_all_stretches(n: int, impossible: float) -> None:
-    for seed in range(10):
-        scores = pairs(n, seed, impossible)
-        every = [sorted(groups) for groups in groupings(n) if is_stretches(groups)]
-        found = sorted(assembling._groups_by_stretches(np.array(scores)))
-        assert found == max(every, key=lambda groups: score_of_groups(scores, groups))
 
 
 @pytest.mark.parametrize("swaps", [1, 3])
@@ -92,12 +77,6 @@ def test_of_many_phrases_a_node_need_be_no_stretch() -> None:
     for node_of in ([i % 2 for i in range(n)], [int(i == 5) for i in range(n)]):
         scores = [[3.0 if node_of[a] == node_of[b] else -3.0 for b in range(n)] for a in range(n)]
         assert best_groups(scores) == sorted([[i for i in range(n) if node_of[i] == node] for node in (0, 1)])
-
-
-def test_many_phrases_are_grouped() -> None:
-    n = MOST_EXACT + 3
-    scores = [[1.0 if a // 4 == b // 4 else -1.0 for b in range(n)] for a in range(n)]
-    assert best_groups(scores) == [list(range(k, min(k + 4, n))) for k in range(0, n, 4)]
 
 
 @pytest.mark.parametrize("n", [5, MOST_EXACT + 1])
@@ -165,25 +144,6 @@ def all_trees(conditions: list[bool]) -> Iterator[tuple[int, Children]]:
             yield from subtrees(conditions, frozenset(held))
 
 
-def stretches(conditions: list[bool], i: int, j: int) -> Iterator[tuple[int, Children]]:
-    """All trees of nodes i to j - 1 whose every subtree is a stretch, or an empty leaf or a decision in place of one."""
-    yield NONE, {}
-    for root in range(i, j):
-        if not conditions[root]:
-            yield root, {root: None}
-            continue
-        halves = [((i, root), (root + 1, j))]
-        if root == i:
-            halves = [((i + 1, cut), (cut, j)) for cut in range(i + 1, j + 1)]
-        elif root == j - 1:
-            halves = [((i, cut), (cut, root)) for cut in range(i, j)]
-        for one, other in halves:
-            for a, b in ((one, other), (other, one)):
-                for yes, below_yes in stretches(conditions, *a):
-                    for no, below_no in stretches(conditions, *b):
-                        yield root, {root: (yes, no), **below_yes, **below_no}
-
-
 def best_of(scores: Scores, trees: Iterator[tuple[int, Children]]) -> tuple[int, float]:
     """How many nodes the largest trees have, and the score of the best of these; (0, -inf) if none is possible."""
     every = [(len(children), score_of_tree(scores, root, children)) for root, children in trees if root != NONE]
@@ -211,14 +171,12 @@ def check(scores: Scores, score: float, tree: Tree) -> int:
     return len(seen)
 
 
-@pytest.fixture(params=["sets", "stretches", "root"])
+@pytest.fixture(params=["sets", "root"])
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How trees are looked for, whatever the number of nodes."""
     how: str = request.param
     if how != "sets":
         monkeypatch.setattr(assembling, "MOST_EXACT", 0)
-    if how == "root":
-        monkeypatch.setattr(assembling, "MOST_STRETCHES", 0)
     return how
 
 
@@ -236,9 +194,6 @@ def test_trees_are_the_best_of_those_that_leave_out_the_fewest(by: str, n: int, 
         assert found == max(size, 1)
         return
     assert score == -INFINITY or (found, score - 1e-9) <= (size, expected)
-    if by == "stretches":  # and it is no worse than the best of its kind
-        size, expected = best_of(scores, stretches(scores[0], 0, n))
-        assert score == expected == -INFINITY or (found, score + 1e-9) >= (max(size, 1), expected)
 
 
 def test_as_many_nodes_as_have_a_place_are_in_the_tree(by: str) -> None:
@@ -248,7 +203,7 @@ def test_as_many_nodes_as_have_a_place_are_in_the_tree(by: str) -> None:
         assert check(scores, *best_tree(*scores)) == min(len(conditions), 2 * sum(conditions) + 1)
 
 
-@pytest.mark.parametrize("n", [1, 4, MOST_EXACT + 5, MOST_STRETCHES + 5])
+@pytest.mark.parametrize("n", [1, 4, MOST_EXACT + 5])
 def test_conditions_alone_and_decisions_alone(n: int) -> None:
     scores = random_scores([True] * n, n)
     assert check(scores, *best_tree(*scores)) == n
@@ -269,7 +224,7 @@ def test_no_nodes_are_an_empty_leaf() -> None:
     assert best_tree([], [], [], []) == (0.0, (NONE, ()))
 
 
-@pytest.mark.parametrize("n", [1, 5, MOST_EXACT + 2, MOST_STRETCHES + 2])
+@pytest.mark.parametrize("n", [1, 5, MOST_EXACT + 2])
 @pytest.mark.parametrize("value", [-INFINITY, INFINITY, float("nan"), 0.0])
 def test_whatever_the_scores_there_is_a_tree(n: int, value: float) -> None:
     conditions = random_roles(n, n)
@@ -284,7 +239,7 @@ def test_whatever_the_scores_there_is_a_tree(n: int, value: float) -> None:
 
 def test_many_nodes_take_little_time() -> None:
     """Ten times what it takes on an idle machine, and more."""
-    for n, most in ((9, 0.5), (MOST_EXACT, 1.0), (20, 1.0), (40, 3.0), (MOST_STRETCHES, 6.0), (250, 6.0)):
+    for n, most in ((9, 0.5), (MOST_EXACT, 1.0), (20, 1.0), (250, 6.0)):
         scores = random_scores(random_roles(n, 1), n)
         begun = time.perf_counter()
         score, tree = best_tree(*scores)

@@ -6,8 +6,6 @@ import random
 import pytest
 from gatewise_mdt.pointing.calibration import FEWEST, Calibration, fitted
 
-from gatewise.errors import GatewiseError
-
 Logs = tuple[float, float, float, float]
 START = (1.0, 1.0, 1.0, 0.0)
 
@@ -95,12 +93,3 @@ def test_without_a_fit_it_is_the_product() -> None:
     logs = [math.log(0.9), math.log(0.5), math.log(0.8), -5.0]
     assert Calibration().confidence(logs) == pytest.approx(0.36)
     assert Calibration().confidence([0.0, 0.0, 0.0, -3.0]) == 1.0
-
-
-def test_json_and_back() -> None:
-    calibration = Calibration((0.5, 1.5, 0.0, 2.0), 0.25)
-    assert Calibration.from_json(calibration.to_json()) == calibration
-    assert Calibration.from_json({"weights": [1, 1, 1, 0], "bias": None}) == Calibration()
-    for wrong in (None, [], {"weights": "abcd"}, {"weights": [1, 1, 1, None]}, {"weights": [1.0] * 5}):
-        with pytest.raises(GatewiseError, match="its calibration is not what a run writes"):
-            Calibration.from_json(wrong)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gatewise_mdt import DecisionTree
-from gatewise_mdt.pointing.heads import Gold, HeadSettings, PointingHeads, UnitPlaces
+from gatewise_mdt.pointing.heads import Gold, UnitPlaces
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_records
 from gatewise_mdt.pointing.targets import NOBODY, SUBJECT, Pointed, pointed_at
 from gatewise_mdt.pointing.units import Units
@@ -22,7 +22,6 @@ from torch import Tensor
 from gatewise.allocation.scores.ablation import ablation
 from gatewise.allocation.scores.path_integral import path_integral
 from gatewise.allocation.scoring import parts_of
-from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind, microbatches, row_losses
 
 FAMILIES = ["llama", "bert"]
@@ -222,15 +221,6 @@ def test_a_pointing_model_measures_itself(family: str) -> None:
         parts = microbatches(batch, 200, "rows")
         assert len(parts) > 2
         assert float(sum(row_losses(model, part)[0].sum() for part in parts)) == pytest.approx(float(losses.sum()), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"width": 10}, {"width": 0}, {"hidden": "16"}, {"longest": 0}, {"dropout": 1.0}, {"dropout": None}]
-)
-def test_sizes_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(GatewiseError, match=f"^{next(iter(wrong))} of the heads is "):
-        HeadSettings(**({"hidden": 16, "width": 16} | wrong))
-    assert PointingHeads(HeadSettings(16, 16)).settings.to_json() == {"hidden": 16, "width": 16, "longest": 24, "dropout": 0.2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

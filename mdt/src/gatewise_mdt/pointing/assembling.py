@@ -5,13 +5,8 @@ conditions and their two sides of the score of the child there, or of none, and 
 that has each phrase (each node, as far as there are places) once, conditions with two children and decisions without: over sets,
 in O(3^n) for n of them.
 
-Of more than ``MOST_EXACT`` only those groupings (trees) are compared whose every group (subtree) is an unbroken stretch of the
-text's order, in O(n^2) (O(n^4)), and one more: of groups that were joined two by two, those that gain most first, or a tree built
-from its root downwards, each time with the child that fits best, in O(n^3) at most. Of more than ``MOST_STRETCHES`` nodes, which no
-passage for people has, it is that tree.
-
-That order is no rule for the others: in a third of the published trees pre-order is another one, in a tenth a node is no
-stretch.
+Of more than ``MOST_EXACT``, which few passages have, groups are joined two by two, those that gain most first, and a tree is built
+from its root downwards, each time with the child that fits best.
 
 A score of -inf says that something cannot be; so does one that is no number.
 """
@@ -23,15 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_EXACT = 10
-MOST_STRETCHES = 60
 NONE = -1
 Tree = tuple[int, tuple[tuple[int, int] | None, ...]]
 """The root, and for each node None or its (yes, no) children, NONE for an empty leaf."""
 _Scores = NDArray[np.float64]
 _Marks = NDArray[np.bool_]
 _Children = dict[int, tuple[int, int]]
-_LEFT_OUT = 1e6
-"""In stretches, what it costs to leave out a node: more than any tree's scores differ."""
 
 
 def best_groups(scores: Sequence[Sequence[float]]) -> list[list[int]]:
@@ -41,14 +33,7 @@ def best_groups(scores: Sequence[Sequence[float]]) -> list[list[int]]:
         scores: (n, n) of each pair, the same both ways.
     """
     numbers = _numbers(scores, (len(scores), len(scores)))
-    if len(scores) <= MOST_EXACT:
-        return sorted(_groups_by_sets(numbers))
-
-    def total(groups: list[list[int]]) -> float:
-        return float(sum(numbers[np.ix_(group, group)][np.triu_indices(len(group), 1)].sum() for group in groups))
-
-    ways = [_groups_by_stretches(numbers), _groups_by_joining(numbers)]
-    return sorted(ways[int(np.argmax([total(groups) for groups in ways]))])
+    return sorted(_groups_by_sets(numbers) if len(scores) <= MOST_EXACT else _groups_by_joining(numbers))
 
 
 def _groups_by_sets(scores: _Scores) -> list[list[int]]:
@@ -66,22 +51,6 @@ def _groups_by_sets(scores: _Scores) -> list[list[int]]:
     while held:
         made.append(_members(group[held]))
         held ^= group[held]
-    return made
-
-
-def _groups_by_stretches(scores: _Scores) -> list[list[int]]:
-    n = len(scores)
-    inside, best, begins = np.zeros(n), np.zeros(n + 1), [0]
-    for end in range(1, n + 1):
-        # What the last of a stretch adds to it, for each first one.
-        inside[: end - 1] += scores[: end - 1, end - 1][::-1].cumsum()[::-1]
-        found = best[:end] + inside[:end]
-        begins.append(int(found.argmax()))
-        best[end] = found[begins[end]]
-    made, end = [], n
-    while end:
-        made.append(list(range(begins[end], end)))
-        end = begins[end]
     return made
 
 
@@ -124,20 +93,14 @@ def best_tree(
     n = len(conditions)
     if not n:
         return 0.0, (NONE, ())
-    ways = [_by_sets] if n <= MOST_EXACT else [_from_the_root, _by_stretches] if n <= MOST_STRETCHES else [_from_the_root]
     may = np.array(conditions, dtype=bool)
     of_root, of_child, of_none = _numbers(roots, (n,)), _numbers(arcs, (n, 2, n)), _numbers(empty, (n, 2))
-    found: list[tuple[int, float, Tree]] = []
-    for way in ways:
-        root, children = way(may, of_root, of_child, of_none)
-        if may[root]:
-            children.setdefault(root, (NONE, NONE))
-        sides = [(node, which, child) for node, both in children.items() for which, child in enumerate(both)]
-        score = of_root[root] + sum(of_none[a, which] if c == NONE else of_child[a, which, c] for a, which, c in sides)
-        held = sum(child != NONE for _, _, child in sides)
-        found.append((held, float(score), (root, tuple(map(children.get, range(n))))))
-    _, score, tree = max(found, key=lambda one: (one[1] > -np.inf, *one[:2]))
-    return score, tree
+    root, children = (_by_sets if n <= MOST_EXACT else _from_the_root)(may, of_root, of_child, of_none)
+    if may[root]:
+        children.setdefault(root, (NONE, NONE))
+    sides = [(node, which, child) for node, both in children.items() for which, child in enumerate(both)]
+    score = of_root[root] + sum(of_none[a, which] if c == NONE else of_child[a, which, c] for a, which, c in sides)
+    return float(score), (root, tuple(map(children.get, range(n))))
 
 
 def _by_sets(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:
@@ -181,63 +144,6 @@ def _by_sets(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) 
             if part:
                 to_do.append((both[-1], part ^ 1 << both[-1]))
         found[node] = (both[0], both[1])
-    return root, found
-
-
-def _by_stretches(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:
-    """Each subtree is of nodes i to j - 1, its root anywhere among them, the two sides the stretches before and after a cut.
-
-    Of a stretch whose root is a decision the others are left out; so are all nodes of a stretch in whose place is an empty leaf.
-    """
-    n = len(conditions)
-    side = np.full((n, 2, n + 1, n + 1), -np.inf)  # [p, w, i, j]: the best of i to j - 1 on a side of p
-    below = np.full((n + 1, n + 1, n), -np.inf)  # [i, j, r]: the best of i to j - 1 with the root r
-    side[:, :, range(n + 1), range(n + 1)] = empty[:, :, None]
-
-    def splits(i: int, j: int, root: int) -> list[tuple[int, int, int, int]]:
-        """The yes side and the no side, where they begin and end, of a root that is the first, the last, or between."""
-        rest = [(i, root, root + 1, j)]
-        if root == i:
-            rest = [(i + 1, cut, cut, j) for cut in range(i + 1, j + 1)]
-        elif root == j - 1:
-            rest = [(i, cut, cut, root) for cut in range(i, j)]
-        return [both for a, b, c, d in rest for both in ((a, b, c, d), (c, d, a, b))]
-
-    def scored(root: int, both: Sequence[tuple[int, int, int, int]]) -> _Scores:
-        a, b, c, d = np.array(both).T
-        return side[root, 0, a, b] + side[root, 1, c, d]
-
-    for size in range(1, n + 1):
-        for i in range(n - size + 1):
-            j = i + size
-            inner = np.arange(i + 1, j - 1)
-            below[i, j, inner] = np.maximum(
-                side[inner, 0, i, inner] + side[inner, 1, inner + 1, j], side[inner, 0, inner + 1, j] + side[inner, 1, i, inner]
-            )
-            for root in {i, j - 1}:
-                below[i, j, root] = scored(root, splits(i, j, root)).max()
-            held = np.arange(i, j)
-            below[i, j, held[~conditions[i:j]]] = -_LEFT_OUT * (size - 1)
-            side[:, :, i, j] = np.maximum((arcs[:, :, i:j] + below[i, j, i:j]).max(axis=-1), empty - _LEFT_OUT * size)
-    total = roots + below[0, n]
-    root = int(total.argmax())
-    if not np.isfinite(total[root]):
-        return int(roots.argmax()), {}
-    found: _Children = {}
-    to_do = [(0, n, root)]
-    while to_do:
-        i, j, node = to_do.pop()
-        if not conditions[node]:
-            continue
-        a, b, c, d = (both := splits(i, j, node))[int(scored(node, both).argmax())]
-        children = []
-        for which, (begin, end) in enumerate(((a, b), (c, d))):
-            of = arcs[node, which, begin:end] + below[begin, end, begin:end]
-            child = NONE if begin == end or of.max() < empty[node, which] - _LEFT_OUT * (end - begin) else begin + int(of.argmax())
-            children.append(child)
-            if child != NONE:
-                to_do.append((begin, end, child))
-        found[node] = (children[0], children[1])
     return root, found
 
 

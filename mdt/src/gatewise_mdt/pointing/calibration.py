@@ -7,14 +7,10 @@ on.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch.nn import functional as F
-
-from gatewise.checks import is_number
-from gatewise.errors import GatewiseError
 
 FEWEST = 20
 """Nodes, below which nothing is fitted."""
@@ -31,7 +27,7 @@ class Calibration:
         bias: added to them; None for the product.
     """
 
-    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0)
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
     bias: float | None = None
 
     def confidence(self, logs: Sequence[float]) -> float:
@@ -40,23 +36,6 @@ class Calibration:
         if self.bias is None:
             return math.exp(min(total, 0.0))
         return 1 / (1 + math.exp(min(-total - self.bias, 700.0)))
-
-    def to_json(self) -> dict[str, Any]:
-        """By name."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, held: Any) -> "Calibration":
-        """What ``to_json`` made.
-
-        Raises:
-            GatewiseError: it is not.
-        """
-        weights: Any = held.get("weights") if isinstance(held, dict) else None
-        numbers = list(weights) if isinstance(weights, list | tuple) else []
-        if len(numbers) != len(cls().weights) or not all(is_number(one) for one in (*numbers, held.get("bias") or 0)):
-            raise GatewiseError("its calibration is not what a run writes")
-        return cls(tuple(numbers), held.get("bias"))
 
 
 def fitted(logs: Sequence[Sequence[float]], right: Sequence[bool], strength: float = 1.0) -> Calibration | None:
@@ -83,4 +62,5 @@ def fitted(logs: Sequence[Sequence[float]], right: Sequence[bool], strength: flo
         return made
 
     optimizer.step(loss)
-    return Calibration(tuple(round(one, 5) for one in (roots.detach() ** 2).tolist()), round(float(bias.detach()), 5))
+    phrases, groups, joins, arcs = (round(one, 5) for one in (roots.detach() ** 2).tolist())
+    return Calibration((phrases, groups, joins, arcs), round(float(bias.detach()), 5))

@@ -34,13 +34,12 @@ def log_partition(scores: Tensor, lengths: Tensor) -> Tensor:
     return torch.stack(total, dim=1).gather(1, lengths[:, None]).squeeze(1)
 
 
-def marginals(scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability of each phrase, (b, n, l, k), and log_partition, (b,)."""
+def marginals(scores: Tensor, lengths: Tensor) -> Tensor:
+    """The probability of each phrase: (b, n, l, k)."""
     with torch.inference_mode(False), torch.enable_grad():
         free = _summable(scores).detach().clone().requires_grad_()
         total = log_partition(free, lengths.clone())
-        (found,) = torch.autograd.grad(total.sum(), free)
-    return found, total.detach()
+        return torch.autograd.grad(total.sum(), free)[0]
 
 
 def best_phrases(scores: Tensor, lengths: Tensor) -> list[list[tuple[int, int, int]]]:

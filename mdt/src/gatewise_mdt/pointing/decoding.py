@@ -40,7 +40,7 @@ class Found:
 def phrases(heads: PointingHeads, units: UnitStates) -> list[Found]:
     """The phrases of texts, which are all that is known of their trees."""
     scores, lengths = heads.phrases(units), units.places.lengths
-    likely = marginals(scores, lengths)[0]
+    likely = marginals(scores, lengths)
     found = []
     for row, spans in enumerate(best_phrases(scores, lengths)):
         logs = tuple(_log(float(likely[row, begin, end - begin - 1, kind])) for begin, end, kind in spans)

@@ -86,10 +86,9 @@ class PointingExtractor(Extracts):
             raise GatewiseError(f"{adapter} does not point at the text: expected an adapter of a run with task: text2mdt")
         try:
             settings = HeadSettings(**note["heads"])
-            calibration = Calibration.from_json(note["calibration"]) if note.get("calibration") else None
-        except (KeyError, TypeError, GatewiseError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise GatewiseError(f"{Path(adapter) / NOTE_FILE} is damaged ({what}): copy it from where it was trained") from error
+            calibration = Calibration(**note["calibration"]) if note.get("calibration") else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise GatewiseError(f"{Path(adapter) / NOTE_FILE} is damaged: copy it from where it was trained") from error
         model, tokenizer, loaded = load_as_trained(
             adapter, base=base, device=device, say=say, around=lambda encoder: PointingModel(encoder, settings)
         )

@@ -19,15 +19,15 @@ Shapes: b texts, t tokens, n units, m phrases, g nodes, h width of the encoder, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatewise.checks import is_number, is_whole
-from gatewise.errors import GatewiseError
 from gatewise_mdt.pointing.chart import log_partition
 from gatewise_mdt.pointing.targets import EMPTY, JOINS, KINDS, NOBODY, SUBJECT, Pointed
 from gatewise_mdt.pointing.units import MOST_INSIDE
@@ -37,7 +37,7 @@ ATTENTION_HEADS = 4
 """Of the layers in which phrases, and nodes, see each other."""
 
 
-@dataclass(frozen=True)
+@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class HeadSettings:
     """The sizes of the heads.
 
@@ -46,28 +46,12 @@ class HeadSettings:
         width: of the heads.
         longest: units of the longest phrase.
         dropout: in training.
-
-    Raises:
-        GatewiseError: a number is out of range.
     """
 
-    hidden: int
-    width: int = 128
-    longest: int = 24
-    dropout: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "width", "longest"):
-            if not is_whole(number := getattr(self, name)) or number < 1:
-                raise GatewiseError(f"{name} of the heads is {number!r}: expected a whole number above 0")
-        if self.width % ATTENTION_HEADS:
-            raise GatewiseError(f"width of the heads is {self.width}: expected a multiple of {ATTENTION_HEADS}")
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise GatewiseError(f"dropout of the heads is {self.dropout!r}: expected at least 0 and less than 1")
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings by name."""
-        return asdict(self)
+    hidden: PositiveInt
+    width: Annotated[int, Field(gt=0, multiple_of=ATTENTION_HEADS)] = 128
+    longest: PositiveInt = 24
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
 class PointingHeads(nn.Module):

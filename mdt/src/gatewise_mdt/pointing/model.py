@@ -174,16 +174,6 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     return rows
 
 
-def gold_rows(pointed: Pointed) -> dict[str, Any]:
-    """What is gold of a text, for its row: ``mentions``, ``members`` and ``nodes``; and ``labels``, by which it counts once."""
-    return {
-        "mentions": mention_rows(pointed),
-        "members": member_rows(pointed),
-        "nodes": node_rows(pointed),
-        "labels": 1,
-    }
-
-
 def encode_records(
     records: Sequence[TreeRecord], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[dict[str, Any]], list[Pointed]]:
@@ -194,7 +184,10 @@ def encode_records(
     """
     pointed = [pointed_at(record, Units.of(record.text), longest) for record in records]
     rows = encode_texts([record.text for record in records], tokenizer)
-    return [{**row, **gold_rows(one)} for row, one in zip(rows, pointed, strict=True)], pointed
+    for row, one in zip(rows, pointed, strict=True):
+        # "labels": each text counts once.
+        row |= {"mentions": mention_rows(one), "members": member_rows(one), "nodes": node_rows(one), "labels": 1}
+    return rows, pointed
 
 
 class PointingCollator:

@@ -13,8 +13,7 @@ from gatewise_mdt import DecisionTree, Extraction, load_extractor, measure, samp
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts
-from gatewise_mdt.pointing.task import Text2Mdt
-from gatewise_mdt.pointing.training import METRICS, read_records, training_rows
+from gatewise_mdt.pointing.task import METRICS, Text2Mdt, read_records, training_rows
 from gatewise_mdt.records import TreeRecord
 from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
@@ -56,7 +55,7 @@ def test_what_is_loaded_is_what_was_trained(method: str, family: str, tmp_path: 
     kept: list[Any] = []
     note_after = Text2Mdt.note_after
     monkeypatch.setattr(Text2Mdt, "note_after", lambda self, run, model: kept.append(model) or note_after(self, run, model))
-    monkeypatch.setattr("gatewise_mdt.pointing.training.fitted", lambda *_: Calibration((0.5, 1.0, 1.5, 0.25), 0.75))
+    monkeypatch.setattr("gatewise_mdt.pointing.task.fitted", lambda *_: Calibration((0.5, 1.0, 1.5, 0.25), 0.75))
     result = train(write_pointing(tmp_path, method, family), tmp_path / "out")
     assert sum("heads" in name for name in weights(result.adapter)) > 10
     loaded = PointingExtractor.load(result.adapter, batch_size=3)
