@@ -1,10 +1,7 @@
 """``gatewise mdt``: what it prints where, its exit codes, and one sentence for everything a user can put right."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +59,7 @@ def test_what_a_format_cannot_say_is_said_beside_it(gatewise: Gatewise, tmp_path
 
 def test_a_workbook_needs_a_file(gatewise: Gatewise, tmp_path: Path) -> None:
     pytest.importorskip("openpyxl")
-    assert_refused(gatewise("show", "good.json", "--format", "dak"), "name a file with --out")
+    assert_refused(gatewise("show", "good.json", "--format", "dak"), "write it to a file, with --out")
     result = gatewise("show", "good.json", "--format", "dak", "--out", "trees.xlsx")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
@@ -73,18 +70,18 @@ def test_show_of_several_as_svg_fills_a_folder(gatewise: Gatewise, tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "drawings").iterdir()) == ["record-0001.svg", "record-0002.svg"]
     assert_refused(gatewise("show", "good.json", "--format", "svg", "--out", "drawings"), "not empty")
-    assert_refused(gatewise("show", "good.json", "--format", "svg"), "--record")
+    assert_refused(gatewise("show", "good.json", "--format", "svg"), "an SVG shows one tree, but 2 were given")
 
 
 def test_show_goes_on_and_says_at_the_end_what_failed(gatewise: Gatewise, tmp_path: Path) -> None:
     result = gatewise("show", "mixed.json", "--format", "json", "--out", "made.json")
-    assert_refused(result, "2 of the 4 records of mixed.json could not be shown: 2, 4")
+    assert_refused(result, "2 of the 4 records of mixed.json were left out: 2, 4; --repair may help")
     assert "failed: mixed.json, record 2, node 6: " in result.stderr
     assert "failed: mixed.json, record 4, node 1: " in result.stderr
     assert len(json.loads((tmp_path / "made.json").read_text())) == 2
 
     repaired = gatewise("show", "mixed.json", "--repair", "--format", "json")
-    assert_refused(repaired, "1 of the 4 records of mixed.json could not be shown: 2")
+    assert_refused(repaired, "1 of the 4 records of mixed.json were left out: 2")
     assert "repaired: mixed.json, record 4: node 1" in repaired.stderr
     assert len(json.loads(repaired.stdout)) == 3
 
@@ -118,14 +115,6 @@ def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> 
     assert "95% intervals, from 2,000 bootstrap draws of the 2 passages" in result.stdout
     alone = gatewise("evaluate", "--gold", "one.json", "--pred", "one.json")
     assert "(" not in alone.stdout.split("trees:")[0]
-
-
-def test_evaluate_fits_a_narrow_terminal(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    lines = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json").stdout.splitlines()
-    assert [
-        len(re.findall(r"1\.0000 \(1\.000-1\.000\)", line)) for line in lines if line.startswith((" triplet", " node", " path"))
-    ] == [3] * 3
 
 
 def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -173,28 +162,6 @@ def test_prepare_takes_only_what_was_approved(gatewise: Gatewise, tmp_path: Path
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatewise, tmp_path: Path) -> None:
-    wrong = gout()
-    wrong[1]["logical_rel"] = "null"
-    for name, by in (("ada", "Ada"), ("ben", "Ben")):
-        held = {"text": TEXT, "tree": wrong, "review": "approved", "reviewed": {"by": by, "at": "2026-01-02T03:04:05+00:00"}}
-        (tmp_path / f"{name}.json").write_text(json.dumps([held]))
-    said = "that was approved by Ada is another one after the repair, so it counts as corrected"
-    shown = gatewise("show", "ada.json", "--repair", "--record", 1)
-    assert said in shown.stderr
-    assert "approved by" not in shown.stdout
-    prepared = gatewise("prepare", "ada.json", "--only", "approved", "--repair", "--out", "x.jsonl")
-    assert_refused(prepared, "none of the 1 records of ada.json was approved")
-    assert said in gatewise("prepare", "ada.json", "--repair", "--out", "x.jsonl").stderr
-    agreed = gatewise("agree", "ada.json", "ben.json", "--repair", "--json", "--adjudicate", "third.review.jsonl")
-    assert said in agreed.stderr
-    assert json.loads(agreed.stdout)["pairs"][0]["states"]["table"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
-    assert '"approved"' not in (tmp_path / "third.review.jsonl").read_text()
-    bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir-r5").stdout
-    assert "Ada" not in bundle
-    assert "approvalDate" not in bundle
-
-
 def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     names = ["a.pdf"] * 6 + ["b.pdf"] * 2 + ["c.pdf"] * 2
     items = [{"text": f"{TEXT} {name} {i}", "tree": gout(), "source": name} for i, name in enumerate(names)]
@@ -211,14 +178,20 @@ def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     assert dev.count(name) == 2
     assert name not in (tmp_path / "train.jsonl").read_text()
     assert "4 passages of 2 documents" in gatewise(*words, "--dev-share", 0.4).stdout
-    seeds = {gatewise(*words, "--seed", seed).stdout + (tmp_path / "dev.jsonl").read_text() for seed in range(6)}
-    assert len(seeds) == 2
     assert_refused(gatewise(*words, "--dev-share", 1), "the share of dev is 1", "between 0 and 1")
     assert_refused(gatewise(*words[:4], "--dev-share", 0.2), "--dev-share was given without --dev")
-    (tmp_path / "trees.json").write_text(json.dumps(items[:6]))
-    (tmp_path / "dev.jsonl").unlink()
-    assert_refused(gatewise(*words), "all 6 records are of one document", "leave --dev out")
-    assert not (tmp_path / "dev.jsonl").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, link: bool) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT, "tree": gout()}))
+    out = tmp_path / ("again.jsonl" if link else "rows.jsonl")
+    if link:
+        out.symlink_to(tmp_path / "rows.jsonl")
+    before = out.read_bytes()
+    assert_refused(gatewise("show", "rows.jsonl", "--format", "html", "--out", out), "is what is read")
+    assert_refused(gatewise("prepare", "rows.jsonl", "--out", "x.jsonl", "--dev", out), "is what is read")
+    assert out.read_bytes() == before
 
 
 def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -229,64 +202,12 @@ def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: P
     assert not (tmp_path / "data.jsonl").exists()
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, link: bool) -> None:
-    before = (tmp_path / "one.json").read_bytes()
-    out = tmp_path / "again.json" if link else Path("one.json")
-    if link:
-        out.symlink_to(tmp_path / "one.json")
-    assert_refused(gatewise("show", "one.json", "--format", "html", "--out", out), "is what is read")
-    (tmp_path / "one.jsonl").write_text(json.dumps({"text": TEXT, "tree": gout()}))
-    assert_refused(gatewise("prepare", "one.jsonl", "--out", "./one.jsonl"), "is what is read")
-    assert_refused(gatewise("prepare", "one.jsonl", "--out", "x.jsonl", "--dev", "one.jsonl"), "is what is read")
-    assert (tmp_path / "one.json").read_bytes() == before
-    assert not (tmp_path / "x.jsonl").exists()
-
-
-@pytest.mark.parametrize("format", ["text", "html"])
-def test_half_a_character_in_other_keys_hurts_no_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
-    record = {"text": TEXT, "tree": gout(), "note": "\ud800", "warnings": ["a\udc80b"], "\ud801": [{"x": "\udfff"}]}
-    (tmp_path / "half.json").write_text(json.dumps(record))
-    result = gatewise("show", "half.json", "-f", format, "-o", "out")
-    assert result.exit_code == 0, result.output
-    assert "a\ufffdb" in (tmp_path / "out").read_text(encoding="utf-8")
-
-
-def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
-    assert_refused(gatewise("show", "x" * 300 + ".json"), "cannot be read")
-    assert_refused(gatewise("show", "one.json", "-o", "x" * 300), "cannot write")
-    assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
-
-
-@pytest.mark.parametrize("words", [("--verbatim",), ("--limit", "3")])
-def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
-    refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
-    assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")
-
-
-def test_evaluate_against_the_sample(gatewise: Gatewise) -> None:
-    assert gatewise("show", "sample:guidelines", "-f", "json", "--out", "sample.json").exit_code == 0
-    result = gatewise("evaluate", "--gold", "sample:guidelines", "--pred", "sample.json", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["tree_acc"] == 1
-
-
 def test_prepare_goes_on_where_a_record_gives_no_rows(gatewise: Gatewise, tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text(json.dumps([{"text": "1 2 3", "tree": [node("D")]}, {"text": TEXT, "tree": gout()}]))
     result = gatewise("prepare", "odd.json", "--out", "rows.jsonl")
-    assert_refused(result, "1 of the 2 records of odd.json give no rows")
+    assert_refused(result, "1 of the 2 records of odd.json were left out: 1")
     assert "failed: record 1" in result.stderr
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
-
-
-def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
-    nodes = [node("D", ["痛风患者", "治疗药物", "秋水仙碱"])]
-    (tmp_path / "zh.json").write_text(json.dumps({"text": "痛风患者@首选秋水仙碱", "tree": nodes}))
-    command = [sys.executable, "-c", "from gatewise.cli.main import main; main()", "mdt", "show", "zh.json"]
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
-    assert result.returncode == 0, result.stderr.decode()
-    assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout
 
 
 @pytest.mark.parametrize("format", list(FORMATS))

@@ -1,19 +1,15 @@
 """`gatewise mdt` with the adapter of a model that points, and what all other commands say to one."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 from gatewise_mdt import load_extractor, read_trees
-from gatewise_mdt.commands import review as review_command
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.extractor import PointingExtractor
-from gatewise_mdt.review import Extracting, Session
 from mdt_trees import TEXT
 from pointing_models import RECORDS, write_pointing, write_trees
 from refusals import assert_refused
@@ -66,32 +62,6 @@ def test_extract_writes_trees_with_confidence(gatewise: Gatewise, adapter: Path)
         assert record.extraction["adapter"]["name"] == "adapter"
 
 
-def test_an_interrupted_extraction_goes_on_and_keeps_confidence(
-    gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("mdt", "extract", "good.txt", "long.md", "--adapter", adapter, "-f", "json", "-o", "out.json", "--batch-size", 1)
-    assert gatewise(*words).exit_code == 0
-    whole = json.loads(Path("out.json").read_text())
-    Path("out.json").unlink()
-    call = PointingExtractor.extract
-    calls = []
-
-    def stopping(self: PointingExtractor, texts: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return call(self, texts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PointingExtractor, "extract", stopping)
-        stopped = gatewise(*words)
-    assert stopped.exit_code != 0
-    assert "stopped after 2 of 3 passages" in stopped.stderr
-    assert gatewise(*words).exit_code == 0
-    again = json.loads(Path("out.json").read_text())
-    assert [(one["tree"], one["confidence"]) for one in again] == [(one["tree"], one["confidence"]) for one in whole]
-
-
 def test_evaluate_measures_its_trees(gatewise: Gatewise, adapter: Path) -> None:
     result = gatewise("mdt", "evaluate", "--gold", "gold.json", "--adapter", adapter, "--json", "--mistakes")
     assert result.exit_code == 0, result.output
@@ -121,46 +91,3 @@ def test_what_is_exported_still_points(gatewise: Gatewise, adapter: Path) -> Non
     assert weights(Path("plain")).keys() == weights(adapter).keys()
     one, other = (load_extractor(folder)([TEXT])[0] for folder in (adapter, Path("plain")))
     assert (one.tree, one.confidence) == (other.tree, other.confidence)  # type: ignore[union-attr]
-
-
-def test_inspect_shows_its_ranks(gatewise: Gatewise, adapter: Path) -> None:
-    result = gatewise("inspect", adapter)
-    assert result.exit_code == 0, result.output
-    assert "total rank: 28" in result.stdout
-
-
-# ---- review ----
-
-
-def finished(extracting: Extracting) -> None:
-    until = time.monotonic() + 60
-    while extracting.progress() is not None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def test_a_review_extracts_with_it_and_can_be_cancelled(gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor = review_command._loaded(adapter, None, "cpu", max_new_tokens=512, verbatim=False)
-    begun, go_on = Event(), Event()
-
-    def waiting(text: str, language: Any) -> Any:
-        begun.set()
-        assert go_on.wait(60)
-        return extractor([text], language=language)[0]
-
-    session = Session.open("long.md", Path("out.jsonl"))
-    extracting = Extracting(session, waiting)
-    try:
-        extracting.ask(session.passages)
-        assert begun.wait(60)
-        assert extracting.progress()["of"] == 2  # type: ignore[index]
-        extracting.cancel()
-        go_on.set()
-        finished(extracting)
-        assert [passage.now.state for passage in session.passages] == ["empty", "empty"]
-        extracting.ask(session.passages)
-        finished(extracting)
-        assert [passage.now.state for passage in session.passages] == ["drafted", "drafted"]
-    finally:
-        extracting.end()
-        session.close()

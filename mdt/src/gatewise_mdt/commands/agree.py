@@ -15,11 +15,10 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import RepairOption, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import RepairOption, check_whole, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement
-    from gatewise_mdt.records import TreeFile
 
 NOTICE = "Needs review by a clinician. Not medical advice. Agreement says nothing of whether both are right."
 _MEASURES = {
@@ -81,11 +80,6 @@ def agree(
     from gatewise_mdt.evaluation.agreement import names_of
 
     read = [read_file(file, repair) for file in files]
-    for one in read:
-        if not one.records:
-            raise GatewiseError(next(iter(one.faults.values())))
-        for note in one.notes:
-            say(f"repaired: {note}", err=True)
     names = names_of(*((one.source, one.records) for one in read))
     sources = [writable(file) for file in files]
     found = [
@@ -97,7 +91,8 @@ def agree(
     else:
         for agreement in found:
             _show(agreement)
-    _check_whole(read, repair, adjudicate)
+    for one in read:
+        check_whole(one, one.faults, f"; {adjudicate} was not prepared" if adjudicate else "")
     if adjudicate is not None:
         from gatewise_mdt.review.adjudication import prepare
 
@@ -162,21 +157,3 @@ def _clipped(text: str, most: int) -> str:
     """A text on one line, cut where it is longer."""
     plain = " ".join(text.split())
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"
-
-
-def _check_whole(read: "list[TreeFile]", repair: bool, adjudicate: Path | None) -> None:
-    """Says what was left out, which no adjudicator would ever see.
-
-    Raises:
-        GatewiseError: something was.
-    """
-    faults = [fault for one in read for _, fault in sorted(one.faults.items())]
-    if not faults:
-        return
-    for fault in faults:
-        say(f"failed: {fault}", err=True)
-    hint = "" if repair else "; --repair may put them right"
-    left = f", so {adjudicate} was not prepared" if adjudicate is not None else ""
-    raise GatewiseError(
-        f"{len(faults)} of the {sum(one.count for one in read)} records could not be read and were left out{left}{hint}"
-    )

@@ -16,16 +16,11 @@ from gatewise_mdt.commands.model import (
     TokensOption,
     VerbatimOption,
     loaded,
-    options_given,
 )
 from gatewise_mdt.commands.trees import RepairOption, read_file
 
-_EXTRACTING = ("base", "verbatim", "max_new_tokens", "batch_size", "device", "limit")
-"""Options that say how trees are extracted."""
-
 
 def evaluate(
-    context: typer.Context,
     gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
@@ -63,8 +58,6 @@ def evaluate(
             values = measure(extractor, read.records[:limit], count, mistakes=mistakes)
     else:
         assert pred is not None
-        if given := options_given(context, _EXTRACTING):
-            raise GatewiseError(f"{', '.join(given)} with --pred: nothing is extracted there; leave it out, or give --adapter")
         values = _measure_file(gold, pred, repair, mistakes)
     if as_json:
         typer.echo(json.dumps(values))

@@ -1,9 +1,7 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -20,17 +18,11 @@ from gatewise_mdt.commands.model import (
     loaded,
 )
 from gatewise_mdt.commands.passages import CharactersOption, PopulationOption
-from gatewise_mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say
+from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, say
+from gatewise_mdt.relations import Language
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
-
-
-class LanguageName(StrEnum):
-    """The languages that are known."""
-
-    en = "en"
-    zh = "zh"
 
 
 def extract(
@@ -41,10 +33,10 @@ def extract(
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
     server: ServerOption = None,
     adapter_name: NameOption = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = "text",
     out: OutOption = None,
     base: BaseOption = None,
-    language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
+    language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
     verbatim: VerbatimOption = False,
@@ -59,11 +51,10 @@ def extract(
 
     Long documents are cut into passages under their headings, which say whom they are about: `gatewise mdt passages` shows them.
     What cannot be read or gives no tree does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C
-    gives what was found by then. With --out, each passage is on disk as soon as it is done, in OUT.work.jsonl: the same command
-    goes on after any interruption.
+    prints what was found by then; with --out, each passage is on disk as soon as it is done, in OUT.work.jsonl, and the same
+    command goes on after any interruption.
 
     With --server and --adapter-name, the adapter is one that a server has (`gatewise serve`; its key is in GATEWISE_API_KEY).
-    Each passage is on disk as soon as it is done there.
 
     \b
     Examples:
@@ -74,29 +65,22 @@ def extract(
     from gatewise.files import is_special
     from gatewise_mdt.documents.reading import documents_in
     from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
-    from gatewise_mdt.formats.views import ONE_TREE
 
-    _check_model(adapter, server, adapter_name, base)
-    check_format(format, out)
-    work = None if out is None or is_special(out) else out.with_name(f"{out.name}.work.jsonl")
-    given = files
-    files = [str(one) for one in documents_in(given)]
-    if out is not None and work is not None and os.path.isfile(work):  # in a folder that is read may lie what an interrupt gave
-        files = [one for one in files if one in given or not _is_same(one, out)]
+    if (adapter is None) == (server is None) or (server is None) != (adapter_name is None):
+        raise GatewiseError("give either --adapter, a folder, or both --server and --adapter-name, an adapter that a server has")
+    files = [str(one) for one in documents_in(files)]
     check_target(out, files)
     batch = Batch()
-    named: Any = language.value if language else None
-    cut: dict[str, Any] = {"population": population, "most_characters": passage_characters}
-    pieces = read_pieces(files, batch, language=named, **cut)
+    pieces = read_pieces(files, batch, language=language, population=population, most_characters=passage_characters)
     several = len(pieces) > 1
     stopped: BaseException | None = None
     journal: Journal | None = None
     if pieces:
-        check_place(format, out, several)
+        _check_place(format, out, several)
         settings: dict[str, Any] = {"verbatim": verbatim, "max_new_tokens": max_new_tokens}
-        if work is not None:
+        if out is not None and not is_special(out):
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
-            journal = Journal(work, {**model, "base": base, **settings})
+            journal = Journal(out.with_name(f"{out.name}.work.jsonl"), {**model, "base": base, **settings})
         try:
             with (
                 connected(server, adapter_name, batch_size=batch_size or 16, **settings)
@@ -106,46 +90,46 @@ def extract(
                 extract_pieces(pieces, extractor, batch, count, journal)
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
+            further = f"; the same command goes on from there, {journal.path} has what was found" if journal else ""
             if batch.read:
-                say(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
-                if journal:
-                    say(f"the same command goes on from there; {journal.path} has what was found", err=True)
-    faults = list(batch.faults)
-    written = None
-    try:
-        if not (stopped and journal and several and format in ONE_TREE):  # a folder that is there would be in the way then
-            written = _give_found(batch.records, format, out, several)
-        if journal and not stopped:
-            journal.remove()
-    except GatewiseError as error:
-        stopped = stopped or error
+                say(f"stopped after {batch.read} of {len(pieces)} passages{further}", err=True)
     for note in batch.notes:
         say(f"note: {note}", err=True)
-    if written:
-        say(f"written: {written}")
-    for sentence in faults:
+    for sentence in batch.faults:
         say(f"failed: {sentence}", err=True)
+    if batch.records and not (stopped and journal) and (written := _give_found(batch.records, format, out, several)):
+        say(f"written: {written}")
     if stopped:
         raise stopped
+    if journal:
+        journal.remove()
     if batch.failed:
         which = "the text" if len(files) == 1 else f"{len(batch.failed)} of the {len(files)} texts"
         raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
-    if faults:
-        raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+    if batch.faults:
+        raise GatewiseError(f"{len(batch.faults)} {'passage' if len(batch.faults) == 1 else 'passages'} failed, named above")
 
 
-def _is_same(file: str, out: Path) -> bool:
-    return os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out)
+def _check_place(format: Format, out: Path | None, several: bool) -> None:
+    """Refuses before long work what could not be printed or written after it.
 
+    Args:
+        several: whether there may be more than one tree.
 
-def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None) -> None:
-    if (adapter is None) == (server is None):
-        raise GatewiseError("give either --adapter, a folder, or --server and --adapter-name, an adapter that a server has")
-    if (server is None) != (name is None):
-        missing, given = ("--server", "--adapter-name") if server is None else ("--adapter-name", "--server")
-        raise GatewiseError(f"{given} was given without {missing}: give both, or --adapter")
-    if server is not None and base is not None:
-        raise GatewiseError("--base was given with --server, which has its base model already: leave one of the two out")
+    Raises:
+        GatewiseError: the place cannot be written, or the format needs one.
+    """
+    from gatewise.files import check_new_file, check_new_folder
+    from gatewise_mdt.formats.views import ONE_TREE, WORKBOOKS
+
+    folder = several and format in ONE_TREE
+    if out is None:
+        if folder or format in WORKBOOKS:
+            raise GatewiseError(f"{format} of this cannot be printed: name {'a new folder' if folder else 'a file'} with --out")
+    elif folder:
+        check_new_folder(out)
+    else:
+        check_new_file(out)
 
 
 def _fingerprint(adapter: Path) -> str | None:

@@ -1,7 +1,7 @@
 """The model that a command extracts with: its options, and loading it."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +19,6 @@ ServerOption = Annotated[
 ]
 NameOption = Annotated[str | None, typer.Option("--adapter-name", help="The adapter's name on the server.")]
 BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
-
-
-def options_given(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Those of some options that stand on the command line, as "--name", with their default as well as with another value."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 @contextmanager

@@ -1,29 +1,22 @@
 """``gatewise mdt prepare``: trees to rows that ``gatewise train`` takes."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.commands.trees import RepairOption, check_target, chosen, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import RepairOption, check_target, check_whole, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
 
 
-class Only(StrEnum):
-    """Which records are taken."""
-
-    approved = "approved"
-
-
 def prepare(
     data: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
-    only: Annotated[Only | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
+    only: Annotated[Literal["approved"] | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
     dev: Annotated[
         Path | None, typer.Option(help="Write the rows of some documents here instead, all of each.", show_default=False)
     ] = None,
@@ -60,10 +53,7 @@ def prepare(
     if dev is None and dev_share is not None:
         raise GatewiseError("--dev-share was given without --dev: name the file for the rows of that share with --dev")
     read = read_file(data, repair)
-    faults = dict(read.faults)
-    records = chosen(read, None)
-    for note in read.notes:
-        say(f"repaired: {note}", err=True)
+    faults, records = dict(read.faults), list(read.records)
     if only is not None:
         records = _approved(records, data)
     train, held = (records, []) if dev is None else split(records, 0.2 if dev_share is None else dev_share, seed=seed)
@@ -83,10 +73,7 @@ def prepare(
             f"written: {target}, {len(rows)} rows of {_counted(len(passages), 'passage')}"
             f" of {_counted(len(by_document(passages)), 'document')}"
         )
-    if faults:
-        for number in sorted(faults):
-            say(f"failed: {faults[number]}", err=True)
-        raise GatewiseError(f"{len(faults)} of the {read.count} records of {data} give no rows and were left out")
+    check_whole(read, faults)
 
 
 def _approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":

@@ -9,8 +9,9 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
-from gatewise_mdt.commands.model import TokensOption, VerbatimOption, options_given
+from gatewise_mdt.commands.model import TokensOption, VerbatimOption
 from gatewise_mdt.commands.trees import RepairOption, say
+from gatewise_mdt.relations import Language
 
 if TYPE_CHECKING:
     from gatewise_mdt.extraction.extractor import Extracts
@@ -25,12 +26,7 @@ OPEN = (
 NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or address that browsers use with --allow-host"
 
 
-_EXTRACTING = ("base", "language", "verbatim", "max_new_tokens", "device")
-"""Options that say how trees are extracted."""
-
-
 def review(
-    context: typer.Context,
     file: Annotated[
         str | None,
         typer.Argument(help="A text (.txt, .md, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
@@ -41,7 +37,7 @@ def review(
         typer.Option("--out", "--output", "-o", help="The .jsonl file of corrections. [default: FILE.review.jsonl]"),
     ] = None,
     base: BaseOption = None,
-    language: Annotated[str | None, typer.Option(help="The texts' language, en or zh. [default: found out]")] = None,
+    language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
     verbatim: VerbatimOption = False,
     max_new_tokens: TokensOption = 512,
@@ -81,8 +77,8 @@ def review(
       gatewise mdt review --users users.json --add-user Ada
       gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
     """
-    from gatewise_mdt.relations import check_language
     from gatewise_mdt.review import Extracting, Review, Session
+    from gatewise_mdt.review.server import ReviewServer
     from gatewise_mdt.review.users import UserFile
 
     people = None if users is None else UserFile(users)
@@ -91,20 +87,9 @@ def review(
         return
     if people is not None and not people.read():
         raise GatewiseError(f"{users} has no reviewer yet: --add-user NAME adds one")
-    try:
-        from gatewise_mdt.review.server import ReviewServer
-    except ModuleNotFoundError as error:
-        raise GatewiseError(
-            f"a review needs {(error.name or '').partition('.')[0]}, which is not installed: pip install gatewise-mdt"
-        ) from error
-    if language is not None:
-        check_language(language)
     if file is None and population is not None:
         raise GatewiseError("--population was given without a file: the page asks for it with each text that is added")
-    if adapter is None:
-        if given := options_given(context, _EXTRACTING):
-            raise GatewiseError(f"{given[0]} was given without --adapter, where it means nothing: add --adapter or leave it out")
-    elif not os.path.exists(adapter):  # unlike a Path's own it takes any name
+    if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
         raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)
     extracting: Extracting | None = None
@@ -112,9 +97,8 @@ def review(
         for note in session.notes:
             say(f"note: {note}", err=True)
         if adapter is not None:
-            named: Any = language
             extractor = _loaded(adapter, base, device, max_new_tokens=max_new_tokens, verbatim=verbatim)
-            extracting = Extracting(session, lambda text, its: extractor([text], language=its)[0], language=named)
+            extracting = Extracting(session, lambda text, its: extractor([text], language=its)[0], language=language)
         page = Review(session, extracting, "" if adapter else NO_ADAPTER)
         with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
             say(f"review: {server.url}")

@@ -9,9 +9,8 @@ from gatewise_mdt.commands.trees import (
     Format,
     OutOption,
     RepairOption,
-    check_format,
     check_target,
-    chosen,
+    check_whole,
     give,
     read_file,
     say,
@@ -21,7 +20,7 @@ from gatewise_mdt.commands.trees import (
 def show(
     file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
     record: Annotated[int | None, typer.Option(help="Only this record, counted from 1.", min=1)] = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = Format.text,
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = "text",
     out: OutOption = None,
     repair: RepairOption = False,
 ) -> None:
@@ -39,22 +38,13 @@ def show(
       gatewise mdt show trees.json --format svg --out drawings
       gatewise mdt show trees.json --format fhir-r4 --out bundle.json
     """
-    check_format(format, out)
     check_target(out, [file])
     read = read_file(file, repair)
-    faults = dict(read.faults)
-    records = chosen(read, record)
+    records, faults = list(read.records), read.faults
     if record is not None:
-        faults = {}
-    written = give(records, format, out, several=len(records) > 1)
-    for note in read.notes:
-        if record is None or f", record {record}: " in note:
-            say(f"repaired: {note}", err=True)
-    if written:
+        records, faults = [one for one in records if one.number == record], {}
+        if not records:
+            raise GatewiseError(read.faults.get(record, f"{file} has {read.count} records, so none with the number {record}"))
+    if written := give(records, format, out, several=len(records) > 1):
         say(f"written: {written}")
-    if faults:
-        for number in sorted(faults):
-            say(f"failed: {faults[number]}", err=True)
-        numbers = ", ".join(map(str, sorted(faults)))
-        hint = "" if repair else "; --repair may put them right"
-        raise GatewiseError(f"{len(faults)} of the {read.count} records of {file} could not be shown: {numbers}{hint}")
+    check_whole(read, faults)

@@ -1,10 +1,9 @@
 """The files of trees that a command reads, and where the trees go that it made: to stdout, or to ``--out``."""
 
 import os
-from collections.abc import Iterable, Sequence
-from enum import StrEnum
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,28 +19,19 @@ OutOption = Annotated[
         "--out", "--output", "-o", help="The file to write, not stdout; for SVG or Mermaid of several records a new folder."
     ),
 ]
-
 RepairOption = Annotated[
     bool,
     typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
 ]
-
-
-class Format(StrEnum):
-    """What is made of a tree."""
-
-    text = "text"
-    json = "json"
-    mermaid = "mermaid"
-    svg = "svg"
-    html = "html"
-    fhir_r4 = "fhir-r4"
-    fhir_r5 = "fhir-r5"
-    dmn = "dmn"
-    dak = "dak"
+Format = Literal["text", "json", "mermaid", "svg", "html", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
 
 def read_file(file: str, repair: bool) -> "TreeFile":
+    """The trees of a file, or the sample; says what was repaired.
+
+    Raises:
+        GatewiseError: the file cannot be read, or has no record without a fault.
+    """
     from gatewise_mdt.records import TreeFile, read_trees
     from gatewise_mdt.samples import NAME, sample
 
@@ -50,19 +40,27 @@ def read_file(file: str, repair: bool) -> "TreeFile":
         return TreeFile(NAME, tuple(records), {}, (), len(records))
     if file.startswith("sample:"):
         raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
-    return read_trees(file, repair=repair)
+    read = read_trees(file, repair=repair)
+    for note in read.notes:
+        say(f"repaired: {note}", err=True)
+    if not read.records:
+        raise GatewiseError(next(iter(read.faults.values())))
+    return read
 
 
-def chosen(read: "TreeFile", record: int | None) -> "list[TreeRecord]":
-    if record is None:
-        if not read.records:
-            raise GatewiseError(next(iter(read.faults.values())))
-        return list(read.records)
-    if record > read.count:
-        raise GatewiseError(f"{read.source} has {read.count} records, so none with the number {record}")
-    if record in read.faults:
-        raise GatewiseError(read.faults[record])
-    return [one for one in read.records if one.number == record]
+def check_whole(read: "TreeFile", faults: Mapping[int, str], more: str = "") -> None:
+    """Says which records of a file were left out, at the end of a command.
+
+    Raises:
+        GatewiseError: some were.
+    """
+    for _, fault in sorted(faults.items()):
+        say(f"failed: {fault}", err=True)
+    if faults:
+        numbers = ", ".join(map(str, sorted(faults)))
+        raise GatewiseError(
+            f"{len(faults)} of the {read.count} records of {read.source} were left out: {numbers}; --repair may help{more}"
+        )
 
 
 def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
@@ -71,9 +69,8 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
     Raises:
         GatewiseError: the target is one of the inputs.
     """
-    for one in inputs if out is not None and os.path.isfile(out) else ():
-        if is_one_file(one, out):  # type: ignore[arg-type]
-            raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
+    if out is not None and any(is_one_file(one, out) for one in inputs):
+        raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
 
 
 def is_one_file(one: str | Path, other: str | Path) -> bool:
@@ -84,45 +81,12 @@ def is_one_file(one: str | Path, other: str | Path) -> bool:
         return False
 
 
-def check_format(format: Format, out: Path | None) -> None:
-    """Refuses before any work a format that cannot be printed.
-
-    Raises:
-        GatewiseError: a workbook has no file to go to.
-    """
-    if format == Format.dak and out is None:
-        raise GatewiseError("the format dak is a workbook, which cannot be printed: name a file with --out, such as trees.xlsx")
-
-
-def check_place(format: Format, out: Path | None, several: bool) -> None:
-    """Refuses before long work what could not be printed or written after it.
-
-    Args:
-        several: whether there may be more than one tree.
-
-    Raises:
-        GatewiseError: the place cannot be written, or the format shows one tree and there is no folder for several.
-    """
-    from gatewise.files import check_new_file, check_new_folder
-    from gatewise_mdt.formats.views import ONE_TREE
-
-    folder = several and format in ONE_TREE
-    if out is None:
-        if folder:
-            raise GatewiseError(f"{ONE_TREE[format]} shows one tree, and here may be several: name a new folder with --out")
-        return
-    if folder:
-        check_new_folder(out)
-    else:
-        check_new_file(out)
-
-
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Prints a text of documents and trees, which may hold what a terminal would obey."""
     typer.echo(printable(text), err=err, nl=nl)
 
 
-def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool) -> Path | None:
+def give(records: "Sequence[TreeRecord]", format: str, out: Path | None, several: bool) -> Path | None:
     """Prints, or writes and says where.
 
     Args:
@@ -136,16 +100,13 @@ def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, seve
 
     for note in notes_of(records, format):
         say(f"note: {note}", err=True)
-    if several and format in ONE_TREE:
-        if out is None:
-            which = f"name one of these {len(records)} with --record, or a new folder with --out"
-            raise GatewiseError(f"{ONE_TREE[format]} shows one tree: {which}")
-        with whole_folder(out) as folder:
-            for one in records:
-                file = folder / f"record-{one.number:04}{FORMATS[format]}"
-                file.write_text(render([one], format), encoding="utf-8", newline="\n")
-        return out
-    if out is not None:
+    if out is None:
+        say(render(records, format), nl=False)
+        return None
+    if not (several and format in ONE_TREE):
         return write_view(records, format, out)
-    say(render(records, format), nl=False)
-    return None
+    with whole_folder(out) as folder:
+        for one in records:
+            file = folder / f"record-{one.number:04}{FORMATS[format]}"
+            file.write_text(render([one], format), encoding="utf-8", newline="\n")
+    return out

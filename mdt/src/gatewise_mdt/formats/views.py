@@ -48,7 +48,7 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     """
     _check(records, format)
     if format in WORKBOOKS:
-        raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file")
+        raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
     if format in ONE_TREE and len(records) > 1:
         raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
