@@ -14,6 +14,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,11 +155,13 @@ class Engine:
             self._news.notify()
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Nobody reads these any more: nothing more of them is sent, and they leave their places."""
+        """Nobody reads these any more: those that wait go at once, the others after the next step."""
         with self._news:
             for one in answers:
                 one.cancelled = True
-            self._news.notify()
+                if one in self._waiting:
+                    self._waiting.remove(one)
+                    self._ended(one, "cancelled")
 
     def load(self, version: Version) -> None:
         """Loads an adapter before anybody asks for it; before ``start``.
@@ -167,8 +170,12 @@ class Engine:
             GatewiseError: it cannot be loaded.
             ReplacedError: it is being replaced.
         """
+        lane = self._plain
+        if version.kind == "alone":
+            lane = Lane(self._bare, "alone")
+        elif version.kind == "routed":
+            lane = next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
         with version.copy() as folder:
-            lane = self._lane_for(version)
             lane.load(folder, version.key, self._base)
         self._running.setdefault(lane, [])
         self._loaded[version] = lane
@@ -179,17 +186,11 @@ class Engine:
         """Whether it answers."""
         return self._thread.is_alive()
 
-    @property
-    def room(self) -> int:
-        """How many more adapters can be loaded without another one having to go."""
-        return self._most_loaded - len(self._loaded)
-
     # ---- the thread ----
 
     def _run(self) -> None:
         try:
             while self._has_work():
-                self._drop_cancelled()
                 self._unload_gone()
                 self._admit()
                 for lane in list(self._running):  # no name here may hold an answer: this frame lives while nobody asks
@@ -219,41 +220,40 @@ class Engine:
                     break
             return not self._is_ending
 
-    def _drop_cancelled(self) -> None:
-        """Those who wait; of those who write each leaves after the next step."""
-        with self._news:
-            gone = [one for one in self._waiting if one.cancelled]
-            for one in gone:
-                self._waiting.remove(one)
-        for one in gone:
-            self._ended(one, "cancelled")
-
     def _admit(self) -> None:
-        """New answers begin, in order, as far as there is room."""
+        """New answers begin, in order, as far as there is room: each prompt is read, and the first token written."""
         tokens = 0
         while self._waiting and tokens < PROMPT_TOKENS and sum(map(len, self._running.values())) < self._most_running:
-            one = self._waiting[0]
-            try:
-                lane = self._lane_of(one)
-            except RefusedError as error:
-                self._fail(one, error)
-            else:
-                if lane is None:
-                    return  # until an adapter in use makes room
-                tokens += len(one.prompt)
-                self._enter(lane, one)
             with self._news:
-                self._waiting.popleft()
+                if not self._waiting:
+                    return
+                one = self._waiting.popleft()
+            try:
+                lane = self._lane_of(one.version)
+                if lane is None:  # until an adapter in use makes room
+                    with self._news:
+                        self._waiting.appendleft(one)
+                    return
+                prompt = lane.read(one.prompt, BASE if one.version is None else one.version.key)
+            except Exception as error:
+                self._fail(one, error)
+                self._print(error)
+                continue
+            tokens += len(one.prompt)
+            self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.body.model)
+            self._running[lane].append(one)
+            self._try(lane, lane.join, prompt)
+            if not one.is_done:
+                self._write(lane, [one], prompt.logits)
 
     # ---- adapters ----
 
-    def _lane_of(self, answer: Answer) -> Lane | None:
-        """The lane of an answer, with its adapter loaded; None where all that are loaded are in use.
+    def _lane_of(self, version: Version | None) -> Lane | None:
+        """The lane of an adapter, which is loaded there; None where all that are loaded are in use.
 
         Raises:
             RefusedError: it cannot be loaded.
         """
-        version = answer.version
         if version is None:
             return self._plain
         if version not in self._loaded:
@@ -261,37 +261,22 @@ class Engine:
             hidden = RefusedError(said, 500, "model")
             if version.is_given_up:
                 raise hidden
-            if not self._make_room():
-                return None
+            if len(self._loaded) >= self._most_loaded:  # the one that was not used for longest goes
+                used = {one.version for rows in self._running.values() for one in rows}
+                free = [one for one in self._loaded if one not in used]
+                if not free:
+                    return None
+                self._unload(min(free, key=lambda one: one.used))
             try:
                 self.load(version)
             except ReplacedError:
                 raise
             except Exception as error:
-                self._print(error)
                 version.failed = time.monotonic()
                 self._catalogue.note(version.folder, describe_fault(version.folder, error))
                 raise hidden from error
         version.used = time.monotonic()
         return self._loaded[version]
-
-    def _make_room(self) -> bool:
-        """Whether one more adapter can be loaded: the one that was not used for longest goes, if there are too many."""
-        if self.room <= 0:
-            used = {one.version for rows in self._running.values() for one in rows}
-            free = [version for version in self._loaded if version not in used]
-            if not free:
-                return False
-            self._unload(min(free, key=lambda version: version.used))
-        return True
-
-    def _lane_for(self, version: Version) -> Lane:
-        """Where an adapter of its kind is loaded."""
-        if version.kind == "alone":
-            return Lane(self._bare, "alone")
-        if version.kind == "routed":
-            return next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
-        return self._plain
 
     def _unload(self, version: Version) -> None:
         lane = self._loaded.pop(version)
@@ -311,45 +296,29 @@ class Engine:
 
     # ---- rows ----
 
-    def _enter(self, lane: Lane, one: Answer) -> None:
-        """Reads a prompt, and writes the first token."""
-        try:
-            prompt = lane.read(one.prompt, BASE if one.version is None else one.version.key)
-        except Exception as error:
-            self._print(error)
-            self._fail(one, error)
-            return
-        self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.body.model)
-        self._running[lane].append(one)
-        try:
-            lane.join(prompt)
-        except Exception as error:
-            self._break(lane, error)
-            return
-        self._write(lane, [one], prompt.logits)
-
     def _step(self, lane: Lane) -> None:
         rows = self._running[lane]
-        try:
-            logits = lane.step([one.tokens[-1] for one in rows])
-        except Exception as error:
-            self._break(lane, error)
-            return
-        self._write(lane, rows, logits)
+        logits = self._try(lane, lane.step, [one.tokens[-1] for one in rows])
+        if logits is not None:
+            self._write(lane, rows, logits)
 
     def _write(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
-        """The next token of some rows of a lane, by logits (n, v). A fault in one of them, such as in its limit, ends that one."""
+        """The next token of some rows of a lane, by logits (n, v); those that are done then leave.
+
+        A fault in one of them, such as in its limit, ends that one alone.
+        """
         for one, own in zip(rows, logits, strict=True):
-            if one.cancelled:
-                self._ended(one, "cancelled")
-                continue
             try:
-                self._write_token(one, own)
+                if one.cancelled:
+                    self._ended(one, "cancelled")
+                else:
+                    self._write_token(one, own)
             except Exception as error:
-                self._print(error)
                 self._fail(one, error)
-        if any(one.is_done for one in rows):
-            self._keep(lane)
+                self._print(error)
+        before = self._running[lane]
+        self._running[lane] = [one for one in before if not one.is_done]
+        self._try(lane, lane.keep, [place for place, one in enumerate(before) if not one.is_done])
 
     def _write_token(self, one: Answer, logits: Tensor) -> None:
         """Chooses a token by logits (v) and gives it out."""
@@ -370,22 +339,17 @@ class Engine:
             self._ended(one, finish)
         one.send(Piece(text, 1, finish))
 
-    def _keep(self, lane: Lane) -> None:
-        """Those who are done leave."""
-        rows = self._running[lane]
-        self._running[lane] = [one for one in rows if not one.is_done]
+    def _try(self, lane: Lane, call: Callable[[Any], Any], argument: Any) -> Any:
+        """Has a lane do something. A fault of ours, or no memory, ends all its rows, and it goes on empty; None then."""
         try:
-            lane.keep([place for place, one in enumerate(rows) if not one.is_done])
+            return call(argument)
         except Exception as error:
-            self._break(lane, error)
-
-    def _break(self, lane: Lane, error: Exception) -> None:
-        """A fault of ours, or no memory: all rows of the lane end with it, and the lane goes on empty."""
-        self._print(error)
-        rows, self._running[lane] = self._running[lane], []
-        lane.clear()
-        for one in rows:
-            self._fail(one, error)
+            rows, self._running[lane] = self._running[lane], []
+            for one in rows:
+                self._fail(one, error)
+            lane.clear()
+            self._print(error)
+            return None
 
     def _fail(self, one: Answer, problem: Exception) -> None:
         if not one.is_done and not one.cancelled:
@@ -404,7 +368,7 @@ class Engine:
             Exception: this one, if the device computes nothing more. The engine then ends, which is seen from outside, and whatever
                 started it starts it again.
         """
-        if self.is_alive and _is_dead(error):
+        if _is_dead(error):
             raise error
         if not isinstance(error, GatewiseError | RefusedError):
             traceback.print_exception(error, file=sys.stderr)
@@ -415,7 +379,7 @@ def _is_dead(error: BaseException | None) -> bool:
 
     A want of memory passes; CUDA and cuBLAS tell of it in these words. For other faults in cuBLAS PyTorch has no error of its own.
     """
-    if isinstance(error, GatewiseError):
+    if isinstance(error, GatewiseError | RefusedError):
         return _is_dead(error.__cause__)
     is_fault = isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
     wants_memory = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")

@@ -100,10 +100,9 @@ class AdapterServer:
                 model, base, [one for one in ends if one is not None], self.catalogue, self.metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self.end,
             )  # fmt: skip
-            for version in self.catalogue.all():
-                if version.is_named and self.engine.room:
-                    say(f"loading {version.folder}")
-                    self.engine.load(version)
+            for version in [one for one in self.catalogue.all() if one.is_named][:most_loaded]:
+                say(f"loading {version.folder}")
+                self.engine.load(version)
         except BaseException:
             self.socket.close()
             raise
