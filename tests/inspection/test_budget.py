@@ -1,6 +1,5 @@
 """Budgets are checked against PEFT's own update weights and against folders written by hand."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from tiny_models import tiny_base
 from torch import nn
 
 from gatewise.errors import GatewiseError
-from gatewise.inspection import budget_json, budget_lines, grid_table, plot, read_budget
+from gatewise.inspection import budget_lines, grid_table, plot, read_budget
 
 
 class Experts(nn.Module):
@@ -145,12 +144,7 @@ def test_rounds_are_read_and_a_module_that_lost_all_stays_visible(tmp_path: Path
     folder = write_folder(tmp_path, random_factors(q), {"format": 1, "score": "ablation", "budget": 6, "rounds": rounds})
     budget = read_budget(folder)
     assert budget.ranks == {q: 4, v: 0}
-    first, second = budget.rounds
-    assert (first.budget_before, first.budget_after, first.pruned, first.grown) == (6, 6, 2, 2)
-    assert (second.budget_before, second.budget_after, second.pruned, second.grown) == (6, 4, 3, 1)
-    plain = json.loads(json.dumps(budget_json(budget), allow_nan=False))
-    assert plain["score"] == "ablation"
-    assert plain["rounds"][1]["loss_after"] is None
+    assert (budget.rounds, budget.score) == (2, "ablation")
     assert "rounds: 2, ranks scored by ablation" in budget_lines(budget)
 
 

@@ -429,7 +429,7 @@ def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["peft.target_modules=[q_proj, k_prj]"], "peft.target_modules: 'k_prj' is no linear module .* did you mean k_proj"),
+        (["peft.target_modules=[q_proj, k_prj]"], "peft.target_modules: 'k_prj' is no linear module .* k_proj"),
         (["template.prompt='{txet}'"], "{txet}.*but a row has text, label"),
         (["template.prompt='{text} {label}'"], "which is the answer"),
         (["data.dev=sample:none"], "there is no sample 'none'"),

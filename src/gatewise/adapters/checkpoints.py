@@ -1,14 +1,12 @@
 """Checkpoints in a run's folder: which of them are whole and good, oldest first."""
 
 import json
-import re
 from pathlib import Path
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, tensor_shapes
 from gatewise.errors import GatewiseError
 
 DIVERGED_FILE = "diverged"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -16,27 +14,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
     The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there.
     """
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if _is_complete(path)]
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return [path for path in sorted(numbered, key=checkpoint_step) if _is_complete(path)]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The optimiser steps a checkpoint had behind it."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def checkpoint_before(folder: Path, steps: int) -> Path | None:
     """The last complete checkpoint that has a step to go: the Trainer cannot resume behind the last step. None: from the start."""
-    found = [path for path in complete_checkpoints(folder) if checkpoint_step(path) < steps]
-    return found[-1] if found else None
+    return next((path for path in reversed(complete_checkpoints(folder)) if checkpoint_step(path) < steps), None)
 
 
 def _is_complete(path: Path) -> bool:
-    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE)
     # Several processes have a random state each.
-    if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed) or not any(path.glob("rng_state*")):
+    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE, "rng_state*")
+    if (path / DIVERGED_FILE).exists() or not all(any(path.glob(name)) for name in needed):
         return False
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

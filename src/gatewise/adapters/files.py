@@ -317,31 +317,17 @@ def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, d
 
 
 @dataclass(frozen=True)
-class RoundSummary:
-    """One round of rank allocation in totals over all modules; the losses are of the validation batch."""
-
-    round: int
-    step: int | None
-    budget_before: int
-    budget_after: int
-    pruned: int
-    grown: int
-    loss_before: float | None
-    loss_after: float | None
-
-
-@dataclass(frozen=True)
 class Allocation:
     """What ``allocation.json`` tells.
 
     Attributes:
         score: how ranks were scored.
-        rounds: oldest first.
+        rounds: how many there were.
         ranks: path -> rank after the last round, 0 for modules that are no longer in the adapter.
     """
 
     score: str | None = None
-    rounds: tuple[RoundSummary, ...] = ()
+    rounds: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -355,24 +341,10 @@ def read_allocation(folder: str | Path) -> Allocation:
     if not path.is_file():
         return Allocation()
     record = _read_json(path)
-    try:
-        if record["format"] != 1:
-            raise ValueError(f"format {record['format']}")
-        rounds = []
-        for entry in record["rounds"]:
-            pruned, grown = (sum(map(len, entry[key].values())) for key in ("pruned", "grown"))
-            after = sum(entry["ranks"].values())
-            rounds.append(
-                RoundSummary(
-                    entry["round"], entry["step"], after + pruned - grown, after, pruned, grown,
-                    entry["loss_before"], entry["loss_after"],
-                )
-            )  # fmt: skip
-        return Allocation(record["score"], tuple(rounds), dict(record["rounds"][-1]["ranks"]) if rounds else {})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise GatewiseError(
-            f"{path} is not what this version of gatewise writes ({error!r}): restore or remove the file, or upgrade gatewise"
-        ) from error
+    rounds = record.get("rounds")
+    if record.get("format") != 1 or not isinstance(rounds, list):
+        raise GatewiseError(f"{path} is not what this version of gatewise writes: restore or remove the file, or upgrade gatewise")
+    return Allocation(record.get("score"), len(rounds), rounds[-1]["ranks"] if rounds else {})
 
 
 # ---------------------------------------------------------------- search.json

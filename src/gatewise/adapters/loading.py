@@ -1,10 +1,9 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -79,10 +78,12 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     Raises:
         GatewiseError: the data cannot be read, or labels and classes do not fit each other.
     """
-    note = read_note(adapter)
-    _refuse_other_tasks(adapter, note)
-    config = _peft_config(adapter)
-    causal = (note.get("task") or _task_of(config, adapter)) == "causal"
+    note, config = read_note(adapter), _peft_config(adapter)
+    task = note.get("task") or _task_of(config, adapter)
+    elsewhere = TASKS[task].elsewhere if task in TASKS else f"is for task {task}, which no installed package brings"
+    if elsewhere:
+        raise GatewiseError(f"the adapter {adapter} {elsewhere}")
+    causal = task == "causal"
     length = int(note.get("max_length") or 512)
     names, words = note.get("labels"), note.get("label_words")
     if options.labels:
@@ -283,23 +284,9 @@ def _task_of(config: PeftConfig, folder: Path) -> Task:
         return "classification"
     if config.task_type == TaskType.CAUSAL_LM:
         return "causal"
-    _refuse_other_tasks(folder, read_note(folder))
     raise GatewiseError(
         f"the adapter {folder} has task_type {config.task_type}: only CAUSAL_LM and SEQ_CLS adapters can be loaded."
     )
-
-
-def _refuse_other_tasks(folder: Path, note: Mapping[str, Any]) -> None:
-    """Raises GatewiseError for an adapter of a task whose rows only its own commands can read."""
-    name = note.get("task")
-    if name is None:
-        return
-    if name not in TASKS:
-        raise GatewiseError(
-            f"the adapter {folder} is for task {name}, which no installed package brings: expected {', '.join(TASKS)}"
-        )
-    if elsewhere := TASKS[name].elsewhere:
-        raise GatewiseError(f"the adapter {folder} {elsewhere}")
 
 
 def _count_labels(weights: Path) -> int:

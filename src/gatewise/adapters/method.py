@@ -1,6 +1,5 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
-import difflib
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,8 +88,4 @@ def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> N
     for name in [names] if isinstance(names, str) else names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):
             endings = sorted({path.rpartition(".")[2] for path in linear})
-            near = difflib.get_close_matches(name, endings, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GatewiseError(
-                f"{key}: {name!r} is no linear module of {model}, expected 'all-linear' or of {', '.join(endings)}{hint}"
-            )
+            raise GatewiseError(f"{key}: {name!r} is no linear module of {model}, expected 'all-linear' or of {', '.join(endings)}")

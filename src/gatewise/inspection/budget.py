@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from gatewise.adapters.files import LoraModule, RoundSummary, read_allocation, read_lora
+from gatewise.adapters.files import LoraModule, read_allocation, read_lora
 from gatewise.inspection.grid import Grid, grid_of, short_number
 from gatewise.sites import Site, sites_in_order
 
@@ -47,7 +47,7 @@ class BudgetMap:
         adapter_type: such as "LoRA", "DoRA" or "AdaLoRA".
         other_parameters: numbers the adapter stores outside LoRA (a trained classifier head, embeddings, biases).
         score: how the rounds scored ranks, where ``allocation.json`` lies beside the adapter.
-        rounds: the rounds of that file, oldest first.
+        rounds: how many rounds that file tells of.
     """
 
     modules: tuple[ModuleBudget, ...]
@@ -55,7 +55,7 @@ class BudgetMap:
     adapter_type: str = "LoRA"
     other_parameters: int = 0
     score: str | None = None
-    rounds: tuple[RoundSummary, ...] = ()
+    rounds: int = 0
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -79,7 +79,7 @@ def budget_lines(budget: BudgetMap) -> list[str]:
         f"parameters: {budget.parameters:,}{dead}{others}",
     ]
     if budget.rounds:
-        lines.append(f"rounds: {len(budget.rounds)}, ranks scored by {budget.score or 'an unknown score'}")
+        lines.append(f"rounds: {budget.rounds}, ranks scored by {budget.score or 'an unknown score'}")
     return lines
 
 

@@ -96,23 +96,22 @@ def evaluate(
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
         )
+    template = template or default_template(records)
+    template.check(records)
     with measuring(model):
         if kind == "rows":
             metrics, found = _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress)
+        elif records.kind in ("label", "choice"):
+            metrics, found = _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
         else:
-            template = template or default_template(records)
-            template.check(records)
-            if records.kind in ("label", "choice"):
-                metrics, found = _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
-            else:
-                if max_new_tokens is None:
-                    right = [[row["answer"]] if records.kind == "number" else references(row) for row in records.rows]
-                    longest = max(map(len, token_ids(tokenizer, [text.strip() for texts in right for text in texts])))
-                    max_new_tokens = min(max(64, longest + 16), positions // 2)
-                room = min(max_length, positions - max_new_tokens)
-                prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), positions)
-                written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
-                metrics, found = _judge_texts(records, written)
+            if max_new_tokens is None:
+                right = [[row["answer"]] if records.kind == "number" else references(row) for row in records.rows]
+                longest = max(map(len, token_ids(tokenizer, [text.strip() for texts in right for text in texts])))
+                max_new_tokens = min(max(64, longest + 16), positions // 2)
+            room = min(max_length, positions - max_new_tokens)
+            prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), positions)
+            written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
+            metrics, found = _judge_texts(records, written)
     if answers is not None:
         answers += found
     return metrics
@@ -423,7 +422,21 @@ def generate_ids(
     pad_id = PadCollator(tokenizer).pad_id
     ids = pad(prompts, pad_id, side="left").to(_device(model))
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(_device(model))
-    return generate_after(model, ids, mask, greedy(max_new_tokens, end_ids(model, tokenizer), pad_id), processor)
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(end_ids(model, tokenizer)) or None,
+        pad_token_id=pad_id,
+        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+    return generate_after(model, ids, mask, greedy, processor)
 
 
 class _Stopped(LogitsProcessor):
@@ -445,24 +458,6 @@ class _Stopped(LogitsProcessor):
         scores = scores.masked_fill(done[:, None], -torch.inf)
         scores[done, self.end] = 0.0
         return scores
-
-
-def greedy(max_new_tokens: int, ends: set[int], pad_id: int) -> GenerationConfig:
-    """Settings to generate the most probable next token up to an end-of-text token."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id,
-        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
