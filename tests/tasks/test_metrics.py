@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -173,34 +173,25 @@ def test_training_mode_and_random_state_are_left_as_they_were(llama: LlamaForCau
 # ---- sequence classifiers ----
 
 
-@torch.no_grad()
-def _slow_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Records) -> dict[str, float]:
-    model.eval()
-    hits, loss = 0, 0.0
-    for row in records.rows:
-        logits = model(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0]
-        gold = records.gold_index(row)
-        hits += int(logits.argmax()) == gold
-        loss -= float(logits.log_softmax(dim=-1)[gold])
-    return {"accuracy": hits / len(records), "loss": loss / len(records), "n": len(records)}
-
-
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_classifier_agrees_with_one_at_a_time(
     bert: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
     records = _labelled(["a", "b", "c"])
-    expected = _slow_classifier(bert, tokenizer, records)
-    assert evaluate(bert.train(), tokenizer, records, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
-    assert bert.training
     answers: list[dict[str, Any]] = []
-    evaluate(bert, tokenizer, records, batch_size=batch_size, answers=answers)
+    metrics = evaluate(bert.train(), tokenizer, records, batch_size=batch_size, answers=answers)
+    assert bert.training
+    bert.eval()
+    losses = []
     for row, answer in zip(records.rows, answers, strict=True):
         with torch.no_grad():
-            scores = bert.eval()(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0].log_softmax(dim=-1)
+            scores = bert(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0].log_softmax(dim=-1)
+        losses.append(-float(scores[records.gold_index(row)]))
         assert answer["predicted"] == records.labels[int(scores.argmax())]
         assert answer["right"] == (answer["predicted"] == row["label"])
         assert list(answer["log_likelihoods"].values()) == pytest.approx(scores.tolist(), abs=1e-3)
+    right = sum(answer["right"] for answer in answers) / len(records)
+    assert metrics == pytest.approx({"accuracy": right, "loss": sum(losses) / len(records), "n": len(records)}, abs=1e-5)
 
 
 def test_what_is_not_a_number_is_no_answer(
@@ -334,13 +325,11 @@ def test_all_lines_count_when_a_reference_has_several() -> None:
 
 
 def test_chinese_is_measured_by_character() -> None:
+    """Nine characters against eight, of which seven in order are the same."""
     records = Records("generation", [{"source": "a", "target": "明天上午十点看牙医。"}], None, "rows")
-    assert generation_metrics(records, ["明天上午十点看牙医。"]) == pytest.approx({"bleu": 100.0, "rougeL": 1.0, "n": 1})
-    # Nine characters against eight, of which seven in order are the same.
-    near = generation_metrics(records, ["明天上午九点看医"])
-    precision, recall = 7 / 8, 7 / 9
-    assert near["rougeL"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert 0 < near["bleu"] < 100
+    metrics = generation_metrics(records, ["明天上午九点看医"])
+    assert metrics["rougeL"] == pytest.approx(2 * 7 / (8 + 9))
+    assert 0 < metrics["bleu"] < 100
 
 
 @pytest.mark.parametrize("written", ["", "\n\n", "###", "��"])
@@ -355,27 +344,6 @@ def test_exact_compares_the_final_numbers() -> None:
     metrics, answers = _judge_texts(Records("number", rows, None, "rows"), written)
     assert metrics == {"exact": 0.4, "n": 5}
     assert answers[2] == {"predicted": "#### 4 then 9", "cut": True, "right": True}
-
-
-def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    records, _ = CASES["single and multi-token labels"]
-    base = evaluate(llama, tokenizer, records, TEMPLATE)
-    model = get_peft_model(llama, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    tuned = evaluate(model, tokenizer, records, TEMPLATE)
-    assert tuned["loss"] != pytest.approx(base["loss"], abs=1e-3)
-    with model.disable_adapter():
-        assert evaluate(model, tokenizer, records, TEMPLATE) == pytest.approx(base, abs=1e-5)
-    for kind, row, names in (
-        ("generation", {"source": "lamp", "target": "x"}, {"bleu", "rougeL", "n"}),
-        ("number", {"question": "lamp", "answer": "#### 1"}, {"exact", "n"}),
-    ):
-        made = Records(kind, [row], None, "rows")  # type: ignore[arg-type]
-        answers: list[dict[str, Any]] = []
-        metrics = evaluate(model, tokenizer, made, max_new_tokens=3, answers=answers)
-        assert answers[0].keys() - {"cut"} == ({"predicted"} if kind == "generation" else {"predicted", "right"})
-        assert isinstance(answers[0]["predicted"], str)
-        assert set(metrics) == names
-        assert all(math.isfinite(value) for value in metrics.values())
 
 
 # ---- adapters that are routed by their prompt: what is measured is what was trained ----
