@@ -19,7 +19,7 @@ def ask_all(
     """Leaves out the LoRA of modules with ``left_out`` in their names, as vLLM does without a word where it has others for them."""
     base = server._arguments[server._arguments.index("--model") + 1]
     adapted, bare = [], []
-    for version, prompts in zip(server.catalogue.all(), prompted, strict=True):
+    for version, prompts in zip(server.catalogue.versions.values(), prompted, strict=True):
         model = _model(base, version.folder, left_out)
         adapted.append([_answer(model, ids, tokens) for ids in prompts])
         with model.disable_adapter():

@@ -34,7 +34,7 @@ def catalogue(*places: Any, **settings: Any) -> Catalogue:
 
 
 def names(found: Catalogue) -> list[str]:
-    return [one.name for one in found.all()]
+    return list(found.versions)
 
 
 def test_places(made: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_places(made: Path, tmp_path: Path) -> None:
     assert names(catalogue(made / "one")) == ["one"]
     assert names(catalogue(f"{runs}/*/adapter")) == ["a", "b"]
     assert names(catalogue(f"mine={made / 'one'}", runs / "a" / "adapter", f"{runs}/*/adapter")) == ["a", "b", "mine"]
-    assert {one.name: one.kind for one in catalogue(made).all()}["routed"] == "routed"
+    assert {one.name: one.kind for one in catalogue(made).versions.values()}["routed"] == "routed"
     assert name_of(Path("runs/x/adapter")) == "x"
     shutil.copytree(made / "one", tmp_path / "many" / ".new")
     assert names(catalogue(tmp_path / "many")) == []  # that is still being written
@@ -91,18 +91,18 @@ def test_a_name_stays_with_the_folder_that_is_served(made: Path, tmp_path: Path)
     first, second = shutil.copytree(made / "one", tmp_path / "a" / "x"), tmp_path / "b" / "x"
     second.parent.mkdir()
     found = catalogue(tmp_path / "b", tmp_path / "a", say=said.append)
-    before = found["x"]
+    before = found.versions["x"]
     shutil.copytree(made / "two", second)  # which is looked at first
     (first / "adapter_model.safetensors").write_bytes(b"half")
     for _ in range(2):
         found.scan()
-        assert found["x"] is before
+        assert found.versions["x"] is before
         assert not before.gone
     assert ["two adapters are called 'x'" in one for one in said] == [True, False]
     assert "damaged or cut short" in said[1]
     shutil.rmtree(first)
     found.scan()
-    assert found["x"].folder == second
+    assert found.versions["x"].folder == second
     assert before.gone
 
 
@@ -115,7 +115,7 @@ def test_what_is_served_stays_through_faults_of_the_file_system(
         shutil.copytree(made / "one", tmp_path / name)
     places = (f"{tmp_path}/runs/*/adapter", tmp_path / "many", f"mine={tmp_path / 'd'}")
     found = catalogue(*places, say=said.append)
-    before = found.all()
+    before = list(found.versions.values())
     assert [one.name for one in before] == ["a", "c", "mine"]
     shutil.copytree(made / "two", tmp_path / "many" / "new")
     known = getattr(os, call)
@@ -129,7 +129,7 @@ def test_what_is_served_stays_through_faults_of_the_file_system(
         patch.setattr(os, call, fails)
         for _ in range(2):
             found.scan()
-            assert [one for one in found.all() if one.name != "new"] == before
+            assert [one for one in found.versions.values() if one.name != "new"] == before
         if call == "listdir":
             with pytest.raises(GatewiseError, match=r"many cannot be read \(Input/output error\): give an adapter"):
                 catalogue(*places)
@@ -201,9 +201,9 @@ def test_a_half_written_folder_is_not_served(made: Path, tmp_path: Path, wait: C
 def test_versions_come_and_go(made: Path, tmp_path: Path, wait: Callable[[float], None]) -> None:
     folder = shutil.copytree(made / "one", tmp_path / "x")
     found = catalogue(tmp_path, settled=60.0)  # which waits for it
-    first = found["x"]
+    first = found.versions["x"]
     found.scan()
-    assert found["x"] is first
+    assert found.versions["x"] is first
     with first.copy() as copy:
         assert (copy / "adapter_model.safetensors").read_bytes() == (made / "one" / "adapter_model.safetensors").read_bytes()
     wait(-60.0)
@@ -211,24 +211,22 @@ def test_versions_come_and_go(made: Path, tmp_path: Path, wait: Callable[[float]
     with pytest.raises(ReplacedError), first.copy():
         pass
     found.scan()
-    assert found["x"] is first  # until the new one has not changed for a minute
+    assert found.versions["x"] is first  # until the new one has not changed for a minute
     wait(100.0)
     found.scan()
-    second = found["x"]
+    second = found.versions["x"]
     assert (second is first, first.gone, second.key == first.key) == (False, True, False)
     shutil.rmtree(folder)
     found.scan()
     assert not names(found)
     assert second.gone
-    with pytest.raises(KeyError):
-        found["x"]
 
 
 def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is replaced by another, whole, between the copies of two files."""
     shutil.copytree(made / "one", tmp_path / "x")
     shutil.copytree(made / "two", tmp_path / ".new")
-    version = catalogue(tmp_path)["x"]
+    version = catalogue(tmp_path).versions["x"]
     copyfile = shutil.copyfile
 
     def copy(source: Path, target: Path) -> None:

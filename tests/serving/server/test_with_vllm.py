@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def versions(*places: Path) -> dict[str, Any]:
-    return {one.name: one for one in Catalogue([str(one) for one in places], settled=0.0).all()}
+    return Catalogue([str(one) for one in places], settled=0.0).versions
 
 
 def test_what_vllm_is_told(made: Path) -> None:
@@ -84,10 +84,6 @@ def test_the_users_own_arguments_for_vllm_count(made: Path) -> None:
             _, room = arguments_for(known, 96, 32, rest)
             assert "has modules that this vLLM was not started for" in str(room.problem(*found[others]))
             assert (room.problem(*found["two"]) is None) == ("down_proj" in given)
-    with pytest.raises(
-        GatewiseError, match=r"one has modules that .* not started for .*: start the server again .*, or change vLLM's"
-    ):
-        VllmServer(str(made / "base"), [str(made / "adapters" / "one")], port=0, rest=["--lora-target-modules", "q_proj"])
 
 
 def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:

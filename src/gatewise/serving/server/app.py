@@ -58,10 +58,10 @@ def app(server: "AdapterServer") -> Starlette:
     def version_of(name: str) -> Version | None:
         if name == server.name:
             return None
-        try:
-            return server.catalogue[name]
-        except KeyError:
-            raise RefusedError(f"The model {name!r} does not exist.", 404, "model") from None
+        version = server.catalogue.versions.get(name)
+        if version is None:
+            raise RefusedError(f"The model {name!r} does not exist.", 404, "model")
+        return version
 
     async def health(request: Request) -> Response:
         return Response(status_code=200 if server.engine.is_alive else 503)
@@ -70,7 +70,7 @@ def app(server: "AdapterServer") -> Starlette:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(request: Request) -> Response:
-        rows = [card(server.name, None), *(card(one.name, one) for one in server.catalogue.all())]
+        rows = [card(server.name, None), *(card(one.name, one) for one in server.catalogue.versions.values())]
         return _json({"object": "list", "data": rows})
 
     async def model(request: Request) -> Response:

@@ -117,6 +117,9 @@ class Catalogue:
         settled: seconds in which the files of a folder must not have changed.
         say: told in a line of what is passed over.
 
+    Attributes:
+        versions: those that are served now, by name.
+
     Raises:
         GatewiseError: a place is not there; two adapters have one name; an adapter that was named itself cannot be served.
     """
@@ -126,7 +129,7 @@ class Catalogue:
     ) -> None:
         self._places, self._taken, self._settled = list(places), set(taken), settled
         self._say = say or (lambda text: print(text, file=sys.stderr))
-        self._versions: dict[str, Version] = {}
+        self.versions: dict[str, Version] = {}
         self._said: dict[Path, str] = {}
         self._ended = threading.Event()
         self._is_starting = True
@@ -135,13 +138,6 @@ class Catalogue:
                 break
             time.sleep(settled / 4)
         self._is_starting = False
-
-    def __getitem__(self, name: str) -> Version:
-        """The version of a name that is served now; KeyError where there is none."""
-        return self._versions[name]
-
-    def all(self) -> list[Version]:
-        return sorted(self._versions.values(), key=lambda one: one.name)
 
     def watch(self, every: float) -> None:
         """Looks again every so many seconds, in a thread of its own, until :meth:`end`."""
@@ -183,17 +179,17 @@ class Catalogue:
                 is_late = True
             else:
                 there[name] = version
-        for name, version in self._versions.items():
+        for name, version in self.versions.items():
             if name not in there and not _is_gone(version.folder):
                 there[name] = version
             version.gone = there.get(name) is not version
-        self._versions = there
+        self.versions = dict(sorted(there.items()))
         return is_late
 
     def _refused_name(self, name: str, folder: Path, there: dict[str, Version]) -> str | None:
         if name in self._taken:
             return f"the adapter {folder} is called {name!r} as the base model is: rename its folder, or give it as NAME=FOLDER"
-        other = there.get(name) or self._versions.get(name)
+        other = there.get(name) or self.versions.get(name)
         if other is not None and other.folder != folder and not _is_gone(other.folder):
             return f"two adapters are called {name!r}, {other.folder} and {folder}: rename one, or give them as NAME=FOLDER"
         if not name.isprintable():
@@ -237,7 +233,7 @@ class Catalogue:
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
         """The version that lies in a folder; None while it is being written."""
-        before, signature = self._versions.get(name), _signature(folder)
+        before, signature = self.versions.get(name), _signature(folder)
         if before is not None and before.folder == folder and before.signature == signature:
             return before
         newest = max((max(one[2], one[3]) for one in signature), default=0) / 1e9

@@ -100,7 +100,7 @@ class AdapterServer:
                 model, base, [one for one in ends if one is not None], self.catalogue, self.metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self.end,
             )  # fmt: skip
-            for version in [one for one in self.catalogue.all() if one.is_named][:most_loaded]:
+            for version in [one for one in self.catalogue.versions.values() if one.is_named][:most_loaded]:
                 say(f"loading {version.folder}")
                 self.engine.load(version)
         except BaseException:
@@ -132,7 +132,7 @@ class AdapterServer:
     @property
     def names(self) -> list[str]:
         """Of the adapters that are served now."""
-        return [one.name for one in self.catalogue.all()]
+        return list(self.catalogue.versions)
 
     def run(self) -> None:
         """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds.

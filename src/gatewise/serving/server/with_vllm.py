@@ -173,9 +173,6 @@ class VllmServer:
             positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
             more, self._room = arguments_for(self._adapters_at_start(), positions, most_loaded, rest)
             self._arguments += more
-            for version in self.catalogue.all():
-                if version.is_named:
-                    self._check(version)
         self._arguments += [*logits_processors(self._constraints), *rest]
         self._served: dict[str, Version] = {}
         self._retired: list[tuple[float, Path]] = []
@@ -270,7 +267,7 @@ class VllmServer:
     def _adapters_at_start(self) -> list[tuple[Version, dict[str, Any]]]:
         """The adapters that vLLM is started for."""
         found = []
-        for version in self.catalogue.all():
+        for version in self.catalogue.versions.values():
             try:
                 found.append((version, settings_of(version, self._model_type)))
             except Exception as error:
@@ -280,33 +277,20 @@ class VllmServer:
                 self.catalogue.note(version.folder, problem)
         return found
 
-    def _check(self, version: Version, folder: Path | None = None) -> None:
-        """Refuses an adapter that vLLM cannot serve as it was started.
-
-        Args:
-            folder: with a copy of its files; by default its own.
-
-        Raises:
-            GatewiseError: it cannot.
-        """
-        assert self._room is not None
-        problem = self._room.problem(version, settings_of(version, self._model_type, folder))
-        if problem is not None:
-            raise GatewiseError(
-                f"the adapter {version.folder} {problem}: start the server again to serve it, or change vLLM's arguments after --"
-            )
-
     def _update_adapters(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
         """Tells vLLM of adapters that came, were replaced or went."""
         if self._room is None:
             return
-        now = {one.name: one for one in self.catalogue.all()}
+        now = self.catalogue.versions
         for name, version in now.items():
             if self._served.get(name) is version or version.is_given_up:
                 continue
             try:
                 with version.copy() as folder:
-                    self._check(version, folder)
+                    problem = self._room.problem(version, settings_of(version, self._model_type, folder))
+                    if problem is not None:
+                        advice = "start the server again to serve it, or change vLLM's arguments after --"
+                        raise GatewiseError(f"the adapter {version.folder} {problem}: {advice}")
                     shutil.move(folder, copies / version.key)
             except ReplacedError:
                 continue  # the one before stays until the next look
@@ -314,32 +298,25 @@ class VllmServer:
                 shutil.rmtree(copies / version.key, ignore_errors=True)
                 version.failed = time.monotonic()
                 self.catalogue.note(version.folder, describe_fault(version.folder, error))
-                self._withdraw(process, copies, name)
-                continue
-            self._retire(copies, name)
-            self._served[name] = version
-            self._send(process, {"name": name, "path": str(copies / version.key)})
+                self._tell(process, copies, name, None)
+            else:
+                self._tell(process, copies, name, version)
         for name in self._served.keys() - now.keys():
-            self._withdraw(process, copies, name)
+            self._tell(process, copies, name, None)
         for when, path in list(self._retired):
             if when < time.monotonic():
                 self._retired.remove((when, path))
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _withdraw(self, process: "subprocess.Popen[bytes]", copies: Path, name: str) -> None:
-        """vLLM serves nothing by this name any more."""
-        if name in self._served:
-            self._retire(copies, name)
-            self._send(process, {"name": name})
-
-    def _retire(self, copies: Path, name: str) -> None:
-        """The files that a name had stay for a while."""
-        version = self._served.pop(name, None)
+    def _tell(self, process: "subprocess.Popen[bytes]", copies: Path, name: str, version: Version | None) -> None:
+        """Has vLLM serve a version by a name, or nothing any more. The files that the name had stay for a while."""
+        before = self._served.pop(name, None)
+        if before is not None:
+            self._retired.append((time.monotonic() + _KEPT, copies / before.key))
+        told = {"name": name}
         if version is not None:
-            self._retired.append((time.monotonic() + _KEPT, copies / version.key))
-
-    @staticmethod
-    def _send(process: "subprocess.Popen[bytes]", told: Mapping[str, str]) -> None:
+            self._served[name] = version
+            told["path"] = str(copies / version.key)
         assert process.stdin is not None
         with suppress(OSError):  # it has ended, which is found out in a moment
             process.stdin.write(json.dumps(told).encode() + b"\n")
