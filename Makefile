@@ -34,7 +34,7 @@ serve-env: $(SERVE)/.installed
 
 test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
 	GATEWISE_VLLM_PYTHON=$(abspath $(SERVE)/bin/python) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-	  $(BIN)/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_routed.py tests/serving/server/test_with_vllm.py tests/serving/server/test_soak.py mdt/tests/extraction/test_in_vllm.py
+	  $(BIN)/python -m pytest tests/serving/test_vllm_routed.py tests/serving/server/test_with_vllm.py tests/serving/server/test_soak.py mdt/tests/extraction/test_in_vllm.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

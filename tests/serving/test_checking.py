@@ -1,4 +1,4 @@
-"""``gatewise serving-check`` beside a stand-in for vLLM (fake_vllm.py); test_vllm.py has the real one."""
+"""``gatewise serving-check`` beside a stand-in for vLLM (fake_vllm.py); test_vllm_routed.py has the real one."""
 
 import json
 import shutil

@@ -15,14 +15,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from routed_models import trained_routers
-from test_vllm import PYTHON, pytestmark, write_adapter, write_base
 from tiny_models import random_adapter
 from tiny_run import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm_models import PYTHON, UNEVEN, pytestmark, write_adapter, write_base
 
-import gatewise
 from gatewise import RoutedLoraConfig
-from gatewise.models.embedded import resolve
 from gatewise.serving.checking import check_in_vllm
 from gatewise.serving.engines import CPU_LORA
 from gatewise.serving.vllm_plugin.refusals import FAMILIES
@@ -364,21 +362,7 @@ def test_routed_rows_by_vllms_own_products(folder: Path) -> None:
 def test_every_family_answers_as_in_peft(tmp_path: Path, family: str) -> None:
     base = write_base(tmp_path / family, family)
     adapters = [write_routed(tmp_path / "routed", base, 1), write_adapter(tmp_path / "plain", base, 2)]
+    adapters.append(write_adapter(tmp_path / "uneven", base, 3, **UNEVEN))
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     for found in check_in_vllm(adapters, str(rows), python=str(PYTHON), prompts=3, tokens=6):
         assert found.holds, found
-
-
-@pytest.mark.real
-def test_a_real_model_answers_as_in_peft(tmp_path: Path) -> None:
-    """Two adapters with random factors and routers that tell prompts apart, ten prompts each, in one engine."""
-    base = Path(resolve("smollm2-135m-instruct"))
-    settings = ({"top_k": 3, "r": 8, "lora_alpha": 8}, {"top_k": 2, "pooler": "last", "r": 4, "exclude_modules": r".*\.v_proj"})
-    adapters = [
-        write_routed(tmp_path / f"{number}", base, number, scale=0.2, **one) for number, one in enumerate(settings, start=1)
-    ]
-    data = Path(gatewise.__file__).parent / "samples" / "support_dev.jsonl"
-    for found in check_in_vllm(adapters, str(data), python=str(PYTHON), prompts=10, tokens=24):
-        print(found)
-        assert found.holds, found
-        assert found.unmerged.compared == 240

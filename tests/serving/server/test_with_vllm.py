@@ -1,6 +1,5 @@
 """What vLLM is told of adapters, and that nothing of it is left behind. With the real one: `make test-serve`."""
 
-import errno
 import io
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 from served_models import adapter_folder, base_folder, client, text_of, writes
-from test_vllm import PYTHON
+from vllm_models import PYTHON
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server import guard, vllm_server
@@ -126,36 +125,6 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     assert (told(), server.names) == ([], ["x"])
     server.catalogue.scan()
     assert (told(), server.names) == ([False], [])
-
-
-def telling(server: VllmServer, copies: Path) -> list[str]:
-    """Of which adapters' files vLLM is told now."""
-    process: Any = SimpleNamespace(stdin=io.BytesIO())
-    server._update_adapters(process, copies)
-    return [line["name"] for line in map(json.loads, process.stdin.getvalue().splitlines()) if "path" in line]
-
-
-@pytest.mark.parametrize("call", ["copyfile", "move"])
-def test_an_adapter_for_which_there_is_no_room_waits(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("gatewise.serving.server.catalogue.RETRY", 0.0)
-    watched, copies = tmp_path / "watched", tmp_path / "copies"
-    shutil.copytree(made / "adapters" / "one", watched / "one")
-    copies.mkdir()
-    server = VllmServer(str(made / "base"), [str(watched)], port=0, say=said.append, settled=0.0)
-
-    def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, call, full)
-        assert [telling(server, copies) for _ in range(3)] == [[], [], []]
-    assert len(said) == 1
-    assert f"the adapter {watched / 'one'} cannot be read or copied (No space left on device)" in said[0]
-    assert telling(server, copies) == ["one"]
-    assert server.names == ["one"]
 
 
 def fake(tmp_path: Path, script: str, missing: str = "") -> Path:

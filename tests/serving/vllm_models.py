@@ -1,6 +1,5 @@
-"""Adapters in the real vLLM, with the settings that are written for it: `make test-serve`, which makes an environment for it."""
+"""Base models and adapters for the real vLLM: `make test-serve`, which makes an environment for it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_adapter
-from tiny_run import byte_tokenizer, write_rows
+from tiny_run import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from gatewise.adapters.files import read_lora
-from gatewise.serving.checking import check_in_vllm
-from gatewise.serving.engines import SERVING_FILE, serving_settings
 
 PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
@@ -39,20 +34,8 @@ def write_base(folder: Path, family: str) -> Path:
 
 
 def write_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
-    """With serving.json beside it, as ``compress`` writes it."""
     torch.manual_seed(seed)
     config: Any = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
     model = random_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config))
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    told = serving_settings(read_lora(folder), model.config.model_type)
-    (folder / SERVING_FILE).write_text(json.dumps(told), encoding="utf-8")
     return folder
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3"])
-def test_vllm_answers_as_peft_does(tmp_path: Path, family: str) -> None:
-    base = write_base(tmp_path / family, family)
-    rows = write_rows(tmp_path / "rows.jsonl", 8)
-    adapters = [write_adapter(tmp_path / "one", base, 1), write_adapter(tmp_path / "two", base, 2, **UNEVEN)]
-    for found in check_in_vllm(adapters, str(rows), python=PYTHON, prompts=3, tokens=6):
-        assert found.holds, found
