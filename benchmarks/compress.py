@@ -3,10 +3,11 @@
 For every task and seed a LoRA adapter (r = 8 on all linear layers) is trained. Then, for every order of ranks and every size, what
 is left is measured on the dev rows: as it is, with one number a rank fitted anew on 128 training rows (32 of Text2MDT, which have
 80 labelled tokens each), and after 60 more steps on other training rows. Beside the orders of `gatewise compress` stand random
-ones, the last layers, and two that keep every module: "even" (as many ranks in each, the largest singular values) and "energy"
-(ranks until each module has one share of its squared singular values), which are what PEFT's `convert_to_lora` makes of an adapter
-for a whole rank and for a share. Further: the whole adapter with the same 60 steps, and LoRA of that size trained from the start
-for as many steps in all. The first seed tries several learning rates for it, the other seeds take the best of them.
+ones, the last layers, and one that keeps every module: "even" (as many ranks in each, the largest singular values), which is what
+PEFT's `convert_to_lora` makes of an adapter for a whole rank. Further: the whole adapter with the same 60 steps, and LoRA of that
+size trained from the start for as many steps in all. The first seed tries several learning rates for it, the other seeds take the
+best of them. The results have four more orders, which lost and are measured no more: "activation", "path_integral", "taylor" and
+"energy" (this script at commit 08827f9).
 
     python benchmarks/compress.py --data-dir DATA --models minilm --tasks trec --seeds 0 1
     python benchmarks/compress.py --report
@@ -24,7 +25,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
-import gatewise
-from gatewise.allocation.scoring import GateBank, from_nothing, losses_without_and_with, parts_of, scoring
-from gatewise.allocation.slots import by_slot, costs, factors, live_slots, lora_layers, prune
+from gatewise.allocation.slots import costs, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.order import ORDERS as KEPT_ORDERS
 from gatewise.compress.order import moves, rank_values
 from gatewise.compress.recovery import RATE_OF_RUN, Recovery, recover, refit
-from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
 from gatewise.models.device import pick_dtype
 from gatewise.sites import sites_in_order
@@ -51,21 +48,19 @@ from gatewise.tasks import PadCollator, encode, evaluate
 from gatewise.tasks.encoding import encode_classification
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
-ORDERS = ("path_moments", "singular", "activation", "path_integral", "taylor", "random", "last")
-PER_MODULE = ("even", "energy")
+ORDERS = ("path_moments", "singular", "random", "last", "even")
 HALVES = (1 / 2, 1 / 3, 1 / 4, 1 / 8, 1 / 16)
 # cells: by order and unit the sizes that are measured as they are; refitted, recovered: (orders, sizes in parameters, in modules).
 SETTINGS: dict[str, dict[str, Any]] = {
     "minilm": {
         "model": "minilm-l6", "task": "classification", "steps": 300, "learning_rate": 1e-3, "dev": 500,
-        "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
-        "refitted": (("path_moments", "singular", "activation"), (1 / 16,), (1 / 3,)),
+        "sizes": {"parameters": HALVES, "modules": HALVES},
+        "refitted": (("path_moments", "singular"), (1 / 16,), (1 / 3,)),
         "recovered": (("path_moments", "random"), (1 / 4,), (1 / 3,)),
         "rates": (1e-3, 2e-3, 4e-3),
     },
     "smollm2": {
         "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
-        "orders": ("path_moments", "singular", "random", "last", "even"),
         "sizes": {"parameters": (1 / 4, 1 / 16), "modules": (1 / 3,)},
         "refitted": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
         "recovered": (("path_moments",), (1 / 4,), (1 / 3,)),
@@ -150,9 +145,9 @@ def trained(case: Case, work: Path) -> Any:
 def wanted(settings: Mapping[str, Any]) -> dict[tuple[str, str, float], list[str]]:
     """(order, unit, fraction) -> the stages that are measured of it."""
     found = {("whole", "parameters", 1.0): ["as it is", "recovered"]}
-    for order, (unit, sizes) in product(settings["orders"], settings["sizes"].items()):
+    for order, (unit, sizes) in product(ORDERS, settings["sizes"].items()):
         for fraction in sizes:
-            if order in PER_MODULE and (unit == "modules" or (order == "even" and RANK * fraction != int(RANK * fraction))):
+            if order == "even" and (unit == "modules" or RANK * fraction != int(RANK * fraction)):
                 continue
             found[order, unit, fraction] = ["as it is"]
             for stage in ("refitted", "recovered"):
@@ -162,45 +157,25 @@ def wanted(settings: Mapping[str, Any]) -> dict[tuple[str, str, float], list[str
     return found
 
 
-def lost_values(model: Any, batch: Any, order: str, seed: int) -> dict[str, torch.Tensor]:
-    """Values of ranks by an order that ``gatewise compress`` has no more, because it lost here.
+def values_of(model: Any, batch: Any, order: str, seed: int) -> Mapping[str, list[float]]:
+    """Values of ranks by an order of ``gatewise compress``, or one that lost.
 
-    "activation" is the mean square, over the tokens of the batch, of what a rank adds to its module's output; "random" is by the
-    seed; of "last" the last layers are worth most. Others are scores.
+    "even" takes as many ranks of every module; "random" is by the seed; of "last" the last layers are worth most.
     """
-    if order == "path_integral":
-        return {path: one.double() for path, one in gatewise.scores.path_integral(model, batch).items()}
-    if order == "taylor":  # counted from CE(all ranks) - CE(no rank)
-        without, whole = losses_without_and_with(model, batch, "default")
-        return from_nothing({path: one.double() for path, one in gatewise.scores.taylor(model, batch).items()}, without - whole)
-    if order == "activation":
-        with scoring(model, float32=False), GateBank(model, "default") as gates, torch.no_grad():
-            sums = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
-            seen = dict.fromkeys(sums, 0)
-
-            def look(path: str, _: object, args: tuple[torch.Tensor, ...]) -> None:
-                flat = args[0].flatten(0, -2).float()
-                sums[path] += flat.square().sum(dim=0)
-                seen[path] += len(flat)
-
-            for path, layer in gates.layers.items():
-                layer.lora_B["default"].register_forward_pre_hook(partial(look, path))
-            for part in parts_of(model, batch, single_rows=True).own:  # padding would count as tokens
-                row_losses(model, part)
-            for path, layer in gates.layers.items():
-                _, columns = by_slot(layer, "default", *(factor.detach() for factor in factors(layer, "default")))
-                sums[path] = sums[path] / seen[path] * (layer.scaling["default"] * columns.float()).square().sum(dim=1)
-            return {path: one.double() for path, one in gates.live_only(sums).items()}
+    if order in KEPT_ORDERS:
+        return {path: one.tolist() for path, one in rank_values(model, batch, order).items()}
     generator = torch.Generator().manual_seed(seed)
     sizes = rank_values(model, batch, "singular")
-    found: dict[str, torch.Tensor] = {}
+    if order == "even":
+        return {path: one.argsort(descending=True).argsort().neg().tolist() for path, one in sizes.items()}
+    found: dict[str, list[float]] = {}
     for site in sites_in_order(sizes):
         own = sizes[site.path]
         if order == "random":
             own = torch.rand(len(own), generator=generator, dtype=torch.float64) + torch.rand(1, generator=generator).double()
         else:  # within a layer the smaller singular values go first
             own = 1 + (len(found) if site.layer is None else site.layer) + own / (1 + own.sum())
-        found[site.path] = own
+        found[site.path] = own.tolist()
     return {path: found[path] for path in sizes}
 
 
@@ -235,25 +210,14 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
         left = {path: len(live_slots(layer, "default")) for path, layer in layers.items()}
         return {"parameters": sum(each[path] * n for path, n in left.items()), "modules": sum(map(bool, left.values()))}
 
-    def values_of(order: str) -> Mapping[str, Any]:
-        if order not in PER_MODULE:
-            known = order in KEPT_ORDERS
-            found = rank_values(model, case.batch, order) if known else lost_values(model, case.batch, order, case.seed)
-            return {path: one.tolist() for path, one in found.items()}
-        squares = {path: one.double() for path, one in rank_values(model, case.batch, "singular").items()}
-        if order == "even":
-            return {path: one.argsort(descending=True).argsort().neg().tolist() for path, one in squares.items()}
-        # The share of a module's squares that is gone when this rank and all below it are.
-        return {path: [float(one[one <= own].sum() / one.sum()) for own in one] for path, one in squares.items()}
-
     values: dict[str, Mapping[str, Any]] = {}
     total = size()
     for (order, unit, fraction), stages in missing.items():
         back(whole)
         if order != "whole":
             if order not in values:
-                values = {order: values_of(order)}
-            kept = [*live] if order in PER_MODULE else []  # by rank, and no module goes
+                values = {order: values_of(model, case.batch, order, case.seed)}
+            kept = [*live] if order == "even" else []  # by rank, and no module goes
             by_cost = None if unit == "modules" else dict.fromkeys(each, 1) if kept else each
             for move in moves(values[order], by_cost, kept):
                 if size()[unit] <= fraction * total[unit]:
@@ -381,7 +345,7 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
     sizes = [(unit, fraction) for unit, fractions in SETTINGS[model]["sizes"].items() for fraction in fractions]
     print("| order | " + " | ".join(f"1/{round(1 / fraction)} of the {unit}" for unit, fraction in sizes) + " | pairs |")
     print("|---" * (len(sizes) + 2) + "|")
-    for order in SETTINGS[model]["orders"]:
+    for order in dict.fromkeys([*ORDERS, *(cell[0] for cell in sorted(cells) if cell[0] not in ("whole", "small LoRA"))]):
         told, pairs = [], 0
         for unit, fraction in sizes:
             cell = (order, unit, round(fraction, 4), "as it is")

@@ -59,22 +59,18 @@ def test_ranks_that_add_nothing_become_dead_slots_behind_the_others() -> None:
     assert live_slots(layers["model.layers.1.self_attn.q_proj"], "default") == list(range(16))
 
 
-@pytest.mark.parametrize("rank", [2, 0.7])
-def test_what_peft_converts_to_is_a_part_of_the_singular_basis(rank: float) -> None:
-    """So the orders "even" and "energy" of benchmarks/compress.py are PEFT's ``convert_to_lora`` for a rank and for a share."""
+def test_what_peft_converts_to_is_a_part_of_the_singular_basis() -> None:
+    """So the order "even" of benchmarks/compress.py is PEFT's ``convert_to_lora``."""
     torch.manual_seed(0)
     model = random_adapter(get_peft_model(tiny_base("llama"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])))
     with pytest.warns(UserWarning, match="already a LoRA adapter"):
-        _, state = convert_to_lora(model, rank)
-    squares = {path: sizes.double().square() for path, sizes in to_singular_basis(model).items()}
+        _, state = convert_to_lora(model, 2)
+    to_singular_basis(model)
     for path, layer in lora_layers(model, "default").items():
-        own = squares[path]
-        gone = torch.tensor([float(own[at:].sum() / own.sum()) for at in range(len(own))])  # without this rank and those below
-        kept = rank if isinstance(rank, int) else int((gone > 1 - rank).sum())
         rows, columns = by_slot(layer, "default", *(factor.detach() for factor in factors(layer, "default")))
-        wanted = layer.scaling["default"] * rows[:kept].T @ columns[:kept]
+        wanted = layer.scaling["default"] * rows[:2].T @ columns[:2]
         a, b = (state[f"base_model.model.{path}.lora_{name}.weight"] for name in "AB")
-        assert len(a) == kept
+        assert len(a) == 2
         torch.testing.assert_close(a.T @ b.T, wanted, atol=1e-5, rtol=1e-4)
 
 

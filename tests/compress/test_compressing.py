@@ -127,19 +127,13 @@ def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatc
     assert [one["difference"]["high"] for one in told] == [one.difference.high for one in second.candidates]
 
 
-@pytest.mark.parametrize("goal", [Goal("parameters", 150), Goal("modules", 3)], ids=lambda goal: goal.unit)
-def test_a_size_that_is_asked_for_is_met(folder: Path, tmp_path: Path, goal: Goal) -> None:
-    size = small(folder, tmp_path / "small", goal).chosen.size
-    assert getattr(size, goal.unit) <= (goal.size or 0)
-    assert size.modules == 3 or goal.unit == "parameters"
-
-
 def test_recovery_trains_what_does_not_hold(folder: Path, tmp_path: Path) -> None:
     recovery = Recovery(str(folder / "train.jsonl"), steps=30, learning_rate=0.01)
     found = small(folder, tmp_path / "small", Goal("modules", 2), recovery=recovery)
     before, after = found.candidates
     assert (before.recovered, after.recovered) == (False, True)
     assert after == found.chosen
+    assert after.size.modules == 2
     assert after.quality > before.quality
     assert 200 < after.difference.rows <= 240  # ranks were valued on rows of the training data
 
@@ -249,8 +243,6 @@ def test_the_configuration_names_what_the_whole_adapter_names(tmp_path: Path) ->
 def test_an_adapter_that_does_nothing_is_said_to(folder: Path, tmp_path: Path) -> None:
     idle = Path(shutil.copytree(folder / "adapter", tmp_path / "idle"))
     scale(idle, 1e-6, "")
-    if (folder / "bert").exists():
-        pytest.skip("what its head learned stays")
     with pytest.raises(GatewiseError, match=r"the adapter does nothing on these 210 rows: without any rank the model is as good"):
         compress(idle, folder / "rows.jsonl", tmp_path / "small", WITHIN, measure="loss", score_rows=30)
     assert not (tmp_path / "small").exists()

@@ -1,6 +1,5 @@
 """Pictures: what the name says, the same bytes for the same map, whole or not at all, and any numbers can be drawn."""
 
-import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -48,20 +47,6 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(GatewiseError, match=r"matplotlib, which is not installed: pip install 'gatewise\[plot\]'"):
         plot(budget_stack(1), tmp_path / "map.png")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "map.svg"
-    out.write_text("old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(GatewiseError, match=r"cannot write .*map\.svg: No space left on device"):
-        plot(budget_stack(1), out)
-    assert out.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["map.svg"]
 
 
 @pytest.mark.filterwarnings("error")
