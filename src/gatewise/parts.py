@@ -18,7 +18,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from gatewise.errors import GatewiseError, reason_of
 
@@ -46,17 +46,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-def only_if(holds: Callable[[Any], bool], expected: str) -> BeforeValidator:
-    """Has a key take only the values for which ``holds`` is true; ``expected`` says in words which those are."""
-
-    def checked(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(f"expected {expected}")
-        return value
-
-    return BeforeValidator(checked)
 
 
 class DataSection(Section):

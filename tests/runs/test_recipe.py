@@ -130,7 +130,7 @@ def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, m
         ("device: gpu", "device: String should match pattern '^(auto|cpu|cuda"),
         ("task: clasification", "task is 'clasification', expected one of "),
         ("peft: {target_modules: []}", "peft.target_modules: expected 'all-linear' or a list of module names"),
-        ("peft: {init_lora_weights: pissa}", "expected true or 'gaussian', got 'pissa'"),
+        ("peft: {init_lora_weights: pissa}", "Input should be True or 'gaussian', got 'pissa'"),
         ("allocation: {budget: rank}", "allocation.budget: Input should be 'parameters' or 'ranks', got 'rank'"),
         ("allocation: {first_round: -1}", "allocation.first_round: expected a number above 0 (1.0 or 0.25: epochs;"),
         ("prompts: {prompt_layers: [3, 3]}", "expected a list of different layer numbers from 0, such as [3, 7], or first, last"),

@@ -2,20 +2,23 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
+from pydantic import AfterValidator
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gatewise import inspection
 from gatewise.errors import GatewiseError
-from gatewise.parts import Count, Method, Report, Run, Section, Share, only_if
+from gatewise.parts import Count, Method, Report, Run, Section, Share
 
 
-def _names_modules(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value))
+def _modules(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+        return value
+    raise ValueError("expected 'all-linear' or a list of module names")
 
 
 class PeftSection(Section):
@@ -23,11 +26,11 @@ class PeftSection(Section):
 
     r: Count = 8
     lora_alpha: Count = 16
-    target_modules: Annotated[Any, only_if(_names_modules, "'all-linear' or a list of module names")] = "all-linear"
+    target_modules: Annotated[Any, AfterValidator(_modules)] = "all-linear"
     exclude_modules: list[str] | None = None
     lora_dropout: Share = 0.0
     use_rslora: bool = False
-    init_lora_weights: Annotated[Any, only_if(lambda value: value is True or value == "gaussian", "true or 'gaussian'")] = True
+    init_lora_weights: Literal[True, "gaussian"] = True
 
 
 class Lora(Method):

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig, PeftModel
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel, TrainerCallback
 
 from gatewise.adapters.method import Lora
@@ -15,22 +14,23 @@ from gatewise.allocation.algorithm import ConstantBudget, Cubic, Round, in_steps
 from gatewise.allocation.callback import RankAllocation
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.errors import GatewiseError
-from gatewise.parts import Count, Fraction, Run, Section, only_if
+from gatewise.parts import Count, Fraction, Run, Section
+
+
+def _span(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return value
+    raise ValueError("expected a number above 0 (1.0 or 0.25: epochs; an integer above 1: steps)")
+
 
 # A length of training: a float counts epochs, an integer counts steps (and 1 is one epoch, as 1.0 is).
-Span = Annotated[
-    Any,
-    only_if(
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
-        "a number above 0 (1.0 or 0.25: epochs; an integer above 1: steps)",
-    ),
-]
+Span = Annotated[Any, AfterValidator(_span)]
 
 
-def _score(value: Any) -> Any:
-    if isinstance(value, str) and (value in NAMES or ":" in value):
+def _score(value: str) -> str:
+    if value in NAMES or ":" in value:
         return value
-    raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(f"'{name}'" for name in NAMES)})
+    raise ValueError(f"expected one of {', '.join(NAMES)}, or module:function")
 
 
 class AllocationSection(Section):
@@ -42,7 +42,7 @@ class AllocationSection(Section):
     ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
     """
 
-    score: Annotated[str, BeforeValidator(_score)] = DEFAULT
+    score: Annotated[str, AfterValidator(_score)] = DEFAULT
     schedule: Literal["constant-budget", "cubic"] = "constant-budget"
     budget: Unit = "parameters"
     rounds: Count = 8
@@ -61,7 +61,7 @@ class AllocationSection(Section):
 class PathSection(AllocationSection):
     """The rounds of PI-LoRA: scored along a path of gates, and whole modules may go."""
 
-    score: Annotated[str, BeforeValidator(_score)] = "path_integral"
+    score: Annotated[str, AfterValidator(_score)] = "path_integral"
     module_pruning: bool = True
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import PeftModel
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel, set_seed
 
 from gatewise import inspection, processes
@@ -20,7 +20,7 @@ from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.internals.soft_prompt_fixes import without_prompts
-from gatewise.parts import Count, Fraction, Method, NotNegative, Positive, Report, Run, Section, only_if
+from gatewise.parts import Count, Fraction, Method, NotNegative, Positive, Report, Run, Section
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.darts import SEARCH_FOLDER, SearchMixin, search
 
@@ -28,10 +28,14 @@ FIXED_CHOICES = ("first", "last", "spread", "random")
 """What ``prompts.prompt_layers`` may be beside a list of layers, see ``fixed_layers``."""
 
 
-def _names_layers(value: Any) -> bool:
+def _layers(value: Any) -> Any:
     if isinstance(value, list):
-        return bool(value) and all(is_whole(layer) and layer >= 0 for layer in value) and len(set(value)) == len(value)
-    return value is None or value in FIXED_CHOICES
+        known = bool(value) and all(is_whole(layer) and layer >= 0 for layer in value) and len(set(value)) == len(value)
+    else:
+        known = value is None or value in FIXED_CHOICES
+    if not known:
+        raise ValueError("expected a list of different layer numbers from 0, such as [3, 7], or first, last, spread or random")
+    return value
 
 
 class PromptsSection(Section):
@@ -42,9 +46,7 @@ class PromptsSection(Section):
 
     num_prompt_tokens: Count = 10
     bottleneck: Count = 64
-    prompt_layers: Annotated[
-        Any, only_if(_names_layers, "a list of different layer numbers from 0, such as [3, 7], or first, last, spread or random")
-    ] = None
+    prompt_layers: Annotated[Any, AfterValidator(_layers)] = None
     keep: Count | None = None
     tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     balanced: bool | None = None

@@ -112,7 +112,16 @@ class Recipe(Section):
 
 @lru_cache
 def recipe_class(method: str, task: str) -> type[Recipe]:
-    """The class of recipes with this method and this task."""
+    """The class of recipes with this method and this task.
+
+    Raises:
+        GatewiseError: one that there is not.
+    """
+    tables: dict[str, tuple[str, Mapping[str, Any]]] = {"method": (method, METHODS), "task": (task, TASKS)}
+    for key, (name, table) in tables.items():
+        if name not in table:
+            near = _did_you_mean(name, table, "")
+            raise GatewiseError(f"{key} is {reprlib.repr(name)}, expected one of {', '.join(table)}{near}")
     fields: dict[str, Any] = {}
     for name, kind in {**TASKS[task].sections(), **METHODS[method].sections()}.items():
         needed = any(one.is_required() for one in kind.model_fields.values())
@@ -129,38 +138,35 @@ def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     Raises:
         GatewiseError: a key is unknown, of a wrong type or at odds with another. One line for each.
     """
-    kind = _class_of(tree, source)
     try:
-        recipe = _validated(kind, tree)
+        recipe = _validated(tree)
+        for one in (recipe.training, *recipe.parts()):
+            for key, problem in one.contradictions():
+                raise GatewiseError(f"{key} {problem}")
+    except GatewiseError as error:
+        raise GatewiseError(f"{source}: {error}") from None
     except ValidationError as error:
-        raise GatewiseError("\n".join(f"{source}: {_problem(fault, kind)}" for fault in error.errors())) from None
-    for one in (recipe.training, *recipe.parts()):
-        for key, problem in one.contradictions():
-            raise GatewiseError(f"{source}: {key} {problem}")
+        raise GatewiseError("\n".join(f"{source}: {_problem(fault, tree)}" for fault in error.errors())) from None
     return recipe
 
 
-def _class_of(tree: Mapping[str, Any], source: str) -> type[Recipe]:
-    names = {"method": tree.get("method"), "task": tree.get("task") or DEFAULT_TASK}
-    tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "task": TASKS}
-    for kind, name in names.items():
-        if not isinstance(name, str) or name not in tables[kind]:
-            near = _did_you_mean(str(name), tables[kind], "")
-            raise GatewiseError(f"{source}: {kind} is {reprlib.repr(name)}, expected one of {', '.join(tables[kind])}{near}")
-    return recipe_class(**names)
+def _class_of(tree: Mapping[str, Any]) -> type[Recipe]:
+    return recipe_class(str(tree.get("method")), str(tree.get("task") or DEFAULT_TASK))
 
 
-def _validated(kind: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
+def _validated(tree: Mapping[str, Any]) -> Recipe:
+    kind = _class_of(tree)
     return kind.model_validate({key: value for key, value in tree.items() if value is not None or key not in kind.model_fields})
 
 
-def _problem(fault: Mapping[str, Any], kind: type[Section]) -> str:
+def _problem(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     """One sentence about a fault that pydantic found."""
     *sections, key = (str(part) for part in fault["loc"])
     name = ".".join((*sections, key))
     if fault["type"] == "extra_forbidden":
+        kind: Any = _class_of(tree)
         for section in sections:
-            kind = kind.model_fields[section].annotation  # type: ignore[assignment]
+            kind = kind.model_fields[section].annotation
         near = _did_you_mean(key, kind.model_fields, f"; known here: {', '.join(kind.model_fields)}")
         return f"{name} is not a known key (given {reprlib.repr(fault['input'])}){near}"
     if fault["type"] == "missing":
@@ -208,7 +214,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, text in changes.items():
         _change(tree, key, _value(text))
     source = f"{path} with its --set" if changes else str(path)
-    for key in _text_expected(tree, source) & changes.keys() if changes else ():
+    for key in _text_expected(tree) & changes.keys() if changes else ():
         _change(tree, key, changes[key])
     return checked(tree, source)
 
@@ -294,12 +300,14 @@ def _change(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
         tree.pop(_OTHER_END.get(keys[-1], ""), None)
 
 
-def _text_expected(tree: dict[str, Any], source: str) -> set[tuple[Any, ...]]:
+def _text_expected(tree: dict[str, Any]) -> set[tuple[Any, ...]]:
     """The keys that take text and have something else: 'Review: {text}' and '{text}' are mappings in YAML."""
     try:
-        _validated(_class_of(tree, source), tree)
+        _validated(tree)
     except ValidationError as error:
         return {fault["loc"] for fault in error.errors() if fault["type"] == "string_type"}
+    except GatewiseError:  # said by whoever checks it all
+        pass
     return set()
 
 

@@ -24,10 +24,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from gatewise.checks import has_half_a_pair, is_whole
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
-from gatewise.parts import only_if
 
 Kind = Literal["label", "choice", "generation", "number"]
 Row = dict[str, Any]
@@ -238,15 +236,16 @@ def final_number(text: str) -> Decimal | None:
 # ---- what a row must have: the type of each field, by kind; the first kind whose fields a row has is its own ----
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and not has_half_a_pair(value)
+def _worked(text: str) -> str:
+    if final_number(text) is None:
+        raise ValueError("expected a text that ends in '#### 42'")
+    return text
 
 
-_Text = Annotated[str, only_if(_is_text, "a text that is not empty and that UTF-8 can write")]
-_Label = Annotated[_Text, BeforeValidator(lambda value: str(value) if is_whole(value) else value), AfterValidator(str.strip)]
-_Worked = Annotated[
-    str, only_if(lambda value: isinstance(value, str) and final_number(value) is not None, "a text that ends in '#### 42'")
-]
+# Without half of a surrogate pair, which JSON can write and UTF-8 cannot: pydantic refuses it where there is a pattern.
+_Text = Annotated[str, Field(pattern=r"\S")]
+_Label = Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value), AfterValidator(str.strip)]
+_Worked = Annotated[_Text, AfterValidator(_worked)]
 _text, _label = TypeAdapter(_Text), TypeAdapter(_Label)
 _TARGET: Fields = {"source": _text, "target": _text}
 _TARGETS: Fields = {"source": _text, "targets": TypeAdapter(Annotated[list[_Text], Field(min_length=1)])}
@@ -284,7 +283,10 @@ def _checked(row: Row, fields: Fields, where: str) -> Row:
         try:
             checked[name] = wanted.validate_python(row[name], strict=True)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            fault = error.errors()[0]
+            reason = "expected a text that is not empty and that UTF-8 can write"
+            if fault["type"] not in ("string_pattern_mismatch", "string_type", "string_unicode"):
+                reason = fault["msg"].removeprefix("Value error, ")
             raise GatewiseError(f"{where}: field {name!r}: {reason}") from error
     if "choices" in fields and checked["answer"] >= len(checked["choices"]):
         raise GatewiseError(f"{where}: field 'answer' is {checked['answer']}, but choices are numbered from 0")
