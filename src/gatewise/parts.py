@@ -11,7 +11,7 @@ Another distribution brings parts by entry points: of the group ``gatewise.metho
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
@@ -106,7 +106,7 @@ class Run:
     model: Any = None
     arguments: Any = None
     trainer: Any = None
-    report: "Report" = field(default_factory=lambda: Report())
+    report: "Report | None" = None
 
 
 @dataclass
@@ -227,6 +227,8 @@ class Method(Part):
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         rows_aside: how many rows of the training data the method wants for itself, at most.
         prompt_tokens: positions of the model that it takes from the text.
+        untrained: (model) -> a context manager that yields the model to call for what the base model computes: with a fresh LoRA,
+            which changes nothing, itself.
         loss_term: (model, share) -> what the loss of a batch gains while training. ``share`` is the batch's share in the labels of
             its optimiser step: those of all batches of a step add up to one.
     """
@@ -236,6 +238,7 @@ class Method(Part):
     trains_whole = True
     rows_aside = 0
     prompt_tokens = 0
+    untrained: Any = staticmethod(nullcontext)
     loss_term: Any = None
 
     def resume(self, output: Path) -> None:
@@ -273,10 +276,6 @@ class Method(Part):
     def trainer(self, run: Run) -> "Trainer":
         """The Trainer of the run."""
         return run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term)
-
-    def untrained(self, model: Any) -> AbstractContextManager[Any]:
-        """While open, the model to call for what the base model computes: with a fresh LoRA, which changes nothing, itself."""
-        return nullcontext(model)
 
     def finish(self, run: Run, model: "PeftModel") -> "PeftModel":
         """The trained model as it is measured and saved."""

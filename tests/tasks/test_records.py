@@ -45,7 +45,7 @@ def test_labels_are_sorted_and_cover_the_whole_file_even_when_limited(write: Wri
     records = load_records(write(LABELLED), limit=2)
     assert [row["label"] for row in records.rows] == ["good", "bad"]
     assert records.labels == ["bad", "good", "mixed"]
-    assert records.gold_index(records.rows[0]) == 1
+    assert records.gold == [1, 0]
 
 
 def test_given_labels_set_the_order_and_refuse_others(write: Write) -> None:

@@ -70,7 +70,7 @@ class Lora(Method):
         return Report(
             budget.parameters + budget.other_parameters,
             {"ranks": budget.ranks},
-            partial(inspection.grid_table, budget.grid()),
+            lambda: inspection.grid_table(budget.grid()),
             {"ranks.png": partial(inspection.plot, budget)},
         )
 

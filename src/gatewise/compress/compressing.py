@@ -35,7 +35,7 @@ from gatewise.compress.search import Candidate, Goal, Search, Size, Work
 from gatewise.errors import GatewiseError, some
 from gatewise.files import check_new_folder, finite, whole_folder, write_json
 from gatewise.losses import scored
-from gatewise.models.embedded import folder_of
+from gatewise.models.loading import folder_of
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
 from gatewise.tasks.metrics import measuring

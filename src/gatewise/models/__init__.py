@@ -3,13 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.models.embedded import EMBEDDED, EmbeddedModel, cache_dir, fetch, fetched, resolve
+from gatewise.models.embedded import EMBEDDED, EmbeddedModel, cache_dir, fetch, fetched
 
 if TYPE_CHECKING:
     from gatewise.adapters.loading import load_adapter
     from gatewise.internals.library_attributes import attention_implementation
     from gatewise.internals.model_around import ModelAround
-    from gatewise.models.loading import load_model, load_tokenizer, most_tokens
+    from gatewise.models.loading import load_model, load_tokenizer, most_tokens, resolve
 
 __all__ = [
     "EMBEDDED",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-# Loading brings torch, Transformers and PEFT (seconds), which listing and looking up the cache do without.
+# Loading brings torch, Transformers and PEFT (seconds), which listing the cache does without.
 _HOME = {
     "ModelAround": "gatewise.internals.model_around",
     "attention_implementation": "gatewise.internals.library_attributes",
@@ -35,6 +35,7 @@ _HOME = {
     "load_model": "gatewise.models.loading",
     "load_tokenizer": "gatewise.models.loading",
     "most_tokens": "gatewise.models.loading",
+    "resolve": "gatewise.models.loading",
 }
 
 

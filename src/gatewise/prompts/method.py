@@ -4,7 +4,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,6 +76,7 @@ class SelectivePrompts(Method):
 
     files = (SEARCH_FILE, "gates.png", "layers.png")
     stage = SEARCH_FOLDER
+    untrained = staticmethod(without_prompts)  # prompts change the function from the start
     prompts: PromptsSection
     search: SearchSection
 
@@ -138,10 +138,6 @@ class SelectivePrompts(Method):
         """Fresh prompts. The note says how many layers there were to choose from."""
         run.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
         return super().adapt(run, base)
-
-    def untrained(self, model: Any) -> AbstractContextManager[Any]:
-        """Prompts change the function from the start."""
-        return without_prompts(model)
 
     def search_steps(self, rows: int) -> int:
         """Optimiser steps of the search over ``rows`` training rows, of which one half is the weights'."""

@@ -6,7 +6,6 @@ resumed: its averages are in no checkpoint. In PEFT the effective scale is ``lor
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -129,6 +128,7 @@ class PrefixTuning(Method):
     """Prefix tuning (Li and Liang, arXiv 2101.00190), as PEFT has it: keys and values of a prompt in every layer."""
 
     trains_whole = False  # PEFT's prompts have no room for more
+    untrained = staticmethod(without_prompts)
     prompts: PrefixSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -148,10 +148,6 @@ class PrefixTuning(Method):
     def config(self, run: Run, base: PreTrainedModel) -> PrefixTuningConfig:
         """Prefix tuning."""
         return PrefixTuningConfig(num_virtual_tokens=self.prompts.num_prompt_tokens, task_type=run.task.task_type)
-
-    def untrained(self, model: Any) -> AbstractContextManager[Any]:
-        """Prompts change the function from the start."""
-        return without_prompts(model)
 
 
 class PromptTuning(PrefixTuning):

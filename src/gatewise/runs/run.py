@@ -458,6 +458,7 @@ def _may_fail(what: str, progress: ConsoleProgress) -> Iterator[None]:
 
 def _drawn(run: Run, result: RunResult, study: Report, state: TrainerState) -> RunResult:
     """The result with what the study of the model says, and with pictures."""
+    assert run.report is not None
     result = replace(result, numbers={**result.numbers, **study.numbers}, table=run.report.table)
     if study.numbers:
         _write_metrics(run.recipe, result, state.log_history)

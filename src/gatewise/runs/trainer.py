@@ -4,6 +4,7 @@ Shapes: b batch, t tokens.
 """
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,10 +77,6 @@ class RecipeTrainer(Trainer):
         self.loss_term = loss_term
         self.group_by_length = group_by_length
         self.patience = patience
-        if self.is_deepspeed_enabled:
-            config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config
-            if {"optimizer", "scheduler"} & config.config.keys():
-                raise GatewiseError("DeepSpeed's settings have an optimizer or scheduler, which the recipe sets: leave them out")
 
     def compute_loss(
         self,
@@ -142,8 +139,69 @@ class RecipeTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    # An adapter that FSDP and ZeRO leave whole is saved and loaded as without them: no process gathers the base model, and a run
-    # may be resumed with another strategy.
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's. Stops before an optimiser step that would write NaN into the adapter, and so into the next checkpoint."""
+        loss = super().training_step(*args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            return loss
+        if self.is_deepspeed_enabled:  # the step is over before anybody can see the gradients, but for their norm
+            norm = cast(Any, self.deepspeed).get_global_grad_norm()  # infinite, or below 0, where the gradients are not finite
+            finite = norm is None or 0 <= float(norm) < math.inf
+        else:
+            # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
+            gradients = [p.grad for p in cast(nn.Module, self.model).parameters() if p.grad is not None]
+            finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        if not finite:
+            self._stop_diverged(f"the gradient is not finite at step {self.state.global_step + 1}")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Adapter and note, nothing pickled. PEFT is kept from asking the hub whether embeddings changed."""
+        folder, model = output_dir or str(self._folder), cast(PeftModel, self.model)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        write_json(Path(folder) / NOTE_FILE, self.note)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
+        whole = cast(Any, model or self.model)
+        if soft_prompt(whole) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE)[0]
+        set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
+
+    def _stop_diverged(self, what: str) -> None:
+        """Ends a run whose numbers are no longer finite.
+
+        A checkpoint of this step has the very weights that gave no finite number: it is marked, so that no resume takes it.
+        """
+        suspect = self._folder / f"checkpoint-{self.state.global_step}"
+        if suspect.is_dir():
+            (suspect / DIVERGED_FILE).touch()
+        good = complete_checkpoints(self._folder)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
+        raise GatewiseError(
+            f"{what}, so the run stopped: {kept}; lower training.learning_rate or check the data and the base model, and train anew"
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+
+class ShardedTrainer(RecipeTrainer):
+    """RecipeTrainer under FSDP and DeepSpeed's ZeRO, which leave the adapter whole.
+
+    The adapter is saved and loaded as without them: no process gathers the base model, and a run may be resumed with another
+    strategy.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.is_deepspeed_enabled:
+            config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config
+            if {"optimizer", "scheduler"} & config.config.keys():
+                raise GatewiseError("DeepSpeed's settings have an optimizer or scheduler, which the recipe sets: leave them out")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's; its groups are noted before DeepSpeed puts tensors of its own into them."""
@@ -194,21 +252,9 @@ class RecipeTrainer(Trainer):
         with self._not_sharding():
             super()._load_best_model()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's. Stops before an optimiser step that would write NaN into the adapter, and so into the next checkpoint."""
-        loss = super().training_step(*args, **kwargs)
-        if not self.accelerator.sync_gradients:
-            return loss
-        if self.is_deepspeed_enabled:  # the step is over before anybody can see the gradients, but for their norm
-            norm = cast(Any, self.deepspeed).get_global_grad_norm()  # infinite, or below 0, where the gradients are not finite
-            finite = norm is None or 0 <= float(norm) < math.inf
-        else:
-            # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
-            gradients = [p.grad for p in cast(nn.Module, self.model).parameters() if p.grad is not None]
-            finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
-        if not finite:
-            self._stop_diverged(f"the gradient is not finite at step {self.state.global_step + 1}")
-        return loss
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._not_sharding():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @contextmanager
     def _not_sharding(self) -> Iterator[None]:
@@ -219,39 +265,14 @@ class RecipeTrainer(Trainer):
         finally:
             self.is_fsdp_enabled, self.is_deepspeed_enabled = sharding
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Adapter and note, nothing pickled. PEFT is kept from asking the hub whether embeddings changed."""
-        folder, model = output_dir or str(self._folder), cast(PeftModel, self.model)
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        write_json(Path(folder) / NOTE_FILE, self.note)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
-        whole = cast(Any, model or self.model)
-        if soft_prompt(whole) is None:
-            with self._not_sharding():
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE)[0]
-        set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
+def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
+    """The state of a scheduler, for an optimiser with so many groups: DeepSpeed leaves out those without parameters.
 
-    def _stop_diverged(self, what: str) -> None:
-        """Ends a run whose numbers are no longer finite.
-
-        A checkpoint of this step has the very weights that gave no finite number: it is marked, so that no resume takes it.
-        """
-        suspect = self._folder / f"checkpoint-{self.state.global_step}"
-        if suspect.is_dir():
-            (suspect / DIVERGED_FILE).touch()
-        good = complete_checkpoints(self._folder)
-        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-        raise GatewiseError(
-            f"{what}, so the run stopped: {kept}; lower training.learning_rate or check the data and the base model, and train anew"
-        )
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.args.output_dir or "")
+    All groups of a recipe have one learning rate.
+    """
+    each = ("base_lrs", "lr_lambdas", "_last_lr")
+    return {name: value[:1] * groups if name in each else value for name, value in schedule.items()}
 
 
 class RowOrder(Sampler[int]):
@@ -287,15 +308,6 @@ def has_stopped_early(log: Sequence[Mapping[str, Any]], patience: int | None) ->
     """True where a log ends with ``patience`` evaluations without a new lowest loss on dev."""
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
-    """The state of a scheduler, for an optimiser with so many groups: DeepSpeed leaves out those without parameters.
-
-    All groups of a recipe have one learning rate.
-    """
-    each = ("base_lrs", "lr_lambdas", "_last_lr")
-    return {name: value[:1] * groups if name in each else value for name, value in schedule.items()}
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -372,7 +384,8 @@ def trainer_of(
     given = {"model": run.model, "train_dataset": run.train, "eval_dataset": run.dev, **settings}
     if training.gradient_checkpointing:
         recompute_activations(given["model"])
-    kind: Any = RecipeTrainer if mixin is None else type(mixin.__name__, (mixin, RecipeTrainer), {})
+    kind: Any = ShardedTrainer if "LOCAL_RANK" in os.environ else RecipeTrainer  # which every launcher sets
+    kind = kind if mixin is None else type(mixin.__name__, (mixin, kind), {})
     return kind(
         args=given.pop("args", None) or arguments_of(run, run.steps),
         collator=run.collate,

@@ -84,9 +84,7 @@ class Template:
         return [" " + choice.strip() for choice in row["choices"]]
 
     def target(self, records: Records, row: Row) -> str:
-        """The right continuation, beginning with a space. Of several targets it is the first."""
-        if records.kind in ("label", "choice"):
-            return self.candidates(records, row)[records.gold_index(row)]
+        """The right text (kinds "generation" and "number"), beginning with a space. Of several targets it is the first."""
         if records.kind == "number":
             return " " + row["answer"].strip()
         return " " + references(row)[0].strip()
@@ -141,7 +139,7 @@ def encode(
     template.check(records)
     if records.kind in ("label", "choice"):
         candidates = candidate_ids(records, tokenizer, template)
-        answers = [list(row[records.gold_index(fields)]) for row, fields in zip(candidates, records.rows, strict=True)]
+        answers = [list(row[gold]) for row, gold in zip(candidates, records.gold, strict=True)]
         # Room for the longest candidate, not for the gold one: evaluation cuts the prompt so too.
         room = [max(map(len, row)) for row in candidates]
     else:
@@ -178,10 +176,7 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     encoded = tokenizer(
         *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
     )
-    return [
-        {**{key: encoded[key][index] for key in encoded}, "labels": records.gold_index(row)}
-        for index, row in enumerate(records.rows)
-    ]
+    return [{**{key: encoded[key][index] for key in encoded}, "labels": gold} for index, gold in enumerate(records.gold)]
 
 
 class PadCollator:

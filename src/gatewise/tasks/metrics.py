@@ -279,8 +279,8 @@ def _evaluate_candidates(
     found: Answers = []
     norm_hits = gold_tokens = 0
     gold_score = 0.0
-    for row, texts, pairs in zip(records.rows, candidates, scored, strict=True):
-        gold, scores = records.gold_index(row), [score for score, _ in pairs]
+    for gold, texts, pairs in zip(records.gold, candidates, scored, strict=True):
+        scores = [score for score, _ in pairs]
         per_token = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         # Two choices with the same text are the same answer.
         best = scores.index(max(scores))

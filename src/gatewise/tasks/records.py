@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import resources
 from importlib.metadata import entry_points
@@ -35,26 +35,30 @@ SAMPLE_PREFIX = "sample:"
 _SUFFIXES = (".jsonl", ".json", ".csv")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Records:
     """Rows of one kind, in the order of their source.
 
     Attributes:
         labels: the label names in a fixed order (kind "label"), else None. The position in it is a label's class index.
         source: where the rows came from, as the user wrote it.
+        gold: of each row, the position of the right answer among its candidates (kinds "label" and "choice"); else empty.
     """
 
     kind: Kind
     rows: list[Row]
     labels: list[str] | None
     source: str
+    gold: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            self.gold = [self.labels.index(row["label"]) for row in self.rows]
+        else:
+            self.gold = [int(row["answer"]) for row in self.rows] if self.kind == "choice" else []
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def gold_index(self, row: Row) -> int:
-        """Position of the right answer among the row's candidates (kinds "label" and "choice")."""
-        return int(row["answer"]) if self.labels is None else self.labels.index(row["label"])
 
 
 def load_records(

@@ -24,8 +24,7 @@ from typing import IO, Any
 
 from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
-from gatewise.models.embedded import resolve
-from gatewise.models.loading import load_config
+from gatewise.models.loading import load_config, resolve
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
