@@ -17,7 +17,7 @@ from gatewise_mdt.relations import expected_relations, is_relation
 TripleParts = tuple[str, str, str]
 NodeParts = tuple[str, list[TripleParts], str]
 
-MAX_DEPTH = 100  # nested JSON and FHIR nest as deep as the tree, and Python's JSON gives up at about 1000
+MAX_DEPTH = 100  # FHIR nests as deep as the tree, and Python's JSON gives up at about 1000
 _NODE_KEYS = ("role", "triples", "logical_rel")
 
 
@@ -208,10 +208,7 @@ def repaired_parts(nodes: Any) -> tuple[Any, list[str]]:
 
 def shown(value: Any) -> str:
     """A value in a message: short, on one line."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        text = type(value).__name__
+    text = repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
 

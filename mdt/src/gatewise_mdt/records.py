@@ -124,7 +124,6 @@ class TreeFile:
         faults: number of a record -> what is wrong with it, a whole sentence.
         notes: what was put right, a whole sentence each (only where repair was asked for).
         count: records in the file, read or not.
-        repaired: numbers of the records that have a tree only after a repair.
     """
 
     source: str
@@ -132,7 +131,6 @@ class TreeFile:
     faults: dict[int, str]
     notes: tuple[str, ...]
     count: int
-    repaired: frozenset[int] = frozenset()
 
 
 def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
@@ -165,7 +163,6 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     records: list[TreeRecord] = []
     faults: dict[int, str] = {}
     notes: list[str] = []
-    repaired: set[int] = set()
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
@@ -174,11 +171,10 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
             faults[number] = str(error)
             continue
         if made:
-            repaired.add(number)
             record, more = _unapproved(record, where)
             notes += [*made, *more]
         records.append(record)
-    return TreeFile(name, tuple(records), faults, tuple(notes), len(items), frozenset(repaired))
+    return TreeFile(name, tuple(records), faults, tuple(notes), len(items))
 
 
 def _unapproved(record: TreeRecord, where: str) -> tuple[TreeRecord, list[str]]:

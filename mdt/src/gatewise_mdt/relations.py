@@ -41,9 +41,8 @@ def relation_in(relation: str, language: Language) -> str:
     """The name of a relation in a language.
 
     Raises:
-        GatewiseError: the relation or the language is not known.
+        GatewiseError: the relation is not known.
     """
-    check_language(language)
     if not is_relation(relation):
         raise GatewiseError(f"{relation!r} is no relation: expected {expected_relations()}")
     english = _ENGLISH.get(relation, relation)

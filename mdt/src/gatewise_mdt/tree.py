@@ -126,14 +126,6 @@ class DecisionTree:
         """The tree in the published format."""
         return [node.to_json() for node in self.nodes]
 
-    def to_nested(self) -> dict[str, Any]:
-        """The tree as nested JSON: a condition has its children under the keys ``"true"`` and ``"false"``."""
-        made = self.to_preorder()
-        for node, both in zip(made, self.children, strict=True):
-            if both is not None:
-                node["true"], node["false"] = (made[child] for child in both)
-        return made[0]
-
     def to_outline(self, comments: "list[str] | tuple[str, ...]" = ()) -> str:
         """The tree as indented lines that people read.
 

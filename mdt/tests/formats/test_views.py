@@ -324,10 +324,9 @@ def test_what_cannot_be_rendered_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
-    more = {"notice": "Approved for clinical use", "nested": 1, "spans": 2, "source": "x", "score": float("nan")}
+    more = {"notice": "Approved for clinical use", "spans": 2, "source": "x", "score": float("nan")}
     made = json.loads(render([TreeRecord(TEXT, TREE, 1, more)], "json"), parse_constant=pytest.fail)[0]
     assert "review by a clinician" in made["notice"]
-    assert made["nested"] == TREE.to_nested()
     assert len(made["spans"]) == len(TREE.nodes)
     assert (made["source"], made["score"]) == ("x", None)
 

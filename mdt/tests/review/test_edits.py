@@ -18,7 +18,10 @@ Nodes = list[dict[str, Any]]
 
 
 def nested(nodes: Nodes) -> dict[str, Any]:
-    return DecisionTree.from_preorder(nodes).to_nested()
+    made, children = [{**node} for node in nodes], DecisionTree.from_preorder(nodes).children
+    for one, both in zip(made, children, strict=True):
+        one |= {} if both is None else {"true": made[both[0]], "false": made[both[1]]}
+    return made[0]
 
 
 def is_tree(nodes: Nodes) -> bool:

@@ -1,7 +1,6 @@
 """``gatewise mdt carry``: what a review of an older version of a guideline decided, carried over to the newer one."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import say
+from gatewise_mdt.commands.trees import is_one_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
@@ -44,9 +43,9 @@ def carry(
     from gatewise_mdt.review.session import Session
 
     corrections = _corrections(old)
-    if os.path.exists(new) and os.path.samefile(new, corrections):
+    if is_one_file(new, corrections):
         raise GatewiseError(f"{new} is what is carried over: name the newer guideline after it")
-    if (target := out or ReviewFiles.default_out(Path(new))).exists() and target.samefile(corrections):
+    if is_one_file(target := out or ReviewFiles.default_out(Path(new)), corrections):
         raise GatewiseError(f"{target} is the older review, and would be changed: name another file with --out")
     name = writable(corrections.name)
     records, lacking = _records(corrections)
@@ -75,13 +74,7 @@ def _corrections(old: str) -> Path:
     from gatewise_mdt.review.files import ReviewFiles
 
     beside = ReviewFiles.default_out(Path(old))
-    if beside.is_file():
-        return beside
-    if Path(old).suffix.lower() not in (".json", ".jsonl"):
-        raise GatewiseError(f"{beside}: there is no such file, expected the corrections of the review of {old}")
-    if not os.path.isfile(old):
-        raise GatewiseError(f"{old}: there is no such file, expected trees ({', '.join(SUFFIXES)})")
-    return Path(old)
+    return Path(old) if not beside.is_file() and Path(old).suffix.lower() in SUFFIXES else beside
 
 
 def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":

@@ -1,7 +1,6 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -62,6 +61,7 @@ def extract(
       gatewise mdt extract guidelines/ --server http://127.0.0.1:8000 --adapter-name mdt-pi-lora --format json --out trees.json
       echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
     """
+    from gatewise.adapters import fingerprint
     from gatewise.files import is_special
     from gatewise_mdt.documents.reading import documents_in
     from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
@@ -79,7 +79,7 @@ def extract(
         _check_place(format, out, several)
         settings: dict[str, Any] = {"verbatim": verbatim, "max_new_tokens": max_new_tokens}
         if out is not None and not is_special(out):
-            model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
+            model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": fingerprint(adapter)}
             journal = Journal(out.with_name(f"{out.name}.work.jsonl"), {**model, "base": base, **settings})
         try:
             with (
@@ -130,15 +130,6 @@ def _check_place(format: Format, out: Path | None, several: bool) -> None:
         check_new_folder(out)
     else:
         check_new_file(out)
-
-
-def _fingerprint(adapter: Path) -> str | None:
-    """Of an adapter; None where there is none, which is told when it is loaded."""
-    from gatewise.adapters import fingerprint
-
-    with suppress(GatewiseError):
-        return fingerprint(adapter)
-    return None
 
 
 def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool) -> Path | None:

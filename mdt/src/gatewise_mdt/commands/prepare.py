@@ -78,9 +78,7 @@ def prepare(
 
 def _approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":
     """Those that a reviewer approved; says how many others there are."""
-    from gatewise_mdt.review.passage import version_of
-
-    kept = [one for one in records if version_of(one).state == "approved"]
+    kept = [one for one in records if one.more.get("review") == "approved"]
     if not kept:
         raise GatewiseError(
             f"none of the {len(records)} records of {data} was approved: approve some in `gatewise mdt review`, or leave --only out"

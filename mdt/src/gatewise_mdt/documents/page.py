@@ -119,12 +119,8 @@ def _table(found: Any, words: Sequence[Word]) -> PageTable | None:
     )
     if len(edges) == 1 or columns_of_text or not any(_within(word, cell) for word in words for cell in found.cells):
         return None
-    return PageTable(list(_rows(found, words, edges)), *_corners(found.bbox), tuple(edges))
-
-
-def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
-    x0, top, x1, bottom = box
-    return x0, x1, top, bottom
+    x0, top, x1, bottom = found.bbox
+    return PageTable(list(_rows(found, words, edges)), x0, x1, top, bottom, tuple(edges))
 
 
 def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[list[Cell]]:

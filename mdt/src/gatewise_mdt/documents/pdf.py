@@ -110,14 +110,14 @@ def _unread(pages: Sequence[_Page], name: str) -> Iterator[str]:
         )
     if scanned:
         yield (
-            f"{name} has no text, or next to none, on {_spans(scanned)} of {len(pages)}, as scanned pages have none: run text"
+            f"{name} has no text, or next to none, on {_listed(scanned)} of {len(pages)}, as scanned pages have none: run text"
             " recognition (OCR) over it if they matter"
         )
     times = Counter(picture for page in pages for picture in page.pictures)  # a logo is on several
     pictured = [page.number for page in pages if any(times[picture] == 1 for picture in page.pictures)]
     if others := [number for number in pictured if number not in scanned]:
         yield (
-            f"{name} has pictures on {_spans(others)} of {len(pages)}, which were not read: if they show text, such as a flow"
+            f"{name} has pictures on {_listed(others)} of {len(pages)}, which were not read: if they show text, such as a flow"
             " chart, run text recognition (OCR) over it"
         )
     if turned := [(page.turned, page.where) for page in pages if any(map(str.isalpha, page.turned))]:
@@ -171,16 +171,10 @@ def _stands_by_itself(own: PageLine, page: _Page, again: set[tuple[str, int]]) -
     return bool(away) and all(away)
 
 
-def _spans(numbers: Sequence[int]) -> str:
-    """Numbers of pages as people write them: "pages 2-5, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
-        else:
-            spans.append([number])
-    said = ", ".join("-".join(map(str, span)) for span in spans)
-    return f"{'page' if len(numbers) == 1 else 'pages'} {said}"
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers of pages as people write them: "pages 2, 3, 7"."""
+    more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
+    return f"{'page' if len(numbers) == 1 else 'pages'} {', '.join(map(str, numbers[:20]))}{more}"
 
 
 # ---- headings, paragraphs, tables ----

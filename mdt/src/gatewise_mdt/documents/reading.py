@@ -1,6 +1,5 @@
 """Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
 
-import errno
 import hashlib
 import os
 import re
@@ -34,8 +33,6 @@ def read_document(path: str | Path) -> Document:
     if str(path) == STDIN:
         return document_of(sys.stdin.buffer.read(), "stdin", ".md")
     name, suffix = str(path), Path(path).suffix
-    if _is_folder(path):
-        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_SUFFIXES}")
     _check_suffix(suffix, name)
     return document_of(content_of(path), name, suffix)
 
@@ -51,7 +48,7 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
     """
     found: list[str | Path] = []
     for path in paths:
-        if str(path) == STDIN or not _is_folder(path):
+        if str(path) == STDIN or not os.path.isdir(path):
             found.append(path)
             continue
         faults: list[OSError] = []
@@ -100,18 +97,6 @@ _READERS: dict[str, Callable[[bytes, str], Document]] = {
     ".pdf": read_pdf,
     ".docx": read_docx,
 }
-
-
-def _is_folder(path: str | Path) -> bool:
-    try:
-        return Path(path).is_dir()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise GatewiseError(
-                f"{str(path)[:60]}…: there is no such file, the name is too long for one; a text itself can be given on standard"
-                " input with -"
-            ) from None
-        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -17,14 +17,13 @@ populations and drugs are words without codes.
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any, Literal
 
 from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, approval_of, clean, corrector_of, document_of, said_beside
+from gatewise_mdt.formats.origin import BEFORE_USE, clean, document_of, reviewer_of, said_beside
 from gatewise_mdt.formats.svg import main_subject
-from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree, Node, Triple
@@ -110,17 +109,13 @@ class _Resources:
         # For each node where its triples stand in the text.
         rows = zip(self.tree.nodes, locate_tree(record.text, self.tree), strict=True)
         self.located = [dict(zip(node.triples, spans, strict=True)) for node, spans in rows]
-        self.activities: dict[int, list[dict[str, Any]]] = {}
+        self.activities: list[dict[str, Any]] = []
 
-    def made(self) -> Iterator[dict[str, Any]]:
-        plan = self._plan()
-        yield plan
-        yield self._library()
-        for number in sorted(self.activities):
-            yield from self.activities[number]
+    def made(self) -> list[dict[str, Any]]:
+        return [self._plan(), self._library(), *self.activities]
 
     def _plan(self) -> dict[str, Any]:
-        root = self._root()
+        root = self._inside(0)
         profiles = ("shareableplandefinition", "computableplandefinition")
         # A recommendation of CPG has an action.
         cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
@@ -151,17 +146,13 @@ class _Resources:
         library["content"] = [{"contentType": "text/cql", "data": _encoded(cql)}]
         return library
 
-    def _root(self) -> dict[str, Any] | None:
-        """What is inside the action of the whole tree; None where it recommends nothing."""
-        made: dict[int, dict[str, Any] | None] = {}
-        for i in range(len(self.tree.nodes) - 1, -1, -1):  # children first, so that no depth is too deep
-            node, both = self.tree.nodes[i], self.tree.children[i]
-            if both is None:
-                made[i] = self._decision(node, i + 1)
-                continue
-            sides = [self._branch(i + 1, node, side, made.pop(child)) for side, child in zip((True, False), both, strict=True)]
-            made[i] = _group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
-        return made[0]
+    def _inside(self, i: int) -> dict[str, Any] | None:
+        """What is inside the action of a node and all below it; None where it recommends nothing."""
+        node, both = self.tree.nodes[i], self.tree.children[i]
+        if both is None:
+            return self._decision(node, i + 1)
+        sides = [self._branch(i + 1, node, side, self._inside(child)) for side, child in zip((True, False), both, strict=True)]
+        return _group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
 
     def _branch(self, number: int, node: Node, side: bool, inside: dict[str, Any] | None) -> dict[str, Any] | None:
         """What is to be done when a condition holds, or when it does not. It is None where that is nothing."""
@@ -209,7 +200,7 @@ class _Resources:
             if order.doses:
                 # Several dosages of one activity would all be taken; what joins them can only be said in words.
                 activity["dosage"] = [{"text": clean(f" {join} ".join(dose.object for dose in order.doses))}]
-        self.activities.setdefault(number, []).append(activity)
+        self.activities.append(activity)
         return {**action, "definitionCanonical": self._canonical("ActivityDefinition", name)}
 
     def _documentation(self, triples: Sequence[Triple], number: int) -> dict[str, Any]:
@@ -275,8 +266,8 @@ def _source(record: TreeRecord) -> dict[str, Any]:
     if text.strip():
         document = {"contentType": "text/plain; charset=utf-8", "data": _encoded(text)}
         made.append({"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document})
-    if found := document_of(record, words_for("en")):
-        source, where = map(clean, found)
+    source, where = map(clean, document_of(record))
+    if source:
         cited = f"{source}: {where}" if where else source
         made.append({"type": "derived-from", "label": "document", "display": source, "citation": cited})
     return {"relatedArtifact": made} if made else {}
@@ -284,11 +275,10 @@ def _source(record: TreeRecord) -> dict[str, Any]:
 
 def _people(record: TreeRecord) -> dict[str, Any]:
     """Who approved the tree and when, or who corrected it, as elements of a resource. It stays a draft."""
-    if (approval := approval_of(record)) is not None:
-        by, day = approval
-        return {"reviewer": [{"name": clean(by)}]} | ({"approvalDate": day} if day else {})
-    by = clean(corrector_of(record))
-    return {"editor": [{"name": by}]} if by else {}
+    state, by, day = map(clean, reviewer_of(record))
+    if state == "approved" and by:
+        return {"reviewer": [{"name": by}]} | ({"approvalDate": day} if day else {})
+    return {"editor": [{"name": by}]} if state and by else {}
 
 
 def _encoded(text: str) -> str:

@@ -46,17 +46,11 @@ def clean(text: str) -> str:
     return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def approval_of(record: TreeRecord) -> tuple[str, str] | None:
-    """Who approved a tree, and on which day (UTC, ISO 8601), empty where that cannot be read; None for one that nobody approved."""
-    held = record.reviewed or {}
-    by = _text(held, "by")
+def reviewer_of(record: TreeRecord) -> tuple[str, str, str]:
+    """Whether a tree was "approved" or "corrected", by whom, and on which day (UTC, ISO 8601); each empty where it is not known."""
+    held, state = record.reviewed or {}, record.more.get("review")
     moment = _moment(_text(held, "at"))
-    return (by, moment.date().isoformat() if moment else "") if record.more.get("review") == "approved" and by else None
-
-
-def corrector_of(record: TreeRecord) -> str:
-    """Who corrected a tree that nobody approved since; empty where that is not known."""
-    return _text(record.reviewed or {}, "by") if record.more.get("review") == "corrected" else ""
+    return state if state in ("approved", "corrected") else "", _text(held, "by"), moment.date().isoformat() if moment else ""
 
 
 def confidence_of(record: TreeRecord) -> tuple[float | None, ...]:
@@ -65,21 +59,16 @@ def confidence_of(record: TreeRecord) -> tuple[float | None, ...]:
     return () if record.more.get("review") == "approved" else record.confidence or ()
 
 
-def document_of(record: TreeRecord, words: Words | None = None) -> tuple[str, str] | None:
-    """The file of a tree's document, and the place of its passage in it with the whole SHA-256; None where it is of no document."""
-    source = _text(record.more, "source")
-    words = words or words_for(record.tree.language)
-    where = words.comma.join(_places(record, words, len(record.sha256)))
-    return (source, where) if source else None
+def document_of(record: TreeRecord) -> tuple[str, str]:
+    """The file of a tree's document, and the place of its passage in it with the whole SHA-256, in English; empty without one."""
+    return _text(record.more, "source"), ", ".join(_places(record, words_for("en"), len(record.sha256)))
 
 
 def _reviewed(record: TreeRecord, words: Words) -> str:
-    said = words.origin
-    state = record.more.get("review")
-    if state not in ("approved", "corrected"):
+    said, state = words.origin, reviewer_of(record)[0]
+    if not state:
         return ""
-    held = record.reviewed or {}
-    by, at, comment, read = (_text(held, key) for key in ("by", "at", "comment", "sha256"))
+    by, at, comment, read = (_text(record.reviewed or {}, key) for key in ("by", "at", "comment", "sha256"))
     parts = [said[f"{state}_by"].format(by=by) if by else said[state], *([_minute(at)] if at else [])]
     if read and record.sha256 and read != record.sha256:
         parts.append(said["read"].format(sha256=_short(read)))

@@ -274,7 +274,8 @@ _WIDTH = {character: width / 100 for width, characters in _WIDTHS.items() for ch
 _BOLD = 1.12
 # Chinese punctuation that must not begin, and that must not end a line.
 _NOT_FIRST, _NOT_LAST = frozenset("，。、；：！？）》」』】”’％%"), frozenset("（《「『【“‘")
-_WORD = re.compile(r"\s+|[^\s\u2e80-\uffef]+|[\u2e80-\uffef]")
+# Words (up to a hyphen or slash between letters), spaces, and Chinese characters.
+_WORD = re.compile(r"\s+|[\u2e80-\uffef]|[^\s\u2e80-\uffef]+?(?:(?<=[^\W\d_])[-/–](?=[^\W\d_])|(?=[\s\u2e80-\uffef]|$))")
 
 
 def width_of(text: str, size: float, bold: bool = False) -> float:
@@ -293,7 +294,7 @@ def _character_width(character: str) -> float:
 
 
 def wrap(text: str, width: float, size: float, bold: bool = False) -> list[str]:
-    """Lines no wider than ``width``: broken at spaces, between Chinese characters, and inside a word too long for a line."""
+    """Lines no wider than ``width``: broken at spaces, after hyphens, between Chinese characters, and in long words."""
     lines: list[str] = []
     line = ""
     for piece in _pieces(text):
@@ -306,9 +307,9 @@ def wrap(text: str, width: float, size: float, bold: bool = False) -> list[str]:
         if piece.isspace():
             continue
         while width_of(piece, size, bold) > width and len(piece) > 1:
-            cut = _cut(piece, width, size, bold)
-            lines.append(piece[:cut])
-            piece = piece[cut:]
+            fits = next(n for n in range(len(piece) - 1, 0, -1) if n == 1 or width_of(piece[:n], size, bold) <= width)
+            lines.append(piece[:fits])
+            piece = piece[fits:]
         line = piece
     if line.strip():
         lines.append(line.rstrip())
@@ -325,18 +326,6 @@ def _pieces(text: str) -> Iterator[str]:
         held += " " if piece.isspace() else piece
     if held:
         yield held
-
-
-def _cut(word: str, width: float, size: float, bold: bool) -> int:
-    """How many characters of a long word fit; after a hyphen or slash where there is one in the second half of the line."""
-    used, fits = 0.0, 1
-    for i, character in enumerate(word):
-        used += width_of(character, size, bold)
-        if used > width:
-            break
-        fits = i + 1
-    good = max((word.rfind(mark, fits // 2, fits) for mark in "-/–"), default=-1)
-    return good + 1 if good > 0 else fits
 
 
 def place_boxes(tree: DecisionTree, heights: Sequence[float]) -> list[Place]:

@@ -120,7 +120,7 @@ def _with_comments(records: Sequence[TreeRecord]) -> str:
 
 
 def _as_json(record: TreeRecord) -> dict[str, Any]:
-    """The published format with what a program may want beside it: the nested tree and the phrases' places in the text."""
+    """The published format with what a program may want beside it: the phrases' places in the text."""
     located = locate_tree(record.text, record.tree)
     spans = [
         [_places(record.text, triple, found) for triple, found in zip(node.triples, row, strict=True)]
@@ -128,7 +128,7 @@ def _as_json(record: TreeRecord) -> dict[str, Any]:
     ]
     first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": NOTICE}
     # What is ours comes twice: before a record's own keys, and after them, so that none of these takes its place.
-    return {**first, **record.more, **first, "nested": record.tree.to_nested(), "spans": spans}
+    return {**first, **record.more, **first, "spans": spans}
 
 
 def _places(text: str, triple: Triple, found: TripleSpans) -> dict[str, Any]:
