@@ -358,34 +358,6 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
         print(f"| `{order}` | " + " | ".join(told) + f" | {pairs} |")
 
 
-def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """The frontier: points lost against the share of parameters and of modules (MiniLM)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    cells = by_cell(rows, "minilm")
-    lines = [(order, "as it is") for order in ("path_moments", "activation", "singular", "even", "last", "random")]
-    lines += [("path_moments", "recovered"), ("small LoRA", "trained")]
-    for axis, unit in zip(axes, ("parameters", "modules"), strict=True):
-        for number, (order, stage) in enumerate(lines):  # each with its colour in both
-            here = sorted(cell for cell in cells if cell[:2] == (order, unit) and cell[3] == stage)
-            if here:
-                lost = [statistics.mean(gaps(cells, cell).values()) for cell in here]
-                style = {"recovered": "^", "as it is": "-o", "trained": "*"}[stage]
-                label = f"{order}, {stage}" if stage == "recovered" else order
-                axis.plot([cell[2] for cell in here], lost, style, color=f"C{number}", label=label)
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel=f"share of the {unit}", title=f"MiniLM-L6, by {unit}", ylim=(-25, 2))
-        axis.set_xticks(HALVES, [f"1/{round(1 / share)}" for share in HALVES])
-        axis.minorticks_off()
-    axes[0].set_ylabel("points of accuracy, less the whole adapter's")
-    axes[0].legend(fontsize=7)
-    figure.savefig(out, dpi=110)
-
-
 def main() -> None:
     """Makes the measurements that are missing, then reports all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -397,7 +369,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of docs/compress.md for --models, run nothing")
-    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if options.table:
         for name in options.models:
@@ -425,8 +396,6 @@ def main() -> None:
                             append(row | on, options.results)
                             print(json.dumps(row | on), flush=True)
     report(read(options.results))
-    if options.plot:
-        plot(read(options.results), options.plot)
 
 
 if __name__ == "__main__":

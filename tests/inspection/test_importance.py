@@ -15,10 +15,9 @@ from tiny_models import EXPERTS
 from tiny_run import write_adapter, write_base, write_rows
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.allocation.scores import DEFAULT, NAMES, as_score
+from gatewise.allocation.scores import NAMES
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection import importance_lines
 from gatewise.inspection.importance import importance_of, score_adapter
 from gatewise.inspection.suggestion import suggest
 from gatewise.losses import mean_loss
@@ -114,13 +113,6 @@ def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batc
     assert all(abs(module.scores[slot]) > 1e-6 for slot in (0, 2))
 
 
-def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapted, batch: Batch) -> None:
-    found = importance_of(adapted(), batch())
-    assert (found.score, found.meaning, found.unit) == (DEFAULT, as_score(DEFAULT).meaning, as_score(DEFAULT).unit)
-    assert not any("lower the loss by" in line for line in importance_lines(found))
-    assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
-
-
 def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Adapted, batch: Batch) -> None:
     model, rows = adapted(r=2, target_modules=["q_proj", "down_proj"]).eval(), batch()
     layers = lora_layers(model)
@@ -167,15 +159,6 @@ def test_dead_slots_have_no_score_and_a_dead_module_is_worth_nothing(adapted: Ad
 
 
 # ---- what is refused
-
-
-def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"score 'path-integral' is not known; .*; did you mean path_integral\?$"):
-        score_adapter(tmp_path / "none", "none", score="path-integral")
-    with pytest.raises(GatewiseError, match=r"^0 rows .* expected at least 1$"):
-        score_adapter(tmp_path / "none", "none", rows=0)
-    with pytest.raises(GatewiseError, match=r"score_options has 'pionts', .*; did you mean points\?$"):
-        score_adapter(tmp_path / "none", "none", score="path_integral", score_options={"pionts": 3})
 
 
 def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> None:

@@ -13,36 +13,27 @@ from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.slots import by_slot, check_movable, factors, lora_layers, set_slots
 
 
-def to_singular_basis(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+def to_singular_basis(model: nn.Module) -> None:
     """Rewrites the factors of every LoRA layer in its singular basis. The function computed does not change.
 
     Slots that B A does not need (dead ones, and those of more ranks than its true one) are zero afterwards, behind the others.
 
-    Returns:
-        Path -> (r,) singular values of scaling * B A, descending, in float64 on the CPU.
-
     Raises:
         GatewiseError: no LoRA adapter, or layers that share their factors.
     """
-    name = active_adapter(model, adapter)
+    name = active_adapter(model)
     check_movable(model, name)
-    found: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model, name).items():
+    for layer in lora_layers(model, name).values():
         rows, columns = by_slot(layer, name, *(factor.detach().cpu().double() for factor in factors(layer, name)))
-        rows, columns, values = _turned(rows, columns)
-        set_slots(layer, name, rows, columns)
-        found[path] = values * abs(layer.scaling[name])
-    return found
+        set_slots(layer, name, *_turned(rows, columns))
 
 
-def _turned(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, d_in) and B^T (r, d_out) in the singular basis of B A, and its singular values (r,)."""
+def _turned(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B^T (r, d_out) in the singular basis of B A."""
     (q_a, r_a), (q_b, r_b) = (torch.linalg.qr(factor.T) for factor in (rows, columns))
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     # What float32 factors cannot hold beside the largest direction is rounding: such a rank is none.
     s = torch.where(s > s.max() * len(rows) * torch.finfo(torch.float32).eps, s, 0.0)
     root = s.sqrt()[:, None]
-    turned = root * (v @ q_a.T), root * (q_b @ u).T
-    missing = len(rows) - len(s)  # more ranks than the module has dimensions
-    new_rows, new_columns = (torch.cat([one, one.new_zeros(missing, one.shape[1])]) for one in turned)
-    return new_rows, new_columns, torch.cat([s, s.new_zeros(missing)])
+    missing = (0, 0, 0, len(rows) - len(s))  # more ranks than the module has dimensions
+    return nn.functional.pad(root * (v @ q_a.T), missing), nn.functional.pad(root * (q_b @ u).T, missing)

@@ -121,8 +121,9 @@ class Search:
         self.note = read_note(source)
         self.candidates: list[Candidate] = []
         self.candidate_rows: list[Tensor] = []  # what was measured of each
-        model = loaded.model
-        _refuse(model)
+        model: Any = loaded.model
+        if (bias := model.peft_config[ADAPTER].bias) != "none":
+            raise GatewiseError(f"the adapter trained biases of the base model too (bias={bias!r}), which no smaller LoRA holds")
         self.layers = lora_layers(model, ADAPTER)
         self.rank_cost = slots.costs(self.layers, ADAPTER)
         self.beside_ranks = _beside_ranks(model, self.layers)
@@ -131,7 +132,7 @@ class Search:
         # Stored name -> the model's own tensor: the factors and what else the adapter has, such as a head.
         self.tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
         self.file_tensors, self.metadata = read_tensors(weights_of(source))
-        to_singular_basis(model, ADAPTER)
+        to_singular_basis(model)
         self.whole = self._copy()
         self.live = {path: live_slots(layer, ADAPTER) for path, layer in self.layers.items()}
         # What does not fit is found before long work.
@@ -314,14 +315,6 @@ class Search:
     def _scored_loss(self) -> float:
         model = self.loaded.model.eval()
         return mean_loss(model, parts_of(model, self.batch).own)
-
-
-def _refuse(model: Any) -> None:
-    """Refuses an adapter whose ranks cannot go, before long work."""
-    slots.check_movable(model, ADAPTER)
-    bias = model.peft_config[ADAPTER].bias
-    if bias != "none":
-        raise GatewiseError(f"the adapter trained biases of the base model too (bias={bias!r}), which no smaller LoRA holds")
 
 
 def _stays(layer: Any, adapter: str) -> bool:

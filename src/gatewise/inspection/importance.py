@@ -99,11 +99,6 @@ class Importance:
         return as_score(self.score).unit
 
     @property
-    def meaning(self) -> str:
-        """What a rank's score says, in words."""
-        return as_score(self.score).meaning
-
-    @property
     def useless(self) -> list[ModuleImportance]:
         """The modules whose scores add up to zero or less: on these rows the adapter does without them as well."""
         return [module for module in self.modules if module.total <= 0]

@@ -85,7 +85,9 @@ def budget_lines(budget: BudgetMap) -> list[str]:
 
 def importance_lines(importance: "Importance") -> list[str]:
     """What was scored and how, in a few lines of plain text, and the modules that could go."""
-    unit = f" {importance.unit}" if importance.unit else ""
+    from gatewise.allocation.scores import as_score
+
+    meaning, unit = as_score(importance.score).meaning, f" {importance.unit}" if importance.unit else ""
     total = f"{importance.total:.4g}{unit}"
     if importance.score == "path_integral":
         total += f"; the ranks lower the loss by {importance.loss_base - importance.loss_adapted:.4g}{unit}"
@@ -93,7 +95,7 @@ def importance_lines(importance: "Importance") -> list[str]:
     could_go = f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, 5)}"
     lines = [
         f"base model: {importance.base_model or 'not named'}",
-        f"score: {importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}",
+        f"score: {importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {meaning}",
         f"rows: {importance.rows:,}" + (f" of {importance.data}" if importance.data else ""),
         f"scored: {importance.rank:,} ranks in {len(importance.modules):,} modules",
         f"loss: {importance.loss_base:.4f} nats without these ranks, {importance.loss_adapted:.4f} with them",
