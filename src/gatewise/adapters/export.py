@@ -49,7 +49,7 @@ def to_lora(
             engines that reject or ignore ``rank_pattern`` and ``alpha_pattern``.
         adapter: which adapter of a ``PeftModel``; None for the active one.
         rank: pad to this rank, and write modules that rounds have left without ranks as zeros, so that adapters of different
-            allocations have the same shapes: for hotswapping and weighted merging. Only with ``padded``.
+            allocations have the same shapes: for hotswapping and weighted merging. Implies ``padded``.
 
     Returns:
         The folder written.
@@ -57,15 +57,13 @@ def to_lora(
     Raises:
         GatewiseError: not a LoRA adapter, damaged files, no rank left, a ``rank`` that is too small, or ``out`` cannot be written.
     """
-    if rank is not None and not padded:
-        raise GatewiseError(f"rank is {rank}, but without padding every module has its true rank: ask for padded (--padded) too")
     with _folder_of(model_or_dir, adapter) as folder:
         check_plain_lora(folder)
         file = read_lora(folder)
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
         if all(module.experts and not module.live().any() for module in modules):
             raise GatewiseError("the adapter has no live rank")
-        if padded:
+        if padded or rank is not None:
             largest = max(module.rank for module in modules)
             if rank is not None and rank < largest:
                 raise GatewiseError(f"rank is {rank}, but the largest live rank is {largest}: give at least that")

@@ -15,7 +15,7 @@ def export(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="With --padded: this rank, and modules without ranks as zeros, so that adapters can be swapped and merged.", min=1
+            help="Pad to this rank, and modules without ranks as zeros, so that adapters can be swapped and merged.", min=1
         ),
     ] = None,
 ) -> None:

@@ -5,7 +5,6 @@ Shapes: b batch, t tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import permutations
 from string import Formatter
 from typing import Any
@@ -43,18 +42,29 @@ class Template:
     labels: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        _parts(self.prompt)
+        self.fields()
+
+    def fields(self) -> list[str]:
+        """The fields of a row that the prompt shows: plain names, without attributes or format codes."""
+        try:
+            parts = [part for part in Formatter().parse(self.prompt) if part[1] is not None]
+        except ValueError as error:
+            raise GatewiseError(f"the prompt {self.prompt!r} has unmatched braces ({error}); write {{{{ for a brace") from error
+        if any(not str(field).isidentifier() or code or conversion for _, field, code, conversion in parts):
+            raise GatewiseError(
+                f"the prompt {self.prompt!r}: braces may hold only a field's name, such as {{text}}; write {{{{ for a brace"
+            )
+        return [str(field) for _, field, _, _ in parts]
 
     def check(self, records: Records) -> None:
         """Raises GatewiseError when the template cannot serve these records (see `render` and `candidates`)."""
-        for _, field in _parts(self.prompt):
-            if field in _ANSWERS[records.kind]:
+        answers = _ANSWERS[records.kind]
+        for field in self.fields():
+            if field in answers:
                 raise GatewiseError(f"the prompt {self.prompt!r} shows {{{field}}}, which is the answer; leave it out")
-        if not any(field for _, field in _parts(self.prompt)):
-            fields = [f"{{{name}}}" for name in records.rows[0] if name not in _ANSWERS[records.kind]]
-            raise GatewiseError(
-                f"the prompt {self.prompt!r} shows nothing of the row; write its fields in braces: {', '.join(fields)}"
-            )
+        if not self.fields():
+            fields = ", ".join(f"{{{name}}}" for name in records.rows[0] if name not in answers)
+            raise GatewiseError(f"the prompt {self.prompt!r} shows nothing of the row; write its fields in braces: {fields}")
         for row in records.rows:
             self.render(row)
         words = self.labels
@@ -62,20 +72,18 @@ class Template:
             raise GatewiseError(f"the template's labels have no word for {missing[0]!r}; they have {', '.join(words)}")
 
     def render(self, row: Row) -> str:
-        """The prompt of a row; of a field that is null nothing is written.
+        """The prompt of a row, with nothing in place of a field that is null.
 
         Raises:
             GatewiseError: the prompt names a field that the row does not have.
         """
-        pieces = []
-        for text, field in _parts(self.prompt):
-            pieces.append(text)
-            if field is not None:
-                if field not in row:
-                    raise GatewiseError(f"the prompt {self.prompt!r} has {{{field}}}, but a row has {', '.join(row)}")
-                value = "" if row[field] is None else row[field]
-                pieces.append("\n".join(map(str, value)) if isinstance(value, list) else str(value))
-        return "".join(pieces).rstrip(" ")
+        texts = {}
+        for field in self.fields():
+            if field not in row:
+                raise GatewiseError(f"the prompt {self.prompt!r} has {{{field}}}, but a row has {', '.join(row)}")
+            value = "" if row[field] is None else row[field]
+            texts[field] = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        return self.prompt.format(**texts).rstrip(" ")
 
     def candidates(self, records: Records, row: Row) -> list[str]:
         """The continuations to choose from (kinds "label" and "choice"), each beginning with a space."""
@@ -103,21 +111,6 @@ def default_template(records: Records) -> Template:
 def references(row: Row) -> list[str]:
     """All the right texts of a generation row."""
     return list(row.get("targets") or [row["target"]])
-
-
-@lru_cache(maxsize=64)
-def _parts(prompt: str) -> tuple[tuple[str, str | None], ...]:
-    """The prompt as (text, field after it) pairs; a field is a plain name, without attributes or format codes."""
-    try:
-        parts = list(Formatter().parse(prompt))
-    except ValueError as error:
-        raise GatewiseError(f"the prompt {prompt!r} has unmatched braces ({error}); write {{{{ for a brace") from error
-    for _, field, code, conversion in parts:
-        if field is not None and (not field.isidentifier() or code or conversion):
-            raise GatewiseError(
-                f"the prompt {prompt!r}: braces may hold only a field's name, such as {{text}}; write {{{{ for a brace"
-            )
-    return tuple((text, field) for text, field, _, _ in parts)
 
 
 def encode(
