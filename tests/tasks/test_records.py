@@ -1,7 +1,6 @@
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -277,23 +276,3 @@ WHOLE_OF_NONE = [
 @pytest.mark.parametrize("text", ["", "none", "####", "v2", "-", "$", ".", *WHOLE_OF_NONE])
 def test_no_final_number(text: str) -> None:
     assert final_number(text) is None
-
-
-# ---- the samples ----
-
-
-def test_support_sample_is_balanced_varied_and_has_no_row_twice() -> None:
-    train = load_records("sample:support-train")
-    dev = load_records("sample:support-dev", labels=train.labels)
-    assert len(train) >= 200
-    assert len(dev) >= 80
-    for records in (train, dev):
-        counts = Counter(row["label"] for row in records.rows)
-        assert set(counts) == set(train.labels or ())
-        assert len(counts) == 5
-        assert len(set(counts.values())) == 1
-        assert all(6 <= len(row["text"].split()) <= 40 for row in records.rows)
-        # Every stretch of five rows has all five labels, so a limited sample stays balanced.
-        assert all(len({row["label"] for row in records.rows[i : i + 5]}) == 5 for i in range(0, len(records), 5))
-    texts = [re.sub(r"\W", "", row["text"].lower()) for row in train.rows + dev.rows]
-    assert len(set(texts)) == len(texts)
