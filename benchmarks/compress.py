@@ -108,9 +108,9 @@ class Case:
         return get_peft_model(base, config)
 
     def train(self, model: Any, steps: int, learning_rate: float) -> None:
-        recovery = Recovery("", steps, learning_rate, BATCH.get(self.task, 16))
+        note = {"training": {"batch_size": BATCH.get(self.task, 16)}}
         with self.quicker():
-            recover(model, self.tokenizer, self.features, recovery, {}, self.seed)
+            recover(model, self.tokenizer, self.features, Recovery("", steps, learning_rate), note, self.seed)
 
     def quicker(self) -> torch.autocast:
         """Products in bfloat16 where the processor has instructions for it. Ranks are always valued without."""

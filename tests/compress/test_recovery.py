@@ -73,7 +73,7 @@ def test_recovery_trains_what_lives_and_leaves_dead_slots_dead() -> None:
     for layer in layers.values():
         prune(layer, "default", [0, 2])
     before = mean_loss(model, [batch])
-    recover(model, word_tokenizer(), rows, Recovery("", steps=20, learning_rate=0.02, batch_size=8), {})
+    recover(model, word_tokenizer(), rows, Recovery("", steps=20, learning_rate=0.02), {"training": {"batch_size": 8}})
     assert mean_loss(model, [batch]) < before
     assert all(live_mask(layer, "default").tolist() == [False, True, False] for layer in layers.values())
     assert not model.training
@@ -96,7 +96,7 @@ def test_a_batch_in_parts_of_like_length_gives_the_same_adapter(monkeypatch: pyt
         monkeypatch.setattr(scoring, "step_tokens", lambda *_, most=most: most)
         model, seen = adapted(), []
         model.get_base_model().register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        recover(model, word_tokenizer(), rows, Recovery("", steps=8, learning_rate=0.02, batch_size=4), {})
+        recover(model, word_tokenizer(), rows, Recovery("", steps=8, learning_rate=0.02), {"training": {"batch_size": 4}})
         assert len(seen) in parts
         trained.append([factor for layer in lora_layers(model, "default").values() for factor in factors(layer, "default")])
     for one, same in zip(*trained, strict=True):
@@ -113,12 +113,12 @@ def test_settings_of_the_run_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         "training": {"learning_rate": 3e-3, "batch_size": 4, "weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_accumulation": 2}
     }
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), note)
-    recover(model, word_tokenizer(), features(model), Recovery("", steps=7, learning_rate=1e-2, batch_size=2), note)
+    recover(model, word_tokenizer(), features(model), Recovery("", steps=7, learning_rate=1e-2), note)
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {})
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {"training": dict.fromkeys(note["training"])})
     told = [(one.learning_rate, one.per_device_train_batch_size, one.weight_decay, one.max_grad_norm) for one in seen]
-    assert [one.gradient_accumulation_steps for one in seen] == [2, 1, 1, 1]
-    assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 2, 0.1, 0.5), (1e-4, 16, 0.0, 1.0), (1e-4, 16, 0.0, 1.0)]
+    assert [one.gradient_accumulation_steps for one in seen] == [2, 2, 1, 1]
+    assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 4, 0.1, 0.5), (1e-4, 16, 0.0, 1.0), (1e-4, 16, 0.0, 1.0)]
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:

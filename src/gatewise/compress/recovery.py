@@ -29,14 +29,12 @@ class Recovery:
         data: rows to train on, as ``gatewise eval --data`` takes them.
         steps: optimiser steps, with a learning rate that falls to zero.
         learning_rate: None for a quarter of that of the run that made the adapter, or 1e-4 where it does not say.
-        batch_size: rows of a step; None for the run's, whose gradients may be of several batches, or 16.
         split: of ``data`` where that is a Hugging Face dataset, such as "train".
     """
 
     data: str
     steps: int = 60
     learning_rate: float | None = None
-    batch_size: int | None = None
     split: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,8 +100,8 @@ def recover(
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=recovery.steps,
-            per_device_train_batch_size=recovery.batch_size or int(run.get("batch_size", 16)),
-            gradient_accumulation_steps=1 if recovery.batch_size else int(run.get("gradient_accumulation", 1)),
+            per_device_train_batch_size=int(run.get("batch_size", 16)),
+            gradient_accumulation_steps=int(run.get("gradient_accumulation", 1)),
             learning_rate=recovery.learning_rate or RATE_OF_RUN * float(run.get("learning_rate", 1e-4 / RATE_OF_RUN)),
             weight_decay=float(run.get("weight_decay", 0.0)),
             max_grad_norm=float(run.get("max_grad_norm", 1.0)),
