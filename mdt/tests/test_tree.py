@@ -4,9 +4,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, mistakes, read_trees
+from gatewise_mdt import DecisionTree, read_trees
 from gatewise_mdt.checks import MAX_DEPTH, TreeError, check_node, fitting_join, tree_parts
-from gatewise_mdt.review.edits import check_shape
 from hypothesis import given
 from hypothesis import strategies as st
 from mdt_trees import JUNK, gout, node, preorders, properties, published, swapped_root, triple
@@ -56,14 +55,6 @@ def test_faults_are_named_with_their_place(spoil: Any, said: list[str]) -> None:
     assert "\n" not in message
     for text in said:
         assert text in message
-
-
-def test_what_is_no_tree_is_refused_in_words() -> None:
-    for value in (None, 3, "C", {"role": "D"}, [[]], [None]):
-        with pytest.raises(GatewiseError):
-            DecisionTree.from_preorder(value)
-        with pytest.raises(GatewiseError):
-            DecisionTree.repaired(value)
 
 
 @properties
@@ -195,32 +186,6 @@ def test_published_trees_are_read_and_only_their_joints_and_doubles_need_repair(
 
 
 # One validation -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda nodes: nodes.pop(),
-        lambda nodes: nodes.append(node("D")),
-        lambda nodes: nodes[3].update(role="E"),
-        lambda nodes: nodes[3].pop("triples"),
-        lambda nodes: nodes.__setitem__(3, "D"),
-        lambda nodes: nodes[3].update(triples={"a": 1}),
-        lambda nodes: nodes[3].update(logical_rel=3),
-        lambda nodes: nodes[3]["triples"].append(["a", "b"]),
-        lambda nodes: nodes[3]["triples"].__setitem__(0, "abc"),
-        lambda nodes: nodes[3]["triples"].__setitem__(0, triple(7)),  # type: ignore[arg-type]
-    ],
-)
-def test_trees_drafts_and_predictions_are_refused_in_the_same_words(spoil: Any) -> None:
-    nodes = gout()
-    spoil(nodes)
-    said = [mistakes(gout(), nodes)[0].predicted]
-    for read in (DecisionTree.from_preorder, check_shape):
-        with pytest.raises(GatewiseError) as caught:
-            read(nodes)
-        said.append(str(caught.value))
-    assert len(set(said)) == 1
 
 
 def test_what_is_unfinished_or_foreign_is_held_to_fewer_rules() -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import read_trees
-from gatewise_mdt.review import Review
-from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.session import Session
 from gatewise_mdt.review.shown import passage_json
 from mdt_trees import TEXT, gout, node, triple
@@ -18,7 +16,6 @@ from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.errors import GatewiseError
 
 Gatewise = Callable[..., Any]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "review.md"
@@ -192,28 +189,6 @@ def test_a_million_units_and_a_thousandth_of_one_are_decided_on_by_the_third(gat
     session.close()
 
 
-def test_an_extraction_takes_the_place_of_no_reviewers_tree(gatewise: Gatewise) -> None:
-    gatewise(*BOTH, "--adjudicate", THIRD)
-    session = Session.open(THIRD, reviewer="Cy")
-    asked: list[str] = []
-
-    def extract(text: str, language: Any) -> Any:
-        asked.append(text)
-        raise GatewiseError("no model")
-
-    extracting = Extracting(session, extract)
-    review = Review(session, extracting)
-    before = session.passage(2)
-    with pytest.raises(GatewiseError, match="the tree of Ben lies beside that of passage 2: take it or leave it"):
-        review.do("extract", {"passages": [[4, session.passage(4).version], [2, before.version]]})
-    assert session.passage(2) == before
-    left = session.leave(2, before.version, 1)
-    review.do("extract", {"passages": [[2, left.version]]})
-    extracting.end()
-    assert set(asked) <= {before.text}
-    session.close()
-
-
 def test_what_an_adjudicator_decides_is_kept_and_can_be_compared(gatewise: Gatewise) -> None:
     gatewise(*BOTH, "--adjudicate", THIRD)
     session = Session.open(THIRD, reviewer="Cy")
@@ -239,12 +214,6 @@ def test_an_adjudicators_files_are_never_written_over(gatewise: Gatewise, tmp_pa
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "third.review.jsonl is there already", "name another file")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    for gone in (THIRD, "third.review.history.jsonl"):
-        content = (tmp_path / gone).read_bytes()
-        (tmp_path / gone).unlink()
-        assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "is there already")
-        assert not (tmp_path / gone).exists()
-        (tmp_path / gone).write_bytes(content)
     for file in BOTH:
         assert_refused(gatewise(*BOTH, "--adjudicate", file), f"{file} is there already")
     assert_refused(gatewise(*BOTH, "--adjudicate", "third.json"), "expected .jsonl")

@@ -102,13 +102,6 @@ def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
     assert_refused(gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"), "not both")
 
 
-def test_no_adapter_no_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("good.txt").write_text(TEXT)
-    result = CliRunner().invoke(app, ["mdt", "extract", "good.txt", "--adapter", "nowhere"])
-    assert_refused(result, "nowhere is not an adapter")
-
-
 def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
     result = gatewise("evaluate", "--gold", "gold.json", "--json")
     assert result.exit_code == 0, result.output
@@ -116,19 +109,6 @@ def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
     table = gatewise("evaluate", "--gold", "gold.json")
     assert table.exit_code == 0, table.output
     assert f"tree edit ratio: {values['ter']:.4f}" in table.stdout
-
-
-def test_the_note_says_how_prompts_were_written(tmp_path: Path, adapter: Path) -> None:
-    import shutil
-
-    shutil.copytree(adapter, tmp_path / "adapter")
-    (tmp_path / "adapter" / "gatewise.json").write_text(json.dumps({"template": "### {source}", "dtype": "bfloat16"}))
-    extractor = Extractor.load(tmp_path / "adapter", max_new_tokens=20)
-    assert extractor.template.prompt == "### {source}"
-    assert str(extractor.model.dtype) == "torch.bfloat16"
-    (tmp_path / "adapter" / "gatewise.json").write_text(json.dumps({"task": "classification"}))
-    with pytest.raises(GatewiseError, match="is a classifier"):
-        Extractor.load(tmp_path / "adapter")
 
 
 def test_extract_files_from_python(tmp_path: Path, adapter: Path) -> None:

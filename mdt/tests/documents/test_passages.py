@@ -34,6 +34,7 @@ def of_blocks(*blocks: Block | str, **settings: object) -> list[Passage]:
         (["Adults with asthma", "Pregnancy"], f"Adults with asthma@Pregnancy: {NSAIDS}"),
         (["Asthma", "Which patients need care?", "Renal failure:"], f"Asthma@Which patients need care? Renal failure: {NSAIDS}"),
         (["Treatment"], f"Treatment: {NSAIDS}"),
+        (["哮喘", "一、成人患者", "（二）肾功能不全"], f"成人患者@哮喘：肾功能不全：{NSAIDS}"),
     ],
 )
 def test_the_whole_way_of_headings_is_in_the_text(headings: list[str], text: str) -> None:
@@ -43,23 +44,11 @@ def test_the_whole_way_of_headings_is_in_the_text(headings: list[str], text: str
     assert only.headings == tuple(headings)
 
 
-def test_chinese_headings_are_joined_as_chinese_is() -> None:
-    (only,) = read("# 哮喘\n\n## 一、成人患者\n\n### （二）肾功能不全\n\n禁用布洛芬。")
-    assert only.text == "成人患者@哮喘：肾功能不全：禁用布洛芬。"
-
-
 def test_a_population_that_is_given_takes_no_heading_away() -> None:
     (only,) = read(f"# Adults with asthma\n\n## Renal failure\n\n{NSAIDS}", population="inpatients")
     assert only.text == f"inpatients@Adults with asthma: Renal failure: {NSAIDS}"
     (same,) = read(f"# Adults with asthma\n\n## Renal failure\n\n{NSAIDS}", population="adults with asthma")
     assert same.text == f"adults with asthma@Renal failure: {NSAIDS}"
-
-
-def test_what_stands_between_blocks_counts() -> None:
-    first, second = of_blocks("a" * 400, "b" * 400)
-    assert (first.passage, second.passage) == ("a" * 400, "b" * 400)
-    (only,) = of_blocks("a" * 400, "b" * 399)
-    assert len(only.passage) == 800
 
 
 def test_headings_count_but_leave_half_to_the_text() -> None:

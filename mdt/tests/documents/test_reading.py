@@ -1,17 +1,13 @@
 """Documents of every kind, made here and read back; passages with their populations; and what is said of bad ones."""
 
-import hashlib
 import io
 import os
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from gatewise_mdt.documents.document import Block, Document
 from gatewise_mdt.documents.headings import population_mark
 from gatewise_mdt.documents.passages import Passage, split_passages
-from gatewise_mdt.documents.reading import document_of, documents_in, read_document
+from gatewise_mdt.documents.reading import documents_in, read_document
 from mdt_models import pdf
 
 from gatewise.errors import GatewiseError
@@ -117,16 +113,6 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         read_document(tmp_path)
 
 
-def test_a_long_passage_is_cut_between_sentences() -> None:
-    sentences = [f"Sentence {n} says what to do and when." for n in range(60)]
-    found = split_passages(Document("x", (Block(" ".join(sentences)),)))
-    assert all(len(one.passage) <= 800 for one in found)
-    assert " ".join(one.passage for one in found) == " ".join(sentences)
-    assert all(one.passage.endswith("when.") for one in found)
-    chinese = split_passages(Document("x", (Block("成人患者应口服药物治疗。" * 60),)))
-    assert all(len(one.passage) <= 300 and one.passage.endswith("。") for one in chinese)
-
-
 @pytest.mark.parametrize(
     ("text", "at"),
     [
@@ -146,17 +132,6 @@ def test_a_long_passage_is_cut_between_sentences() -> None:
 )
 def test_an_address_or_a_dose_names_no_population(text: str, at: int) -> None:
     assert population_mark(text) == at
-
-
-@pytest.mark.parametrize("content", [FLARE.encode(), b"\xef\xbb\xbf" + FLARE.encode(), FLARE.encode() + b"\r\n"])
-def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    file = tmp_path / "a.txt"
-    file.write_bytes(content)
-    expected = hashlib.sha256(content).hexdigest()
-    assert read_document(file).sha256 == document_of(content, "b", ".TXT").sha256 == expected
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-    (only,) = split_passages(read_document("-"))
-    assert only.origin("stdin")["sha256"] == expected
 
 
 def test_what_in_a_folder_is_no_document(tmp_path: Path) -> None:

@@ -92,24 +92,6 @@ def test_a_dose_goes_with_its_drug() -> None:
     assert yes["selectionBehavior"] == "one-or-more"
 
 
-def test_doses_that_are_alternatives_are_one_text() -> None:
-    drug, doses = (
-        triple("colchicine", "drug therapy"),
-        [triple(dose, "dosage and administration", "Colchicine") for dose in ("1 mg", "2 mg")],
-    )
-    (activity,) = resources(decision(drug, *doses, joined="or"), "ActivityDefinition")
-    assert activity["dosage"] == [{"text": "1 mg or 2 mg"}]
-
-
-def test_a_dose_of_the_people_is_that_of_the_only_drug() -> None:
-    drugs, dose = [triple("a", "drug therapy"), triple("b", "drug therapy")], triple("1 mg", "dosage and administration")
-    (activity,) = resources(decision(drugs[0], dose, joined="and"), "ActivityDefinition")
-    assert activity["dosage"] == [{"text": "1 mg"}]
-    of_two = decision(*drugs, dose, joined="and")
-    assert not any("dosage" in one for one in resources(of_two, "ActivityDefinition"))
-    assert "not certain which drug" in notes_of(of_two)[0]
-
-
 def test_a_dose_of_a_drug_that_comes_twice_is_text() -> None:
     """Otherwise trees that are equal would give it to the adults or to the children."""
     dose = triple("1 g three times daily", "dosage and administration", "amoxicillin")
@@ -371,14 +353,6 @@ def test_a_dose_is_no_alternative_to_a_drug(drugs: list[list[str]], dose: list[s
     assert [one["title"].split(" (")[0] for one in choice["action"]] == [drug[2] for drug in drugs]
     assert beside["title"].startswith(dose[2])
     assert "none of the choices" in plan["description"]
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_a_tree_that_recommends_nothing_has_no_action_and_says_so(release: Any) -> None:
-    record = TreeRecord("", DecisionTree.from_preorder([node("C", triple("fever")), node("D"), node("D")]))
-    assert "action" not in resources(record, "PlanDefinition")[0]
-    assert "recommends nothing" in notes_of(record)[0]
-    assert faults_of(bundle_of([record], release), release) == []
 
 
 def test_names_stay_with_the_text_and_versions_change_with_the_tree() -> None:

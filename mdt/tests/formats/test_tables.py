@@ -70,20 +70,6 @@ def test_a_condition_is_a_column_and_a_way_a_rule() -> None:
     assert TEXT.split("@")[1] in description
 
 
-def test_every_combination_of_facts_comes_to_our_own_decision() -> None:
-    count = 0
-    for record in [*sample(), RECORD]:
-        evaluate = engine(dmn_of([record]))
-        for values in combinations(record.tree):
-            facts = {f"tree_{record.number}_fact_{i}": value for i, value in enumerate(values, start=1)}
-            made = evaluate(facts)
-            assert made["node"] == wanted(record.tree, values)
-            leaf = record.tree.nodes[made["node"] - 1]
-            assert all(triple.object in made["recommendation"] for triple in leaf.triples)
-            count += 1
-    assert count > 400
-
-
 @properties
 @given(nodes=preorders(most_conditions=2))
 def test_any_tree_comes_to_our_own_decision(nodes: list[dict[str, Any]]) -> None:
@@ -273,12 +259,6 @@ def test_prohibitions_are_no_choice() -> None:
     assert " and DO NOT USE: b" in table["Output"][0]
     assert all("said in words" not in note for note in notes_of(TreeRecord("", tree)))
     assert any("prohibited drugs are none of the choices" in note for note in notes_of(TreeRecord("", tree)))
-    orders = [triple("c", "prohibited drugs"), triple("a", "drug therapy"), triple("b", "drug therapy")]
-    record = TreeRecord("", DecisionTree.from_preorder([node("D", *orders, joined="or")]))
-    table = read_as_who_does(dak_of([record]))["tree_1"]
-    assert table["Annotations"] == ["node 1; any of the first 2 actions, and all of the others"]
-    assert [line[0] for line in table[HEADS[1]][0].splitlines()] == ["a", "b", "D"]
-    assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
 
 
 def test_no_text_is_a_formula() -> None:
