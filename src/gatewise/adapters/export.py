@@ -192,8 +192,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _config(file: LoraAdapter, modules: list[LoraModule], once: Iterable[str]) -> dict[str, Any]:
-    """The configuration of what is left of an adapter. ``once``: modules that it had, of which some may be gone."""
+def _config(file: LoraAdapter, modules: list[LoraModule], earlier: Iterable[str]) -> dict[str, Any]:
+    """The configuration of what is left of an adapter. ``earlier``: modules that it once had, some of which may be gone."""
     ranks = {module.path: module.rank for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
@@ -202,6 +202,7 @@ def _config(file: LoraAdapter, modules: list[LoraModule], once: Iterable[str]) -
     if ranks.keys() != before:
         # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
         left = {module.path for module in modules if not module.experts}
-        # A list takes all modules that end so, and these were adapted. What a regular expression leaves out is in no file.
-        config |= target_settings(left, [*before, *once], whole=isinstance(config.get("target_modules"), str))
+        # A list of names matches every module that ends so, and all of these were adapted. Which modules a regular expression
+        # leaves out is in no file.
+        config |= target_settings(left, [*before, *earlier], whole=isinstance(config.get("target_modules"), str))
     return config

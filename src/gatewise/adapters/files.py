@@ -8,7 +8,7 @@ The folder of an adapter, as PEFT saves it and gatewise adds to it:
     allocation.json            the rounds of ALoRA and PI-LoRA               read_allocation
     search.json                the layers that a search chose for prompts    read_selection
 
-What the contents mean is for others to say: export, loading, ``gatewise.inspection``. A file that is missing or damaged is a
+What the contents mean is told where they are used: export, loading, ``gatewise.inspection``. A file that is missing or damaged is a
 ``GatewiseError`` that names it.
 """
 
@@ -169,7 +169,7 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter as it lies on disk; ``others`` are the tensors that belong to no LoRA module, such as a classifier."""
+    """A LoRA adapter on disk; ``others`` are the tensors that belong to no LoRA module, such as a classifier."""
 
     config: dict[str, Any]
     modules: list[LoraModule]
@@ -318,7 +318,7 @@ def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, d
 
 @dataclass(frozen=True)
 class Allocation:
-    """What ``allocation.json`` tells.
+    """What ``allocation.json`` says.
 
     Attributes:
         score: how ranks were scored.
@@ -357,10 +357,10 @@ class Selection:
     Attributes:
         layers: the chosen ones, in order.
         gates: the gate of every layer at the end of the search.
-        losses: of every layer, the mean loss over subsets of open gates that hold it, where the search chose by these losses.
+        losses: for each layer the mean loss over the subsets of open gates with it; None if the search chose by the gates.
         steps: optimiser steps of the search.
-        seconds: what it took, in the process that ended it.
-        resumed_from: the step that process went on from, or None.
+        seconds: how long it took, in the last of its processes if it was resumed.
+        resumed_from: the step that this process went on from, or None.
         settings: of the search and the prompts.
         log: losses and learning rates over its steps.
     """
@@ -385,10 +385,10 @@ def read_selection(path: Path) -> Selection:
     Raises:
         GatewiseError: no such file, or one that does not hold a selection.
     """
-    told = _read_json(path)
-    told.pop("format", None)
+    record = _read_json(path)
+    record.pop("format", None)
     try:
-        return Selection(**told)
+        return Selection(**record)
     except TypeError as error:
         raise GatewiseError(f"{path} is not what a search wrote ({error}): restore it, or search again with --overwrite") from error
 

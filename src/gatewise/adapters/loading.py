@@ -56,7 +56,7 @@ def load_with_data(
         data: a .jsonl, .json or .csv file, ``sample:NAME``, or a data set's name.
         options: how to read the data, and where the model runs.
         trainable: leave the adapter's own parameters free.
-        say: told in a line what happens now.
+        say: called with a line about what happens now.
 
     Raises:
         GatewiseError: adapter, base model and data cannot be read or do not fit each other, or there is no such device.
@@ -132,7 +132,7 @@ def load_as_trained(
     say: Callable[[str], None] | None = None,
     around: Around | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
-    """``load_adapter`` in the precision that the adapter's recipe asked for; one that left it open leaves it to this device too."""
+    """``load_adapter`` in the precision that the adapter's recipe asked for; "auto" is decided for this device."""
     device = pick_device(device)
     asked = read_note(Path(adapter)).get("dtype")
     classifier = around is None and _task_of(_peft_config(Path(adapter)), Path(adapter)) == "classification"
@@ -159,7 +159,7 @@ def load_adapter(
 
     `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
     A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
-    but the adapter's. `dtype` and `device` are those of `load_model`. `around` puts a model of one's own around the base,
+    but the adapter's. `dtype` and `device` are those of `load_model`. `around` puts another model around the base,
     which is then loaded without a head.
 
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
@@ -188,7 +188,7 @@ def load_adapter(
 def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PeftModel:
     """Puts an adapter, frozen, on a base model that is there already, or beside the adapters of one that has some.
 
-    A model that has adapters keeps these, and no more, where this one cannot be loaded. A base model without any is then of no use.
+    If the adapter cannot be loaded, a model with adapters keeps the others, but a base model without any must be loaded anew.
 
     Args:
         name: what PEFT is to call it.
@@ -212,17 +212,17 @@ def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: st
 
 
 def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
-    """Refuses an adapter that would change a base model that it is not alone on.
+    """Refuses an adapter that would change the base model that it shares with other adapters.
 
-    PEFT writes base weights of embeddings and output heads into an adapter's file, and reads them back into the base model. They
-    are those of modules that have LoRA, and of embeddings and heads without, which have the names of the base model then. So have
-    modules that the adapter trained as a whole, which stay its own: all whose names end in one of ``modules_to_save``.
+    PEFT may write base weights of embeddings and output heads into an adapter's file, and reads them back into the base model:
+    those of modules with LoRA, and those of modules without, under the names of the base model. Modules that the adapter trained
+    as a whole (``modules_to_save``) have such names too, but stay the adapter's own.
 
     Args:
         model: the base model, without adapters.
 
     Raises:
-        GatewiseError: there are other base weights in it than the model has, or a file is damaged.
+        GatewiseError: its file has base weights that differ from the model's, or is damaged.
     """
     config = read_config(adapter_dir)
     tensors, _ = read_tensors(weights_of(adapter_dir))
@@ -250,7 +250,7 @@ def _put(
     config.inference_mode = not trainable
     weights = weights_of(folder)
     for key, tensor in read_tensors(weights)[0].items():
-        # A router would make of such numbers a choice of experts like any other.
+        # A router would choose experts from such numbers without an error.
         if "lora_" in key and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise GatewiseError(f"{weights} is damaged: {key} has numbers that are not finite; copy, download or train it again")
     try:

@@ -1,4 +1,4 @@
-"""What a plain LoRA adapter is called and how its config says ranks: for models in memory and adapters on disk alike."""
+"""Which LoRA adapter of a model to work on, and how an adapter's configuration writes down ranks, scalings and modules."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -31,15 +31,16 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
 
 
 def takes_out_of_base(init_lora_weights: object) -> bool:
-    """Whether PEFT takes this start of A and B out of the base weights, by the rank, each time it makes or loads an adapter.
+    """True for a start of A and B that PEFT subtracts from the base weights each time it makes or loads an adapter.
 
-    PiSSA, OLoRA, CorDA and LoftQ do. At another rank such an adapter would not find the base weights that it was trained on.
+    These are PiSSA, OLoRA, CorDA and LoftQ. What is subtracted depends on the rank: at another rank such an adapter would not find
+    the base weights that it was trained on.
     """
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora", "corda", "loftq"))
 
 
 def start_at_any_rank(init_lora_weights: Any) -> Any:
-    """The setting, or True in place of one by which loading would change the base weights again, or ask for an even rank."""
+    """Returns the setting, or True for a setting with which loading would change the base weights again or need an even rank."""
     return init_lora_weights if init_lora_weights in (True, False, None, "gaussian", "eva") else True
 
 
@@ -72,11 +73,11 @@ def pattern_key(path: str) -> str:
 def target_settings(paths: Collection[str], others: Iterable[str], whole: bool = False) -> dict[str, Any]:
     """The ``LoraConfig`` entries that target these modules and none of ``others``.
 
-    PEFT also takes every module whose path ends in a listed one, as "tower.layers.0.fc" does in "layers.0.fc". Where one of
-    ``others`` would be taken so, the entry is a regular expression, which fits whole paths only; no choice of layers goes with it.
+    PEFT also adapts every module whose path ends in a listed one: "layers.0.fc" in the list matches "tower.layers.0.fc". If one of
+    ``others`` would be matched so, the entry is a regular expression, which matches whole paths and allows no choice of layers.
 
     Args:
-        whole: write a regular expression in any case, as where not all modules of the base model are known.
+        whole: write a regular expression in any case, for base models whose modules are not all known.
     """
     ends = tuple(f".{path}" for path in paths)
     if whole or any(other.endswith(ends) and other not in paths for other in others):

@@ -151,7 +151,7 @@ def encode(
 def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
     """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
 
-    Where the tokenizer parts pairs by nothing, as those of decoders do, a line break parts them.
+    If the tokenizer puts nothing between the two texts of a pair, as those of decoders do, a line break separates them.
 
     Returns:
         One dict a row: ``input_ids``, ``token_type_ids`` if the tokenizer has them, and ``labels``, the index in
@@ -165,7 +165,7 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
     columns = [[row[field] for row in records.rows] for field in fields]
     if len(columns) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
-        columns[1] = ["\n" + text for text in columns[1]]  # not behind the other, whose end may be cut
+        columns[1] = ["\n" + text for text in columns[1]]  # in front of the second text: the end of the first may be cut
     encoded = tokenizer(
         *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
     )
@@ -224,7 +224,7 @@ def score_batch(
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Rows of unlike length -> (b, t) long tensor, filled with ``value``."""
+    """Rows of different lengths -> (b, t) long tensor, filled up with ``value``."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
@@ -283,7 +283,7 @@ def prompt_ids(
 
 
 def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens the tokenizer puts before a text; those it puts after one would come before the answer."""
+    """The special tokens that the tokenizer puts before a text. Those after it are left out: the answer follows there."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
     for start in range(len(dressed) - len(bare) + 1):

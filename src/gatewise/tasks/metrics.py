@@ -170,7 +170,7 @@ def cut_line(answers: Answers, option: str) -> str | None:
 
 
 def format_metric(name: str, value: float | int) -> str:
-    """A metric with as many digits as mean something."""
+    """A metric with a sensible number of digits."""
     if name == "n":
         return str(value)
     return f"{value:.1f}" if name == "bleu" else f"{value:.4f}" if name == "loss" else f"{value:.3f}"
@@ -197,8 +197,8 @@ def scored_candidates(
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[list[tuple[float, bool]]]:
-    """Of every candidate of every row: log P(candidate | prompt) in nats, summed over tokens, and whether all of its tokens are the
-    most probable ones."""
+    """For each candidate of each row: log P(candidate | prompt) in nats, the sum over its tokens; and True if greedy decoding
+    writes it."""
     runs = [
         _Run(row, [*prompt, *context], len(prompt) - 1, members)
         for row, prompt in enumerate(prompts)
@@ -344,7 +344,7 @@ def _evaluate_classifier(
 def encoded(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Records, template: Template | None, max_length: int
 ) -> list[dict[str, Any]]:
-    """Rows with their labels, as the model trains on them, cut to the positions that it has.
+    """Rows with their labels as the model trains on them, cut to its positions.
 
     Raises:
         GatewiseError: a classifier with another number of classes than the records have labels, or an answer that leaves no room.
@@ -440,7 +440,7 @@ def generate_ids(
 
 
 class _Stopped(LogitsProcessor):
-    """Lets nothing but the end of the text follow once one of some texts was written.
+    """Allows nothing but the end-of-text token once one of the texts ``until`` has been written.
 
     Args:
         start: tokens of the padded prompt.
@@ -452,7 +452,7 @@ class _Stopped(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (b, V) of the next token after ids (b, t)."""
-        # All of it each time: how a token reads depends on those before it, and a stop text may begin in the middle of one.
+        # Decodes everything each time: a token's text depends on those before it, and a stop text may begin inside a token.
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
         done = torch.tensor([any(one in text for one in self.until) for text in texts], device=scores.device)
         scores = scores.masked_fill(done[:, None], -torch.inf)
@@ -491,5 +491,5 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def most_positions(model: nn.Module) -> int:
-    """The longest text that the model's positions allow, beside a soft prompt that takes some of them."""
+    """How many tokens of text fit into the model's positions, beside a soft prompt."""
     return text_positions(base_of(model)) - prompt_length(model)

@@ -218,7 +218,7 @@ def _sample(name: str) -> Any:
 _NUMBER = re.compile(
     r"(?<![\w.])(?:[-+−–]?[$€£¥]\s?)?[-+−–]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d{1,3}(?!\w))?", re.ASCII
 )
-# After a number, which is then only a part: a fraction, time or power, thousands parted by blanks, other decimals.
+# What makes the number before it only a part of one: a fraction, time or power, thousands separated by blanks, other decimals.
 _MORE_OF_IT = re.compile(r"[ \t]*[/:^×*][ \t]*\d|[ \t\u00a0\u202f'’]\d{3}(?!\d)|[ \t]\d+/\d|[.,]\d|[ \t]?[¼½¾⅓⅔⅛]")
 
 
