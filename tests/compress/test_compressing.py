@@ -20,7 +20,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.slots import lora_layers
-from gatewise.compress import Compressed, Goal, Recovery, compress, compressing, search
+from gatewise.compress import Compressed, Goal, Recovery, compress, search
 from gatewise.compress.quality import qualities
 from gatewise.compress.rows import rows_for, split
 from gatewise.errors import GatewiseError
@@ -474,4 +474,4 @@ def test_what_changes_what_is_measured_begins_anew(tmp_path: Path, measuring: Me
         assert begins_anew()
     measuring.last = math.inf
     quick(adapter, rows, tmp_path / "small", Goal("parameters", 180))
-    assert not compressing.work_folder(tmp_path / "small").exists()  # of the other calls neither
+    assert not (tmp_path / "small.work").exists()  # of the other calls neither

@@ -33,7 +33,9 @@ def inspect(
     score: Annotated[str | None, typer.Option(help=f"{', '.join(NAMES)}. [default: {DEFAULT}]")] = None,
     rows: Annotated[
         int | None,
-        typer.Option(help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all]."),
+        typer.Option(
+            help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all].", min=1
+        ),
     ] = None,
     base: BaseOption = None,
     split: SplitOption = None,

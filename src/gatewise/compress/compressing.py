@@ -103,26 +103,21 @@ def compress(
         if value not in known:
             raise GatewiseError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
     check_new_folder(out)
-    source, progress = Path(adapter), ConsoleProgress(Console(stderr=True))
+    source, place, progress = Path(adapter), Path(out).resolve(), ConsoleProgress(Console(stderr=True))
+    place = place.with_name(f"{place.name}.work")
     check_plain_lora(source)
     with quiet(bars=True):
         loaded = load_with_data(source, str(data), options, trainable=True, say=progress.say)
         rows = rows_for(loaded, measure, goal.tolerance if goal.size is None else None, recovery, score_rows, progress.say)
         # Neither a tolerance nor a size changes what is measured, only how far the search goes.
-        work = work_folder(out) / _fingerprint(source, loaded, rows, goal, recovery, order)
+        work = place / _fingerprint(source, loaded, rows, goal, recovery, order)
         search = Search(source, loaded, rows, goal, recovery, order, Work(work), progress)
         result = _write(search, order, Path(out), source)
-    for folder in work_folder(out).glob("[0-9a-f]" * 16):
+    for folder in place.glob("[0-9a-f]" * 16):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        work_folder(out).rmdir()
+        place.rmdir()
     return result
-
-
-def work_folder(out: str | Path) -> Path:
-    """OUT.work."""
-    out = Path(out).resolve()
-    return out.with_name(f"{out.name}.work")
 
 
 def _fingerprint(source: Path, loaded: Loaded, rows: Rows, goal: Goal, recovery: Recovery | None, order: str) -> str:

@@ -118,17 +118,15 @@ def recover(
             dataloader_pin_memory=False,
         )
         run_on(arguments, device)
-        _Trainer(model=model, args=arguments, train_dataset=list(features), data_collator=PadCollator(tokenizer)).train()
+        trainer = _Trainer(model=model, args=arguments, train_dataset=list(features), data_collator=PadCollator(tokenizer))
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = True
+        trainer.train()
     model.eval()
 
 
 class _Trainer(Trainer):
     """``transformers.Trainer`` with the loss of ``gatewise.losses``: the LM head at labels only, rows of like length together."""
-
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         # Of a batch of sentences in random order, a third to a half is padding, and each of it costs what a real token does.

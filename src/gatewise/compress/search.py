@@ -126,7 +126,10 @@ class Search:
             raise GatewiseError(f"the adapter trained biases of the base model too (bias={bias!r}), which no smaller LoRA holds")
         self.layers = lora_layers(model, ADAPTER)
         self.rank_cost = slots.costs(self.layers, ADAPTER)
-        self.beside_ranks = _beside_ranks(model, self.layers)
+        # Numbers that its LoRA modules store and that no rank takes with it, such as DoRA's magnitudes.
+        ranked = {id(factor) for layer in self.layers.values() for factor in factors(layer, ADAPTER)}
+        named = [value for name, value in model.named_parameters() if ".lora_" in name]
+        self.beside_ranks = sum(value.numel() for value in named if id(value) not in ranked)
         self.trainable = [value for value in model.parameters() if value.requires_grad]
         model.requires_grad_(False)
         # Stored name -> the model's own tensor: the factors and what else the adapter has, such as a head.
@@ -152,8 +155,8 @@ class Search:
         if goal.size is None and gap.within(goal.tolerance):
             raise GatewiseError(
                 f"the adapter does nothing on these {gap.rows} rows: without any rank the model is as good "
-                f"({_mean(self.base_rows):.4f}, with the adapter {_mean(self.whole_rows):.4f}); give other data, or a size "
-                "(--parameters, --modules)"
+                f"({float(self.base_rows.mean()):.4f}, with the adapter {float(self.whole_rows.mean()):.4f}); give other data, or a "
+                "size (--parameters, --modules)"
             )
 
     def _encode(self, records: Records) -> list[dict[str, Any]]:
@@ -270,7 +273,7 @@ class Search:
     def _judge(self, at: int, recovered: bool) -> Candidate:
         rows = self._measure(f"{at} recovered" if recovered else str(at))
         gap, size = difference(self.whole_rows, rows, self.rows.measure), self.sizes[at]
-        self.candidates.append(Candidate(at, size, recovered, _mean(rows), gap))
+        self.candidates.append(Candidate(at, size, recovered, float(rows.mean()), gap))
         self.candidate_rows.append(rows)
         how = " after recovery" if recovered else ""
         self.progress.say(f"{size.parameters:,} parameters in {size.modules} modules{how}: {gap}")
@@ -322,12 +325,6 @@ def _stays(layer: Any, adapter: str) -> bool:
     return carries_more_than_ranks(layer, adapter) or isinstance(layer, Expert)
 
 
-def _beside_ranks(model: nn.Module, layers: Mapping[str, Any]) -> int:
-    """Numbers that an adapter stores in its LoRA modules and that no rank takes with it, such as DoRA's magnitudes."""
-    ranked = {id(factor) for layer in layers.values() for factor in factors(layer, ADAPTER)}
-    return sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name and id(value) not in ranked)
-
-
 def furthest(costs: Sequence[float], looks: int, holds: Callable[[int], bool]) -> int | None:
     """The last step of an order that holds, as far as bisection finds it: what holds at a step is taken to hold at those before.
 
@@ -350,7 +347,3 @@ def furthest(costs: Sequence[float], looks: int, holds: Callable[[int], bool]) -
         else:
             bad = at
     return good or None
-
-
-def _mean(rows: Tensor) -> float:
-    return float(rows.mean())

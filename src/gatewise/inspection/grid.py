@@ -76,11 +76,6 @@ def grid_of(
     )
 
 
-def finite_or_zero(number: float | None) -> float:
-    """The number, or 0 where there is none that could be drawn."""
-    return number if number is not None and math.isfinite(number) else 0.0
-
-
 def short_number(number: float | None, whole: bool = False) -> str:
     """At most six characters: a rank in full; norms 0.034, 4e-05; parameters 960, 18.4k, 2.43M. A dot for no module."""
     if number is None:

@@ -148,8 +148,6 @@ def score_adapter(
             no LoRA layer that scores read.
     """
     as_score(score, score_options)
-    if rows < 1:
-        raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
     progress = ConsoleProgress(Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.errors import GatewiseError, needs
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
-from gatewise.inspection.grid import Grid, finite_or_zero
+from gatewise.inspection.grid import Grid
 from gatewise.inspection.prompts import PromptMap
 
 if TYPE_CHECKING:
@@ -184,18 +184,18 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     """
 
     with _figure(out, 5.4, 1.4 + 0.24 * prompts.layers, layout="constrained") as figure:
-        known = prompts.gates is not None
-        axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if known else "", "layer")
+        axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if prompts.gates else "", "layer")
+        gates = [gate if math.isfinite(gate) else 0.0 for gate in prompts.gates or ()]
         for layer in range(prompts.layers):
             new = layer in prompts.chosen
-            size = finite_or_zero(prompts.gates[layer]) if prompts.gates and layer < len(prompts.gates) else float(new)
+            size = gates[layer] if layer < len(gates) else float(new)
             axes.barh(layer, size, height=0.8, color=_TO if new else _REST)
             words = {"new": "new prompt", "carried": "carried on", "none": ""}[prompts.role(layer)]
             axes.annotate(words, (size, layer), (4, 0), textcoords="offset points", va="center", size=7.5, color=_INK)
         axes.set_ylim(prompts.layers - 0.4, -0.6)
-        axes.set_xlim(0, 1.35 * max([1.0] if prompts.gates is None else [*map(finite_or_zero, prompts.gates), 1e-6]))
+        axes.set_xlim(0, 1.35 * max([*gates, 1e-6] if gates else [1.0]))
         axes.set_yticks(range(prompts.layers))
-        if not known:
+        if not gates:
             axes.set_xticks([])
     return Path(out)
 
