@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
 from gatewise.cli.options import LabelsOption, PromptOption, SplitOption
 from gatewise.errors import GatewiseError
+from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
@@ -64,7 +65,6 @@ def inspect(
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
     from gatewise import inspection
-    from gatewise.files import check_new_file, write_json
 
     options = DataOptions(base, split, prompt, labels, device=device)
     mode = "routing" if routing else "scores" if scores else ""
@@ -128,7 +128,7 @@ def _budget(adapter: Path, value: Value) -> Found:
     if peft_type(adapter) == "SELECTIVE_PROMPT":
         prompts = show.read_prompts(adapter)
         table, draw = show.prompts_table(prompts), partial(show.plot_prompts, prompts)
-        return Found(prompts, show.prompts_json(prompts), "", table, show.prompts_lines(prompts), draw)
+        return Found(prompts, finite(asdict(prompts)), "", table, show.prompts_lines(prompts), draw)
     budget = show.read_budget(adapter)
     table, drawn = show.grid_table(budget.grid(value)), partial(show.plot, budget, value=value)
     return Found(budget, show.budget_json(budget), "", table, show.budget_lines(budget), drawn)

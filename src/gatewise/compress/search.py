@@ -155,8 +155,8 @@ class Search:
         if goal.size is None and gap.within(goal.tolerance):
             raise GatewiseError(
                 f"the adapter does nothing on these {gap.rows} rows: without any rank the model is as good "
-                f"({float(self.base_rows.mean()):.4f}, with the adapter {float(self.whole_rows.mean()):.4f}); give other data, or a "
-                "size (--parameters, --modules)"
+                f"({float(self.base_rows.mean()):.4f}, with the adapter {float(self.whole_rows.mean()):.4f}); give other "
+                "data, or a size (--parameters, --modules)"
             )
 
     def _encode(self, records: Records) -> list[dict[str, Any]]:

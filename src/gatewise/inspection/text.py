@@ -167,8 +167,3 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
         f"layers with a new prompt: {', '.join(map(str, prompts.chosen))} of {prompts.layers} ({how})",
         f"parameters: {stored}",
     ]
-
-
-def prompts_json(prompts: PromptMap) -> dict[str, Any]:
-    """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return finite(asdict(prompts))
