@@ -109,8 +109,6 @@ class _Calls:
 
     def __init__(self, tuner: LoraModel) -> None:
         self._tuner = tuner
-        self._known: list[str] = []
-        self._layers: list[nn.Module] = []
         self._forwards: Mapping[nn.Module, Forward] = {}  # that layers have now, by the innermost call
         self._turn = RLock()  # PEFT tells layers their adapters by hooks, which hold for all threads
 
@@ -133,7 +131,7 @@ class _Calls:
             stack.enter_context(self._turn)
             layers = []
             if not self._tuner.training and kwargs.get("alora_offsets") is None:
-                layers = self._free_layers(mixed)
+                layers = self._free_layers()
             names: dict[nn.Module, Sequence[str]] = {}
             with _names_instead_of_hooks(layers if mixed else [], names):
                 stack.enter_context(theirs)
@@ -146,13 +144,10 @@ class _Calls:
             stack.enter_context(rows_side_by_side(self._tuner.model))
             yield
 
-    def _free_layers(self, mixed: bool) -> list[nn.Module]:
+    def _free_layers(self) -> list[nn.Module]:
         """Layers whose forward is not somebody else's, such as Accelerate's hooks give it."""
-        adapters = list(self._tuner.peft_config)
-        # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
-        if mixed or adapters != self._known:
-            self._layers, self._known = [module for module in self._tuner.modules() if _is_linear(module)], adapters
-        return [layer for layer in self._layers if "forward" not in layer.__dict__ or layer in self._forwards]
+        layers = [module for module in self._tuner.modules() if _is_linear(module)]
+        return [layer for layer in layers if "forward" not in layer.__dict__ or layer in self._forwards]
 
     def _put(self, forwards: Mapping[nn.Module, Forward]) -> None:
         """Layers have these forwards from here on, and PEFT's where there is none."""

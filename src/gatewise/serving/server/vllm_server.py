@@ -22,7 +22,7 @@ from typing import Any
 GUARD = "gatewise_guard"
 """What guard.py is called in this process."""
 STATE = "\u2063"
-"""In what vLLM calls an adapter's later states, after the name: no name has it, since it cannot be printed."""
+"""Stands between an adapter's name and a number in what vLLM calls it. No name has it, since it cannot be printed."""
 
 
 def client_name(name: str) -> str:
@@ -39,7 +39,6 @@ class Adapters:
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
-        self._states: dict[str, int] = {}  # how many of each adapter there were
         self._task: asyncio.Task[None] | None = None
 
     def listen(self) -> None:
@@ -82,9 +81,8 @@ class Adapters:
             models.lora_requests.pop(name, None)
             return
         # A number of its own, so that requests that run go on with the adapter that they began with.
-        state = self._states[name] = self._states.get(name, 0) + 1
-        own = name if state == 1 else f"{name}{STATE}(state {state})"
-        made = LoRARequest(lora_name=own, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
+        number = models.lora_id_counter.inc(1)
+        made = LoRARequest(lora_name=f"{name}{STATE}({number})", lora_int_id=number, lora_path=path)
         try:
             await models.engine_client.add_lora(made)
         except Exception as error:
