@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import EXPERTS, random_adapter, tiny_base
 
 from gatewise.adapters.files import LoraAdapter, LoraModule, read_lora
-from gatewise.serving.engines import is_told, serving_settings, settings_together
+from gatewise.serving.engines import keeps_lora, serving_settings, settings_together
 
 
 def adapter(*paths: str, rank: int = 3, **others: Any) -> LoraAdapter:
@@ -34,7 +34,7 @@ def test_a_packed_module_is_named_beside_its_part() -> None:
 
 
 @pytest.mark.parametrize("told", [["q_proj", "down_proj"], ["qkv_proj", "down_proj"], None])
-def test_what_vllm_keeps_of_what_it_is_told(told: list[str] | None) -> None:
+def test_what_vllm_keeps_of_what_it_keeps_lora(told: list[str] | None) -> None:
     """As vLLM's is_in_target_modules has it, of the layer and of the adapter's tensors: told None is what it is told of these."""
     names = named("llama", f"model.{QUERY}", f"model.{DOWN}") if told is None else told
     for path, is_kept in (
@@ -44,10 +44,10 @@ def test_what_vllm_keeps_of_what_it_is_told(told: list[str] | None) -> None:
         ("layers.2.self_attn.q_proj", told is not None),
         ("layers.3.self_attn.o_proj", False),
     ):
-        assert is_told(f"model.{path}", names, "llama") == is_kept, path
-    assert not is_told(f"model.{QUERY}", {f"model.{QUERY}"}, "llama")  # vLLM has no layer of this name
-    assert is_told("transformer.h.0.attn.c_attn", {"transformer.h.0.attn.c_attn"}, "gpt2")
-    assert is_told("model.layers.0.mlp.experts.gate_up_proj", {"experts"}, "gpt_oss")
+        assert keeps_lora(f"model.{path}", names, "llama") == is_kept, path
+    assert not keeps_lora(f"model.{QUERY}", {f"model.{QUERY}"}, "llama")  # vLLM has no layer of this name
+    assert keeps_lora("transformer.h.0.attn.c_attn", {"transformer.h.0.attn.c_attn"}, "gpt2")
+    assert keeps_lora("model.layers.0.mlp.experts.gate_up_proj", {"experts"}, "gpt_oss")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "llama", None])
@@ -55,11 +55,11 @@ def test_what_vllm_keeps_of_what_it_is_told(told: list[str] | None) -> None:
 def test_experts_are_told_of_as_one(path: str, model_type: str | None) -> None:
     """Those that vLLM is not told of lose their LoRA, whatever else is called as a part of theirs."""
     path = f"model.layers.1.mlp.{path}"
-    assert not is_told(path, {"gate_proj", "gate_up_proj", "up_proj"}, model_type)
-    assert is_told(path, {"gate_proj", "experts"}, model_type)
-    assert is_told("model.layers.1.mlp.shared_expert.gate_proj", {"gate_proj"}, model_type)
-    assert not is_told("model.layers.1.mlp.shared_expert.gate_proj", {"experts"}, model_type)
-    assert is_told(path, {path}, model_type) or path.endswith("gate_proj")
+    assert not keeps_lora(path, {"gate_proj", "gate_up_proj", "up_proj"}, model_type)
+    assert keeps_lora(path, {"gate_proj", "experts"}, model_type)
+    assert keeps_lora("model.layers.1.mlp.shared_expert.gate_proj", {"gate_proj"}, model_type)
+    assert not keeps_lora("model.layers.1.mlp.shared_expert.gate_proj", {"experts"}, model_type)
+    assert keeps_lora(path, {path}, model_type) or path.endswith("gate_proj")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,6 @@ def find_constraints(names: Sequence[str] | None = None) -> dict[str, Constraint
 
 
 def logits_processors(constraints: Mapping[str, Constraint]) -> list[str]:
-    """What vLLM is told of constraints."""
+    """vLLM's arguments for these constraints."""
     classes = [one.logits_processor for one in constraints.values()]
     return ["--logits-processors", *classes] if classes else []

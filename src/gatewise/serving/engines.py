@@ -1,4 +1,4 @@
-"""What serving engines must be told of LoRA adapters: ``serving.json``."""
+"""The settings that vLLM needs for LoRA adapters: ``serving.json``."""
 
 import re
 from collections.abc import Collection
@@ -32,7 +32,7 @@ _LAYER = re.compile(r"model\.layers\.\d+\.\w+")
 
 
 def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, Any]:
-    """What serving engines must be told of an adapter.
+    """The settings that vLLM needs for an adapter.
 
     vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
     and reserves room for ``--max-lora-rank``. A module that it is not told of loses its LoRA without a word. It takes no DoRA, no
@@ -80,16 +80,16 @@ def _settings(modules: list[str], rank: int, base: str | None, model_type: str |
     }  # fmt: skip
 
 
-def is_told(path: str, told: Collection[str], model_type: str | None) -> bool:
-    """Whether vLLM keeps the LoRA of a module where ``--lora-target-modules`` are those: by kind, or by its full names."""
+def keeps_lora(path: str, named: Collection[str], model_type: str | None) -> bool:
+    """Whether vLLM keeps the LoRA of a module if ``--lora-target-modules`` are ``named``: by kind, or by full names."""
     above, _, kind = path.rpartition(".")
     # Experts are one module in vLLM, whatever it is that each has within.
     kinds = {"experts"} if ".experts" in path else {kind, _PACKED.get(kind, kind)}
-    return not kinds.isdisjoint(told) or {f"{above}.{kind}", f"{above}.{_PACKED.get(kind, kind)}"} <= set(told)
+    return not kinds.isdisjoint(named) or {f"{above}.{kind}", f"{above}.{_PACKED.get(kind, kind)}"} <= set(named)
 
 
 def _vllm_names(path: str, model_type: str | None) -> list[str]:
-    """What the module, or the one that it is packed into, may be called in vLLM. Names that a base does not have do nothing."""
+    """The names in vLLM of a module, or of the one that it is packed into. Names that a base does not have do nothing."""
     above, _, kind = path.rpartition(".")
     if model_type in _SAME_NAMES and _LAYER.fullmatch(above):
         return [f"{above}.{one}" for one in (kind, _PACKED.get(kind, kind))]

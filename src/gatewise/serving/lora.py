@@ -69,7 +69,7 @@ def fast_lora(model: nn.Module) -> FastLora:
         model.generate(**inputs, adapter_names=["legal", "__base__", "medical"])
 
         with fast_lora(model): ...                                         # only inside
-        handle = fast_lora(model); ...; handle.remove()                    # until told otherwise
+        handle = fast_lora(model); ...; handle.remove()                    # until then
 
     ``model.generate`` and ``model(...)`` then give what PEFT gives, up to rounding: in half precision the adapters are read in the
     precision of the base module's output, where PEFT computes with float32 copies. Adapters may differ in rank, scaling and target

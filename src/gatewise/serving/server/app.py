@@ -258,7 +258,7 @@ class _Writing:
 
 
 async def _while_connected(request: Request, made: Awaitable[_Made]) -> _Made:
-    """What an awaitable gives, which is given up when the client goes.
+    """The result of an awaitable, which is cancelled when the client disconnects.
 
     Raises:
         RefusedError: it went.
@@ -294,7 +294,7 @@ class _Stream(StreamingResponse):
 
 
 async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """A stream as it is sent. What goes wrong after its first event is an event too, and the last but [DONE]."""
+    """The lines of a stream. An error after the first event is sent as an event of its own, before [DONE]."""
     try:
         yield _event(first)
         async for event in events:

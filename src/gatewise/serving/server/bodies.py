@@ -57,7 +57,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 class RefusedError(Exception):
-    """What a client is told.
+    """An error that the client is shown.
 
     Args:
         status: of HTTP; 503 where it helps to ask again.
@@ -137,7 +137,7 @@ class Completion(Body):
 
 
 class Message(BaseModel):
-    """What somebody said. Of content in parts, texts are served."""
+    """A message of a chat. Content may come in parts, if all of them are texts."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -81,7 +81,7 @@ class Version:
 
     @contextmanager
     def copy(self) -> Iterator[Path]:
-        """A folder with a copy of its files, which nobody changes; it may be moved away.
+        """A temporary folder with a copy of its files; the caller may move it away.
 
         Raises:
             ReplacedError: they are not those of this version any more.
@@ -115,7 +115,7 @@ class Catalogue:
             folder called "adapter" is called by the one that holds it.
         taken: names that no adapter may have, such as the base model's.
         settled: seconds in which the files of a folder must not have changed.
-        say: told in a line of what is passed over.
+        say: called with a line about each folder that is not served.
 
     Attributes:
         versions: those that are served now, by name.
@@ -202,7 +202,7 @@ class Catalogue:
         self.note(folder, problem)
 
     def note(self, folder: Path, text: str) -> None:
-        """Says what is wrong with a folder, unless that was the last that was said of it: it is tried again and again."""
+        """Prints what is wrong with a folder, once: the same is found at every look."""
         if self._said.get(folder) != text:
             self._said[folder] = text
             self._say(f"note: {text}")
@@ -278,7 +278,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def describe_fault(folder: Path, error: Exception) -> str:
-    """What is said of an error that came of an adapter's folder, whatever raised it."""
+    """One sentence for any error that an adapter's folder caused."""
     if isinstance(error, GatewiseError):
         return str(error)
     # Not the file that an OSError names: of each copy it is another one, and a line that changes would be printed each time.

@@ -155,7 +155,7 @@ class Engine:
             self._news.notify()
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Nobody reads these any more: those that wait go at once, the others after the next step."""
+        """The client is gone: answers that wait are dropped at once, the others after the next step."""
         with self._news:
             for one in answers:
                 one.cancelled = True
@@ -164,7 +164,7 @@ class Engine:
                     self._ended(one, "cancelled")
 
     def load(self, version: Version) -> None:
-        """Loads an adapter before anybody asks for it; before ``start``.
+        """Loads an adapter; other threads may call this only before ``start``.
 
         Raises:
             GatewiseError: it cannot be loaded.
@@ -193,10 +193,10 @@ class Engine:
             while self._has_work():
                 self._unload_gone()
                 self._admit()
-                for lane in list(self._running):  # no name here may hold an answer: this frame lives while nobody asks
+                for lane in list(self._running):  # do not name an answer: this frame would keep it alive
                     if self._running[lane]:
                         self._step(lane)
-        except Exception as error:  # a fault of ours, or a device that is dead: nobody must wait for answers that never come
+        except Exception as error:  # a bug, or a dead device: no client may wait for an answer that never comes
             traceback.print_exception(error, file=sys.stderr)
             self.is_broken = True
         with self._news:
@@ -249,7 +249,7 @@ class Engine:
     # ---- adapters ----
 
     def _lane_of(self, version: Version | None) -> Lane | None:
-        """The lane of an adapter, which is loaded there; None where all that are loaded are in use.
+        """The lane of an adapter, loading it first if need be; None if there is no room, as all loaded adapters are in use.
 
         Raises:
             RefusedError: it cannot be loaded.
@@ -287,7 +287,7 @@ class Engine:
             lane.unload(version.key)
 
     def _unload_gone(self) -> None:
-        """Versions that are no longer in their folders, once nobody needs them."""
+        """Unloads versions that are no longer in their folders, once no request needs them."""
         with self._news:
             used = {one.version for rows in (self._waiting, *self._running.values()) for one in rows}
         for version in list(self._loaded):
@@ -340,7 +340,7 @@ class Engine:
         one.send(Piece(text, 1, finish))
 
     def _try(self, lane: Lane, call: Callable[[Any], Any], argument: Any) -> Any:
-        """Has a lane do something. A fault of ours, or no memory, ends all its rows, and it goes on empty; None then."""
+        """Calls a method of a lane. If it fails, all rows of the lane end with the error, and None is returned."""
         try:
             return call(argument)
         except Exception as error:

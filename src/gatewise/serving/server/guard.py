@@ -76,7 +76,7 @@ class Guard:
 
 
 class GuardByEnvironment(Guard):
-    """For a server that is told of it by an argument: hosts and key are in the environment."""
+    """Reads hosts and key from the environment: vLLM's --middleware takes the name of a class, and no arguments."""
 
     def __init__(self, app: Any) -> None:
         hosts = os.environ.get(HOSTS)

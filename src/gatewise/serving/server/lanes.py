@@ -1,4 +1,4 @@
-"""A lane: the model with the adapters that can share a batch, and the rows that it writes now, one token of each a step.
+"""A lane: the model with adapters that can share a batch, and the rows that are being written, one token each per step.
 
 Rows come and go between steps. The prompt of a new one is read by itself, and its keys and values are then put under those of the
 others, filled up on the left, where the mask hides what fills. The rows of one lane may belong to different adapters, where these
@@ -161,7 +161,7 @@ class Lane:
         self._cache.batch_select_indices(torch.tensor(rows, device=self._model.device))
         regroup(self._cache, [(self._cache, rows)])
         self._mask = self._mask[list(rows)]
-        spare = int(self._mask.any(dim=0).int().argmax())  # columns in which nobody has anything
+        spare = int(self._mask.any(dim=0).int().argmax())  # columns that only fill up
         if spare:
             length = self._mask.shape[1]
             self._mask = self._mask[:, spare:]

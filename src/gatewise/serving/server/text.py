@@ -51,7 +51,7 @@ class Tokenizers:
 
 
 def _warmed_up(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer after its first text: it may change settings of its own by that, and must not while another thread decodes."""
+    """Encodes a first text, by which a tokenizer may change its own settings: later, another thread may be decoding with it."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         name = type(tokenizer).__name__
         raise GatewiseError(

@@ -31,7 +31,7 @@ def client_name(name: str) -> str:
 
 
 class Adapters:
-    """What standard input says of adapters, which is done in its order once the server has begun.
+    """Loads and removes adapters in the order in which standard input names them, once the server runs.
 
     Each state of an adapter has a name of its own, which only vLLM's metrics show: vLLM takes adapters of one name for one
     (``LoRARequest.__eq__``), and ended where a batch had two of its states.
@@ -50,7 +50,7 @@ class Adapters:
         os.killpg(0, signal.SIGKILL)
 
     async def begin(self, models: Any) -> None:
-        """From here on vLLM's ``models`` have them, those that it was told of before from the first request on."""
+        """Loads the adapters that were named so far, before the first request, and follows standard input from then on."""
         name_of, list_all = models.model_name, models.show_available_models
 
         async def show_available_models() -> Any:

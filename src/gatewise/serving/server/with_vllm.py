@@ -26,7 +26,7 @@ from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.loading import load_config, resolve
 from gatewise.serving.constraints import Constraint, logits_processors
-from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
+from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, keeps_lora, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, describe_fault
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
@@ -44,7 +44,7 @@ class Room:
 
     Attributes:
         rank: the largest.
-        modules: the names that are told to vLLM, None for all.
+        modules: those of ``--lora-target-modules``, None for all.
         routed: whether it can serve routed adapters.
     """
 
@@ -58,14 +58,14 @@ class Room:
             return "is routed, which this vLLM was not started for"
         if settings["largest_rank"] > self.rank:
             return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
-        told, kind = self.modules, settings["model_type"]
-        if told is not None and (others := [path for path in settings["modules"] if not is_told(path, told, kind)]):
+        named, kind = self.modules, settings["model_type"]
+        if named is not None and (others := [path for path in settings["modules"] if not keeps_lora(path, named, kind)]):
             return f"has modules that this vLLM was not started for ({some(others)})"
         return None
 
 
 def settings_of(version: Version, model_type: str | None, folder: Path | None = None) -> dict[str, Any]:
-    """What vLLM must be told of an adapter, as ``serving_settings`` has it.
+    """The ``serving_settings`` of an adapter.
 
     Args:
         folder: with a copy of its files; by default its own.
@@ -85,7 +85,7 @@ def settings_of(version: Version, model_type: str | None, folder: Path | None = 
 def arguments_for(
     found: Sequence[tuple[Version, Mapping[str, Any]]], positions: int, most_loaded: int, rest: Sequence[str] = ()
 ) -> tuple[list[str], Room]:
-    """What vLLM must be told of adapters, and what fits in beside them.
+    """vLLM's arguments for these adapters, and the room that they leave for later ones.
 
     Args:
         found: adapters with their ``settings_of``; none where they are still to come.
@@ -94,7 +94,7 @@ def arguments_for(
         rest: arguments that the user gives vLLM, which come after ours and override them.
     """
     own = _read_arguments(rest)
-    arguments, rank, modules = ["--enable-lora"], 16, None  # of adapters that nobody knows yet: all modules
+    arguments, rank, modules = ["--enable-lora"], 16, None  # without adapters to go by: all modules
     if found:
         together = settings_together([dict(settings) for _, settings in found])["vllm"]
         rank, names = together["max_lora_rank"], together["arguments"]
@@ -155,7 +155,7 @@ class VllmServer:
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
         self._hosts = check_reach(host, key)
-        with listen(host, port) as free:  # told now, not in a log of vLLM's
+        with listen(host, port) as free:  # so that a taken port is an error here, and not deep in vLLM's log
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
@@ -211,7 +211,7 @@ class VllmServer:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that vLLM was told of."""
+        """The names of the adapters that were sent to vLLM."""
         return sorted(self._served)
 
     @contextmanager
@@ -257,7 +257,7 @@ class VllmServer:
             )
 
     def _read(self, stream: IO[bytes]) -> None:
-        """vLLM's log is said as it comes."""
+        """Passes vLLM's log on, line by line."""
         for line in iter(stream.readline, b""):
             self._say(line.decode(errors="replace").rstrip())
 
@@ -317,12 +317,12 @@ class VllmServer:
             self._served[name] = version
             told["path"] = str(copies / version.key)
         assert process.stdin is not None
-        with suppress(OSError):  # it has ended, which is found out in a moment
+        with suppress(OSError):  # it has ended, which ``run`` sees in a moment
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()
 
     def _answers(self) -> bool:
-        """Whether vLLM serves: it begins with the adapters that it was told of till then."""
+        """Whether vLLM answers; it loads the adapters that were sent till then first."""
         with suppress(OSError), DIRECT.open(f"{self.url}/health", timeout=2) as answer:
             return bool(answer.status == 200)
         return False

@@ -1,4 +1,4 @@
-"""A routed adapter as it lies in its folder, for an engine that has modules of its own: the experts of each layer, and its router.
+"""Reads a routed adapter from its folder, for an engine with its own module classes: the experts of each layer, and its router.
 
 Needs neither vLLM nor Transformers; PEFT comes in with the routers, when the first adapter is read.
 """

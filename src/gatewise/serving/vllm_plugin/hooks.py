@@ -146,7 +146,7 @@ def generate_block_hash_extra_keys(theirs: Any, request: Any, *args: Any, **kwar
     found, following = theirs(request, *args, **kwargs)
     if not _asks_routed(request.lora_request):
         return found, following
-    # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
+    # Keys and values of a prompt's first tokens depend on the whole prompt, which chooses the modules. Request ids may come again.
     own = request.__dict__.setdefault(_OWN, str(next(_numbers)))
     return (*(found or ()), ("gatewise", own)), following
 
@@ -272,7 +272,7 @@ def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
     if of_step != before or not same_gates:
         groups = Groups(*of_step)
         setattr(manager, _GROUPS, (of_step, groups))
-        # The first is the language model's. What reads images has tokens of its own, maybe as many.
+        # The first is the language model's. A part that reads images has other tokens, perhaps as many.
         setattr(next(iter(manager.punica_wrapper_mapping.values())), _GROUPS, groups)
 
 

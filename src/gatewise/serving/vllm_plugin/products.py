@@ -54,7 +54,7 @@ class Groups:
 
     def __init__(self, adapters: Sequence[int], slots: Sequence[int | None]) -> None:
         self.tokens = len(adapters)
-        self._rows: dict[int, Tensor | slice] = {}  # slot -> its tokens; those without an adapter are nobody's
+        self._rows: dict[int, Tensor | slice] = {}  # slot -> its tokens; tokens without an adapter are in none
         self._products: dict[int, list[_Product]] = {}  # of a module
         of_token = torch.tensor(adapters)
         for number in sorted(one for one in set(adapters) if one > 0):
@@ -116,7 +116,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Packed:
-    """An adapter's a (d_in, r) in float32 and the slices that it has anything for."""
+    """An adapter's A (d_in, r) in float32, and the slices that it adapts."""
 
     a: Tensor
     parts: list[_Part]
