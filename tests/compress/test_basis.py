@@ -9,7 +9,6 @@ from tiny_models import ALL_KINDS, random_adapter, tiny_base
 
 from gatewise.allocation.slots import by_slot, factors, live_slots, lora_layers
 from gatewise.compress.basis import to_singular_basis
-from gatewise.errors import GatewiseError
 
 
 def updates(model: Any) -> dict[str, torch.Tensor]:
@@ -70,14 +69,3 @@ def test_what_peft_converts_to_is_a_part_of_the_singular_basis() -> None:
         a, b = (state[f"base_model.model.{path}.lora_{name}.weight"] for name in "AB")
         assert len(a) == 2
         torch.testing.assert_close(a.T @ b.T, wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_shared_factors_are_refused() -> None:
-    base = tiny_base("llama")
-    base.tie_weights()
-    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
-    base.config.tie_word_embeddings = True
-    base.lm_head.weight = base.model.embed_tokens.weight
-    model = get_peft_model(base, config)
-    with pytest.raises(GatewiseError, match="share their LoRA factors"):
-        to_singular_basis(model)

@@ -69,17 +69,6 @@ def test_json_of_a_budget_is_plain_and_complete() -> None:
     assert json.loads(json.dumps(budget_json(broken), allow_nan=False))["modules"][0]["norm"] is None
 
 
-def test_the_table_fits_eighty_columns_and_shows_signs_without_colour() -> None:
-    found = importance_stack(30)
-    text = rendered(grid_table(found.score_grid()))
-    assert "…" not in text
-    rows = [line.split() for line in text.splitlines() if line.split()]
-    assert rows[0] == ["layer", "q", "k", "v", "o", "gate", "up", "down", "total"]
-    assert rows[2][:4] == ["0", "-5.0", "0", "5.0"]
-    assert [row[0] for row in rows[2:-1]] == [str(layer) for layer in range(30)]
-    assert rows[-1][-1] == f"{1e3 * found.total:.1f}"
-
-
 def test_the_table_shades_either_side_of_zero_in_its_own_colour() -> None:
     def colours(*totals: float) -> set[str]:
         shown = grid_table(importance(*(module(f"layers.0.{i}", t) for i, t in enumerate(totals))).score_grid())

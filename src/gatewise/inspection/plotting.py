@@ -138,7 +138,6 @@ def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Pa
 
 def _shorten(text: str, room: int) -> str:
     """Cuts text in the middle, where paths and names differ least."""
-    room = max(room, 5)
     return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
@@ -207,7 +206,6 @@ def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) 
     axes.set_xlabel(x, size=8.5, color=_FAINT)
     axes.set_ylabel(y, size=8.5, color=_FAINT)
     axes.tick_params(length=0, labelsize=8, labelcolor=_INK)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(_REST)
+    axes.spines[:].set_color(_REST)
+    axes.spines[["top", "right"]].set_visible(False)
     return axes
