@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement, agree
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
-    from gatewise_mdt.extraction.batch import extract_files
     from gatewise_mdt.extraction.extractor import Extraction, Extractor, measure
     from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise_mdt.formats.views import render, write_view
@@ -54,7 +53,6 @@ _HOME = {
     "evaluation.agreement": ("Agreement", "agree"),
     "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
-    "extraction.batch": ("extract_files",),
     "extraction.extractor": ("Extraction", "Extractor", "measure"),
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
@@ -88,7 +86,6 @@ __all__ = [
     "agree",
     "count_mistakes",
     "evaluate",
-    "extract_files",
     "in_text_order",
     "linearise",
     "load_extractor",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import Extractor, extract_files, read_trees
+from gatewise_mdt import Extractor, read_trees
 from mdt_models import pdf, random_adapter_folder
 from mdt_trees import TEXT, gout
 from refusals import assert_refused
@@ -109,16 +109,6 @@ def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
     table = gatewise("evaluate", "--gold", "gold.json")
     assert table.exit_code == 0, table.output
     assert f"tree edit ratio: {values['ter']:.4f}" in table.stdout
-
-
-def test_extract_files_from_python(tmp_path: Path, adapter: Path) -> None:
-    (tmp_path / "good.txt").write_text(TEXT)
-    extractor = Extractor.load(adapter, verbatim=True, max_new_tokens=150)
-    seen: list[tuple[int, int]] = []
-    batch = extract_files([tmp_path / "good.txt"], extractor, progress=lambda *at: seen.append(at))
-    assert [record.text for record in batch.records] == [TEXT]
-    assert (batch.faults, batch.failed) == ([], [])
-    assert seen == [(1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--host", "nowhere.invalid"], "of 'nowhere.invalid' cannot be had"),
         (["trees.json", "--allow-host", "https://x.example"], "--allow-host is 'https://x.example', expected the name"),
         (["trees.json", "--users", "none.json"], "none.json: there is no such file"),
-        (["trees.json", "--users", "trees.json"], "trees.json holds no JSON object"),
+        (["trees.json", "--users", "trees.json"], "trees.json is no list of reviewers"),
         (["--add-user", "Ada"], "--add-user needs --users FILE"),
         (["--add-user", " ", "--users", "new.json"], "expected a name"),
         (["--population", "children"], "--population was given without a file"),

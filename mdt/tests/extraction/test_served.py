@@ -11,8 +11,7 @@ import pytest
 import torch
 from gatewise_mdt import Extraction, Extractor, read_trees, sample
 from gatewise_mdt.documents.reading import documents_in
-from gatewise_mdt.extraction import served
-from gatewise_mdt.extraction.batch import extract_files
+from gatewise_mdt.extraction.batch import Batch, extract_pieces, read_pieces
 from gatewise_mdt.extraction.course import Course
 from gatewise_mdt.extraction.prompts import prompt
 from gatewise_mdt.extraction.served import ServedExtractor
@@ -84,9 +83,8 @@ class Engine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, str]]:
+def engine() -> Iterator[tuple[Engine, str]]:
     """An engine, and its address."""
-    monkeypatch.setattr(served.time, "sleep", lambda _: None)
     made = Engine(*random_model(3))
 
     class Handler(BaseHTTPRequestHandler):
@@ -168,19 +166,11 @@ def test_a_passage_that_is_refused_does_not_stop_the_others(engine: tuple[Engine
     assert isinstance(second, Extraction)
 
 
-def test_a_busy_server_is_asked_again(engine: tuple[Engine, str]) -> None:
-    made, url = engine
-    made.answers = [(503, b"not yet"), (429, {"error": {"message": "too many"}})]
-    (found,) = ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS[:1])
-    assert isinstance(found, Extraction)
-    assert len(made.asked) == 3
-
-
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ([(503, {"error": {"message": "over\nloaded"}})] * 9, r"gave no answer \(503: over loaded\)"),
-        ([(503, BROKEN)] * 9, r"gave no answer \(503: IncompleteRead"),
+        ([(503, {"error": {"message": "over\nloaded"}})], r"refused \(503: over loaded\)"),
+        ([(503, BROKEN)], r"refused \(503: IncompleteRead"),
         ([(404, {"error": {"message": "gone"}})], r"refused \(404: gone\)"),
         ([(200, b"<html>")], "no JSON object"),
         ([(200, [1])], "no JSON object"),
@@ -206,7 +196,9 @@ def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> Non
 
 def test_documents_of_which_none_can_be_read(engine: tuple[Engine, str], tmp_path: Path) -> None:
     extractor = ServedExtractor.connect(engine[1], "trees")
-    assert extract_files([tmp_path / "none.txt"], extractor).failed == [str(tmp_path / "none.txt")]
+    batch = Batch()
+    pieces = read_pieces([tmp_path / "none.txt"], batch)
+    assert extract_pieces(pieces, extractor, batch).failed == [str(tmp_path / "none.txt")]
 
 
 def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
@@ -221,8 +213,7 @@ def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
         ServedExtractor.connect("127.0.0.1:8000", "trees")
 
 
-def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.time, "sleep", lambda _: None)
+def test_nobody_answers() -> None:
     with pytest.raises(GatewiseError, match="gave no answer"):
         ServedExtractor.connect("http://127.0.0.1:9", "trees")
 

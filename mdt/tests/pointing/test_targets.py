@@ -261,17 +261,6 @@ def test_objects_that_overlap_are_taken_where_they_do_not() -> None:
     assert not placed("people@In iron deficiency.", nodes)[0].has_tree
 
 
-def test_of_objects_that_overlap_those_stay_that_are_more() -> None:
-    text = "people@rash, give zinc and iron tablets."
-    nodes = simple(
-        [triple("rash", subject="people")],
-        [triple("zinc and iron tablets", DRUG, "people"), triple("zinc", DRUG, "people"), triple("iron", DRUG, "people")],
-    )
-    made, units = placed(text, nodes)
-    assert made.left_out == 1
-    assert [told.object for told in tree_of(made, units, "en").nodes[1].triples] == ["zinc", "iron"]
-
-
 def test_a_phrase_of_two_relations_or_roles_or_subjects_is_taken_at_two_places() -> None:
     relations = simple(
         [triple("children", "basic condition", "people")],

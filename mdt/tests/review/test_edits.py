@@ -138,7 +138,6 @@ def test_a_new_triple_has_the_relation_that_is_likely() -> None:
         ("set_triple", {"node": 0, "triple": 0, "parts": ["a", "b"]}, "expected three: subject, relation, object"),
         ("set_triple", {"node": 0, "triple": 0, "parts": ["a", "causes", "b"]}, "the relation is 'causes'"),
         ("set_triple", {"node": 0, "triple": 0, "parts": ["a", "drug therapy", 3]}, "the object of a triple is 3, expected text"),
-        ("set_triple", {"node": 0, "triple": 0, "parts": ["a", "drug therapy", "x" * 2001]}, "longer than 2000"),
         ("set_triple", {"node": 0, "triple": 0, "parts": ["a", "drug therapy", "\ud800"]}, "surrogate"),
         ("add_triple", {"node": 0, "parts": "text"}, "expected a list"),
     ],

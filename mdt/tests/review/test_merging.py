@@ -84,7 +84,7 @@ def test_an_approval_stays_with_its_tree(tmp_path: Path, edited: bool, lose_draf
     again.close()
 
 
-ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next", "remove")
+ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next")
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -104,8 +104,6 @@ def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -
             edit(session, number, DRUGS[number % 2])
         if "approve" in action:
             approve(session, number)
-        if action == "remove":
-            session.remove(number, 0)
     if save:
         session.save()
     before = shown(session)
@@ -141,19 +139,6 @@ def test_records_that_were_moved_or_taken_out_by_another_program(tmp_path: Path)
     assert shown(third) == [("colchicine", "approved", False), ("ibuprofen", "corrected", True)]
     assert third.notes == []
     third.close()
-
-
-def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Path) -> None:
-    session = Session.open(trees(tmp_path, "colchicine"))
-    ((added,), _) = session.paste("men@Give naproxen to them.")
-    session.begin(added.number, 0)
-    session.save()
-    rewrite(session)
-    left(session)
-    again = Session.open(str(tmp_path / "dup.json"))
-    assert [(one.text, one.saved) for one in again.passages] == [(TEXT, None), ("men@Give naproxen to them.", None)]
-    again.remove(2, again.passage(2).version)
-    again.close()
 
 
 def test_a_record_that_was_added_by_another_program_takes_no_passage_over(tmp_path: Path) -> None:
@@ -233,16 +218,13 @@ PREFACE = "# Preface\n\nGive all of it to people.\n\n"
 
 
 @pytest.mark.parametrize("text", [f"{GUIDE}\n\n", PREFACE + GUIDE])
-@pytest.mark.parametrize("removed", [True, False])
-def test_passages_of_a_document_that_was_saved_anew_are_the_same(tmp_path: Path, text: str, removed: bool) -> None:
+def test_passages_of_a_document_that_was_saved_anew_are_the_same(tmp_path: Path, text: str) -> None:
     session = open_guide(guide(tmp_path))
     write_and_approve(session, 2, "colchicine")
-    if removed:
-        session.remove(1, 0)
     session.save()
     left(session)
     again = open_guide(guide(tmp_path, text))
-    there = [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")][removed:]
+    there = [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")]
     assert headings(again) == [("Preface", "empty")] * (PREFACE in text) + there
     assert again.notes == []
     again.save()

@@ -283,7 +283,7 @@ def test_what_a_draft_was_made_with_stays_with_its_tree(tmp_path: Path) -> None:
 # Two who change one passage -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["edit", "undo", "redo", "approve", "begin", "take", "leave", "remove"])
+@pytest.mark.parametrize("change", ["edit", "undo", "redo", "approve", "begin", "take", "leave"])
 def test_a_stale_change_is_refused_with_what_was_done_since(session: Session, change: str) -> None:
     correct(session, 1, "ibuprofen", By("ben", "w1", "see page 3"))
     more: dict[str, list[Any]] = {"edit": ["swap", {"node": 0}], "take": [1], "leave": [1]}
@@ -300,7 +300,6 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
     before = session.files.history.read_bytes()
     session.approve(1, 1, by=By("Ben"))
     session.save()
-    session.remove(2, 0)
     session.close()
     again = Session.open(file, reviewer="Cleo")
     again.approve(1, 2, approved=False)
@@ -312,7 +311,6 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
         ("Ada Müller", "open", None, None),
         ("Ada Müller", "edit", 1, 1),
         ("Ben", "approve", 1, 2),
-        ("Ada Müller", "remove", 2, None),
         ("Cleo", "open", None, None),
         ("Cleo", "withdraw", 1, 3),
     ]
@@ -321,7 +319,7 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
     assert times == sorted(times)
     assert all(time.endswith("+00:00") for time in times)
     again.paste(OTHER)
-    assert rows(again)[-1]["passage"] == 3  # the id of one that was removed is not given again
+    assert rows(again)[-1]["passage"] == 3
     again.close()
 
 
@@ -342,7 +340,6 @@ def test_no_comment_stops_the_history(session: Session) -> None:
         lambda: session.approve(1, 0, by=mine),
         lambda: session.comment(1, mine),
         lambda: session.paste(OTHER, by=mine),
-        lambda: session.remove(2, 0, by=mine),
     ):
         with pytest.raises(GatewiseError, match="the comment has"):
             change()

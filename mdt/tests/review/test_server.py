@@ -213,11 +213,11 @@ def test_bodies_that_are_no_json_object_are_refused(ask: Caller, raw: bytes) -> 
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("edit", {}, "arguments"),
+        ("edit", {"edit": "swap"}, "arguments"),
         ("edit", {"number": "x", "version": 0, "edit": "swap", "arguments": {}}, "number is 'x'"),
         ("edit", {"number": True, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
         ("edit", {"number": 1e400, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
-        ("edit", {"number": 1, "version": 0, "edit": ["swap"], "arguments": {}}, "expected text"),
+        ("edit", {"number": 1, "version": 0, "edit": ["swap"], "arguments": {}}, "expected str"),
         ("edit", {"number": 1, "version": 0, "edit": "swap", "arguments": {"node": -1}}, "no node -1"),
         ("edit", {"number": 2, "version": 0, "edit": "swap", "arguments": {"node": 0}}, "no tree yet"),
         ("undo", {"number": 99, "version": 0}, "no passage 99"),

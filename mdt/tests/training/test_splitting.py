@@ -65,7 +65,7 @@ def test_seeds_draw_other_documents() -> None:
 
 
 def test_one_document_goes_by_several_spellings_and_a_text_that_comes_twice_by_none() -> None:
-    named = [TreeRecord(TEXT, TREE, n, {"source": name}) for n, name in enumerate(["a/x.pdf", "./a/x.pdf", " a//x.pdf "])]
+    named = [TreeRecord(TEXT, TREE, n, {"source": name}) for n, name in enumerate(["a/x.pdf", "./b/X.pdf", " a//x.pdf "])]
     assert len(by_document(named)) == 1
     nameless = [TreeRecord(text, TREE, 1, more) for text in ("one", "two", "one") for more in ({}, {"source": " "}, {"source": 5})]
     assert [len(document) for document in by_document(nameless)] == [6, 3]

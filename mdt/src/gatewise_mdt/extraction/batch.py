@@ -118,7 +118,14 @@ def read_pieces(
     population: str | None = None,
     most_characters: int | None = None,
 ) -> list[Piece]:
-    """The passages of documents; those that cannot be read go to the faults. Arguments are those of :func:`extract_files`."""
+    """The passages of documents; those that cannot be read go to the faults.
+
+    Args:
+        files: .txt, .md, .pdf or .docx; "-" is standard input.
+        language: of all documents; None finds it out.
+        population: of all passages, instead of what documents and headings say.
+        most_characters: of a passage; None takes 800 of English and 300 of Chinese.
+    """
     pieces: list[Piece] = []
     for file in files:
         name = "stdin" if str(file) == STDIN else writable(str(file))
@@ -134,34 +141,6 @@ def read_pieces(
             continue
         pieces += [Piece(name, passage, language or _of(passage, whole)) for passage in passages]
     return pieces
-
-
-def extract_files(
-    files: Sequence[str | Path],
-    extractor: Extracts,
-    *,
-    language: Language | None = None,
-    population: str | None = None,
-    most_characters: int | None = None,
-    progress: Progress | None = None,
-    journal: Journal | None = None,
-) -> Batch:
-    """The trees of documents; what fails does not stop the rest.
-
-    Args:
-        files: .txt, .md, .pdf or .docx; "-" is standard input.
-        language: of all documents; None finds it out.
-        population: of all passages, instead of what documents and headings say.
-        most_characters: of a passage; None takes 800 of English and 300 of Chinese.
-        progress: as for :class:`Extracts`.
-        journal: keeps what is found as it comes, and knows what was found before.
-
-    Raises:
-        GatewiseError: something is wrong that is no single document's fault.
-    """
-    batch = Batch()
-    pieces = read_pieces(files, batch, language=language, population=population, most_characters=most_characters)
-    return extract_pieces(pieces, extractor, batch, progress, journal)
 
 
 def extract_pieces(

@@ -12,7 +12,6 @@ that does not know this would write freely and say nothing. So what comes has to
 import http.client
 import json
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from gatewise_mdt.extraction.extractor import Extraction, Extracts, Text, made_w
 from gatewise_mdt.extraction.prompts import prompt
 from gatewise_mdt.formats.lines import parse
 
-_TRIES = 5
-_BUSY = (408, 429, 500, 502, 503, 504)
 _NEAR_THE_END = 100  # tokens, from which on the constraint may have brought a tree to a close
 
 
@@ -145,38 +142,30 @@ class ServedExtractor(Extracts):
         return made
 
     def _asked(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        """The answer, after some patience with a server that is busy."""
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
         content = None if body is None else json.dumps(body).encode()
-        fault = ""
-        for number in range(_TRIES):
-            if number:
-                time.sleep(2.0 ** (number - 1))
-            try:
-                request = urllib.request.Request(url, content, headers, method=method)
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    found = json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                with error:
-                    fault = f"{error.code}: {_error_message(error)}"
-                if error.code in _BUSY:
-                    continue
-                if error.code in (400, 413, 422) and body is not None:
-                    raise _RefusedError(f"the server refused the passage ({fault})") from error
-                advice = ": give the right key in GATEWISE_API_KEY" if error.code in (401, 403) else ""
-                raise GatewiseError(f"the server at {self.url} refused ({fault}){advice}") from error
-            except (OSError, http.client.HTTPException) as error:
-                fault = reason_of(error)
-                continue
-            except (ValueError, RecursionError):
-                found = None
-            if not isinstance(found, dict):
-                raise GatewiseError(f"the server at {self.url} answered what is no JSON object: is it an OpenAI-compatible one?")
-            return found
-        raise GatewiseError(
-            f"the server at {self.url} gave no answer ({fault}): start it, or look at its log, and give the command again"
-        )
+        try:
+            request = urllib.request.Request(url, content, headers, method=method)
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                found = json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                fault = f"{error.code}: {_error_message(error)}"
+            if error.code in (400, 413, 422) and body is not None:
+                raise _RefusedError(f"the server refused the passage ({fault})") from error
+            advice = ": give the right key in GATEWISE_API_KEY" if error.code in (401, 403) else ""
+            raise GatewiseError(f"the server at {self.url} refused ({fault}){advice}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise GatewiseError(
+                f"the server at {self.url} gave no answer ({reason_of(error)}): start it, or look at its log, and give the command"
+                " again"
+            ) from error
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise GatewiseError(f"the server at {self.url} answered what is no JSON object: is it an OpenAI-compatible one?")
+        return found
 
 
 class _RefusedError(GatewiseError):

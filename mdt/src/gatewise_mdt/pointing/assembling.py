@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gatewise_mdt.pointing.targets import EMPTY
+
 MOST_EXACT = 10
-NONE = -1
+NONE = EMPTY  # a leaf without a recommendation
 Tree = tuple[int, tuple[tuple[int, int] | None, ...]]
 """The root, and for each node None or its (yes, no) children, NONE for an empty leaf."""
 _Scores = NDArray[np.float64]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gatewise_mdt.pointing.assembling import NONE, best_groups, best_tree
+from gatewise_mdt.pointing.assembling import best_groups, best_tree
 from gatewise_mdt.pointing.chart import best_phrases, marginals
 from gatewise_mdt.pointing.heads import JOINS, Places, PointingHeads, UnitStates, member_rows, mention_rows, padded
 from gatewise_mdt.pointing.targets import EMPTY, NOBODY, POPULATION, SUBJECT, Mention, Pointed
@@ -122,8 +122,7 @@ def _assembled(
     one = found.pointed
     n = len(one.nodes)
     scores = [[[by_side[i][side][j] + by_node[i][side][j] for j in range(n)] for side in (0, 1)] for i in range(n)]
-    _, (root, made) = best_tree(conditions, roots[:n], scores, empty[:n])
-    children = tuple(None if both is None else (_child(both[0]), _child(both[1])) for both in made)
+    _, (root, children) = best_tree(conditions, roots[:n], scores, empty[:n])
     best = [max((0, 1), key=lambda k: joins[node][k]) for node in range(n)]
     joined = [len(held) > 1 for held in one.nodes]
     told = tuple(JOINS[best[node]] if joined[node] else "null" for node in range(n))
@@ -136,10 +135,6 @@ def _assembled(
             if child != EMPTY:
                 logs[child] += by_node[node][side][child]
     return replace(found, pointed=replace(one, joins=told, root=root, children=children), joins=sure, arcs=tuple(logs))
-
-
-def _child(number: int) -> int:
-    return EMPTY if number == NONE else number
 
 
 def _log(probability: float) -> float:

@@ -87,7 +87,7 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
 
     An object that comes several times is taken where it likeliest is (:func:`gatewise_mdt.spans.locate_tree`), unless it overlaps
     with another there, or has another relation, role or subject, or is all that two nodes have. Objects that come once go before
-    them, of these such as overlap with fewest others.
+    them.
 
     A triple is left out whose object does not stand in the text, or has no place of at most ``longest`` units left, or whose
     subject has none. Of a tree that loses a whole node by that, only the mentions remain.
@@ -163,34 +163,20 @@ def _objects(record: TreeRecord, units: Units) -> list[_Object]:
             found = sorted(find(text, triple.object), key=lambda span: abs(span.start - likeliest))
             kind = KINDS.index((relation_in(triple.relation, "en"), node.role))
             made.append(_Object(number, kind, _plain(triple.subject), [at for at in map(units.of_span, found) if at]))
-    alone = [one.places[0] for one in made if len(one.places) == 1]
-
-    def order(one: _Object) -> tuple[int, int]:
-        first, last = one.places[0] if one.places else (0, 0)
-        return len(one.places), sum(begin < last and first < end for begin, end in alone if (begin, end) != (first, last))
-
-    return sorted(made, key=order)
+    return sorted(made, key=lambda one: len(one.places))
 
 
 def _owners(held: dict[_Place, list[_Object]]) -> dict[_Place, int]:
-    """A place for each node, none for two, as far as there are such; by augmenting paths."""
+    """A place for each node, none for two, as far as there are such; those with few places first."""
     by_node: dict[int, list[_Place]] = defaultdict(list)
     for place, here in sorted(held.items()):
         for node in {one.node for one in here}:
             by_node[node].append(place)
     owners: dict[_Place, int] = {}
-
-    def give(node: int, seen: set[_Place]) -> bool:
-        for place in sorted(by_node[node], key=lambda place: place in owners):
-            if place not in seen:
-                seen.add(place)
-                if place not in owners or give(owners[place], seen):
-                    owners[place] = node
-                    return True
-        return False
-
     for node in sorted(by_node, key=lambda node: len(by_node[node])):
-        give(node, set())
+        free = next((place for place in by_node[node] if place not in owners), None)
+        if free is not None:
+            owners[free] = node
     return owners
 
 

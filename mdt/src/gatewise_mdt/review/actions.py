@@ -18,6 +18,17 @@ from gatewise_mdt.review.passage import Passage
 from gatewise_mdt.review.session import By, Session
 from gatewise_mdt.review.shown import passage_json, session_json
 
+# Changes of a passage, methods of Session: what each takes beside the passage's number and version.
+_CHANGES: dict[str, dict[str, type]] = {
+    "edit": {"edit": str, "arguments": dict},
+    "begin": {},
+    "undo": {},
+    "redo": {},
+    "approve": {"approved": bool},
+    "take": {"extraction": int, "replaced": bool},
+    "leave": {"extraction": int},
+}
+
 
 class NothingThereError(GatewiseError):
     """There is nothing of the name that was asked for."""
@@ -70,29 +81,13 @@ class Review:
 
     def _do(self, action: str, asked: dict[str, Any], by: By) -> dict[str, Any]:
         session = self.session
+        if action in _CHANGES:
+            more = [_given(asked, name, kind) for name, kind in _CHANGES[action].items()]
+            change = getattr(session, action)
+            return {"passage": self.passage(change(_integer(asked, "number"), _integer(asked, "version"), *more, by=by))}
         match action:
-            case "edit":
-                arguments = asked.get("arguments")
-                if not isinstance(arguments, dict):
-                    raise GatewiseError("the arguments of the edit are missing")
-                passage = session.edit(*_which(asked), _text(asked, "edit"), arguments, by)
-            case "undo":
-                passage = session.undo(*_which(asked), by)
-            case "redo":
-                passage = session.redo(*_which(asked), by)
-            case "begin":
-                passage = session.begin(*_which(asked), by)
-            case "approve":
-                passage = session.approve(*_which(asked), asked.get("approved") is True, by)
-            case "take":
-                passage = session.take(*_which(asked), _integer(asked, "extraction"), asked.get("replaced") is True, by)
-            case "leave":
-                passage = session.leave(*_which(asked), _integer(asked, "extraction"), by)
             case "comment":
-                passage = session.comment(_integer(asked, "number"), by)
-            case "remove":
-                session.remove(*_which(asked), by)
-                return {}
+                return {"passage": self.passage(session.comment(_integer(asked, "number"), by))}
             case "paste":
                 return _added(*session.paste(_text(asked, "text"), _text(asked, "population").strip(), by))
             case "load":
@@ -115,11 +110,9 @@ class Review:
                 format, which = _text(asked, "format"), asked.get("which")
                 if format not in FORMATS:
                     raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-                made = session.export(format, which if is_whole(which) else str(which))
-                return {"file": made._asdict()}
-            case _:
-                raise NothingThereError("there is nothing at this address")
-        return {"passage": self.passage(passage)}
+                file = session.export(format, which if is_whole(which) else str(which))
+                return {"file": dict(zip(("name", "content"), file, strict=True))}
+        raise NothingThereError("there is nothing at this address")
 
     def _extract(self, passages: Any, by: By) -> None:
         if self.extracting is None:
@@ -163,8 +156,11 @@ def _added(passages: list[Passage], faults: list[str]) -> dict[str, Any]:
     return {"added": [passage.number for passage in passages], "faults": faults}
 
 
-def _which(asked: dict[str, Any]) -> tuple[int, int]:
-    return _integer(asked, "number"), _integer(asked, "version")
+def _given(asked: dict[str, Any], name: str, kind: type) -> Any:
+    value = asked.get(name, False if kind is bool else None)
+    if not isinstance(value, kind):
+        raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected {kind.__name__}")
+    return value
 
 
 def _integer(asked: dict[str, Any], name: str) -> int:

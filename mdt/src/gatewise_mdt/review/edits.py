@@ -16,8 +16,6 @@ from gatewise_mdt.tree import DecisionTree, Node, Triple
 Nodes = list[dict[str, Any]]
 
 BLANK = "…"  # stands for an empty phrase in a drawing
-_MOST_CHARACTERS = 2000
-_MOST_NODES, _MOST_TRIPLES = 400, 100  # the largest published tree has 9 nodes
 
 
 # fmt: off
@@ -64,14 +62,12 @@ def check_shape(nodes: Any) -> Nodes:
     Raises:
         GatewiseError: they cannot.
     """
-    if not isinstance(nodes, list) or len(nodes) > _MOST_NODES:
-        raise GatewiseError(f"the tree is {checks.shown(nodes)}, expected a list of at most {_MOST_NODES} nodes")
     try:
         checked = checks.tree_parts(nodes, unfinished=True)
     except checks.TreeError as fault:
         raise GatewiseError(str(fault)) from None
     return [
-        {"role": role, "triples": [_short(triple) for triple in triples], "logical_rel": logical_rel}
+        {"role": role, "triples": [list(triple) for triple in triples], "logical_rel": logical_rel}
         for role, triples, logical_rel in checked
     ]
 
@@ -123,8 +119,6 @@ def apply(nodes: Nodes, edit: str, arguments: Mapping[str, Any], language: Langu
         case _:
             raise GatewiseError(f"the edit is {checks.shown(edit)}: expected one of {', '.join(EDITS)}")
     made = [*before, *here, *nodes[end:]]
-    if len(made) > _MOST_NODES or any(len(node["triples"]) > _MOST_TRIPLES for node in made):
-        raise GatewiseError(f"the tree would have more than {_MOST_NODES} nodes, or a node more than {_MOST_TRIPLES} triples")
     own["logical_rel"] = checks.fitting_join(own["logical_rel"], len(own["triples"]))
     return [old if node is own and own == old else node for node in made]
 
@@ -180,12 +174,6 @@ def _new_triple(node: dict[str, Any], given: Any, language: Language) -> list[st
 def _parts(value: Any) -> list[str]:
     """Three texts, of which the first and last may be empty meanwhile."""
     try:
-        return _short(checks.triple_parts(value, unfinished=True))
+        return list(checks.triple_parts(value, unfinished=True))
     except checks.TreeError as fault:
         raise GatewiseError(str(fault)) from None
-
-
-def _short(triple: checks.TripleParts) -> list[str]:
-    if any(len(part) > _MOST_CHARACTERS for part in triple):
-        raise GatewiseError(f"a phrase is longer than {_MOST_CHARACTERS} characters, expected a few words of the text")
-    return list(triple)

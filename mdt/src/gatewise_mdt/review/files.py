@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of
-from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.json_lines import JsonLines
 from gatewise_mdt.records import TreeRecord, confidence_values, read_trees, write_trees
 from gatewise_mdt.review.edits import Nodes, check_shape
@@ -64,7 +63,6 @@ class Draft:
 
     Attributes:
         passages: by their numbers.
-        removed: the ids of passages that were taken out of the review.
         entries: what was done, in its order.
         seen: for each passage all trees that it ever had, with their states.
         last: the largest number that a passage ever had.
@@ -72,7 +70,6 @@ class Draft:
     """
 
     passages: dict[int, Passage] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     seen: dict[int, list[tuple[Nodes | None, str]]] = field(default_factory=lambda: defaultdict(list))
     last: int = 0
@@ -200,9 +197,9 @@ class ReviewFiles:
 # ---- lines of the history, beside what an entry says of each ----
 
 
-def opening_row(passages: Iterable[Passage], removed: Sequence[str]) -> dict[str, Any]:
+def opening_row(passages: Iterable[Passage]) -> dict[str, Any]:
     """At the beginning: the passages in their order."""
-    return {"format": _FORMAT, "passages": [passage.number for passage in passages], "removed": list(removed)}
+    return {"format": _FORMAT, "passages": [passage.number for passage in passages]}
 
 
 def passage_row(passage: Passage) -> dict[str, Any]:
@@ -236,14 +233,11 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
             if row["format"] not in _FORMATS:
                 raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
             draft.passages = held = {number: held[number] for number in row["passages"]}
-            draft.removed = list(row["removed"])
-        elif entry.action == "remove":
-            draft.removed.append(held.pop(entry.passage).more[PASSAGE_ID])
+        elif entry.action == "remove":  # of histories of format 3
+            held.pop(entry.passage)
         elif "now" in row:
             made = held[entry.passage] = _changed(held.get(entry.passage), entry, row)
             draft.seen[entry.passage].append((made.now.nodes, made.now.state))
-            if entry.action == "add" and made.more[PASSAGE_ID] in draft.removed:
-                draft.removed.remove(made.more[PASSAGE_ID])
     return draft
 
 

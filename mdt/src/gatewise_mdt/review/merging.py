@@ -63,8 +63,8 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
 
 
 def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:
-    """What comes in, in its order, without what was removed; then what only the history has."""
-    left, removed = list(draft.passages.values()), list(draft.removed)
+    """What comes in, in its order; then what only the history has."""
+    left = list(draft.passages.values())
     rows = [_Row(source) for source in sources]
     for way in (_WAYS[0], _WAYS[2]):  # the text under other headings than before
         by_key = _grouped(left, way)
@@ -72,13 +72,7 @@ def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:
             if row.old is None and row.source is not None and by_key[way(row.source)]:
                 row.old = by_key[way(row.source)].pop(0)
                 left.remove(row.old)
-    made = []
-    for row in rows:
-        if row.old is None and row.first.more[PASSAGE_ID] in removed:
-            removed.remove(row.first.more[PASSAGE_ID])
-        else:
-            made.append(row)
-    return [*made, *(_Row(old=one) for one in left)]
+    return [*rows, *(_Row(old=one) for one in left)]
 
 
 def _grouped(held: Sequence[Any], way: Callable[[Any], Any]) -> dict[Any, list[Any]]:

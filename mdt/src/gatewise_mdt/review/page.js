@@ -370,7 +370,6 @@ function showTree() {
   at("extract").disabled = !session.extracts || passage.waiting;
   at("extract").textContent = passage.nodes ? tr("Extract again") : tr("Extract");
   at("extract").title = session.extracts ? "" : session.reason;
-  at("remove").hidden = !passage.removable;
   const approved = passage.state === "approved";
   at("approve").disabled = !passage.valid;
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
@@ -569,10 +568,6 @@ onClick("extract", () => act("api/extract", { passages: [[passage.number, passag
 onClick("extract-all", () => act("api/extract",
   { passages: session.passages.filter(one => one.state === "empty").map(one => [one.number, one.version]) }, () => {}));
 onClick("cancel", () => act("api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
-onClick("remove", () => {
-  const { number, version } = passage;
-  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("api/remove", { number, version }, () => {});
-});
 onClick("phrase-add", () => ask("add_triple", { node, parts: [passage.about, "", phrase] }, node,
   `object-${passage.nodes[node].triples.length}`, passage.version));
 at("phrase-add").addEventListener("mousedown", event => event.preventDefault());

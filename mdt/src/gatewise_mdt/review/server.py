@@ -220,9 +220,7 @@ class ReviewServer:
         self.review = review
         self.users: OneUser | UserFile = users or OneUser()
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            both = host == "::" and socket.has_dualstack_ipv6()
-            self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+            self.socket = socket.create_server((host, port))
         except (OSError, OverflowError, UnicodeError) as error:
             said = getattr(error, "strerror", None) or error
             raise GatewiseError(
@@ -237,7 +235,7 @@ class ReviewServer:
                 f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes one)"
             )
         self.port: int = self.socket.getsockname()[1]
-        shown = HOST if ip.is_unspecified else f"[{host}]" if family == socket.AF_INET6 else host
+        shown = HOST if ip.is_unspecified else host
         self.url = f"http://{shown}:{self.port}/" + (f"#token={self.users.token}" if isinstance(self.users, OneUser) else "")
         self._server = uvicorn.Server(
             uvicorn.Config(

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 from gatewise.checks import has_half_a_pair, is_whole, printable, writable
 from gatewise.errors import GatewiseError
-from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
 from gatewise_mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise_mdt.review.merging import merge
 from gatewise_mdt.review.passage import Passage, Version, with_ids
-from gatewise_mdt.review.sources import check_population, read_source, source_of, source_of_text
+from gatewise_mdt.review.sources import read_source, source_of, source_of_text
 
 _MOST_PASSAGES = 5000
 _LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
@@ -73,13 +72,6 @@ class Saved(NamedTuple):
     unlike: list[int]
 
 
-class Export(NamedTuple):
-    """A file to give to the user."""
-
-    name: str
-    content: str
-
-
 class Session:
     """A review. Every method may be called from any thread.
 
@@ -100,7 +92,7 @@ class Session:
         self.files, self.notes = files, [*notes, *draft.notes]
         self.reviewer = checked_name(_login_name() if reviewer is None else reviewer)
         self._lock = RLock()
-        self._removed, self._entries, self._last = list(draft.removed), list(draft.entries), draft.last
+        self._entries, self._last = list(draft.entries), draft.last
         self._passages = {passage.number: passage for passage in self._numbered(passages)}
         # What the history does not have yet. It is made with the first change.
         self._opening: list[tuple[Entry, Mapping[str, Any]]] = []
@@ -108,7 +100,7 @@ class Session:
             known = draft.passages.get(number)
             if known is None or passage_row(known) != passage_row(passage):
                 self._opening.append((self._entry("come", NOBODY, passage), passage_row(passage)))
-        self._opening.append((self._entry("open", NOBODY), opening_row(self._passages.values(), self._removed)))
+        self._opening.append((self._entry("open", NOBODY), opening_row(self._passages.values())))
 
     @classmethod
     def open(
@@ -137,9 +129,9 @@ class Session:
         files = ReviewFiles(out or ReviewFiles.default_out(path))
         sources: list[Passage] = []
         faults: list[str] = []
-        if file is not None and os.path.exists(file) and os.path.exists(files.out) and os.path.samefile(file, files.out):
-            check_population(population, file)  # the file of corrections itself: it is read as such, and not twice
-        elif file is not None:
+        # The file of corrections itself is read as such, and not twice.
+        own = file is not None and os.path.exists(file) and os.path.exists(files.out) and os.path.samefile(file, files.out)
+        if file is not None and not own:
             # Before anything is made for it: a file that cannot be read leaves no folder and no lock behind.
             sources, faults = read_source(file, population=population, repair=repair)
         files.open()
@@ -224,29 +216,7 @@ class Session:
             said = [by._replace(comment=comment) for _, comment in passages]
             self._keep([(self._entry("add", one, made), passage_row(made)) for one, made in zip(said, added, strict=True)])
             self._passages |= {passage.number: passage for passage in added}
-            there = {passage.more[PASSAGE_ID] for passage in added}
-            self._removed = [name for name in self._removed if name not in there]
             return added
-
-    def remove(self, number: int, version: int, by: By = NOBODY) -> None:
-        """Takes a passage out of the review. One that the file of corrections holds stays there.
-
-        Args:
-            version: the number of the version that the user sees.
-
-        Raises:
-            OldPageError: the passage has changed since.
-            GatewiseError: there is no such passage, or the file of corrections holds it.
-        """
-        with self._lock:
-            passage = self._seen(number, version)
-            if passage.saved is not None:
-                raise GatewiseError(
-                    f"passage {number} is in {self.files.out}: take it out there, so that no correction is lost by a slip"
-                )
-            self._keep([(self._entry("remove", by, passage), {})])
-            del self._passages[number]
-            self._removed.append(passage.more[PASSAGE_ID])
 
     def carry(self, records: Sequence[TreeRecord], source: str, by: By = NOBODY) -> carrying.Carried:
         """Carries what a review of an older version of the guideline decided over to the passages of this one, see
@@ -401,8 +371,8 @@ class Session:
                 self._passages[number] = replace(self._passages[number], saved=version)
             return Saved(self.files.out, len(kept), [one.number for one in self.passages if one.is_unsaved])
 
-    def export(self, format: str, which: str | int) -> Export:
-        """Trees in a format of :func:`gatewise_mdt.render`.
+    def export(self, format: str, which: str | int) -> tuple[str, str]:
+        """A file of trees in a format of :func:`gatewise_mdt.render`: its name and content.
 
         Args:
             which: the number of a passage, "all" for all with a valid tree, or "approved".
@@ -422,7 +392,7 @@ class Session:
         if format in ONE_TREE and len(records) > 1:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
-        return Export(f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format))
+        return f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format)
 
 
 def _now() -> str:

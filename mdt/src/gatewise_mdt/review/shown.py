@@ -88,7 +88,6 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "undo": len(passage.past),
         "redo": len(passage.future),
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
-        "removable": passage.saved is None,
     }
 
 

@@ -28,7 +28,6 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
         GatewiseError: the file cannot be read, or nothing in it can.
     """
     if file == NAME:
-        check_population(population, file)
         return [passage_of(record) for record in sample()], []
     if file.startswith("sample:"):
         raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
@@ -43,7 +42,10 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
     """
     suffix = Path(name).suffix.lower()
     if suffix in SUFFIXES:
-        check_population(population, name)
+        if population:
+            raise GatewiseError(
+                f"a population was given with {name}, whose trees come with texts that say whom they are about: leave it out"
+            )
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
@@ -62,19 +64,6 @@ def source_of_text(text: str, population: str | None = None) -> Source:
         GatewiseError: there is no passage in it.
     """
     return _document(text.encode(errors="replace"), "pasted text", ".txt", population)
-
-
-def check_population(population: str | None, name: str) -> None:
-    """Refuses a population for trees, whose texts say before their "@" whom they are about.
-
-    Raises:
-        GatewiseError: one is given.
-    """
-    if population:
-        raise GatewiseError(
-            f"a population was given with {name}, whose trees come with texts that say whom they are about: leave the population"
-            " out"
-        )
 
 
 def _document(content: bytes, name: str, suffix: str, population: str | None) -> Source:

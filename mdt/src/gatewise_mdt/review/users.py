@@ -6,15 +6,19 @@ is read for every request: who is added may come in at once, and whose entry is 
 
 import json
 import os
-import re
 import secrets
 import unicodedata
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, whole_file
 from gatewise_mdt.review.session import checked_name
+
+_NAMES = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]])
 
 
 class OneUser:
@@ -49,18 +53,15 @@ class UserFile:
             GatewiseError: there is no such file, it is no list of reviewers, or two of them cannot be told apart.
         """
         try:
-            held = json.loads(content_of(self.path))
-        except (ValueError, RecursionError) as error:
-            raise GatewiseError(f"{self.path} is not valid JSON ({error}): mend it, it has the names of the reviewers") from error
-        if not isinstance(held, dict):
-            raise GatewiseError(f"{self.path} holds no JSON object, expected names of reviewers with hashes of their tokens")
+            held = _NAMES.validate_json(content_of(self.path))
+        except ValidationError as error:
+            raise GatewiseError(
+                f"{self.path} is no list of reviewers ({error.errors()[0]['msg']}): expected a JSON object of names with the"
+                " SHA-256 of their tokens"
+            ) from error
         names: dict[str, str] = {}
         for name, digest in held.items():
             self._check_free(name, names)
-            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-                raise GatewiseError(
-                    f"{self.path}: what stands beside {name!r} is no SHA-256 of a token: take the entry out and --add-user it"
-                )
             names[name] = digest
         return names
 

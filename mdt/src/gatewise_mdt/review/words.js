@@ -31,7 +31,6 @@ const CHINESE = {
   "Shrink the tree until all of it is seen": "缩小至可看到整棵树",
   "Extract": "提取",
   "Extract again": "重新提取",
-  "Remove": "移除",
   "Approve": "批准",
   "Approved ✓": "已批准 ✓",
   "Add a text": "添加文本",
@@ -87,7 +86,6 @@ const CHINESE = {
   "Nothing is corrected or approved yet, so {path} has no trees": "尚无已修改或已批准的决策树，{path} 中没有内容",
   "Cancelled; trees that are done stay.": "已取消；已完成的决策树保留。",
   "Take the approval of {name} back?": "要撤销{name}的批准吗？",
-  "Take passage {number} out of the review?": "将第 {number} 段移出审核？",
   "Passages added: {count}.": "已添加段落：{count}。",
   "; not as it stands, because unfinished, or not approved or corrected since it was saved: passage {numbers}":
     "；未按现状写入（未完成，或保存后未再批准或修改）：第 {numbers} 段",

@@ -4,8 +4,9 @@ Passages of one guideline share drugs, phrases and their writer's habits. Split 
 other guideline will reach.
 """
 
-import os
 import random
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from gatewise.errors import GatewiseError
@@ -15,31 +16,17 @@ from gatewise_mdt.records import TreeRecord
 def by_document(records: Iterable[TreeRecord]) -> list[list[TreeRecord]]:
     """The records of each document, in the order in which the documents come.
 
-    Records are of one document where extractions and reviews gave them the same "source" or the same "sha256": a file may lie at
-    several paths, and have several versions, which share most of their text. A record with neither is a document of its own, but
-    for others with neither that have the same text.
+    A document goes by the name of its file, wherever that lies: versions of one share most of their text. The same bytes ("sha256")
+    under another name are the same document. Records with neither are of one document if they have the same text.
     """
-    same: dict[tuple[str, str], tuple[str, str]] = {}  # what a document goes by -> another thing that it goes by
-
-    def first(key: tuple[str, str]) -> tuple[str, str]:
-        while same.setdefault(key, key) != key:
-            key = same[key]
-        return key
-
-    keyed = [(record, _keys(record)) for record in records]
-    for _, keys in keyed:
-        same[first(keys[-1])] = first(keys[0])
-    documents: dict[tuple[str, str], list[TreeRecord]] = {}
-    for record, keys in keyed:
-        documents.setdefault(first(keys[0]), []).append(record)
+    documents: dict[str, list[TreeRecord]] = defaultdict(list)
+    names: dict[str, str] = {}  # sha256 -> the name that it came under first
+    for record in records:
+        source = record.more.get("source")
+        name = re.split(r"[/\\]", source.strip())[-1].lower() if isinstance(source, str) else ""
+        sha256 = record.sha256.strip().lower()
+        documents[names.setdefault(sha256, name or sha256) if sha256 else name or record.text].append(record)
     return list(documents.values())
-
-
-def _keys(record: TreeRecord) -> list[tuple[str, str]]:
-    name = record.more.get("source")
-    keys = [("source", os.path.normpath(name.strip()))] if isinstance(name, str) and name.strip() else []
-    keys += [("sha256", record.sha256.strip().lower())] if record.sha256.strip() else []
-    return keys or [("text", record.text)]
 
 
 def split(records: Sequence[TreeRecord], share: float, *, seed: int = 0) -> tuple[list[TreeRecord], list[TreeRecord]]:
