@@ -12,9 +12,9 @@ from gatewise.internals.registry import register_with_peft
 if TYPE_CHECKING:
     from gatewise import models, prompts, scores, tasks
     from gatewise.adapters import export
-    from gatewise.allocation import RankAllocation, Round
     from gatewise.allocation import algorithm as budget
-    from gatewise.allocation.algorithm import ConstantBudget, Cubic
+    from gatewise.allocation.algorithm import ConstantBudget, Cubic, Round
+    from gatewise.allocation.callback import RankAllocation
     from gatewise.allocation.slots import ranks
     from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
@@ -30,8 +30,8 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "ConstantBudget": ("gatewise.allocation.algorithm", "ConstantBudget"),
     "Cubic": ("gatewise.allocation.algorithm", "Cubic"),
     "GatewiseError": ("gatewise.errors", "GatewiseError"),
-    "RankAllocation": ("gatewise.allocation", "RankAllocation"),
-    "Round": ("gatewise.allocation", "Round"),
+    "RankAllocation": ("gatewise.allocation.callback", "RankAllocation"),
+    "Round": ("gatewise.allocation.algorithm", "Round"),
     "RoutedLoraConfig": ("gatewise.routed", "RoutedLoraConfig"),
     "SelectivePromptConfig": ("gatewise.prompts", "SelectivePromptConfig"),
     "WholeAdapter": ("gatewise.adapters.whole", "WholeAdapter"),

@@ -587,15 +587,10 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"score": 5}, "score is 5; expected a name, a function or"),
         ({"rule": 5}, "rule is 5; expected a function"),
         ({"schedule": "cubic"}, r"schedule is 'cubic'; expected gatewise.ConstantBudget"),
-        (
-            {"schedule": down(3), "budget": "ranks"},
-            "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42",
-        ),
-        ({"schedule": down(3)}, "target_rank is 3 a module, 1392 parameters in all, but .* starts with 1392"),
-        ({"schedule": down(0.05)}, "23 parameters in all, but one rank of the largest module has 40"),
+        ({"schedule": down(3), "budget": "ranks"}, "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42"),
+        ({"schedule": down(0.05)}, "23 parameters in all, but the adapter starts with 1392 and keeps 40 "),
         ({"budget": "modules"}, "budget 'modules' is not known; expected one of parameters, ranks"),
-        ({"schedule": down(1), "min_rank": 2}, "464 parameters in all, but min_rank, DoRA or trained biases keep 928"),
-        ({"min_rank": True}, "min_rank is True; expected a whole number"),
+        ({"schedule": down(1), "min_rank": 2}, r"464 parameters in all, but the adapter starts with 1392 and keeps 928 "),
         (
             {"min_rank": 3},
             "no module starts with more than 3 ranks, and min_rank, DoRA or trained biases keep 3 in each: no rank could",
@@ -607,7 +602,6 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ),
         ({"score": "path_integral", "score_options": {"points": 0}}, "points is 0; expected a whole number"),
         ({"schedule": when(r_max=2)}, "r_max is 2 but .* already has rank 3"),
-        ({"score": "ablation", "score_options": {"mod": "exact"}}, r"has 'mod'.* did you mean mode\?"),
     ],
 )
 def test_bad_settings_are_refused(run, settings, message):
@@ -770,26 +764,22 @@ def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples
 
     model, one = trainer("other")
     model.base_model.set_adapter("default")
-    with pytest.raises(GatewiseError, match=r"adapter 'other' is not active when training begins \('default' is\)"):
+    with pytest.raises(GatewiseError, match=r"adapter 'other' is not active, or frozen, when training begins"):
         one.train()
-    with pytest.raises(GatewiseError, match=r"adapter 'default' is frozen .* is_trainable=True$"):
+    with pytest.raises(GatewiseError, match=r"adapter 'default' is not active, or frozen, when training begins"):
         trainer("default", frozen=True)[1].train()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda data: {name: value.tolist() for name, value in data.items()},
-            r"has 'input_ids' as a list of 6 rows; expected a te",
-        ),
-        (lambda data: [data, {**data, "labels": data["labels"].tolist()}], r"has 'labels' as a list"),
-        (
-            lambda data: {**data, "labels": data["labels"][:2]},
-            r"has 'input_ids' as a Tensor of 6 rows; expected a tensor of 2 rows",
-        ),
+        (lambda data: {**data, "input_ids": data["input_ids"].tolist()}, r"validation_batch has lists .input_ids."),
+        (lambda data: {**data, "labels": data["labels"][:2]}, r"unlike numbers of rows .*'labels': 2"),
         (lambda data: None, r"needs validation_batch"),
-        (lambda data: {**data, "labels": None}, r"a batch of tensors with 'labels' to score the ranks on$"),
+        (
+            lambda data: [data, {**data, "labels": data["labels"].tolist()}],
+            r"a batch of tensors with 'labels' to score the ranks on$",
+        ),
         (lambda data: "rows.jsonl", r"a batch of tensors with 'labels' to score the ranks on$"),
     ],
 )

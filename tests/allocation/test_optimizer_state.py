@@ -191,9 +191,9 @@ def test_dead_slots_are_zeroed_again_and_live_ones_are_not(trained):
     layer, optimizer = trained(Restless, {}, steps=0)
     parameters = slots.factors(layer, "default")
     before = [one.detach().clone() for one in parameters]
-    dead = slots.dead_places({PATH: layer}, "default")
+    dead = slots.dead_slots(layer, "default")
     step(optimizer, parameters, gradients(0, layer))
     assert slots.live_slots(layer, "default") == [0, 1, 2, 3, 4]
-    slots.zero_dead(dead)
+    slots.prune(layer, "default", dead)
     assert slots.live_slots(layer, "default") == [0, 1, 2]
     assert not any(torch.equal(now, old) for now, old in zip(parameters, before, strict=True))

@@ -339,16 +339,9 @@ def test_a_hub_data_set_with_other_columns_read_by_workers(tmp_path: Path) -> No
         ({"upper_dataset": []}, "upper_dataset has 0 rows; expected at least 1"),
         ({"upper_dataset": None}, "upper_dataset is a NoneType; expected rows with a length"),
         ({"upper_dataset": Dataset.from_list([{"x": 1}]).to_iterable_dataset()}, "upper_dataset is a IterableDataset; .* stream"),
-        (
-            {"upper_parameters": "gatse"},
-            "'gatse', which fits no trainable parameter; trainable are gates, idle",
-        ),
-        ({"upper_parameters": "fro"}, "'fro', which fits no trainable parameter"),
-        ({"upper_parameters": "[a"}, r"'\[a', which is no regular expression"),
-        ({"upper_parameters": "."}, "which fits all 5 trainable parameters and leaves none"),
-        ({"upper_learning_rate": 0}, "upper_learning_rate is 0; expected a number above 0"),
-        ({"upper_learning_rate": "1e-6"}, "upper_learning_rate is '1e-6'; expected a number above 0"),
-        ({"upper_every": 0}, "upper_every is 0; expected a whole number"),
+        ({"upper_parameters": "gatse"}, "'gatse', which fits 0 of the 5 trainable parameters .gates, idle"),
+        ({"upper_parameters": "fro"}, "'fro', which fits 0 of the 5"),
+        ({"upper_parameters": "."}, "which fits 5 of the 5 trainable parameters"),
         ({"upper_every": 9}, "upper_every=9 leaves no upper step in a run of 8 steps"),
         ({"upper_parameters": "idle"}, "the loss on upper_dataset gives none of the upper parameters .idle. a gradient"),
     ],
@@ -396,14 +389,11 @@ def test_the_stream_is_one_permutation_a_pass_shared_by_all_processes() -> None:
 
 
 def test_halves_are_disjoint_and_of_the_same_kind() -> None:
-    first, second = split_in_half(list(range(9)), seed=1)
+    first, second = map(list, split_in_half(list(range(9)), seed=1))
     assert (len(first), len(second), sorted(first + second)) == (5, 4, list(range(9)))
-    assert (first, second) == split_in_half(list(range(9)), seed=1)
-    assert split_in_half(list(range(9)), seed=2) != (first, second)
+    assert list(split_in_half(list(range(9)), seed=2)[1]) != second
     halves = split_in_half(Dataset.from_dict({"x": list(range(9))}), seed=1)
     assert [half["x"][:] for half in halves] == [first, second]
-    subsets = split_in_half(torch.utils.data.TensorDataset(torch.arange(9)), seed=1)
-    assert [[int(row[0]) for row in subset] for subset in subsets] == [first, second]
     with pytest.raises(GatewiseError, match="the data set to split has 1 rows; expected at least 2"):
         split_in_half([1])
     with pytest.raises(GatewiseError, match="expected rows with a length that can be read by number: of a stream"):

@@ -120,7 +120,7 @@ def test_the_suggestion_is_a_lora_config_of_at_most_the_parameters_asked_for(
         ("--scores --data DATA --value norm", "--value was given with --scores"),
         ("--routing --data DATA --suggest 9", "--suggest was given with --routing"),
         ("--routing --data DATA --scores", "--scores was given with --routing"),
-        ("--scores --data DATA --score pathintegral", "did you mean path_integral?"),
+        ("--scores --data DATA --score pathintegral", "expected one of ablation, path_integral"),
         ("--scores --data DATA --suggest many", "--suggest is 'many': expected a number such as 500000, 500k or 1.5M"),
         ("--scores --data DATA --plot map.pdf", "cannot plot to map.pdf"),
         ("--scores --data DATA --suggest 99 --out .", ". is a folder, expected a file to write: give another path"),

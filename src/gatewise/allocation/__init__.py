@@ -1,22 +1,15 @@
 """ALoRA and PI-LoRA: ranks that move between the LoRA modules of a model while it trains.
 
-``callback.py`` is ``RankAllocation``, what a Trainer calls. ``schedule.py`` says when rounds run and how much goes in each,
-``algorithm.py`` is a round, from scores to what is pruned and grown. ``slots.py`` has the live and dead ranks of stock LoRA layers
-and what the optimiser keeps of them, ``refusals.py`` the adapters and bases whose ranks cannot be moved, ``gates.py`` the gates
-that scores are taken through, ``scoring.py`` what all scores share, and ``scores/`` one file a score.
+``callback.py`` is ``RankAllocation``, what a Trainer calls. ``algorithm.py`` says when rounds run and is a round, from scores to
+what is pruned and grown. ``slots.py`` has the live and dead ranks of stock LoRA layers and what the optimiser keeps of them,
+``scoring.py`` what all scores share, ``scores/`` one file a score, and ``method.py`` ALoRA and PI-LoRA as parts of a recipe.
 """
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gatewise.errors import GatewiseError
-
-if TYPE_CHECKING:
-    from gatewise.allocation.algorithm import Round
-    from gatewise.allocation.callback import RankAllocation
-
-__all__ = ["RankAllocation", "Round"]
 
 Unit = Literal["parameters", "ranks"]
 """What a budget counts: the numbers of live ranks, or live ranks (ALoRA's)."""
@@ -39,10 +32,3 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise GatewiseError(f"{name!r} is no function but a {type(function).__name__}: expected module:function")
     return function
-
-
-def __getattr__(name: str) -> Any:
-    # RankAllocation brings Transformers' Trainer; the schedules and scores' names do without.
-    if name not in __all__:
-        raise AttributeError(f"module 'gatewise.allocation' has no attribute {name!r}")
-    return getattr(import_module(f"gatewise.allocation.{'algorithm' if name == 'Round' else 'callback'}"), name)

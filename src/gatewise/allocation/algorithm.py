@@ -184,10 +184,6 @@ class Limits:
     min_rank: int = 0
     spared: Mapping[str, Collection[int]] = field(default_factory=dict)
 
-    def cost_of(self, ranks: Mapping[str, int]) -> int:
-        """What ranks (module -> how many) cost together: their number without ``costs``."""
-        return cost_of(ranks, self.costs)
-
 
 def cost_of(ranks: Mapping[str, int], costs: Costs | None) -> int:
     """What ranks (module -> how many) cost together: their number without ``costs``."""
@@ -361,7 +357,7 @@ def _checked_plan(given: Any, scores: ModuleScores, limits: Limits) -> Plan:
     strange += [m for m, at in plan.pruned.items() if not set(at) <= set(range(len(scores[m]))) or len(set(at)) < len(at)]
     strange += [m for m in plan.pruned if left[m] < limits.min_rank]
     strange += [m for m, n in plan.grown.items() if n < 0 or after[m] > limits.capacity[m]]
-    cost = limits.cost_of(after)
+    cost = cost_of(after, limits.costs)
     if strange or not any(left.values()) or (plan.grown and cost > limits.budget):
         raise GatewiseError(
             f"the plan of the rule cannot be carried out (after it {cost:,} would live{', and see ' if strange else ''}"
@@ -388,17 +384,17 @@ def plan_round(scores: ModuleScores, limits: Limits, module_pruning: bool = Fals
     Args:
         scores: module -> score of each live rank; higher is worth more. With ``costs`` zero must be a rank that does nothing.
     """
-    each = {module: limits.cost_of({module: 1}) for module in scores}
-    live = limits.cost_of({module: len(values) for module, values in scores.items()})
+    each = {module: cost_of({module: 1}, limits.costs) for module in scores}
+    live = cost_of({module: len(values) for module, values in scores.items()}, limits.costs)
     # Without any rank left nothing has a gradient and nothing could grow again. The last one pruned may free more than was asked.
     largest = max((each[module] for module, values in scores.items() if values), default=0)
     count = min(limits.count, max(0, live - largest))
     gone = _worthless(scores, replace(limits, count=count)) if module_pruning else {}
     rest = {module: values for module, values in scores.items() if module not in gone}
-    freed = limits.cost_of({module: len(positions) for module, positions in gone.items()})
+    freed = cost_of({module: len(positions) for module, positions in gone.items()}, limits.costs)
     lowest = prune_lowest(rest, replace(limits, count=count - freed, min_rank=max(limits.min_rank, int(module_pruning))))
     pruned = {module: gone.get(module) or lowest[module] for module in scores if module in gone or module in lowest}
-    lost = limits.cost_of({module: len(positions) for module, positions in pruned.items()})
+    lost = cost_of({module: len(positions) for module, positions in pruned.items()}, limits.costs)
     takers = [module for module, values in scores.items() if module not in pruned and (values or not module_pruning)]
     room = {module: limits.capacity[module] - len(scores[module]) for module in takers}
     means = {m: math.fsum(scores[m]) / len(scores[m]) / each[m] if scores[m] else -math.inf for m in room}
@@ -414,7 +410,7 @@ def prune_lowest(scores: ModuleScores, limits: Limits) -> dict[str, list[int]]:
     ``count`` are pruned.
     """
     modules, count = list(scores), limits.count
-    each = [limits.cost_of({module: 1}) for module in modules]
+    each = [cost_of({module: 1}, limits.costs) for module in modules]
     order = sorted(
         (value / each[at], at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values)
     )
@@ -440,7 +436,7 @@ def _worthless(scores: ModuleScores, limits: Limits) -> dict[str, list[int]]:
     count = limits.count
     for module in sorted((m for m, total in totals.items() if total <= 0), key=lambda m: totals[m]):
         size = len(scores[module]) - limits.min_rank
-        if (cost := limits.cost_of({module: size})) <= count:
+        if (cost := cost_of({module: size}, limits.costs)) <= count:
             chosen[module] = sorted(sorted(range(len(scores[module])), key=lambda at: scores[module][at])[:size])
             count -= cost
     return chosen

@@ -31,7 +31,6 @@ from gatewise.allocation import Unit, load_function, slots
 from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Round, Rule, cost_of, plan_round, run_round
 from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import Batches, Score
-from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
@@ -102,8 +101,6 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         if budget not in get_args(Unit):
             raise GatewiseError(f"budget {budget!r} is not known; expected one of {', '.join(get_args(Unit))}")
-        if not is_whole(min_rank) or min_rank < 0:
-            raise GatewiseError(f"min_rank is {min_rank!r}; expected a whole number of at least 0")
         if module_pruning and min_rank:
             raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
         if module_pruning and rule is not None:
@@ -136,7 +133,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._steps: list[int] = []
         self._rows = 1
         self._moves_dead = False
-        self._dead: list[slots.Place] = []
+        self._dead: list[tuple[LoraLinear, Tensor]] = []
         self._whole = WholeAdapter()
         self._zero: Zero | None = None
         self._compacted = False
@@ -223,17 +220,12 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "in that, so take another one, such as optim='adamw_torch'"
             )
         self._moves_dead = not type(kind).__module__.startswith(("torch.optim.", "deepspeed."))
-        self._dead = slots.dead_places(layers, self._name) if self._moves_dead else []
-        if any(self._name not in layer.active_adapters or layer.disable_adapters for layer in layers.values()):
-            active = ", ".join(map(repr, model.active_adapters)) or "none"
+        self._dead = [(layer, slots.dead_slots(layer, self._name)) for layer in layers.values() if self._moves_dead]
+        active = all(self._name in layer.active_adapters and not layer.disable_adapters for layer in layers.values())
+        if not active or not any(factor.requires_grad for factor in self._factors(layers)):
             raise GatewiseError(
-                f"adapter {self._name!r} is not active when training begins ({active} is), so it would not be trained: activate it "
-                "with model.set_adapter"
-            )
-        if not any(factor.requires_grad for factor in self._factors(layers)):
-            raise GatewiseError(
-                f"adapter {self._name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make "
-                "it with inference_mode=False, or load it with is_trainable=True"
+                f"adapter {self._name!r} is not active, or frozen, when training begins, so its ranks would not learn: activate it "
+                "with model.set_adapter, and make it with inference_mode=False or load it with is_trainable=True"
             )
         other = [path for path, layer in layers.items() if isinstance(layer, slots.Expert) or self._name in layer.lora_embedding_A]
         if other and is_sharded(model):
@@ -243,8 +235,8 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keeps dead ranks dead, and runs a round where one is due."""
-        if self._moves_dead:
-            slots.zero_dead(self._dead)
+        for layer, dead in self._dead:
+            slots.prune(layer, self._name, dead)
         if state.global_step in self._steps[len(self.history) :]:
             self._run_round(kwargs["model"], kwargs.get("optimizer"), state.global_step)
 
@@ -326,8 +318,7 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a Trainer checkpoint keeps of this callback."""
-        kept = {"budget": self.budget, "unit": self.unit, "schedule": self.schedule.name}
-        return {"args": {}, "attributes": {**kept, "history": [asdict(one) for one in self.history]}}
+        return {"args": {}, "attributes": self.to_json()}
 
     def _restore(self, state: TrainerState) -> None:
         """Takes up the history of the checkpoint that training resumes from, which may have none."""
@@ -340,7 +331,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                     "schedule=, or train anew"
                 )
         self.budget = kept.get("budget", self.budget)
-        self.history = [Round(**one) for one in kept.get("history", ())]
+        self.history = [Round(**one) for one in kept.get("rounds", ())]
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
@@ -389,8 +380,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 self.seed,
             )
         self.history.append(one)
-        if self._moves_dead:
-            self._dead = slots.dead_places(layers, self._name)
+        self._dead = [(layer, slots.dead_slots(layer, self._name)) for layer in layers.values() if self._moves_dead]
         pruned, grown = ({path: len(some) for path, some in changed.items()} for changed in (one.pruned, one.grown))
         freed, given = (cost_of(changed, self._costs) for changed in (pruned, grown))
         if constant and freed - given >= max((self._costs or {"": 1}).values()):
@@ -413,35 +403,28 @@ class RankAllocation(TrainerCallback, ExportableState):
     def _target(self, target_rank: float, start: Mapping[str, int]) -> int:
         """What a cubic budget comes down to, in its unit."""
         target = round(target_rank * cost_of(dict.fromkeys(start, 1), self._costs))
-        told = f"target_rank is {target_rank} a module, {target} {self.unit} in all, but"
-        if not 0 < target < self.budget:
-            raise GatewiseError(
-                f"{told} the adapter starts with {self.budget}: schedule 'cubic' comes down, so start with a larger r or give a "
-                "smaller target_rank"
-            )
+        # Modules keep some ranks, and the model its last one, whichever it is.
         least = cost_of({path: min(rank, self._floor) for path, rank in start.items()}, self._costs)
-        if target < least:
+        least = max(least, *(cost_of({path: 1}, self._costs) for path, rank in start.items() if rank))
+        if not least <= target < self.budget:
             raise GatewiseError(
-                f"{told} min_rank, DoRA or trained biases keep {least}: give a larger target_rank or a smaller min_rank"
+                f"target_rank is {target_rank} a module, {target} {self.unit} in all, but the adapter starts with {self.budget} "
+                f"and keeps {least} (min_rank, DoRA, trained biases, or one rank): expected a number between them"
             )
-        # The last rank of the model stays, whichever it is.
-        largest = max(cost_of({path: 1}, self._costs) for path, rank in start.items() if rank)
-        if target < largest:
-            raise GatewiseError(f"{told} one rank of the largest module has {largest}: give a larger target_rank")
         return target
 
     def _write_beside(self, model: PeftModel) -> None:
         """From now on ``model.save_pretrained`` also writes ``allocation.json``, beside the adapter it describes."""
         save, name = type(model).save_pretrained, self._name
-        parameters = inspect.signature(save)
+        start = "path_initial_model_for_weight_conversion"
 
         def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-            given = parameters.bind(it, save_directory, *args, **kwargs).arguments
+            given = inspect.signature(save).bind(it, save_directory, *args, **kwargs).arguments
             ours = name in (given.get("selected_adapters") or it.peft_config)
-            if ours and given.get("path_initial_model_for_weight_conversion"):
+            if ours and given.get(start):
                 raise GatewiseError(
-                    "path_initial_model_for_weight_conversion takes an adapter's start off it, rank by rank, but its ranks have "
-                    "moved: leave it out, and save the base as the start changed it (model.unload().save_pretrained)"
+                    f"{start} takes an adapter's start off it, rank by rank, but its ranks have moved: leave it out, and save the "
+                    "base as the start changed it (model.unload().save_pretrained)"
                 )
             result = save(it, save_directory, *args, **kwargs)
             if ours and given.get("is_main_process", True):
@@ -453,13 +436,13 @@ class RankAllocation(TrainerCallback, ExportableState):
 
 def _check_batches(given: Any) -> None:
     batches = [given] if isinstance(given, Mapping) else list(given or ())
-    if not batches or not all(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches):
+    if not batches or not all(isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) for batch in batches):
         raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
     for batch in batches:
-        for name, value in batch.items():
-            one_a_row = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
-            if one_a_row and (not isinstance(value, Tensor) or len(value) != len(batch["labels"])):
-                raise GatewiseError(
-                    f"validation_batch has {name!r} as a {type(value).__name__} of {len(value)} rows; expected a tensor of "
-                    f"{len(batch['labels'])} rows, as many as labels: give what the data collator makes of the rows"
-                )
+        rows = {name: len(value) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+        lists = [name for name, value in batch.items() if isinstance(value, (list, tuple))]
+        if lists or len(set(rows.values())) > 1:
+            raise GatewiseError(
+                f"validation_batch has lists ({some(lists)}) or unlike numbers of rows ({rows}): give what the data collator makes "
+                "of the rows"
+            )

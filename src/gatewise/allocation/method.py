@@ -73,14 +73,9 @@ class ALora(Lora):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Ranks that leave no room, and keys of another schedule or budget."""
         section, r = self.allocation, self.peft.r
-        if section.r_max is not None and section.r_max < r:
-            yield "allocation.r_max", f"is {section.r_max}, expected at least peft.r ({r}), the rank every module starts with"
-        if section.schedule == "cubic" and section.r_max is not None:
-            yield "allocation.r_max", "is for schedule constant-budget: a cubic budget starts with init_r and only comes down"
-        if section.schedule == "cubic" and section.grace_rounds:
-            yield "allocation.grace_rounds", "is for ranks that grow, and with schedule cubic none do: remove the key"
-        if section.schedule != "cubic" and section.init_r is not None:
-            yield "allocation.init_r", f"is for schedule cubic, but the schedule is {section.schedule}: remove the key"
+        for name in ("r_max", "grace_rounds") if section.schedule == "cubic" else ("init_r",):
+            if getattr(section, name):
+                yield f"allocation.{name}", f"is for the other schedule, but schedule is {section.schedule}: remove the key"
         if section.init_r is not None and section.init_r <= r:
             yield "allocation.init_r", f"is {section.init_r}, expected more than peft.r ({r}), the mean rank to come down to"
 

@@ -202,8 +202,8 @@ class GateBank:
 
 # ---------------------------------------------------------------- the state in which a model is scored
 
-_being_scored: ContextVar[nn.Module | None] = ContextVar("being_scored", default=None)
-_rows_of_step: ContextVar[int | None] = ContextVar("rows_of_step", default=None)
+_being_scored: ContextVar[tuple[nn.Module | None, int | None]] = ContextVar("being_scored", default=(None, None))
+"""The model, and how many rows training takes at once."""
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
             device only emulates it, which is slower.
         rows: how many rows training takes at once, so that scoring takes no more memory on an accelerator.
     """
-    if _being_scored.get() is model:
+    if _being_scored.get()[0] is model:
         yield
         return
     training = [module for module in model.modules() if module.training]
@@ -235,7 +235,7 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original, recomputed = original_forward(model), recomputed_layers(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
-    tokens = _being_scored.set(model), _rows_of_step.set(rows)
+    token = _being_scored.set((model, rows))
     with torch.autocast(device.type, enabled=False), ExitStack() as stack:
         try:
             model.eval()
@@ -255,8 +255,7 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
                 model.forward = wrapped
             for module in training:
                 module.training = True
-            _being_scored.reset(tokens[0])
-            _rows_of_step.reset(tokens[1])
+            _being_scored.reset(token)
 
 
 def _half_precision(model: nn.Module) -> list[Tensor]:
@@ -308,7 +307,7 @@ class Parts:
 
 def step_tokens(device: torch.device, batches: Sequence[Batch]) -> int:
     """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it."""
-    rows = _rows_of_step.get()
+    rows = _being_scored.get()[1]
     if device.type == "cpu" or rows is None:
         return 384 if device.type == "cpu" else 8192
     return min(8192, rows * max(padded_tokens(one) // len(one["labels"]) for one in batches))

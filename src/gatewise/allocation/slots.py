@@ -12,12 +12,12 @@ A pruned slot's optimiser state is cleared. A grown one starts with a state of z
 RMSprop that is all. Adam and its relatives also divide their running averages by 1 - beta^t, where t counts the steps of the whole
 parameter, which is old: the slot would move several learning rates a step. So its running average of squares starts at the mean of
 the live slots', and its steps are about as large as theirs. States in 8 bits (bitsandbytes) are not rewritten: a module that grows
-begins them anew, and ``zero_dead`` zeroes dead slots after each step, which such an optimiser moves although they have no gradient.
+begins them anew, and dead slots, which such an optimiser moves although they have no gradient, are zeroed after each step.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -35,20 +35,6 @@ logger = logging.getLogger(__name__)
 
 _WORKING_VARIANTS = ("Dora", "ALora", "Velora")
 """How the names of PEFT's classes of variants begin whose ranks can be moved (read in PEFT 0.21: ``peft.tuners.lora.variants``)."""
-
-
-class Place(NamedTuple):
-    """Where some slots of a LoRA layer lie in one of its factors.
-
-    Attributes:
-        parameter: A or B.
-        dim: the dimension of the slots: 0 or 1.
-        indices: theirs along it.
-    """
-
-    parameter: nn.Parameter
-    dim: int
-    indices: Tensor
 
 
 class Expert:
@@ -179,7 +165,7 @@ def _stays_without_ranks(model: PeftModel, layer: LoraLinear, name: str) -> bool
 def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves.
 
-    Those of an ``Expert`` also hold the other experts: see ``by_slot`` and ``places``.
+    Those of an ``Expert`` have the slots of the other experts too: see ``by_slot``.
     """
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -191,23 +177,23 @@ def _number_and_experts(layer: LoraLinear) -> tuple[int, int]:
     return (layer.number, layer.layer.num_experts) if isinstance(layer, Expert) else (0, 1)
 
 
-def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tuple[Place, Place]:
-    """Where slots lie in A and in B."""
-    (a, b), (number, experts) = factors(layer, adapter), _number_and_experts(layer)
-    index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
-    return Place(a, 0, index + number * (len(a) // experts)), Place(b, 1, index * experts + number)
+def _view(layer: LoraLinear, tensor: Tensor, of_b: int) -> Tensor:
+    """A layer's slots in a tensor that has those of its factor, A or B, along the same dimension: slots first. It is a view."""
+    number, experts = _number_and_experts(layer)
+    if of_b:
+        return tensor.unflatten(-1, (-1, experts))[..., number].movedim(-1, 0)
+    return tensor.unflatten(0, (experts, -1))[number]
 
 
 def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of the shapes of A and B, as (r_max, d_in) and (r_max, d_out): the numbers of each slot. They are views."""
-    number, experts = _number_and_experts(layer)
-    return a.unflatten(0, (experts, -1))[number], b.unflatten(1, (-1, experts))[..., number].T
+    return _view(layer, a, 0), _view(layer, b, 1)
 
 
 def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) -> None:
-    """Writes all slots of a layer: the numbers of its A and B as ``by_slot`` gives them."""
+    """Writes the first slots of a layer, as many as are given: the numbers of its A and B as ``by_slot`` gives them."""
     for now, new in zip(by_slot(layer, adapter, *(one.detach() for one in factors(layer, adapter))), (rows, columns), strict=True):
-        now.copy_(new)
+        now[: len(new)] = new
 
 
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
@@ -218,7 +204,12 @@ def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
 
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
     """The indices of a layer's live slots, ascending."""
-    return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
+    return live_mask(layer, adapter).nonzero().flatten().tolist()
+
+
+def dead_slots(layer: LoraLinear, adapter: str) -> Tensor:
+    """The indices of a layer's dead slots, ascending."""
+    return (~live_mask(layer, adapter)).nonzero().flatten()
 
 
 def capacity(layer: LoraLinear, adapter: str) -> int:
@@ -250,13 +241,15 @@ def live_ranks(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]
 # ---------------------------------------------------------------- pruning and growing
 
 
-def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: Optimizer | None = None) -> None:
-    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
-    where = places(layer, adapter, slots) if slots else ()
-    with torch.no_grad():
-        for parameter, dim, index in where:
-            parameter.index_fill_(dim, index, 0)
-    _clear(where, optimizer)
+def prune(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor, optimizer: Optimizer | None = None) -> None:
+    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them.
+
+    Also zeroes slots that are dead again after a step of an optimiser that moves what has no gradient.
+    """
+    for of_b, factor in enumerate(factors(layer, adapter)):
+        _view(layer, factor.data, of_b)[slots] = 0
+    if optimizer is not None:
+        _clear(layer, adapter, slots, optimizer)
 
 
 def grow(layer: LoraLinear, adapter: str, n: int, generator: torch.Generator, optimizer: Optimizer | None = None) -> list[int]:
@@ -269,31 +262,27 @@ def grow(layer: LoraLinear, adapter: str, n: int, generator: torch.Generator, op
     Raises:
         ValueError: the layer has fewer than ``n`` dead slots.
     """
-    if n <= 0:
-        return []
-    dead = [int(i) for i in (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]]
+    dead = dead_slots(layer, adapter)[:n]
     if len(dead) < n:
         raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    live = _alive_in_factors(layer, adapter)
-    grown = places(layer, adapter, dead)
-    (a, along_a, rows), (b, along_b, columns) = grown
-    with torch.no_grad():
-        if adapter in layer.lora_embedding_B:
-            b.index_copy_(along_b, columns, torch.randn(len(b), n, generator=generator).to(b))
-        else:
-            drawn = torch.rand(n, a.shape[1], generator=generator) * 2 - 1
-            a.index_copy_(along_a, rows, (drawn * a.shape[1] ** -0.5).to(a))
-    _start_in_optimizer(grown, live, optimizer)
-    return dead
+    alive = [(one, live_mask(one, adapter)) for one in _sharing(layer)]
+    a, b = (factor.data for factor in factors(layer, adapter))
+    rows, columns = by_slot(layer, adapter, a, b)
+    if adapter in layer.lora_embedding_B:
+        columns[dead] = torch.randn(len(b), n, generator=generator).T.to(b)
+    else:
+        rows[dead] = ((torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * a.shape[1] ** -0.5).to(a)
+    if optimizer is not None:
+        _clear(layer, adapter, dead, optimizer)
+        _start_in_optimizer(layer, adapter, dead, alive, optimizer)
+    return dead.tolist()
 
 
-def _alive_in_factors(layer: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
-    """Where live slots lie along A and B; of an expert, those of the other experts too, for the optimiser keeps one state."""
-    experts = (
-        [cast(LoraLinear, Expert(layer.layer, n)) for n in range(layer.layer.num_experts)] if isinstance(layer, Expert) else [layer]
-    )
-    found = [places(one, adapter, live_mask(one, adapter).nonzero().flatten()) for one in experts]
-    return torch.cat([a.indices for a, _ in found]), torch.cat([b.indices for _, b in found])
+def _sharing(layer: LoraLinear) -> list[LoraLinear]:
+    """The modules that share a layer's A and B, and so what the optimiser keeps of them: the experts of a parameter."""
+    if not isinstance(layer, Expert):
+        return [layer]
+    return [cast(LoraLinear, Expert(layer.layer, number)) for number in range(layer.layer.num_experts)]
 
 
 # Running averages of squares, by the names that optimisers give them ("state2" is bitsandbytes'). Adafactor keeps the mean of those
@@ -302,52 +291,34 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
 _FACTORED_SQUARES = (("exp_avg_sq_row", "row_var"), ("exp_avg_sq_col", "col_var"))
 
 
-def _clear(places: Iterable[Place], optimizer: Optimizer | None) -> None:
+def _clear(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor, optimizer: Optimizer) -> None:
     """Sets to zero what the optimiser keeps of these slots, and their gradient: a dead slot then stays dead."""
-    if optimizer is None:
-        return
-    for parameter, dim, slots in places:
-        if parameter.grad is not None:
-            parameter.grad.index_fill_(dim, slots, 0)
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                value.index_fill_(dim, slots, 0)
+    for of_b, factor in enumerate(factors(layer, adapter)):
+        for value in (factor.grad, *optimizer.state.get(factor, {}).values()):
+            if isinstance(value, Tensor) and value.shape == factor.shape and value.is_floating_point():
+                _view(layer, value, of_b)[slots] = 0
 
 
-def _start_in_optimizer(grown: Sequence[Place], live: Sequence[Tensor], optimizer: Optimizer | None) -> None:
+def _start_in_optimizer(
+    layer: LoraLinear, adapter: str, grown: Tensor, alive: Sequence[tuple[LoraLinear, Tensor]], optimizer: Optimizer
+) -> None:
     """Gives grown slots, whose weights are in place, the optimiser state that their training starts from.
 
     Args:
-        grown: where the grown slots lie in A and in B.
-        live: where along A and B the slots lie that lived before.
+        alive: the modules that share A and B, each with the (r_max,) mask of its slots that lived before.
     """
-    if optimizer is None:
-        return
-    _clear(grown, optimizer)
-    for (parameter, dim, new), old in zip(grown, live, strict=True):
-        state = optimizer.state.get(parameter, {})
-        squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[dim]) if key in state]
+    for of_b, factor in enumerate(factors(layer, adapter)):
+        state = optimizer.state.get(factor, {})
+        squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[of_b]) if key in state]
         in_8_bits = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values())
-        if in_8_bits or (squares and not len(old)):  # no mean to take: the optimiser makes this parameter's state anew
-            del optimizer.state[parameter]
+        # Without a mean to take, the optimiser makes this parameter's state anew.
+        if in_8_bits or (squares and not any(bool(mask.any()) for _, mask in alive)):
+            del optimizer.state[factor]
             continue
         for key in squares:
-            along = min(dim, state[key].ndim - 1)
-            mean = state[key].index_select(along, old).mean(along, keepdim=True)
-            state[key].index_copy_(along, new, mean.repeat_interleave(len(new), along))
-
-
-@torch.no_grad()
-def zero_dead(dead: Sequence[Place]) -> None:
-    """Sets dead slots to zero again after a step of an optimiser that moves what has no gradient."""
-    for parameter, dim, index in dead:
-        parameter.index_fill_(dim, index, 0)
-
-
-def dead_places(layers: Mapping[str, LoraLinear], adapter: str) -> list[Place]:
-    """Where the dead slots of all layers lie in their factors."""
-    found = [places(layer, adapter, (~live_mask(layer, adapter)).nonzero().flatten()) for layer in layers.values()]
-    return [place for both in found for place in both if len(place.indices)]
+            live = torch.cat([_view(one, state[key], of_b)[mask] for one, mask in alive])
+            along = -1 if of_b else 0  # in memory as in the factor, so that the sum is taken in the same order
+            _view(layer, state[key], of_b)[grown] = live.movedim(0, along).contiguous().mean(along)
 
 
 # ---------------------------------------------------------------- more room, and none that is not used
@@ -383,17 +354,11 @@ def widen(model: PeftModel, r_max: int | None = None, adapter: str | None = None
 
 def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kept: Sequence[Sequence[int]], slots: int) -> None:
     """Gives a LoRA layer new factors of ``slots`` slots a module: those ``kept`` of each module first, then zeros."""
-    a, b = factors(layer, name)
-    new_a, new_b = a.new_zeros(len(modules) * slots, a.shape[1]), b.new_zeros(len(b), len(modules) * slots)
-    values = [
-        [place.parameter.detach().index_select(place.dim, place.indices) for place in places(module, name, some)]
-        for module, some in zip(modules, kept, strict=True)
-    ]
-    _set_factors(layer, name, new_a, new_b)
-    with torch.no_grad():
-        for module, some, both in zip(modules, kept, values, strict=True):
-            for (parameter, dim, index), value in zip(places(module, name, range(len(some))), both, strict=True):
-                parameter.index_copy_(dim, index, value)
+    a, b = (factor.detach() for factor in factors(layer, name))
+    values = [[own[list(some)] for own in by_slot(module, name, a, b)] for module, some in zip(modules, kept, strict=True)]
+    _set_factors(layer, name, a.new_zeros(len(modules) * slots, a.shape[1]), b.new_zeros(len(b), len(modules) * slots))
+    for module, (rows, columns) in zip(modules, values, strict=True):
+        set_slots(module, name, rows, columns)
 
 
 def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import IterableDataset, Sampler, Subset
 
 from gatewise.errors import GatewiseError, some
 from gatewise.files import whole_file
@@ -66,20 +66,14 @@ def select_upper(model: Any, pattern: str) -> dict[str, nn.Parameter]:
     """The trainable parameters in whose names a regular expression is found, by name in the model's order.
 
     Raises:
-        GatewiseError: no regular expression, or one that fits no trainable parameter, or all of them.
+        GatewiseError: it fits no trainable parameter, or all of them.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise GatewiseError(f"upper_parameters is {pattern!r}, which is no regular expression ({error})") from error
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    chosen = {name: parameter for name, parameter in trainable.items() if expression.search(name)}
-    if not chosen:
-        raise GatewiseError(f"upper_parameters is {pattern!r}, which fits no trainable parameter; trainable are {some(trainable)}")
-    if len(chosen) == len(trainable):
+    chosen = {name: parameter for name, parameter in trainable.items() if re.search(pattern, name)}
+    if not 0 < len(chosen) < len(trainable):
         raise GatewiseError(
-            f"upper_parameters is {pattern!r}, which fits all {len(trainable)} trainable parameters and leaves none for "
-            "train_dataset: choose fewer"
+            f"upper_parameters is {pattern!r}, which fits {len(chosen)} of the {len(trainable)} trainable parameters "
+            f"({some(trainable)}): expected some, and others for train_dataset"
         )
     return chosen
 
@@ -132,10 +126,7 @@ def split_in_half(dataset: Any, seed: int = 0) -> tuple[Any, Any]:
     """Two disjoint random halves of a data set, each in its old order: SPT trains weights on the first and gates on the second.
 
     Args:
-        dataset: a ``datasets.Dataset``, a list, or any data set with a length. The first half gets the odd row.
-
-    Returns:
-        Two of the same kind: ``datasets.Dataset``, a list, or else ``torch.utils.data.Subset``.
+        dataset: a ``datasets.Dataset``, of which the halves are too, or any rows with a length. The first half gets the odd row.
 
     Raises:
         GatewiseError: a stream, or fewer than two rows.
@@ -145,8 +136,6 @@ def split_in_half(dataset: Any, seed: int = 0) -> tuple[Any, Any]:
     first, second = sorted(order[: (count + 1) // 2]), sorted(order[(count + 1) // 2 :])
     if hasattr(dataset, "select"):
         return dataset.select(first), dataset.select(second)
-    if isinstance(dataset, Sequence) and not isinstance(dataset, Dataset):
-        return [dataset[row] for row in first], [dataset[row] for row in second]
     return Subset(dataset, first), Subset(dataset, second)
 
 

@@ -10,8 +10,6 @@ arXiv 2410.18035: the coefficients of its activation on a validation stream). Fo
 How the steps interleave is reconstructed: one upper step follows every ``upper_every`` lower steps (DARTS begins with the upper).
 """
 
-import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from gatewise.adapters.whole import keeps_whole
 from gatewise.bilevel.state import CyclicRows, UpperLevel, count_rows, held_fixed, select_upper
-from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.processes import average_gradients
 
@@ -34,7 +31,6 @@ else:
     _AnyTrainer = object  # the mixin goes before whichever Trainer it is mixed with
 
 __all__ = ["STATE_FILE", "BilevelMixin", "BilevelTrainer"]
-logger = logging.getLogger(__name__)
 STATE_FILE = "bilevel.pt"
 
 
@@ -77,10 +73,6 @@ class BilevelMixin(_AnyTrainer):
         **kwargs: Any,
     ) -> None:
         count_rows("upper_dataset", upper_dataset, 1)
-        if not is_number(upper_learning_rate) or not 0 < upper_learning_rate < math.inf:
-            raise GatewiseError(f"upper_learning_rate is {upper_learning_rate!r}; expected a number above 0, such as 3e-4")
-        if not is_whole(upper_every) or upper_every < 1:
-            raise GatewiseError(f"upper_every is {upper_every!r}; expected a whole number of lower steps, at least 1")
         self.upper_dataset, self.upper_parameters = upper_dataset, upper_parameters
         self.upper_learning_rate, self.upper_every = upper_learning_rate, upper_every
         self._upper: UpperLevel | None = None
@@ -88,9 +80,7 @@ class BilevelMixin(_AnyTrainer):
         self._upper_log: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
         self._check_run()
-        upper = select_upper(self.model, upper_parameters)
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in upper.values()):
-            logger.warning("some upper parameters are in half precision, which loses small steps: keep them in float32")
+        select_upper(self.model, upper_parameters)  # what is wrong with them is said before training
         # First, so that all other callbacks see a step's end with both levels moved.
         self.callback_handler.callbacks.insert(0, _UpperSteps(self))
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from tiny_models import EXPERTS, OTHER_LAYERS
 
-from gatewise.allocation.slots import factors, live_slots, lora_layers, places, prune, widen
+from gatewise.allocation.slots import by_slot, factors, live_slots, lora_layers, prune, widen
 from gatewise.errors import GatewiseError
 from gatewise.scores import ablation, taylor
 
@@ -14,15 +14,15 @@ def brute_force(model, batch):
     """CE(M without r) - CE(only r), by zeroing columns of B on the real weights and asking the model for its own loss."""
     model.eval()
     layers = lora_layers(model, "default")
-    saved = {b: b.detach().clone() for b in (factors(layer, "default")[1] for layer in layers.values())}
+    columns = {path: by_slot(layer, "default", *(f.data for f in factors(layer, "default")))[1] for path, layer in layers.items()}
+    saved = {path: own.clone() for path, own in columns.items()}
 
     def loss(kept):
         with torch.no_grad():
-            for b in saved:
-                b.zero_()
+            for own in columns.values():
+                own.zero_()
             for path, slot in kept:
-                _, (b, dim, column) = places(layers[path], "default", [slot])
-                b.index_copy_(dim, column, saved[b].index_select(dim, column))
+                columns[path][slot] = saved[path][slot]
             return model(**batch).loss.double().item()
 
     everything = {(path, slot) for path, layer in layers.items() for slot in live_slots(layer, "default")}

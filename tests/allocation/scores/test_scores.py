@@ -86,11 +86,11 @@ def test_names_need_no_torch():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("path-moments", {}, r"score 'path-moments' is not known; expected one of .*; did you mean path_moments\?$"),
+        ("path-moments", {}, "score 'path-moments' is not known; expected one of ablation"),
         (
             "ablation",
             {"mod": "exact"},
-            r"score_options has 'mod', but score 'ablation' takes mode, max_exact; did you mean mode\?$",
+            r"score_options has 'mod', but score 'ablation' takes mode, max_exact$",
         ),
         ("taylor", {"points": 2}, "but score 'taylor' takes no options"),
         ("path_integral", {"points": 0}, "points is 0; expected a whole number of at least 1"),

@@ -4,7 +4,6 @@ The file has a ``Score`` called ``NAME``. One's own need not lie here: ``RankAll
 function (model, batch, adapter=...) -> path -> one number a live rank, or its name as "module:function".
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ def as_score(given: "str | Score | Callable[..., Any]", options: Mapping[str, An
     options = options or {}
     if isinstance(given, str):
         if given not in NAMES and ":" not in given:
-            raise GatewiseError(f"score {given!r} is not known; expected one of {', '.join(NAMES)}{_near(given, NAMES)}")
+            raise GatewiseError(f"score {given!r} is not known; expected one of {', '.join(NAMES)}")
         given = getattr(import_module(f"{__name__}.{given}"), given) if given in NAMES else load_function(given)
     if isinstance(given, partial) and isinstance(given.func, Score) and not given.args:
         return as_score(given.func, {**given.keywords, **options})
@@ -49,12 +48,7 @@ def as_score(given: "str | Score | Callable[..., Any]", options: Mapping[str, An
     for key in options:
         if key not in known:
             takes = ", ".join(known) or "no options"
-            raise GatewiseError(f"score_options has {key!r}, but score {score.name!r} takes {takes}{_near(key, known)}")
+            raise GatewiseError(f"score_options has {key!r}, but score {score.name!r} takes {takes}")
     if score.check is not None:
         score.check(**options)
     return replace(score, options={**known, **options})
-
-
-def _near(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
