@@ -2,20 +2,19 @@
 
 A LoRA adapter (r = 8 on all linear layers) is trained on a task and kept early and late. Its ranks are scored on held-out training
 rows, the lowest 10, 25, 50 and 75% are switched off, and the loss is measured on dev rows: never on rows that trained or scored.
-The gradient of every gate for every single example is kept at each node of the path, so that all gradient scores, signed or not,
-per batch or per example, of few rows or many, come from the same passes.
+The gradient of every gate for every single example is taken at each node of the path, so that all gradient scores, per batch or per
+example, come from the same passes.
 
-Everything measured is appended to a JSON-lines file as it comes; what is there is not measured again. Several processes may work on
-different tasks or seeds at once.
+Everything measured is appended to a JSON-lines file as it comes; what is there is not measured again. The file has more than this
+script still measures: scores of more examples, by magnitudes, and of single points of the path, which lost.
 
     python benchmarks/scores.py --data-dir DATA --tasks sst2 trec --seeds 0 1 2
-    python benchmarks/scores.py --report                          # the tables; --plot docs/deletion_curves.png for the curves
+    python benchmarks/scores.py --report                          # the tables
 """
 
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from benchmark_data import load_task, shuffled
 from campaign import RESULTS, append, read
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -31,8 +30,8 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from gatewise.allocation import slots
 from gatewise.allocation.scores.ablation import exact as exactly
 from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.allocation.scores.path_moments import NODES
 from gatewise.allocation.scoring import GateBank, parts_of, scoring
-from gatewise.allocation.slots import factors, lora_layers
 from gatewise.losses import mean_loss
 from gatewise.models import load_model, load_tokenizer
 from gatewise.runs.trainer import RecipeTrainer
@@ -41,30 +40,19 @@ from gatewise.tasks import PadCollator, encode
 
 MODEL = "smollm2-135m-instruct"
 TASKS: dict[str, dict[str, int]] = {
-    "sst2": {"early": 20, "late": 80, "batch": 16, "few": 32, "many": 256, "measured": 96},
-    "trec": {"early": 20, "late": 80, "batch": 16, "few": 32, "many": 256, "measured": 96},
-    # 300 passages in all, so the larger scoring batch is 96 of them.
-    "text2mdt": {"early": 20, "late": 80, "batch": 8, "few": 32, "many": 96, "measured": 32},
+    "sst2": {"early": 20, "late": 80, "batch": 16, "rows": 32, "measured": 96},
+    "trec": {"early": 20, "late": 80, "batch": 16, "rows": 32, "measured": 96},
+    "text2mdt": {"early": 20, "late": 80, "batch": 8, "rows": 32, "measured": 32},
 }
 STAGES = ("early", "late")
 CUTS = (0.10, 0.25, 0.50, 0.75)
 RECOVERY = {"steps": 8, "cut": 0.75, "learning_rate": 5e-4}
 EXACT_RANKS = 40
-UPPER = (0.605662, 0.894338)  # the two Gauss-Legendre nodes of [1/2, 1]
-RULES = {"pi2": 2, "pi4": 4, "pi8": 8, "pi16": 16}
-
-# What is deleted by; seed 0 measures all of it and the other seeds what is marked. path_scores says what the names mean.
-MEASURED = {
-    "ab": True, "loo": False, "std": True, "abs ab": False, "pi": True, "abs pi": False, "pi per example": False,
-    "pi second moment": True, "fisher": True, "moment": True, "moments": True, "pi moments": True, "moment at 0.79": False,
-    "moments at 0.79": False, "sensitivity": True, "magnitude": True, "random": True,
-}  # fmt: skip
-MEASURED_MANY = {
-    "ab": True, "pi": True, "abs pi": False, "pi per example": False, "pi second moment": False, "fisher": False,
-    "moment at 0.79": False, "moments at 0.79": True,
-}  # fmt: skip
+RULES = {"pi2": 2, "pi4": 4, "pi8": 8}  # the quadratures of seed 0; the other seeds have pi4 alone
+# What is deleted by; path_scores says what the names mean.
+DELETED = ("ab", "loo", "std", "pi", "pi second moment", "fisher", "moment", "moments", "pi moments", "sensitivity", "magnitude",
+           "random")  # fmt: skip
 RECOVERED = ("ab", "pi", "moments", "sensitivity", "random")
-
 
 Line = dict[str, Any]
 """One measurement."""
@@ -74,58 +62,26 @@ Score = tuple[str, str]
 
 
 class State:
-    """One adapter at one stage: its model, its scoring and measuring rows, and the file of its gradients."""
+    """One adapter at one stage: its model, and its scoring and measuring rows."""
 
     def __init__(self, task: str, seed: int, stage: str, data_dir: Path, work: Path) -> None:
-        self.task, self.seed, self.stage, self.work = task, seed, stage, work
-        self.settings = TASKS[task]
+        self.seed, self.settings = seed, TASKS[task]
         train, dev, template = load_task(task, data_dir)
         tokenizer = load_tokenizer(MODEL)
         self.collate = PadCollator(tokenizer)
-        order = shuffled(train, seed)
-        features = encode(order, tokenizer, template)
-        many = self.settings["many"]
-        self.scored, self.trained = features[:many], features[many:]
+        features = encode(shuffled(train, seed), tokenizer, template)
+        rows = self.settings["rows"]
+        self.batch, self.trained = self.collate(features[:rows]), features[rows:]
         self.measured = encode(shuffled(dev, seed, self.settings["measured"]), tokenizer, template)
-        self.folder = work / f"{task}-{seed}"
-
-    @property
-    def rules(self) -> dict[str, int]:
-        """The quadratures computed here: all of them for seed 0, but the finest not on the long rows of text2mdt."""
-        if self.seed:
-            return {"pi4": 4}
-        return {name: points for name, points in RULES.items() if self.task != "text2mdt" or points < 16}
+        self.folder, self.file = work / f"{task}-{seed}", work / f"{task}-{seed}" / f"{stage}.safetensors"
 
     def model(self) -> Any:
         """The base model with the adapter of this stage, trained first where it is not yet on disk."""
-        file = self.folder / f"{self.stage}.safetensors"
-        if not file.is_file():
+        if not self.file.is_file():
             _train(self)
-        model: PeftModel = fresh_model(self.seed)
-        model.load_state_dict(load_file(str(file)), strict=False)
+        model = fresh_model(self.seed)
+        model.load_state_dict(load_file(str(self.file)), strict=False)
         return model.eval()
-
-    def gradients(self, model: Any) -> dict[str, Tensor]:
-        """The gate gradients of every example at every node, kept in a file. ``few`` nodes for the first rows only."""
-        file = self.folder / f"{self.stage}-gradients.safetensors"
-        kept = load_file(str(file)) if file.is_file() else {}
-        large = [0.0, 1.0, *quadrature(2)[0]] if with_many(self.task, self.seed) else []
-        wanted = [("many", node, self.settings["many"]) for node in large]
-        small = [0.0, 1.0, *UPPER, *(node for points in self.rules.values() for node in quadrature(points)[0])]
-        wanted += [("few", node, self.settings["few"]) for node in small]
-        for size, node, rows in wanted:
-            name = f"{size} {node:.6f}"
-            if name in kept or (size == "few" and f"many {node:.6f}" in kept):
-                continue
-            began = time.perf_counter()
-            kept[name], kept[f"{name} loss"], kept["labels"] = example_gradients(
-                model, self.collate(self.scored[:rows]), node, kept.get("labels")
-            )
-            print(f"  {self.task} {self.seed} {self.stage}: gradients at {node:.3f}, {rows} rows, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-            save_file(kept, str(file) + ".part")
-            Path(str(file) + ".part").replace(file)
-        return kept
 
 
 def fresh_model(seed: int) -> Any:
@@ -137,20 +93,17 @@ def fresh_model(seed: int) -> Any:
 
 def _train(state: State) -> None:
     """Trains one adapter and keeps its weights at both stages."""
-    settings = state.settings
     model = fresh_model(state.seed)
     state.folder.mkdir(parents=True, exist_ok=True)
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
             for stage in STAGES:
-                if trainer_state.global_step == settings[stage]:
+                if trainer_state.global_step == state.settings[stage]:
                     weights = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
                     save_file(weights, str(state.folder / f"{stage}.safetensors"))
 
-    began = time.perf_counter()
-    train_on(model, state, settings["late"], 5e-4, warmup=8, callbacks=[Keep()])
-    print(f"  {state.task} {state.seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
+    train_on(model, state, state.settings["late"], 5e-4, warmup=8, callbacks=[Keep()])
 
 
 def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, callbacks: list[Any] | None = None) -> None:
@@ -173,7 +126,7 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
             model=model,
             args=arguments,
             train_dataset=state.trained,
-            eval_dataset=state.scored,
+            eval_dataset=state.measured,
             collator=state.collate,
             note={},
             callbacks=callbacks or [],
@@ -181,7 +134,7 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
         ).train()
 
 
-def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def example_gradients(model: Any, batch: dict[str, Tensor], node: float) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, R) gradient of every example's summed loss in every gate, all gates at ``node``; the rows' losses; their labels."""
     rows = len(batch["labels"])
     with scoring(model), GateBank(model) as gates:
@@ -193,63 +146,54 @@ def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels:
             found, sums, number = gates.row_gradients(part, node, apart=True)
             gradients[own] = torch.cat(list(found.values()), dim=1)
             losses[own], counts[own] = sums, number.float()
-    return gradients, losses, counts if labels is None or len(counts) > len(labels) else labels
+    return gradients, losses, counts
 
 
-def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Tensor]:
-    """Every score made from the examples' gradients: name -> (R,), higher for ranks worth keeping.
+def path_scores(model: Any, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every score made of the examples' gradients, name -> (R,), higher for ranks worth keeping; and how complete the integral is.
 
-    ab: AB-LoRA to first order, loo and alone its two terms, std the two standardised and added; pi: the path integral; abs: the
-    magnitude of a sum over examples; per example: the sum of the examples' magnitudes; second moment: the root mean square over
-    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the
-    path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment; pi moments: the same from
-    the whole path.
+    ab: AB-LoRA to first order, loo one of its two terms, std the two standardised and added; pi: the path integral; second moment:
+    the root mean square over examples; fisher: that of the gradient with all ranks on; moments: gatewise's path_moments, the mean
+    and the second moment of the upper half of the path; pi moments: the same from the whole path.
     """
-    labels = kept["labels"][:rows].sum()
-    on, off = _at(kept, 1.0)[:rows], _at(kept, 0.0)[:rows]
+    passes: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def at(node: float) -> Tensor:
+        if node not in passes:
+            passes[node] = example_gradients(model, state.batch, node)
+        return passes[node][0]
+
+    on, off = at(1.0), at(0.0)
+    labels = passes[1.0][2].sum()
+    rules = RULES if state.seed == 0 else {"pi4": 4}
     # (rows, R): what each rank takes off the loss of each example.
-    each = -sum(w * _at(kept, c)[:rows] for c, w in zip(*quadrature(points), strict=True))
+    paths = {name: -sum(w * at(c) for c, w in zip(*quadrature(points), strict=True)) for name, points in rules.items()}
+    reduction = float((passes[0.0][1] - passes[1.0][1]).sum() / labels)
     loo, alone = -on.sum(0) / labels, -off.sum(0) / labels
-    upper = [_at(kept, node) for node in UPPER]
-    paths = {"pi moment{}": each}
-    if rows == len(upper[0]):
-        paths["moment{}"] = -sum(upper)
-    if "many 0.788675" in kept:
-        paths["moment{} at 0.79"] = -kept["many 0.788675"][:rows]
-    more: dict[str, Tensor] = {}
-    for name, own in paths.items():
-        mean, size = own.mean(0), own.square().mean(0).sqrt()
-        more |= {name.format(""): size, name.format("s"): mean / mean.std() + size / size.std()}
-    return more | {
-        "ab": loo + alone,
-        "loo": loo,
-        "std": loo / loo.std() + alone / alone.std(),
-        "pi": each.sum(0) / labels,
-        "abs pi": (each.sum(0) / labels).abs(),
-        "abs ab": (loo + alone).abs(),
-        "pi per example": each.abs().sum(0) / labels,
-        "pi second moment": each.square().mean(0).sqrt(),
-        "fisher": on.square().mean(0),
+    scores = {"ab": loo + alone, "loo": loo, "std": loo / loo.std() + alone / alone.std(), "pi": paths["pi4"].sum(0) / labels}
+    for name, each in (("moment", -sum(w * at(c) for c, w in NODES)), ("pi second moment", paths["pi4"])):
+        mean, scores[name] = each.mean(0), each.square().mean(0).sqrt()
+        scores["moments" if name == "moment" else "pi moments"] = mean / mean.std() + scores[name] / scores[name].std()
+    scores["fisher"] = on.square().mean(0).sqrt()
+    sums = {name: own.sum(0) / labels for name, own in paths.items()}
+    finest = list(sums.values())[-1]
+    facts = {
+        "reduction": reduction,
+        "completeness_error": {name: float(value.sum()) - reduction for name, value in sums.items()},
+        "spearman_to_finest": {name: spearman(value, finest) for name, value in sums.items()},
+        "spearman_few_to_many": {},
+        "spearman_to_ab": {name: spearman(value, scores["ab"]) for name, value in scores.items()},
     }
-
-
-def _at(kept: dict[str, Tensor], node: float, what: str = "") -> Tensor:
-    name = f"{node:.6f}{what}"
-    return kept[f"many {name}"] if f"many {name}" in kept else kept[f"few {name}"]
+    return scores, facts
 
 
 def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
     """The scores that are not made of path gradients: AdaLoRA's, the size of a rank's update, and chance."""
-    batch = state.collate(state.scored[: state.settings["few"]])
-    size = [torch.linalg.norm(a, dim=1) * torch.linalg.norm(b, dim=0) for a, b in
-            (factors(layer, "default") for layer in lora_layers(model).values())]  # fmt: skip
-    generator = torch.Generator().manual_seed(state.seed)
-    flat = torch.cat(list(sensitivity(model, batch).values()))
-    return {
-        "sensitivity": flat,
-        "magnitude": torch.cat(size).detach(),
-        "random": torch.rand(len(flat), generator=generator),
-    }
+    layers = slots.lora_layers(model).values()
+    size = [a.norm(dim=1) * b.norm(dim=0) for a, b in (slots.factors(layer, "default") for layer in layers)]
+    flat = torch.cat(list(sensitivity(model, state.batch).values()))
+    chance = torch.rand(len(flat), generator=torch.Generator().manual_seed(state.seed))
+    return {"sensitivity": flat, "magnitude": torch.cat(size).detach(), "random": chance}
 
 
 def measured_loss(model: Any, state: State, off: Tensor | None = None) -> float:
@@ -282,83 +226,43 @@ def measure(task: str, seed: int, stage: str, data_dir: Path, work: Path, result
     """Everything that is still missing of one state."""
     done = {key(line) for line in read(results)}
     place = {"task": task, "seed": seed, "stage": stage}
-    todo = [one for one in wanted(task, seed, stage) if key({**place, **one}) not in done]
+    todo = [one for one in wanted(seed, stage) if key({**place, **one}) not in done]
     if not todo:
         return
     state = State(task, seed, stage, data_dir, work)
     model = state.model()
-    kept = state.gradients(model)
-    few = path_scores(kept, state.settings["few"], 4) | weight_scores(model, state)
-    many = path_scores(kept, state.settings["many"], 2) if with_many(task, seed) else {}
+    scores, facts = path_scores(model, state)
+    scores |= weight_scores(model, state)
     for one in todo:
-        scores = (many if one["rows"] == "many" else few).get(one["score"], torch.zeros(0))
         if one["what"] == "state":
-            values = describe(model, state, kept, few, many)
+            everything = torch.ones(len(scores["pi"]), dtype=torch.bool)
+            values = {"loss_on": measured_loss(model, state), "loss_off": measured_loss(model, state, everything), **facts}
         elif one["what"] == "exact":
-            values = exact_agreement(model, state, kept, few)
-        elif one["what"] == "recovered":
-            values = {"loss": recovered_loss(state, lowest(scores, one["cut"]))}
+            values = exact_agreement(model, state, scores)
         else:
-            values = {"loss": measured_loss(model, state, lowest(scores, one["cut"]))}
+            of = recovered_loss(state, lowest(scores[one["score"]], one["cut"])) if one["what"] == "recovered" else None
+            values = {"loss": measured_loss(model, state, lowest(scores[one["score"]], one["cut"])) if of is None else of}
         append({**place, **one, **values}, results)
     print(f"  {task} {seed} {stage}: measured", flush=True)
 
 
-def with_many(task: str, seed: int) -> bool:
-    """Whether the larger scoring batch is scored too: not for the other seeds of text2mdt, whose rows are long."""
-    return task != "text2mdt" or seed == 0
-
-
-def wanted(task: str, seed: int, stage: str) -> Iterator[dict[str, Any]]:
+def wanted(seed: int, stage: str) -> Iterator[dict[str, Any]]:
     """What is measured of a state, the plain facts first."""
     yield {"what": "state", "score": "", "rows": "", "cut": 0}
-    for rows, names in (("few", MEASURED), ("many", MEASURED_MANY if with_many(task, seed) else {})):
-        for score, always in names.items():
-            if always or (seed == 0 and task != "text2mdt"):
-                for cut in CUTS:
-                    yield {"what": "deleted", "score": score, "rows": rows, "cut": cut}
+    yield from ({"what": "deleted", "score": score, "rows": "few", "cut": cut} for score in DELETED for cut in CUTS)
     if stage == "late":
-        for score in RECOVERED:
-            yield {"what": "recovered", "score": score, "rows": "few", "cut": RECOVERY["cut"]}
+        yield from ({"what": "recovered", "score": score, "rows": "few", "cut": RECOVERY["cut"]} for score in RECOVERED)
         if seed == 0:
             yield {"what": "exact", "score": "", "rows": "few", "cut": 0}
 
 
-def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor], many: dict[str, Tensor]) -> dict[str, Any]:
-    """Losses with all ranks and with none, how complete the integral is, and how the scores agree with each other."""
-    rows, count = state.settings["few"], len(few["pi"])
-    labels = float(kept["labels"][:rows].sum())
-    reduction = float((_at(kept, 0.0, " loss")[:rows] - _at(kept, 1.0, " loss")[:rows]).sum()) / labels
-    rules = {name: path_scores(kept, rows, points)["pi"] for name, points in state.rules.items()}
-    best = rules[max(rules, key=lambda name: RULES[name])]
-    return {
-        "loss_on": measured_loss(model, state),
-        "loss_off": measured_loss(model, state, torch.ones(count, dtype=torch.bool)),
-        "scoring_rows": [rows, state.settings["many"]],
-        "measuring_rows": len(state.measured),
-        "reduction": reduction,
-        "completeness_error": {name: float(value.sum()) - reduction for name, value in rules.items()},
-        "spearman_to_finest": {name: spearman(value, best) for name, value in rules.items()},
-        "spearman_few_to_many": {name: spearman(few[name], many[name]) for name in MEASURED_MANY if many},
-        "spearman_to_ab": {name: spearman(value, few["ab"]) for name, value in few.items()},
-    }
-
-
-def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
+def exact_agreement(model: Any, state: State, scores: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
-    ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
+    ranks = [(path, slot) for path, layer in slots.lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
-    began = time.perf_counter()
     with scoring(model), GateBank(model) as gates:
-        exact = exactly(
-            model, parts_of(model, state.collate(state.scored[: state.settings["few"]])), gates, [ranks[i] for i in drawn.tolist()]
-        )
-    few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in state.rules.items()}
-    return {
-        "ranks": len(drawn),
-        "seconds": round(time.perf_counter() - began, 1),
-        "spearman": {name: spearman(value[drawn], exact) for name, value in few.items()},
-    }
+        exact = exactly(model, parts_of(model, state.batch), gates, [ranks[i] for i in drawn.tolist()])
+    return {"ranks": len(drawn), "spearman": {name: spearman(value[drawn], exact) for name, value in scores.items()}}
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
@@ -374,8 +278,8 @@ def key(line: Line) -> tuple[Any, ...]:
 # ---- the report ----
 
 
-def report(lines: list[Line], plot: Path | None) -> None:
-    """Prints the tables, and draws the curves."""
+def report(lines: list[Line]) -> None:
+    """Prints the tables."""
     states = {place_of(line): line for line in lines if line["what"] == "state"}
     losses: dict[Place, dict[Score, dict[float, float]]] = {}
     for line in lines:
@@ -386,8 +290,6 @@ def report(lines: list[Line], plot: Path | None) -> None:
     regrets(losses)
     recovered(lines, states)
     agreement(states, lines)
-    if plot:
-        draw(states, losses, plot)
 
 
 def place_of(line: Line) -> Place:
@@ -468,7 +370,7 @@ def agreement(states: dict[Place, Line], lines: list[Line]) -> None:
         for line in lines:
             if line["what"] == "exact" and place_of(line) in places:
                 means = "  ".join(f"{name} {value:.4f}" for name, value in line["spearman"].items())
-                print(f"  spearman with exact ablation over {line['ranks']} ranks ({line['seconds']} s): {means}")
+                print(f"  spearman with exact ablation over {line['ranks']} ranks: {means}")
 
 
 def named(score: Score) -> str:
@@ -480,56 +382,18 @@ def spread(values: list[float], sign: bool = False) -> str:
     return f"{statistics.mean(values):{'+' if sign else ''}.3f}{deviation}"
 
 
-def draw(states: dict[Place, Line], losses: dict[Place, dict[Score, dict[float, float]]], out: Path) -> None:
-    """Mean dev loss against the share of ranks that are off, one panel a task and stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    panels = list(groups(states))
-    figure, axes = plt.subplots(len(STAGES), len(TASKS), figsize=(4.4 * len(TASKS), 7), layout="constrained")
-    shown: dict[Score, dict[str, Any]] = {
-        ("ab", "few"): {"color": "#0b3f73", "label": "AB-LoRA"},
-        ("pi", "few"): {"color": "#c2410c", "label": "path integral"},
-        ("moments", "few"): {"color": "#15803d", "lw": 2.2, "label": "path moments (gatewise)"},
-        ("moment", "few"): {"color": "#15803d", "ls": "--", "label": "its second moment alone"},
-        ("sensitivity", "few"): {"color": "#7e22ce", "label": "AdaLoRA's sensitivity"},
-        ("loo", "few"): {"color": "#5c6b7a", "ls": ":", "label": "loss without the rank, first order"},
-        ("random", "none"): {"color": "#9aa5b1", "label": "random"},
-    }
-    for task, stage, places in panels:
-        axis = axes[STAGES.index(stage)][list(TASKS).index(task)]
-        base = statistics.mean(states[p]["loss_on"] for p in places)
-        for score, style in shown.items():
-            held = [p for p in places if len(losses.get(p, {}).get(score, {})) == len(CUTS)]
-            if held:
-                means = [statistics.mean(losses[p][score][cut] for p in held) for cut in CUTS]
-                axis.plot([0, *[100 * cut for cut in CUTS]], [base, *means], marker="o", ms=3, **style)
-        axis.set(title=f"{task}, {stage}", xlabel="% of ranks off", ylabel=f"dev loss, mean of {len(places)} seeds", yscale="log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.25)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(out, dpi=110)
-
-
 def main() -> None:
     """Measures what is missing, or reports what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS / "scores.jsonl")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "scores", help="adapters and gradients are kept here")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "scores", help="adapters are kept here")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--report", action="store_true", help="print the results, measure nothing")
-    parser.add_argument("--plot", type=Path, help="where --report draws the curves")
     options = parser.parse_args()
     if options.report:
-        report(read(options.results), options.plot)
+        report(read(options.results))
         return
     if options.data_dir is None:
         parser.error("--data-dir is needed: the folder with sst2/train.jsonl, text2mdt/en_train.json and so on")
