@@ -235,7 +235,7 @@ class _Writing:
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream."""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        usage = self._body.stream_options.get("include_usage", False)
         started: set[int] = set()
         async for number, piece in self._each():
             content: dict[str, Any] = {"text": piece.text}

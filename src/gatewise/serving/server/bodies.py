@@ -69,14 +69,6 @@ class RefusedError(Exception):
         self.status, self.param = status, param
 
 
-class StreamOptions(BaseModel):
-    """What a stream has beside the answer: at its end, how many tokens were read and written."""
-
-    model_config = ConfigDict(strict=True)
-
-    include_usage: bool = False
-
-
 class Body(BaseModel):
     """What requests for texts and for chats have in common. A field that is null is one that was left out."""
 
@@ -87,7 +79,7 @@ class Body(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, bool] = {}  # include_usage: at the end, how many tokens were read and written
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -109,7 +101,7 @@ class Body(BaseModel):
     def _check(self) -> "Body":
         if "" in self.stop:
             raise RefusedError("stop has an empty text: leave it out", param="stop")
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options and not self.stream:
             raise RefusedError("stream_options goes with stream as true: leave it out", param="stream_options")
         for name, given in (self.model_extra or {}).items():
             neutral = self.only.get(name, (given,))
