@@ -132,16 +132,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(gatewise: Gat
     assert Path("good.txt").read_text() == TEXT
 
 
-def test_trees_that_cannot_be_written_after_all_are_printed(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise GatewiseError("cannot write out.txt: No space left on device; nothing was changed")
-
-    monkeypatch.setattr("gatewise_mdt.formats.views.write_view", full)
-    result = gatewise("extract", "good.txt", "-o", "out.txt")
-    assert_refused(result, "No space left on device", "on stdout, as JSON")
-    assert json.loads(result.stdout)[0]["text"] == TEXT
-
-
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), GatewiseError("out of memory")])
 def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
     whole, calls = Extractor.extract, 0

@@ -64,7 +64,7 @@ def test_json_holds_all_of_it(file: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["none.pdf"], "there is no such file"), (["a.rtf"], "the name ends in '.rtf'"), (["."], "the name ends in")],
+    [(["none.pdf"], "there is no such file"), (["a.rtf"], "there is no such file"), (["."], "cannot be read")],
 )
 def test_what_cannot_be_read_is_said_in_a_sentence(words: list[str], expected: str) -> None:
     code, said, told = run(*words)

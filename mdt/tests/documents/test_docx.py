@@ -112,23 +112,14 @@ def test_cells_that_say_the_same_are_all_read_and_merged_ones_once() -> None:
     assert texts(document) == ["Day 1 5 mg 5 mg never in infants", "Adults 2 x y", "Adults 3 10 mg not in pregnancy"]
 
 
-@pytest.mark.parametrize("odd", ["merge without a beginning", "columns before", "no grid", "a span that is no number"])
-def test_an_odd_table_is_read_on(odd: str) -> None:
+def test_an_odd_table_is_read_on() -> None:
     document = table("Give|5 mg", "do not|10 mg")
     first, second = document.tables[0]._tbl.tr_lst
-    if odd == "merge without a beginning":
-        first.tc_lst[0].get_or_add_tcPr().append(element("vMerge"))
-    elif odd == "columns before":
-        first.remove(first.tc_lst[1])
-        second.insert(0, element("trPr", '<w:gridBefore w:val="1"/>'))
-        second.remove(second.tc_lst[0])
-        second.tc_lst[0].get_or_add_tcPr().append(element("vMerge"))
-    elif odd == "no grid":
-        document.tables[0]._tbl.remove(document.tables[0]._tbl.tblGrid)
-    else:
-        first.tc_lst[0].get_or_add_tcPr().append(element("gridSpan", more='w:val="x"'))
-    expected = ["Give", "10 mg"] if odd == "columns before" else ["Give 5 mg", "do not 10 mg"]
-    assert texts(document) == expected
+    first.tc_lst[0].get_or_add_tcPr().append(element("vMerge"))  # a merge without a beginning
+    first.tc_lst[1].get_or_add_tcPr().append(element("gridSpan", more='w:val="x"'))
+    second.insert(0, element("trPr", '<w:gridBefore w:val="1"/>'))
+    document.tables[0]._tbl.remove(document.tables[0]._tbl.tblGrid)
+    assert texts(document) == ["Give 5 mg", "do not 10 mg"]
 
 
 def test_the_title_stands_above_all_headings() -> None:

@@ -1,6 +1,5 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -21,7 +20,7 @@ from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, s
 from gatewise_mdt.relations import Language
 
 if TYPE_CHECKING:
-    from gatewise_mdt.records import TreeRecord
+    pass
 
 
 def extract(
@@ -97,7 +96,7 @@ def extract(
         say(f"note: {note}", err=True)
     for sentence in batch.faults:
         say(f"failed: {sentence}", err=True)
-    if batch.records and not (stopped and journal) and (written := _give_found(batch.records, format, out, several)):
+    if batch.records and not (stopped and journal) and (written := give(batch.records, format, out, several)):
         say(f"written: {written}")
     if stopped:
         raise stopped
@@ -130,14 +129,3 @@ def _check_place(format: Format, out: Path | None, several: bool) -> None:
         check_new_folder(out)
     else:
         check_new_file(out)
-
-
-def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool) -> Path | None:
-    """Gives what an extraction found; what cannot be given so is printed, so that the work is not lost."""
-    from gatewise_mdt.formats.views import render
-
-    try:
-        return give(records, format, out, several) if records else None
-    except GatewiseError as error:
-        say(render(records, "json"), nl=False)
-        raise GatewiseError(f"{error} (the trees are on stdout, as JSON)") from None

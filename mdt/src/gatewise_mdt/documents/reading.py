@@ -33,7 +33,6 @@ def read_document(path: str | Path) -> Document:
     if str(path) == STDIN:
         return document_of(sys.stdin.buffer.read(), "stdin", ".md")
     name, suffix = str(path), Path(path).suffix
-    _check_suffix(suffix, name)
     return document_of(content_of(path), name, suffix)
 
 

@@ -1,12 +1,14 @@
 """A decision tree as a Mermaid flow chart, for Markdown pages and wikis that draw it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.svg import kind_of, label_of, main_subject
 from gatewise_mdt.formats.words import Words, words_for
+from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import absent_triples
-from gatewise_mdt.tree import DecisionTree, Node, Triple
+from gatewise_mdt.tree import Node, Triple
 
 # What Mermaid or the HTML it makes would take for its own; written as the entity codes that Mermaid knows.
 _CODES = str.maketrans({character: f"#{ord(character)};" for character in '#"<>&;`\\*_~[]{}|()@%:'})
@@ -22,31 +24,17 @@ _STYLES = {
 }
 
 
-def mermaid_of(
-    tree: DecisionTree,
-    text: str = "",
-    warnings: Sequence[str] = (),
-    headings: Sequence[str] = (),
-    origin: Sequence[str] = (),
-    confidence: Sequence[float | None] = (),
-) -> str:
-    """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
-
-    Args:
-        text: the passage; if given, what does not stand in it is marked.
-        warnings: of the extraction, to stand in the box of the notice.
-        headings: above the passage in its document, to stand there too.
-        origin: where the tree comes from, for comments of the source, which are not drawn.
-        confidence: for each node how likely it is right, in [0, 1]; None where that is not known.
-    """
-    missing = absent_triples(text, tree) if text.strip() else ()
-    words, main = words_for(tree.language), main_subject(tree)
-    absent = {triple: words.why_absent(text, triple) for triple in missing}
-    lines = ["flowchart TD", *(f"  %% {_comment(phrase)}" for phrase in origin)]
-    about = "".join(f"<br/>{_escaped(one)}" for one in (" › ".join(headings), main) if one)
-    warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
-    warned += "".join(f"<br/>! {_escaped(warning)}" for warning in warnings)
-    sure = [words.sure(one) for one in confidence] or [""] * len(tree.nodes)
+def mermaid_of(record: TreeRecord) -> str:
+    """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own, with headings and
+    warnings; where the tree comes from is said in comments, which are not drawn."""
+    tree, words, main = record.tree, words_for(record.tree.language), main_subject(record.tree)
+    missing = absent_triples(record.text, tree) if record.text.strip() else ()
+    absent = {triple: words.why_absent(record.text, triple) for triple in missing}
+    lines = ["flowchart TD", *(f"  %% {_comment(phrase)}" for phrase in origin_of(record))]
+    about = "".join(f"<br/>{_escaped(one)}" for one in (" › ".join(record.headings), main) if one)
+    warned = f"<br/>{_escaped(words.warnings)}" if record.warnings else ""
+    warned += "".join(f"<br/>! {_escaped(warning)}" for warning in record.warnings)
+    sure = [words.sure(one) for one in confidence_of(record)] or [""] * len(tree.nodes)
     warned += f"<br/>{_escaped(words.confidence_means)}" if any(sure) else ""
     lines.append(f'  notice["{_escaped(words.notice)}{about}{warned}"]:::notice')
     for i, node in enumerate(tree.nodes):

@@ -54,8 +54,8 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
-        "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])),
+        "mermaid": lambda records: mermaid_of(records[0]),
+        "svg": lambda records: _drawing(records[0]),
         "html": page_of,
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
@@ -64,14 +64,15 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     return makers[format](records)
 
 
-def _around(record: TreeRecord) -> dict[str, Any]:
-    """What stands around the drawing of a tree, or in it unseen."""
-    return {
-        "warnings": record.warnings,
-        "headings": record.headings,
-        "origin": origin_of(record),
-        "confidence": confidence_of(record),
-    }
+def _drawing(record: TreeRecord) -> str:
+    return drawing_of(
+        record.tree,
+        record.text,
+        warnings=record.warnings,
+        headings=record.headings,
+        origin=origin_of(record),
+        confidence=confidence_of(record),
+    )
 
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
