@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,10 @@ class Slow(Extracts):
         if number % 9 == 8:
             return GatewiseError(f"{text!r} is too long")
         nodes = [node("D")] if number % 11 == 10 else [node("D", triple(f"drug {number}", "drug therapy", "adults"))]
-        return Extraction(text, DecisionTree.from_preorder(nodes), "en", warnings=("hurried é",) if number % 2 else ())
+        warnings = ("hurried é",) if number % 2 else ()
+        return Extraction(
+            text, DecisionTree.from_preorder(nodes), "en", warnings=warnings, made_with={"date": text}, confidence=(0.5,)
+        )
 
 
 @pytest.fixture
@@ -106,29 +108,6 @@ def test_what_was_found_is_not_asked_for_again(tmp_path: Path, files: list[Path]
     assert not journal.path.exists()
 
 
-def test_what_was_found_before_keeps_its_date(tmp_path: Path, files: list[Path]) -> None:
-    class Dated(Slow):
-        date = "2026-01-01T00:00:00+00:00"
-
-        def one(self, text: str) -> Extraction | GatewiseError:
-            found = super().one(text)
-            return replace(found, made_with={"date": self.date}) if isinstance(found, Extraction) else found
-
-    path = tmp_path / "w.jsonl"
-    extracted(files, Dated(), Journal(path, SETTINGS))
-    lines = path.read_bytes().split(b"\n")
-    old = json.loads(lines[2])
-    del old["extraction"]  # an earlier gatewise did not say it
-    path.write_bytes(b"\n".join([*lines[:2], json.dumps(old).encode(), *lines[3:10], b""]))
-    later = Dated()
-    later.date = "2026-02-02T00:00:00+00:00"
-    batch = extracted(files, later, Journal(path, SETTINGS))
-    dates = [one.extraction and one.extraction["date"] for one in batch.records]
-    assert dates.count(None) == 1
-    assert set(dates) == {Dated.date, later.date, None}
-    assert dates.count(Dated.date) < 10
-
-
 def test_a_journal_of_other_settings_or_of_something_else_is_left_alone(tmp_path: Path, files: list[Path]) -> None:
     path = tmp_path / "w.jsonl"
     extracted(files[1:], Slow(), Journal(path, SETTINGS))
@@ -138,7 +117,7 @@ def test_a_journal_of_other_settings_or_of_something_else_is_left_alone(tmp_path
     for other, said in (
         (b'{"text": "a", "tree": []}\n', "is in the way"),
         (whole.replace(b'"role"', b'"roll"', 1), "line 2 is damaged"),
-        (whole.replace(b'"extraction": null', b'"extraction": [5]', 1), "line 2 is damaged"),
+        (whole.replace(b'"extraction": {', b'"extraction": [5], "x": {', 1), "line 2 is damaged"),
     ):
         path.write_bytes(other)
         with pytest.raises(GatewiseError, match=said):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from gatewise_mdt import Extraction, Extractor, read_trees, sample
 from gatewise_mdt.documents.reading import documents_in
-from gatewise_mdt.extraction.batch import Batch, extract_pieces, read_pieces
 from gatewise_mdt.extraction.course import Course
 from gatewise_mdt.extraction.prompts import prompt
 from gatewise_mdt.extraction.served import ServedExtractor
@@ -194,13 +193,6 @@ def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> Non
         assert "start it with `gatewise serve --constraint gatewise_tree`" in str(found)
 
 
-def test_documents_of_which_none_can_be_read(engine: tuple[Engine, str], tmp_path: Path) -> None:
-    extractor = ServedExtractor.connect(engine[1], "trees")
-    batch = Batch()
-    pieces = read_pieces([tmp_path / "none.txt"], batch)
-    assert extract_pieces(pieces, extractor, batch).failed == [str(tmp_path / "none.txt")]
-
-
 def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
     made, url = engine
     made.key = "secret"
@@ -255,21 +247,6 @@ def test_the_command_goes_on_after_the_server_was_gone(
     assert len(made.asked) == before + 3
     assert len(read_trees("trees.json").records) == 4
     assert not (tmp_path / "trees.json.work.jsonl").exists()
-
-
-def test_after_a_fault_nothing_more_is_asked_of_the_server(engine: tuple[Engine, str]) -> None:
-    """Whoever reads the trees may take long over one, and the fault that is next waits for them."""
-    made, url = engine
-    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
-    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=MOST, verbatim=True, batch_size=1)
-    trees = extractor.as_they_come([TEXT.replace("0.5", f"{number}") for number in range(4)])
-    next(trees)
-    for thread in threading.enumerate():
-        if "(work)" in thread.name:
-            thread.join(timeout=60)
-    assert len(made.asked) == 2
-    with pytest.raises(GatewiseError, match="404: gone"):
-        list(trees)
 
 
 def test_what_is_written_into_the_folder_that_is_read_is_never_read_over(

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -235,18 +234,3 @@ def test_whatever_the_scores_there_is_a_tree(n: int, value: float) -> None:
         assert (score, size) == (0.0, min(n, 2 * sum(conditions) + 1))
     if value == -INFINITY:
         assert (score, size) == (-INFINITY, 1)
-
-
-def test_many_nodes_take_little_time() -> None:
-    """Ten times what it takes on an idle machine, and more."""
-    for n, most in ((9, 0.5), (MOST_EXACT, 1.0), (20, 1.0), (250, 6.0)):
-        scores = random_scores(random_roles(n, 1), n)
-        begun = time.perf_counter()
-        score, tree = best_tree(*scores)
-        took = time.perf_counter() - begun
-        check(scores, score, tree)
-        assert took < most, n
-        phrases = pairs(n, n)
-        begun = time.perf_counter()
-        best_groups(phrases)
-        assert time.perf_counter() - begun < most, n

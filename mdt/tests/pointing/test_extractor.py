@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from gatewise_mdt import DecisionTree, Extraction, Extractor, load_extractor, measure
-from gatewise_mdt.documents.passages import Passage
-from gatewise_mdt.extraction.batch import Journal, Piece
 from gatewise_mdt.extraction.extractor import Text
 from gatewise_mdt.pointing import extractor as extractor_module
 from gatewise_mdt.pointing.calibration import Calibration, fitted
@@ -99,13 +97,6 @@ def test_texts_that_give_no_tree_say_why_in_their_place(untrained: PointingExtra
     assert said[5] == "the text has 25000 tokens, but the model reads at most 512: cut it into passages"
 
 
-def test_text_of_odd_characters_gives_a_tree(untrained: PointingExtractor) -> None:
-    odd = ["👩‍⚕️ 💊@👍🏽 😀", "@x", "x@.", "成人@儿童发热，给药。", "a\u0301@\ufeffb\u200b c", "x@y@z"]
-    for one in sound(untrained(odd, language="en")):
-        assert one.absent == ()
-        assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
-
-
 _ODD = [
     "gout",
     "@",
@@ -177,14 +168,6 @@ def test_too_many_phrases_are_a_fault_of_their_text_alone(untrained: PointingExt
     assert str(long).startswith("82 phrases of the text would go into its tree, and at most 64 can: cut it into passages")
 
 
-def test_a_tokenizers_own_limit_counts_too() -> None:
-    """RoBERTa's positions count two that are no text's."""
-    tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 20
-    (found,) = PointingExtractor(pointing_model(), tokenizer)([TEXTS[0]])
-    assert "but the model reads at most 20" in str(found)
-
-
 def test_progress_counts_texts_and_its_interrupt_goes_through(untrained: PointingExtractor) -> None:
     told: list[tuple[int, int]] = []
     replace(untrained, batch_size=3)(TEXTS, progress=lambda *what: told.append(what))
@@ -222,30 +205,6 @@ def test_nodes_are_judged_against_gold(learnt: PointingExtractor) -> None:
     wrong = [TreeRecord(RECORDS[0].text, RECORDS[3].tree), TreeRecord("@", RECORDS[3].tree)]
     assert set(learnt.judged(wrong)[1]) == {False}
     assert fitted(logs, right) is None  # all are right
-
-
-def test_confidence_is_kept_in_the_journal_and_old_journals_are_read(learnt: PointingExtractor, tmp_path: Path) -> None:
-    pieces = [Piece("a.txt", Passage(text), "en") for text in TEXTS]
-    found = sound(learnt(TEXTS))
-    journal = Journal(tmp_path / "journal", {})
-    for piece, one in zip(pieces, found, strict=True):
-        journal.keep(piece, one)
-    read = Journal(tmp_path / "journal", {})
-    for piece, one in zip(pieces, found, strict=True):
-        again = read.take(piece)
-        assert isinstance(again, Extraction)
-        assert (again.confidence, again.tree, again.made_with) == (one.confidence, one.tree, one.made_with)
-    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
-    for line in lines:
-        line.pop("confidence", None)
-    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    old = Journal(tmp_path / "old", {}).take(pieces[0])
-    assert isinstance(old, Extraction)
-    assert old.confidence is None
-    lines[1]["confidence"] = 3
-    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    with pytest.raises(GatewiseError, match="line 2 is damaged"):
-        Journal(tmp_path / "old", {})
 
 
 # ---- loading ----

@@ -13,15 +13,10 @@ from gatewise_mdt.pointing.targets import NOBODY, SUBJECT, Pointed, pointed_at
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import TreeRecord
 from mdt_trees import node, triple
-from peft import LoraConfig, get_peft_model
 from pointing_models import GOUT, RECORDS, pointing_model
-from tiny_models import random_adapter
 from tiny_run import byte_tokenizer
 from torch import Tensor
 
-from gatewise.allocation.scores.ablation import ablation
-from gatewise.allocation.scores.path_integral import path_integral
-from gatewise.allocation.scoring import parts_of
 from gatewise.losses import loss_kind, microbatches, row_losses
 
 FAMILIES = ["llama", "bert"]
@@ -221,24 +216,3 @@ def test_a_pointing_model_measures_itself(family: str) -> None:
         parts = microbatches(batch, 200, "rows")
         assert len(parts) > 2
         assert float(sum(row_losses(model, part)[0].sum() for part in parts)) == pytest.approx(float(losses.sum()), rel=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rounds_score_ranks_by_these_losses(family: str) -> None:
-    """What a rank's ablation changes is read from them, and an integral along the path of gates comes to the difference of two."""
-    base = pointing_model(family)
-    settings = {"target_modules": "all-linear", "exclude_modules": r".*heads.*", "modules_to_save": ["heads"]}
-    model: Any = random_adapter(get_peft_model(base, LoraConfig(r=2, task_type="FEATURE_EXTRACTION", **settings)), 0.1).eval()
-    batch = batch_of([RECORDS[1], SHARED])
-    with torch.no_grad():
-        losses = row_losses(model, batch)[0]
-    assert parts_of(model, batch).loss(model) == pytest.approx(float(losses.mean()), rel=1e-5)
-    ablated = ablation(model, batch)
-    assert len(ablated) > 10
-    assert len(torch.cat(list(ablated.values())).unique()) > 10
-    with torch.no_grad(), model.disable_adapter():
-        model.get_base_model().heads.enable_adapters(True)  # the heads are no rank's
-        without = row_losses(model, batch)[0]
-    integral = path_integral(model, batch, points=16)
-    total = float(sum(scores.sum() for scores in integral.values()))
-    assert total == pytest.approx(float(without.mean() - losses.mean()), abs=5e-3)

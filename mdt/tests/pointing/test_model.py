@@ -19,8 +19,6 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralModel,
-    MixtralConfig,
-    MixtralModel,
     Qwen3Config,
     Qwen3Model,
     RobertaConfig,
@@ -29,7 +27,6 @@ from transformers import (
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import most_tokens
-from gatewise.runs.trainer import recompute_activations
 
 SETTINGS = HeadSettings(hidden=16, width=16, longest=8, dropout=0.0)
 _SMALL: dict[str, Any] = {
@@ -103,12 +100,6 @@ def test_rounding_does_not_refuse_a_decoder() -> None:
         torch.set_num_threads(threads)
 
 
-def test_a_mixture_of_experts_can_point() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60}
-    config = MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=3)
-    assert PointingModel(MixtralModel(config).eval(), HeadSettings(hidden=16, width=16)).whole_mask
-
-
 def test_positions_that_are_no_texts_do_not_count() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 10**6
@@ -125,29 +116,6 @@ def test_positions_that_are_no_texts_do_not_count() -> None:
 def test_heads_of_another_width_are_refused() -> None:
     with pytest.raises(GatewiseError, match="the heads are made for states of 32 numbers, but the base model's have 16"):
         PointingModel(encoder(), HeadSettings(hidden=32, width=16))
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_recomputing_activations_changes_no_loss_and_no_gradient(family: str) -> None:
-    rows = encode_records(RECORDS, byte_tokenizer(), 8)[0]
-    batch = PointingCollator(byte_tokenizer())(rows)
-    found = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = PointingModel(made(family), SETTINGS).train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        if recompute:
-            recompute_activations(model)  # type: ignore[arg-type]
-            assert model.encoder.is_gradient_checkpointing
-        loss = model(**batch).loss
-        loss.backward()
-        found.append((loss.detach(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}))
-    (plain, gradients), (recomputed, others) = found
-    assert torch.equal(plain, recomputed)
-    assert gradients.keys() == others.keys()
-    assert all(torch.allclose(gradients[name], others[name], atol=1e-6) for name in gradients)
 
 
 def test_states_do_not_need_gold_and_losses_come_with_them() -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from gatewise_mdt.records import TreeRecord
 from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
 from rich.console import Console
-from several_processes import command, one_of_none
 from tiny_run import assert_same_adapter, byte_tokenizer, stop_at, weights
 from transformers import PreTrainedTokenizerFast
 
@@ -149,25 +147,6 @@ def test_prompts_stand_beside_the_text_and_move_none_of_it(family: str, tmp_path
     assert prompted.shape == bare.shape
     assert not torch.allclose(prompted[there], bare[there], atol=1e-4)
     assert torch.allclose(unseen[there], bare[there], atol=1e-5)
-
-
-def test_two_processes_train_the_adapter_of_one(tmp_path: Path) -> None:
-    """As test_launch has it for other tasks, a round of ranks among it, and as a shell would start it."""
-    sections: dict[str, Any] = {"peft": {"r": 2}, "pointing": {"width": 16, "swapped": 0, "dropout": 0.0}}
-    recipe = write_pointing(tmp_path, "alora", **sections)
-    write_trees(tmp_path / "train.json", [*RECORDS * 2, *RECORDS[:2]])  # of which eight are left to train on, two whole batches
-    alone = train(recipe, tmp_path / "one")
-    words = ("--device", "cpu", "--output", str(tmp_path / "two"), "--processes", "2")
-    started = command("train", str(recipe), *words)
-    done = subprocess.run(started, capture_output=True, text=True, timeout=300, env=one_of_none())
-    assert done.returncode == 0, done.stderr
-    made = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert made["ranks"] == alone.ranks
-    log = json.loads(alone.metrics_file.read_text())["log"]
-    assert [one.get("loss") for one in made["log"]] == pytest.approx([one.get("loss") for one in log], rel=1e-3)
-    expected, found = weights(alone.adapter), weights(tmp_path / "two" / "adapter")
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], one, rtol=0, atol=6e-3) for name, one in expected.items())  # Adam's, of no gradient
 
 
 # ---- recipes ----

@@ -1,6 +1,5 @@
 """Texts in units and tokens."""
 
-import time
 import unicodedata
 from typing import Any
 
@@ -194,16 +193,6 @@ def test_nothing_is_cut_off_or_filled_up() -> None:
     assert len(made["input_ids"]) == 6
     assert made["unit_first"] == list(range(6))
     assert len(tokens_of(Units.of("w1"), tokenizer)["input_ids"]) == 1
-
-
-def test_a_long_text_takes_little_time() -> None:
-    # One token of all, and units of which there are no tokens.
-    one = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    begun = time.perf_counter()
-    for text, tokenizer in ((",;" * 10_000, wrapped(one)), ("x " + "\x07 " * 10_000, careful_tokenizer())):
-        made = tokens_of(Units.of(text), tokenizer)
-        assert set(made["unit_last"]) <= {0, 1}
-    assert time.perf_counter() - begun < 20
 
 
 def test_a_tokenizer_without_places_is_refused() -> None:

@@ -56,20 +56,6 @@ def test_every_edit_keeps_the_tree_whole_and_the_given_nodes_as_they_are(nodes: 
         nodes = made
 
 
-@properties
-@given(preorders(), st.data())
-def test_swapping_swaps_and_twice_is_nothing(nodes: Nodes, data: st.DataObject) -> None:
-    conditions = [i for i, one in enumerate(nodes) if one["role"] == "C"]
-    if not conditions:
-        return
-    at = data.draw(st.sampled_from(conditions))
-    swapped = apply(nodes, "swap", {"node": at})
-    assert apply(swapped, "swap", {"node": at}) == nodes
-    if at == 0:
-        one, other = nested(nodes), nested(swapped)
-        assert (one["true"], one["false"]) == (other["false"], other["true"])
-
-
 def test_subtree_ends_where_the_next_begins() -> None:
     assert [subtree_end(gout(), i) for i in range(5)] == [5, 2, 5, 4, 5]
 

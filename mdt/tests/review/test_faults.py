@@ -60,19 +60,6 @@ def test_half_a_pair_in_other_keys_of_a_record_stops_no_edit(tmp_path: Path) -> 
     assert Session.open(file).passage(1).now.state == "corrected"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
-def test_a_file_name_of_another_encoding_stops_no_edit(tmp_path: Path) -> None:
-    file = os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xcf.txt")
-    Path(file).write_text(TEXT)
-    session = Session.open(file)
-    session.begin(1, 0)
-    assert session.passage(1).more["source"].endswith("/\ufffd\ufffd.txt")
-    assert session.save().records == 1
-    session.load(TEXT.encode(), os.fsdecode(b"\xd6.md"))
-    session.close()
-    assert [passage.now.state for passage in Session.open(file).passages] == ["corrected", "empty"]
-
-
 # A disk that is full, a draft that cannot be written ------------------------------------------------------------------
 
 

@@ -65,25 +65,6 @@ def record(name: str, **more: Any) -> dict[str, Any]:
     return {"text": TEXT, "tree": drug(name), **more}
 
 
-@pytest.mark.parametrize("edited", [False, True])
-@pytest.mark.parametrize("lose_draft", [False, True])
-def test_an_approval_stays_with_its_tree(tmp_path: Path, edited: bool, lose_draft: bool) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
-    session = Session.open(file)
-    if edited:
-        edit(session, 2, "ibuprofen")
-    approve(session, 2)
-    session.save()
-    left(session, lose_draft)
-    again = Session.open(file)
-    mine = "ibuprofen" if edited else "naproxen"
-    assert shown(again) == [("colchicine", "drafted", False), (mine, "approved", True)]
-    assert again.notes == []
-    again.save()
-    assert [name_of(item["tree"]) for item in records(again)] == [mine]
-    again.close()
-
-
 ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next")
 
 
@@ -158,20 +139,6 @@ def test_a_record_that_was_added_by_another_program_takes_no_passage_over(tmp_pa
     assert shown(third) == [("colchicine", "approved", True), *shown(again)[1:]]
     assert third.notes == []
     third.close()
-
-
-def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
-    session = Session.open(file)
-    approve(session, 2)
-    draft = session.files.history.read_bytes()
-    session.save()
-    session.files.history.write_bytes(draft)
-    left(session)
-    again = Session.open(file)
-    assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", True)]
-    assert again.notes == []
-    again.close()
 
 
 def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import NOBODY, By, OldPageError
 from gatewise_mdt.review.shown import passage_json, session_json
 from mdt_trees import TEXT, gout, node, triple
-from review_serving import Client, serving
+from review_serving import Client
 
 from gatewise.errors import GatewiseError
 
@@ -356,30 +355,6 @@ def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
 
 
 # Over HTTP ------------------------------------------------------------------------------------------------------------
-
-
-def test_an_extraction_over_http_says_of_which_version_it_is(session: Session) -> None:
-    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None, confidence=None)
-    extracting = Extracting(session, lambda *_: found)
-    with serving(Review(session, extracting)) as server:
-        asked_while_edited(Client(server.port, server.url.partition("#token=")[2]), session)
-    extracting.end()
-
-
-def asked_while_edited(client: Client, session: Session) -> None:
-    edit = {"edit": "swap", "arguments": {"node": 0}}
-    assert client("edit", number=1, version=0, **edit)[0] == 200
-    assert client("extract", passages=[[1, 0], [2, 0]])[0] == 200
-    for _ in range(500):
-        if client.get("session")[1]["progress"] is None:
-            break
-        time.sleep(0.01)
-    first, second = client.get("session")[1]["passages"]
-    assert (first["state"], first["beside"], second["state"], second["beside"]) == ("corrected", 1, "drafted", 0)
-    assert session.passage(2).now.nodes == DRAFT
-    assert client("take", number=1, version=1, extraction=1)[0] == 400
-    assert client("take", number=1, version=1, extraction=1, replaced=True)[1]["passage"]["state"] == "drafted"
-    assert client("undo", number=1, version=2)[1]["passage"]["state"] == "corrected"
 
 
 # A server that is killed ----------------------------------------------------------------------------------------------

@@ -425,26 +425,6 @@ def test_an_extraction_does_not_land_on_what_is_being_written(review: Callable[.
     assert (here.session.passage(1).now.nodes or [])[1]["triples"][0][2] == "paracetamol"
 
 
-def test_what_is_selected_stays_selected_when_an_answer_comes(review: Callable[..., Review]) -> None:
-    """The answer to one field's change comes while all of the next one is selected, to be written over."""
-    here = review("sample:guidelines")
-    page = here.page
-    page.wait_for_selector("#tree svg")
-    held: list[Any] = []
-    page.route("**/api/edit", lambda route: held.append(route))  # an own attribute is set on it
-    page.fill("#subject-0", "boys")
-    with page.expect_request("**/api/edit"):
-        page.focus("#object-0")
-    page.keyboard.press("Control+a")
-    held[0].continue_()
-    page.unroute("**/api/edit")
-    here.wait_state("corrected")
-    page.keyboard.type("water")
-    page.keyboard.press("Enter")
-    sync_api.expect(page.locator("#tree")).to_contain_text("water")
-    assert here.session.passage(1).now.nodes[0]["triples"][0][::2] == ["boys", "water"]
-
-
 def test_what_the_history_cannot_take_is_said_and_not_done(review: Callable[..., Review], tmp_path: Path) -> None:
     here = review("sample:guidelines")
     page = here.page
@@ -572,46 +552,6 @@ def test_what_is_typed_fast_is_all_kept(review: Callable[..., Review]) -> None:
     assert page.is_hidden("#conflict")
 
 
-def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Review], tmp_path: Path) -> None:
-    first = sample()[0]
-    here = review("sample:guidelines", slow=0.03)
-    page = here.page
-    here.wait_state("to review")
-    page.click("#extract")
-    page.wait_for_selector("#progress:not([hidden])")
-    page.click("#swap")  # while the model writes
-    here.wait_state("corrected")
-    page.wait_for_selector("#beside", state="visible")
-    assert here.state() == "corrected"
-    page.click("#undo")
-    here.wait_state("to review")
-    page.click("#approve")
-    here.wait_state("approved")
-    page.click("#save")
-    sync_api.expect(page.locator("#save")).to_have_text("Save")
-    # Taken only when the reviewer says so; the approved tree stays in the file until another one is approved.
-    page.click("#beside summary")
-    sync_api.expect(page.locator("#beside-tree svg")).to_be_visible()
-    here.shot("review_beside")
-    page.once("dialog", lambda dialog: dialog.dismiss())
-    page.click("#beside-take")
-    assert here.state() == "approved"
-    page.once("dialog", lambda dialog: dialog.accept())
-    page.click("#beside-take")
-    here.wait_state("to review")
-    sync_api.expect(page.locator("#kept")).to_be_visible()
-    page.click("#save")
-    sync_api.expect(page.locator("#said")).to_contain_text("not as it stands")
-    (record,) = read_trees(tmp_path / "out.jsonl").records
-    assert (record.tree, record.more["review"]) == (first.tree, "approved")
-    page.click("#approve")
-    here.wait_state("approved")
-    page.click("#save")
-    sync_api.expect(page.locator("#save")).to_have_text("Save")
-    (record,) = read_trees(tmp_path / "out.jsonl").records
-    assert record.tree == tree_of(first.text).tree
-
-
 @pytest.fixture
 def reviewed(review: Callable[..., Review], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Review:
     """A review on which two people have been at work, at times that are always the same, as one of them sees it."""
@@ -681,27 +621,6 @@ def test_what_was_carried_over_from_an_older_version(review: Callable[..., Revie
     here.wait_state("approved")
     sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
     assert not page.evaluate("document.getElementById('carried').open")
-
-
-def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:
-    here = review(slow=0.01)
-    page = here.page
-    page.select_option("#language", "zh")
-    sync_api.expect(page.locator("#save")).to_have_text("保存")
-    add(here, "高血压患者@若血压仍高，加用氨氯地平。")
-    sync_api.expect(page.locator("#title")).to_have_text("第 1 段")
-    page.click("#extract")
-    here.wait_state("待审核")
-    page.click("#kind-C")
-    here.validity("还不是有效的决策树")
-    sync_api.expect(here.node(2)).to_have_text("无推荐")
-    left = page.evaluate(
-        """name => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary,#you")].filter(one => one.offsetParent)
-          .map(one => one.innerText.replace(name, "")).filter(text => /[a-z]{3}/.test(text))""",
-        here.session.reviewer,
-    )
-    assert left == []
-    here.shot("review_chinese")
 
 
 def test_controls_have_names(review: Callable[..., Review]) -> None:

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -19,8 +18,6 @@ from gatewise_mdt.review import server as server_module
 from gatewise_mdt.review.server import ReviewServer
 from mdt_trees import TEXT, gout
 from review_serving import serving
-
-from gatewise.errors import GatewiseError
 
 HOSTILE = "<script>alert(1)</script>\"'&\u2028 \U0001f600"
 
@@ -260,18 +257,6 @@ def test_a_body_that_is_too_large_is_refused(ask: Caller, monkeypatch: pytest.Mo
     assert ask("/api/paste", raw=b" " * 1001)[0] == 413
 
 
-def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
-    head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
-    slow = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(50)]
-    for connection in slow:
-        connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
-    assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
-    for connection in slow:
-        connection.sendall(b"}")
-        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
-        connection.close()
-
-
 def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def fail(self: Session) -> None:
         raise RuntimeError("oh")
@@ -281,11 +266,6 @@ def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: 
     assert (status, "a fault in gatewise (RuntimeError)" in answer["error"]) == (500, True)
     assert "RuntimeError: oh" in capsys.readouterr().err
     assert call("/api/session")[0] == 200
-
-
-def test_a_busy_port_is_one_sentence(ask: Caller, tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=f"port {ask.server.port} of '127.0.0.1' cannot be had"):
-        ReviewServer(ask.server.review, port=ask.server.port)
 
 
 # What it does ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """A review without its page: what is kept, what is saved, and that nothing is lost between two of them."""
 
 import json
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,25 +76,6 @@ def test_only_what_a_person_saw_is_saved_in_the_published_format(trees: Path) ->
     assert (len(read.records), read.faults) == (2, {})
 
 
-def test_saved_corrections_are_training_data(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from gatewise.cli.main import app
-
-    monkeypatch.chdir(trees.parent)
-    session = Session.open(str(trees))
-    correct(session)
-    out = str(session.save().path)
-    session.close()
-    rows = CliRunner().invoke(app, ["mdt", "prepare", out, "--out", "rows.jsonl"])
-    assert rows.exit_code == 0, rows.output
-    assert "naproxen or colchicine" in lines(Path("rows.jsonl"))[0]["target"]
-    same = CliRunner().invoke(app, ["mdt", "evaluate", "--gold", out, "--pred", out, "--json"])
-    assert same.exit_code == 0, same.output
-    assert json.loads(same.stdout)["tree_acc"] == 1
-    assert CliRunner().invoke(app, ["mdt", "show", out, "--format", "html"]).exit_code == 0
-
-
 def test_an_unfinished_tree_is_not_saved_and_not_lost(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
@@ -169,28 +149,6 @@ def test_the_file_of_corrections_itself_can_be_reviewed(trees: Path) -> None:
     assert [passage.now.state for passage in alone.passages] == ["corrected"]
 
 
-def test_an_approved_tree_of_another_file_that_is_repaired_is_said_to_be_another_one(trees: Path) -> None:
-    """That file may be the corrections of an earlier review, under which a new one is begun."""
-    wrong = gout()
-    wrong[1]["logical_rel"] = "null"
-    held = [{"text": TEXT, "tree": wrong}, {"text": OTHER, "tree": gout()}, {"text": "a third one", "tree": wrong}]
-    for one, by in zip(held, ("Ada", "Bea"), strict=False):
-        one |= {"review": "approved", "reviewed": {"by": by}}
-    trees.write_text(json.dumps(held))
-    with closing(Session.open(str(trees), repair=True)) as session:
-        assert [(one.now.state, one.now.reviewed) for one in session.passages] == [
-            ("corrected", None),
-            ("approved", {"by": "Bea"}),
-            ("drafted", None),
-        ]
-        assert sum(note.endswith('node 2: logical_rel "null" with 3 triples is read as "and"') for note in session.notes) == 2
-        assert sum("was approved by Ada is another one after the repair" in note for note in session.notes) == 1
-        session.approve(1, session.passage(1).version)
-        session.save()
-    with closing(Session.open(str(trees), repair=True)) as session:
-        assert session.passage(1).now.state == "approved"
-
-
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:
     """Any file of trees may be named: records that nobody reviewed stay in it as well."""
     out = trees.with_suffix(".jsonl")
@@ -237,6 +195,23 @@ def test_undo_and_redo(trees: Path) -> None:
     assert session.passage(1).now.state == "corrected"  # approved no more
 
 
+def test_undo_goes_back_over_a_restart_also_in_a_history_of_format_3(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.approve(1, 1)
+    session.close()
+    rows = [{"came": None, "saved": None, **row} for row in lines(session.files.history)]
+    for row in rows:
+        row |= {"format": 3} if "format" in row else {"now": {**row["now"], "undone": True}}
+    rows.append({"time": rows[-1]["time"], "reviewer": "Ada", "action": "save", "saved": [1]})
+    session.files.history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Session.open(str(trees))
+    assert (again.notes, again.passage(1).now) == ([], session.passage(1).now)
+    for state in ("corrected", "drafted"):
+        assert again.undo(1, again.passage(1).version).now.state == state
+    again.close()
+
+
 def test_sources_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Give colchicine for a flare.")
     assert Session.open(str(tmp_path / "text.txt")).passages[0].now.nodes is None
@@ -273,17 +248,6 @@ def test_what_cannot_be_reviewed_is_refused(
         Session.open(None, Path("folder.jsonl"))
     with pytest.raises(GatewiseError, match="for the file of corrections"):
         Session.open(None, Path("out.json"))
-
-
-def test_a_population_is_refused_for_trees_which_say_it_themselves(trees: Path) -> None:
-    out = trees.with_name("x.review.jsonl")
-    out.write_text(json.dumps({"text": TEXT, "tree": gout()}) + "\n")
-    with pytest.raises(GatewiseError, match="whose trees come with texts that say whom they are about: leave it out"):
-        Session.open(str(trees), out, population="children")
-    session = Session.open(None, out)
-    with pytest.raises(GatewiseError, match=r"a population was given with trees\.json"):
-        session.load(trees.read_bytes(), "trees.json", "children")
-    session.close()
 
 
 def test_a_damaged_history_is_refused_not_overwritten(trees: Path) -> None:
