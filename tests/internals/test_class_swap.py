@@ -1,7 +1,6 @@
 """Objects that are given a mixin: what of them changes, what stays, and how it is undone."""
 
 import copy
-import pickle
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -31,14 +30,13 @@ def test_one_object_is_changed_and_changed_back() -> None:
     assert torch.equal(module(x), before)
 
 
-def test_copies_and_pickles_keep_it() -> None:
+def test_a_copy_keeps_it() -> None:
     module, x = nn.Linear(2, 3), torch.randn(4, 2)
     add_mixin(module, Doubled)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert type(twin) is type(module)
-        assert torch.equal(twin(x), module(x))
-        remove_mixin(twin)
-        assert torch.equal(2 * twin(x), module(x))
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), module(x))
+    remove_mixin(twin)
+    assert torch.equal(2 * twin(x), module(x))
 
 
 def test_hooks_of_accelerate_from_before_run_the_mixin() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from typing import Any
 
 import pytest
@@ -49,6 +48,7 @@ def test_saved_and_loaded(tmp_path, batch, family, layers):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "SELECTIVE_PROMPT"
     assert saved["prompt_layers"] == layers
+    assert saved["made_for"]["layers"] == 3
     assert "target_modules" not in saved
     names = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert sum("spt_gate_logit" in name for name in names) == (3 if layers is None else 0)
@@ -270,54 +270,13 @@ def test_what_a_model_with_prompts_does_not_do(batch):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_models_and_caches_are_copied_and_pickled(batch, family):
+def test_models_and_caches_are_copied(batch, family):
     model = prompted(family, prompt_layers=[1])
     expected = logits(model, batch)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(logits(twin, batch), expected)
+    torch.testing.assert_close(logits(copy.deepcopy(model), batch), expected)
     if family == "llama":
         with torch.no_grad():
             cache = model(**batch, use_cache=True).past_key_values
-        for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-            assert isinstance(copied, PromptedCache)
-            assert copied.gatewise_prompts.states.keys() == cache.gatewise_prompts.states.keys()
-
-
-# ---- another base model ----
-
-
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert"])
-def test_an_adapter_of_another_family_is_refused(tmp_path, batch, family):
-    model = prompted("llama", prompt_layers=[1])
-    model.save_pretrained(tmp_path)
-    base = prompted_base(family)
-    before = logits(base, batch)
-    with pytest.raises(
-        GatewiseError, match=f"made for a llama model of 3 layers and hidden size 16, but .* is a {family} model of"
-    ):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(logits(base, batch), before)
-    other = prompted(family)
-    with pytest.raises(GatewiseError, match=f"made for a llama model .* is a {family} model"):
-        other.load_adapter(tmp_path, "second")
-    assert list(other.peft_config) == ["default"]
-    logits(other, batch)
-
-
-def test_an_adapter_that_does_not_say_its_base_loads(tmp_path, batch):
-    """It was saved by an earlier version."""
-    model = prompted("llama", prompt_layers=[1])
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    saved = json.loads(path.read_text())
-    assert saved["made_for"] == {"model_type": "llama", "layers": 3, "hidden_size": 16}
-    path.write_text(json.dumps({name: value for name, value in saved.items() if name not in ("made_for", "requires")}))
-    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
-    torch.testing.assert_close(logits(loaded, batch), logits(model, batch))
-
-
-def test_a_configuration_of_ones_own_goes_on_any_base():
-    config = prompt_config(prompt_layers=[1])
-    for family in ("llama", "qwen2"):
-        get_peft_model(prompted_base(family), config)
-        assert config.made_for["model_type"] == family
+        copied = copy.deepcopy(cache)
+        assert isinstance(copied, PromptedCache)
+        assert copied.gatewise_prompts.states.keys() == cache.gatewise_prompts.states.keys()

@@ -1,7 +1,6 @@
 """Inference against the slow way, that of training, which adds adapter by adapter; and what happens in the middle of a request."""
 
 import copy
-import pickle
 import weakref
 from contextlib import contextmanager
 
@@ -13,7 +12,6 @@ from torch import nn
 
 import gatewise.routed.layer
 import gatewise.routed.request
-from gatewise.errors import GatewiseError
 from gatewise.serving import products
 
 FAMILIES = ["llama", "gpt2"]
@@ -224,20 +222,14 @@ def test_what_was_gathered_goes_with_the_cache(three, batch, monkeypatch):
         assert not any(one() is not None for one in made)
 
 
-def test_models_and_caches_are_copied_and_pickled(three, batch):
-    model, data, step = three(), batch(), {"input_ids": torch.full((5, 1), 3)}
+def test_models_are_copied(three, batch):
+    model, data = three(), batch()
     expected = decode(model, data)
-    with torch.no_grad():
-        cache = model(input_ids=data["input_ids"], use_cache=True).past_key_values
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    restored = pickle.loads(pickle.dumps(cache))
+    twin = copy.deepcopy(model)
     with torch.no_grad():
         layer_of(model).lora_B["default"].weight.add_(1)
-        for twin in twins:
-            for got, one in zip(decode(twin, data), expected, strict=True):
-                torch.testing.assert_close(got, one)
-        with pytest.raises(GatewiseError, match="no routed adapter read"):
-            model(**step, past_key_values=restored)
+        for got, one in zip(decode(twin, data), expected, strict=True):
+            torch.testing.assert_close(got, one)
 
 
 # ---- hooks ----

@@ -7,7 +7,7 @@ Shapes: b batch, t tokens.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -92,10 +92,11 @@ class CallTracker:
         models: the Transformers models around the layers, the outermost first; whichever is called opens the pass.
         adapters, readers: what the adapters and what reads the prompt are called in messages.
         causal: whether the model writes answers, so that labels tell prompt from answer.
+        active: tells what is in use: something false if no adapter is.
     """
 
-    def __init__(self, models: Sequence[nn.Module], adapters: str, readers: str, causal: bool) -> None:
-        self.now, self.adapters, self.readers = CallState(), adapters, readers
+    def __init__(self, models: Sequence[nn.Module], adapters: str, readers: str, causal: bool, active: Callable[[], Any]) -> None:
+        self.now, self.adapters, self.readers, self.active = CallState(), adapters, readers, active
         self._models, self._causal, self._warned_of_answers = list(models), causal, False
         self._names = [forward_arguments(module) for module in models]
         self._handles = []
@@ -116,23 +117,16 @@ class CallTracker:
 
     # ---- for subclasses ----
 
-    @property
-    def is_at_work(self) -> bool:
-        """Whether an adapter is in use."""
-        raise NotImplementedError
-
     def begin(self, arguments: Mapping[str, Any], module: Any) -> Any:
         """The pass that a forward opens, from its arguments by name; None for none."""
-        raise NotImplementedError
 
     def end(self, done: Any, arguments: Mapping[str, Any], output: Any) -> Any:
         """Called when a pass has ended without a fault. The output becomes what this returns, unless None."""
-        raise NotImplementedError
 
     # ---- calls and passes ----
 
     @contextmanager
-    def call(self, call: Call) -> Iterator[None]:
+    def call(self, call: Call | None) -> Iterator[None]:
         """While open, forwards belong to this call, and calls of other threads wait."""
         with self.now.turn:
             before, self.now.call = self.now.call, call
@@ -145,7 +139,7 @@ class CallTracker:
     @contextmanager
     def prompt_positions(self, prompt: Tensor) -> Iterator[None]:
         """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
-        with self.now.turn:
+        with self.call(self.now.call):
             before, self.now.prompt = self.now.prompt, prompt
             try:
                 yield
@@ -211,7 +205,12 @@ class CallTracker:
             )
         present = self._present(arguments, inputs, call)
         if self.now.prompt is not None:
-            prompt = fitted(call.by_row(self.now.prompt, batch), batch, tokens).to(present.device)
+            prompt = call.by_row(self.now.prompt, batch)
+            if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
+                raise GatewiseError(
+                    f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})"
+                )
+            prompt = F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False).to(present.device)
         elif not self._causal:
             prompt = present
         elif isinstance(labels, Tensor) and labels.shape == (batch, tokens):
@@ -266,7 +265,7 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         Raises:
             GatewiseError: an adapter is in use.
         """
-        if self.call_tracker.is_at_work:
+        if self.call_tracker.active():
             raise GatewiseError(
                 f"generate_batch packs many texts into a row, but {self.call_tracker.adapters} read one text a row: call generate"
             )
@@ -281,7 +280,7 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         tracker = self.call_tracker
         given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         scale = given.get("guidance_scale", getattr(given.get("generation_config"), "guidance_scale", None))
-        if scale not in (None, 1) and tracker.is_at_work:
+        if scale not in (None, 1) and tracker.active():
             raise GatewiseError(
                 f"guidance_scale is {scale}, but {tracker.readers} cannot tell the negative prompt from an answer: leave it out"
             )
@@ -340,14 +339,3 @@ def cached_tokens(cache: Any) -> int:
             f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
         )
     return int(cache.get_seq_length())
-
-
-def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
-    """Prompt positions (b, up to t) as (b, t), false where columns are missing.
-
-    Raises:
-        GatewiseError: they are of another batch, or of longer rows.
-    """
-    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
-        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
-    return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)

@@ -1,13 +1,12 @@
 """Gives one object methods of a mixin, and takes them off again.
 
 The object's class is exchanged for a subclass of (mixin, own class), as PyTorch's FSDP2 does. A module so changed keeps its place,
-name, parameters and hooks, and other objects of its class stay as they are.
+name, parameters and hooks, and other objects of its class stay as they are. It can be copied, not pickled.
 """
 
-from collections.abc import Hashable
 from functools import cache
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,17 +14,11 @@ import torch
 class ObjectMixin:
     """Base of mixins for single objects; ``super()`` in one leads to the object's own class."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = type(self)
-        if not _is_mixed(kind):  # exchanged once more by somebody else
-            return super().__reduce_ex__(protocol)
-        return _new, kind.__bases__, self.__dict__  # pickle finds classes by name, and would find the object's own
-
 
 @torch.compiler.disable  # it would trace past the cache that makes a class once only
 def add_mixin(target: object, mixin: type[ObjectMixin]) -> None:
     """Gives an object the methods of a mixin; they go before those of its own class."""
-    _set_class(target, _mixed(cast(Hashable, mixin), cast(Hashable, type(target))))
+    _set_class(target, _mixed(mixin, type(target)))
 
 
 @torch.compiler.disable
@@ -35,31 +28,17 @@ def remove_mixin(target: object) -> None:
 
 
 @cache
-def _mixed(mixin: Hashable, own: Hashable) -> type:
-    assert isinstance(mixin, type)
-    assert isinstance(own, type)
+def _mixed(mixin: Any, own: Any) -> type:
     # Under the same name: wrapping policies and device maps know layers by the name of their class.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (mixin, own), names)
 
 
-def _is_mixed(kind: type) -> bool:
-    bases = kind.__bases__
-    return (
-        len(bases) == 2 and issubclass(bases[0], ObjectMixin) and kind is _mixed(cast(Hashable, bases[0]), cast(Hashable, bases[1]))
-    )
-
-
-def _new(mixin: type[ObjectMixin], own: type) -> object:
-    kind: Any = _mixed(cast(Hashable, mixin), cast(Hashable, own))
-    return kind.__new__(kind)
-
-
-def _set_class(target: Any, kind: type) -> None:
+def _set_class(target: Any, kind: Any) -> None:
     before = getattr(type(target), "forward", None)
     target.__class__ = kind
     # Accelerate's device hooks keep a module's forward as it was when they were put on, and leave it in its place when taken off.
     for name in ("_old_forward", "forward"):
         kept = target.__dict__.get(name)
         if isinstance(kept, MethodType) and kept.__func__ is before:
-            setattr(target, name, MethodType(cast(Any, kind).forward, target))
+            setattr(target, name, MethodType(kind.forward, target))

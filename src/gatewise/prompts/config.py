@@ -41,7 +41,7 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
             that the first token has in many decoders do not drown the text (reconstructed). False takes them as they are.
         modules_to_save: modules outside the layers to train and save with the adapter; PEFT adds a classifier's head by itself.
         made_for: "model_type", "layers" and "hidden_size" of the base model. They are filled in when the adapter is put on, and
-            saved. A configuration that comes with them, from a file, goes on no other base.
+            saved.
         Others: those of PEFT's ``PeftConfig``, such as ``task_type``.
 
     Raises:
@@ -70,7 +70,6 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("SELECTIVE_PROMPT")
-        self._came_with_base = self.made_for is not None
         for name in ("num_prompt_tokens", "bottleneck"):
             setattr(self, name, _whole(name, getattr(self, name)))
         tau: Any = self.tau
@@ -85,23 +84,6 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
         if self.activation not in get_args(Activation):
             raise GatewiseError(f"activation is {self.activation!r}: expected one of {', '.join(get_args(Activation))}")
         self._check_layers()
-
-    def fit_to(self, base: dict[str, Any]) -> None:
-        """Takes note of the base model that the adapter is put on: ``made_for``.
-
-        Raises:
-            GatewiseError: the configuration came from an adapter that was made for another one.
-        """
-        if self._came_with_base and self.made_for != base:
-            was, now = (
-                f"{one.get('model_type')} model of {one.get('layers')} layers and hidden size {one.get('hidden_size')}"
-                for one in (self.made_for or {}, base)
-            )
-            raise GatewiseError(
-                f"the adapter was made for a {was}, but the base model is a {now}: load it on a base model of its own kind, or "
-                "train a new SelectivePromptConfig on this one"
-            )
-        self.made_for = base
 
     def _check_layers(self) -> None:
         layers: Any = self.prompt_layers

@@ -146,16 +146,10 @@ class SearchMixin(BilevelMixin):
             GatewiseError: there are no logits or labels, as in question answering, or logits without a gradient.
         """
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if logits is None or inputs.get("labels") is None:
+        if logits is None or not logits.requires_grad or inputs.get("labels") is None:
             raise GatewiseError(
-                "consistency compares the logits of two passes at the labels, and this model has outputs without logits or the "
-                "batch no labels: turn it off with consistency=0"
-            )
-        if not logits.requires_grad:
-            raise GatewiseError(
-                f"{type(self).__name__} gives logits of another pass than that of its loss, as TRL's SFTTrainer does, and "
-                "consistency learns from the loss's: search with gatewise.prompts.SearchTrainer on tokenised rows, or turn it off "
-                "with consistency=0"
+                "consistency compares the logits that made the loss, and there are none (question answering) or they are of "
+                "another pass (TRL's SFTTrainer): search with gatewise.prompts.SearchTrainer, or turn it off with consistency=0"
             )
         return logits
 
@@ -188,19 +182,13 @@ class SearchMixin(BilevelMixin):
     def search_from(self, checkpoint: str | None) -> None:
         """Trains, from a checkpoint if there is one. A search that had ended is only read: the Trainer would take a step more."""
         file = Path(checkpoint or "") / TRAINER_STATE_NAME
-        state = TrainerState.load_from_json(str(file)) if checkpoint is not None and file.is_file() else None
-        if checkpoint is None or state is None or not self._has_ended(state):
-            self.train(resume_from_checkpoint=checkpoint)
-            return
-        self.state = state
-        self._load_from_checkpoint(checkpoint)
-        self._load_trajectory(checkpoint)
-        self._load_rng_state(checkpoint)
-
-    def _has_ended(self, state: TrainerState) -> bool:
-        if self.args.max_steps > 0:
-            return state.global_step >= self.args.max_steps
-        return (state.epoch or 0) >= self.args.num_train_epochs
+        if checkpoint is not None and file.is_file():
+            state, args = TrainerState.load_from_json(str(file)), self.args
+            if args.max_steps <= state.global_step if args.max_steps > 0 else args.num_train_epochs <= (state.epoch or 0):
+                self.state = state
+                self._load_trajectory(checkpoint)
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
 
 class SearchTrainer(SearchMixin, Trainer):

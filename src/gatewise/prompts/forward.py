@@ -51,7 +51,6 @@ class PromptPass:
         tracker: the number of the tracker, which goes into caches with the prompts.
         first: the first layer that a prompt enters; of a pass that continues a text, the first with a prompt in the cache.
         text: None if the pass continues one.
-        tokens: t.
         propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
         pooling: what generators read, see ``pooling_weights``.
         rotary: by the id of the embeddings of the text (which are kept, so that no other can have it), those of prompt and text.
@@ -62,7 +61,6 @@ class PromptPass:
     causal: bool
     first: int
     text: Text | None
-    tokens: int
     propagated: Tensor | None = None
     pooling: Tensor | None = None
     rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -105,16 +103,11 @@ class PassTracker(CallTracker):
     """
 
     def __init__(self, stack: Stack, is_decoder: bool, writes: bool, active: Callable[[], AdapterInUse | None]) -> None:
-        super().__init__(stack.around, "selective prompts", "generators", writes)
-        self._is_decoder, self._active, self._number, self._looked_at_prompts = is_decoder, active, next(_trackers), False
+        super().__init__(stack.around, "selective prompts", "generators", writes, active)
+        self._is_decoder, self._number, self._looked_at_prompts = is_decoder, next(_trackers), False
         rotary: nn.Module | None = getattr(stack.around[-1], "rotary_emb", None)
         if rotary is not None:  # without one positions are added below the first layer, so real tokens keep theirs by themselves
             self._handles.append(rotary.register_forward_hook(self._add_positions, with_kwargs=True))
-
-    @property
-    def is_at_work(self) -> bool:
-        """Whether there is an adapter in use."""
-        return self._active() is not None
 
     def begin(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
         """The pass that a forward opens, of a text that begins or of one in the cache."""
@@ -122,7 +115,7 @@ class PassTracker(CallTracker):
         continues = cached_tokens(cache) > 0
         if isinstance(cache, PromptedCache) and not continues:
             cache.gatewise_prompts.states.clear()
-        active = self._active()
+        active = self.active()
         if active is None:
             if continues and prompts_of(cache) is not None:
                 raise GatewiseError(
@@ -136,10 +129,9 @@ class PassTracker(CallTracker):
                 "attn_implementation='sdpa' or 'eager'"
             )
         inputs = text_inputs(arguments, self.adapters)
-        batch, tokens = inputs.shape[:2]
         if continues:
-            first = self._first_continued(cache, active.name, batch)
-            return PromptPass(self._number, active, self._is_decoder, first, None, tokens)
+            first = self._first_continued(cache, active.name, len(inputs))
+            return PromptPass(self._number, active, self._is_decoder, first, None)
         training = module.training and torch.is_grad_enabled()
         text = self.read_text(arguments, inputs, training)
         # A row without a prompt (plain language modelling, all labels) has its first token for one, which no position predicts.
@@ -148,16 +140,7 @@ class PassTracker(CallTracker):
         if self._causal and training:
             self._look_at_prompts(text)
         pooling = pooling_weights(text.prompt, active.config.num_prompt_tokens)
-        return PromptPass(self._number, active, self._is_decoder, active.first, text, tokens, pooling=pooling)
-
-    def end(self, done: PromptPass, arguments: Mapping[str, Any], output: Any) -> Any:
-        """Takes the prompt out of the attentions among the outputs; the rest of a row adds up to less than one."""
-        if isinstance(output, tuple):
-            return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)
-        if isinstance(output, dict) and _are_attentions(output.get("attentions")):
-            output["attentions"] = _text_of(output["attentions"], done)
-            return output
-        return None
+        return PromptPass(self._number, active, self._is_decoder, active.first, text, pooling=pooling)
 
     def _look_at_prompts(self, text: Text) -> None:
         """Once, because generators that are trained without prompts are given some when the model writes."""
@@ -207,14 +190,3 @@ class PassTracker(CallTracker):
         before = torch.arange(-running.adapter.config.num_prompt_tokens, 0, device=positions.device)
         bound.arguments["position_ids"] = torch.cat([first + before, positions], dim=1)
         running.rotary[id(output[0])] = output, module.forward(*bound.args, **bound.kwargs)
-
-
-def _are_attentions(part: Any) -> bool:
-    return isinstance(part, tuple) and bool(part) and all(isinstance(one, Tensor) and one.ndim == 4 for one in part)
-
-
-def _text_of(attentions: tuple[Tensor, ...], done: PromptPass) -> tuple[Tensor, ...]:
-    length = done.adapter.config.num_prompt_tokens
-    return tuple(
-        weights if layer < done.first else weights[..., -done.tokens :, length:] for layer, weights in enumerate(attentions)
-    )

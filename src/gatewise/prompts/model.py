@@ -87,7 +87,7 @@ class SelectivePromptModel(BaseTuner):
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config, base = self._config(adapter_name), self._stack.around[0].config
         layers, width = len(self._blocks), base.get_text_config().hidden_size
-        config.fit_to({"model_type": base.model_type, "layers": layers, "hidden_size": width})
+        config.made_for = {"model_type": base.model_type, "layers": layers, "hidden_size": width}
         if config.prompt_layers is not None and config.prompt_layers[-1] >= layers:
             raise GatewiseError(
                 f"prompt_layers names layer {config.prompt_layers[-1]}, but the model has {layers} layers: expected numbers from 0 "

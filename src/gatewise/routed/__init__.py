@@ -1,28 +1,15 @@
 """MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035) as a PEFT method: the prompt picks a layer's LoRA modules once.
 
 config.py what a user sets; router.py the maths; layer.py a Transformer layer and its LoRA modules; request.py which prompt a
-forward belongs to; model.py puts them together and says what was routed where, log.py the same in a Trainer's logs.
+forward belongs to; model.py puts them together and says what was routed where.
 """
-
-from typing import TYPE_CHECKING, Any
 
 from gatewise.internals.registry import add_peft_method
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.model import RoutedLoraModel, Routing
 from gatewise.routed.router import ACTIVATION_PARAMETERS
 
-if TYPE_CHECKING:
-    from gatewise.routed.log import RoutingLog
-
-__all__ = ["ACTIVATION_PARAMETERS", "RoutedLoraConfig", "RoutedLoraModel", "Routing", "RoutingLog"]
+__all__ = ["ACTIVATION_PARAMETERS", "RoutedLoraConfig", "RoutedLoraModel", "Routing"]
 
 
 add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix=RoutedLoraModel.prefix)
-
-
-def __getattr__(name: str) -> Any:
-    if name != "RoutingLog":
-        raise AttributeError(f"module 'gatewise.routed' has no attribute {name!r}")
-    from gatewise.routed.log import RoutingLog
-
-    return RoutingLog

@@ -14,7 +14,7 @@ from gatewise.bilevel import BilevelMixin
 from gatewise.inspection.routing import routing_of_rows
 from gatewise.losses import inside
 from gatewise.parts import Count, NotNegative, Positive, Report, Run, Section
-from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig, RoutingLog
+from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig
 
 
 class RoutingSection(Section):
@@ -59,7 +59,7 @@ class RoutedLora(Lora):
         return share * adapted.base_model.balance_loss()
 
     def trainer(self, run: Run) -> Trainer:
-        """One with a second level, if the activation learns on rows of its own; its logs say what was routed where."""
+        """One with a second level, if the activation learns on rows of its own."""
         upper: dict[str, Any] = {}
         if self.rows_aside:
             upper = {
@@ -70,7 +70,6 @@ class RoutedLora(Lora):
                 "upper_every": min(self.routing.activation_every, run.steps),
             }
         trainer: Trainer = run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term, **upper)
-        RoutingLog.attach(trainer)
         return trainer
 
     def study(self, run: Run, model: PeftModel) -> Report:

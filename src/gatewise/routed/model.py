@@ -245,24 +245,6 @@ class RoutedLoraModel(LoraModel):
                 gates[:, index, [names.index(name) for name in one.experts]] += one.gates.detach().float().cpu()
         return Routing(gates, tuple(modules), tuple(modules.values()))
 
-    def routing_statistics(self) -> dict[str, float]:
-        """Of the last call's decision, the means over its layers.
-
-        "balance_loss": L_lb, without its weight. 1 is even, m a single expert for everything. "entropy": of the prompts'
-        probabilities in nats; log m is even.
-
-        Raises:
-            GatewiseError: no prompt has been routed yet.
-        """
-        request, made = self._last(), []
-        for decision in request.decided.values():
-            for adapter, one in decision.items():
-                rows = request.groups[adapter]
-                made.append((one.probabilities if rows is None else one.probabilities[rows]).detach().float())
-        entropies = torch.cat([torch.special.entr(one).sum(dim=-1).cpu() for one in made])
-        losses = torch.stack([balance(one).cpu() for one in made])
-        return {"balance_loss": float(losses.mean()), "entropy": float(entropies.mean())}
-
     def balance_loss(self) -> Tensor:
         """balance_weight · mean over layers of L_lb for the last call's prompts, with its graph: a scalar, for a batch's mean loss.
 

@@ -77,10 +77,6 @@ class Request:
     def __deepcopy__(self, memo: object) -> "Request":
         return self  # a copied cache goes on with the request that filled it
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A pickled cache goes without: in another process there is no such request, and its next pass says so.
-        return type(None), ()
-
 
 class Pass:
     """One forward of the base model. Not a dataclass: layers are given it as an argument, and of those FSDP makes new ones.
@@ -116,13 +112,8 @@ class RequestTracker(CallTracker):
         active: Callable[[], Sequence[str]],
         finish: Callable[[Request, Mapping[str, Any], Any], Any],
     ) -> None:
-        super().__init__(models, "routed adapters", "routers", causal)
-        self._active, self._finish = active, finish
-
-    @property
-    def is_at_work(self) -> bool:
-        """Whether an adapter is in use."""
-        return bool(self._active())
+        super().__init__(models, "routed adapters", "routers", causal, active)
+        self._finish = finish
 
     def begin(self, arguments: Mapping[str, Any], module: Any) -> Pass:
         """The pass that a forward opens: of the request that its cache belongs to, or of a new one."""
@@ -150,7 +141,7 @@ class RequestTracker(CallTracker):
         return self._finish(request, arguments, output) if request.training else None
 
     def _groups(self, batch: int) -> Groups:
-        active, call = self._active(), self.now.call or Call()
+        active, call = self.active(), self.now.call or Call()
         if call.adapter_names is None or not active:
             return dict.fromkeys(active)
         names, given = call.adapter_names, call.rows or batch
