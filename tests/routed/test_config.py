@@ -18,17 +18,6 @@ from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 
 
-def test_defaults():
-    config = RoutedLoraConfig()
-    assert (config.r, config.lora_alpha, config.top_k, config.pooler, config.activation) == (32, 32, 3, "attention", "rational")
-    assert (config.balance_weight, config.normalize_gates, config.normalize_states) == (1e-2, True, True)
-    assert config.center_states
-    assert config.target_modules == "all-linear"
-    assert RoutedLoraConfig(r=4).lora_alpha == 4
-    assert RoutedLoraConfig(r=4, lora_alpha=8).lora_alpha == 8
-    assert RoutedLoraConfig(target_modules=None).target_modules == "all-linear"
-
-
 def test_round_trip(tmp_path):
     given = {"r": 5, "lora_alpha": 7, "top_k": 2, "pooler": "max", "activation": "relu", "balance_weight": 0.5}
     config = RoutedLoraConfig(

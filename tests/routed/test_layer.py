@@ -14,27 +14,6 @@ from gatewise.errors import GatewiseError
 FAMILIES = ["llama", "gpt2", "bert"]
 
 
-def gradients(model, batches):
-    """Of the sum of the batches' losses, the balance loss among them; all forwards before the backward pass."""
-    model.zero_grad()
-    sum(model(**batch).loss for batch in batches).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("forwards", [1, 2])
-def test_checkpointing_gives_the_same_gradients(routed, batch, family, forwards):
-    """With two forwards, the layers of the first are run again when the second's request is the newest one."""
-    model = routed(family, top_k=2, balance_weight=0.5).train()
-    batches = [batch(family), {name: value.flip(0)[:3] for name, value in batch(family, side="left").items()}][:forwards]
-    plain = gradients(model, batches)
-    assert all(float(grad.abs().max()) > 0 for name, grad in plain.items() if "prompt_router" in name)
-    model.gradient_checkpointing_enable()
-    again = gradients(model, batches)
-    for name, grad in plain.items():
-        torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def test_reentrant_checkpointing_would_cut_the_balance_loss_off(routed, batch):
     model = routed("llama").train()
     model.enable_input_require_grads()
@@ -60,19 +39,6 @@ def test_accelerates_hooks_do_not_go_round_the_router(routed, batch):
         bare = hooked.unload()
         with plain.disable_adapter():
             torch.testing.assert_close(bare(**batch()).logits, plain(**batch()).logits)
-
-
-def test_a_copied_model_has_routers_of_its_own(routed, batch):
-    model = routed("llama")
-    other = copy.deepcopy(model)
-    trained_routers(other)
-    with torch.no_grad():
-        expected = model(**batch()).logits
-        gates = model.routing().gates
-        assert not torch.allclose(other(**batch()).logits, expected)
-        assert not torch.allclose(other.routing().gates, gates)
-        torch.testing.assert_close(model.routing().gates, gates)
-        torch.testing.assert_close(model(**batch()).logits, expected)
 
 
 def test_layers_need_their_model(routed):

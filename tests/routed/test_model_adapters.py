@@ -14,7 +14,6 @@ from tiny_models import random_adapter
 from transformers import Trainer, TrainingArguments
 
 from gatewise.errors import GatewiseError
-from gatewise.routed.layer import RoutedLinear
 
 FAMILIES = ["llama", "gpt2", "bert"]
 
@@ -35,24 +34,6 @@ def same_base(model):
     }
     base.load_state_dict(weights)
     return base.eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pooler", ["attention", "last"])
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_save_and_load(routed, batch, tmp_path, family, pooler, low_memory):
-    model, data = routed(family, top_k=2, pooler=pooler, activation="rational" if pooler == "attention" else "relu"), batch(family)
-    expected = logits_of(model, data)
-    gates = model.routing().gates
-    model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        loaded = PeftModel.from_pretrained(same_base(model), tmp_path, low_cpu_mem_usage=low_memory)
-    torch.testing.assert_close(logits_of(loaded, data), expected)
-    torch.testing.assert_close(loaded.routing().gates, gates)
-    assert not any(p.requires_grad for p in loaded.parameters())
-    assert not any(p.is_meta for p in loaded.parameters())
 
 
 def rewritten(folder, config, tensors):
@@ -217,35 +198,6 @@ def two(routed):
     return model.eval()
 
 
-def test_several_adapters_are_each_their_own(two, batch, tmp_path):
-    data = batch()
-    first = logits_of(two, data)
-    two.set_adapter("second")
-    second = logits_of(two, data)
-    assert two.routing().modules[0] == ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
-    assert not torch.allclose(first, second)
-    two.set_adapter("default")
-    torch.testing.assert_close(logits_of(two, data), first)
-    two.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(same_base(two), tmp_path / "second", adapter_name="renamed")
-    torch.testing.assert_close(logits_of(loaded, data), second)
-    loaded.load_adapter(tmp_path, "first")
-    torch.testing.assert_close(logits_of(loaded, data), second)
-    loaded.set_adapter("first")
-    torch.testing.assert_close(logits_of(loaded, data), first)
-
-
-def test_disable(two, batch):
-    data, bare = batch(), same_base(two)
-    for name in ("default", "second"):
-        two.set_adapter(name)
-        before = logits_of(two, data)
-        with two.disable_adapter():
-            torch.testing.assert_close(logits_of(two, data), logits_of(bare, data))
-            torch.testing.assert_close(logits_of(two.base_model, data), logits_of(bare, data))
-        torch.testing.assert_close(logits_of(two, data), before)
-
-
 def test_disabled_calls_do_not_count_as_requests(two, batch):
     """As in DPO, where the reference model is the one without its adapter."""
     data = batch()
@@ -275,31 +227,7 @@ def test_delete(two, batch, active, deleted):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unload_gives_the_base_model_back(routed, batch, family):
-    model, data = routed(family), batch(family)
-    bare = same_base(model)
-    plain = model.unload()
-    torch.testing.assert_close(logits_of(plain, data), logits_of(bare, data))
-    # A classifier's head stays in the wrapper that PEFT put around it.
-    types = [{type(m) for name, m in one.named_modules() if not name.startswith("classifier")} for one in (plain, bare)]
-    assert types[0] == types[1]
-    assert RoutedLinear not in types[0]
-    again = trained_routers(random_adapter(get_peft_model(plain, routed_config(family)))).eval()
-    assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
-
-
 # ---- refusals ----
-
-
-@pytest.mark.parametrize("safe", [True, False])
-def test_merging_is_refused(routed, batch, safe):
-    model, data = routed("llama"), batch()
-    before = logits_of(model, data)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(GatewiseError, match="cannot be merged, because every prompt chooses other modules: use it unmerged"):
-            merge(safe_merge=safe)
-    torch.testing.assert_close(logits_of(model, data), before)
 
 
 def test_what_else_is_refused(routed, tmp_path):

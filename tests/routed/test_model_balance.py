@@ -212,14 +212,3 @@ def test_sft_trainer_counts_it_once_under_accumulation(tmp_path):
         trainer.train()
         recorders.append(recorder)
     check_once("llama", *recorders)
-
-
-def test_evaluation_during_training_leaves_the_term_out(batch, tmp_path):
-    data = batch(rows=6)
-    rows = [{name: value[row] for name, value in data.items()} for row in range(6)]
-    losses = []
-    for weight in (50.0, 0.0):
-        args = TrainingArguments(**arguments(tmp_path))
-        trainer = Trainer(model=routed_model("llama", weight), args=args, train_dataset=rows, eval_dataset=rows)
-        losses.append(trainer.evaluate()["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -178,13 +178,6 @@ def test_adapters_of_one_batch_in_a_loop_with_a_cache(three, prompts):
     assert written.tolist() == [rows[0] for rows in expected_rows(three, "llama", prompts, adapters=NAMES)]
 
 
-def test_a_batch_for_the_base_model_alone(three, prompts):
-    with torch.no_grad():
-        got = three(**prompts, adapter_names=["__base__"] * 4).logits
-        with three.disable_adapter():
-            torch.testing.assert_close(got, three(**prompts).logits)
-
-
 def test_two_active_adapters_add_up(three, prompts):
     """PEFT allows it on the tuner: each is routed by its own routers."""
     three.base_model.set_adapter(["default", "narrow"])
@@ -238,15 +231,6 @@ def test_caches_that_do_not_fit(three, prompts):
         other.set_adapter("default")
         with pytest.raises(GatewiseError, match="no routed adapter read"):
             other(**step, past_key_values=cache)
-
-
-def test_a_failed_call_leaves_nothing_behind(three, prompts):
-    expected = three.generate(**prompts, **settings())
-    with pytest.raises(GatewiseError):
-        three(**prompts, adapter_names=["default"] * 3)
-    with pytest.raises(RuntimeError):
-        three(input_ids=prompts["input_ids"], attention_mask=torch.ones(4, 3))
-    assert three.generate(**prompts, **settings()).tolist() == expected.tolist()
 
 
 def test_caches_of_other_kinds(routed, prompts):

@@ -94,11 +94,6 @@ def test_packed_rows_are_refused(routed):
             model(input_ids=IDS[:1], **call)
 
 
-def test_masks_of_attention_are_refused_outside_generate(routed):
-    with pytest.raises(GatewiseError, match=r"not of shape \(b, t\)"):
-        routed("llama")(input_ids=IDS, attention_mask=torch.ones(2, 1, 6, 6).bool())
-
-
 def test_training_without_labels_is_refused(routed):
     model = routed("llama").train()
     with pytest.raises(GatewiseError, match="trained without labels in its call, so that its routers would read the answers"):

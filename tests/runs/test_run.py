@@ -514,9 +514,9 @@ def test_a_classifier_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("method", "fails"),
     [
-        ("lora", "gatewise.inspection.plot"),
-        ("milora", "gatewise.routed.method.routing_of_rows"),
-        ("milora", "gatewise.inspection.plot_routing"),
+        ("lora", "gatewise.inspection.report.plot"),
+        ("milora", "gatewise.inspection.routing.routing_of_rows"),
+        ("milora", "gatewise.inspection.report.plot_routing"),
     ],
 )
 def test_a_picture_that_fails_does_not_lose_the_run(
@@ -532,7 +532,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     assert "could not be made (RuntimeError: Expected all tensors to be on the same device); adapter and" in said.export_text()
     assert json.loads(result.metrics_file.read_text())["metrics"] == result.metrics
     assert (result.adapter / "adapter_model.safetensors").is_file()
-    assert ("routing" in result.numbers) == (fails == "gatewise.inspection.plot_routing")
+    assert ("routing" in result.numbers) == (fails == "gatewise.inspection.report.plot_routing")
 
 
 @pytest.mark.parametrize("method", ["lora", "milora", "spt"])

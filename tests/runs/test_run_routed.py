@@ -114,11 +114,6 @@ def test_the_balance_joins_the_loss_of_a_step(tmp_path: Path, monkeypatch: pytes
     assert sum(share for *_, share in terms[:2]) == pytest.approx(1)
 
 
-def test_a_classifier_is_routed_too(tmp_path: Path) -> None:
-    result = train(write_recipe(tmp_path, "milora", "bert"), tmp_path / "out")
-    assert len(result.numbers["routing"]["modules"]) == 12
-
-
 def test_agreement_is_that_of_pairs(tmp_path: Path) -> None:
     train(write_recipe(tmp_path, "milora"), tmp_path / "out", "training.learning_rate=0.3")
     model = PeftModel.from_pretrained(load_model(str(tmp_path / "llama")), str(tmp_path / "out" / "adapter"))

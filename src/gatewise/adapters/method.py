@@ -1,7 +1,5 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
@@ -10,9 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gatewise import inspection
 from gatewise.errors import GatewiseError
-from gatewise.parts import Count, Method, Report, Run, Section, Share
+from gatewise.parts import Count, Method, Run, Section, Share
 
 
 def _modules(value: Any) -> Any:
@@ -63,16 +60,6 @@ class Lora(Method):
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Plain LoRA."""
         return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **self.settings(run, base))
-
-    def report(self, adapter: Path) -> Report:
-        """Where the ranks are."""
-        budget = inspection.read_budget(adapter)
-        return Report(
-            budget.parameters + budget.other_parameters,
-            {"ranks": budget.ranks},
-            lambda: inspection.grid_table(budget.grid()),
-            {"ranks.png": partial(inspection.plot, budget)},
-        )
 
 
 class Dora(Lora):

@@ -13,7 +13,6 @@ from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, read_budg
 from gatewise.inspection.plotting import (
     check_plot,
     plot,
-    plot_gates,
     plot_importance,
     plot_prompts,
     plot_routing,
@@ -59,7 +58,6 @@ __all__ = [
     "importance_lines",
     "importance_of",
     "plot",
-    "plot_gates",
     "plot_importance",
     "plot_prompts",
     "plot_routing",

@@ -141,39 +141,7 @@ def _shorten(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
-# From light to dark by depth, so that neighbours can be told apart in every kind of colour vision and in grey print.
-_FROM, _TO = "#86b3d6", "#0b3f73"
-
-
-def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str | Path, base_model: str | None = None) -> Path:
-    """Draws the gates of a search over its steps; chosen layers are coloured and named beside it.
-
-    Args:
-        gates: (s + 1, n), step by layer.
-        chosen: layers, in order.
-        out: a name that ends in ``.png`` or ``.svg``, written whole or not at all.
-
-    Raises:
-        GatewiseError: another suffix, a path that cannot be written, or matplotlib is not installed.
-    """
-    check_plot(out)
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.ticker import MaxNLocator
-
-    with _figure(out, 7.2, 4.2, layout="constrained") as figure:
-        axes = _axes(figure, "The gates of the search", base_model, "step", "gate")
-        ramp = LinearSegmentedColormap.from_list("depth", [_FROM, _TO])
-        for layer in range(len(gates[0])):
-            if layer not in chosen:
-                axes.plot([row[layer] for row in gates], color=_REST, linewidth=0.9)
-        for place, layer in enumerate(chosen):
-            colour = ramp(place / max(1, len(chosen) - 1))
-            axes.plot([row[layer] for row in gates], color=colour, linewidth=1.8, label=f"layer {layer}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False, labelcolor=_INK)
-        rest = len(gates[0]) - len(chosen)
-        axes.text(0, -0.17, f"grey: the {rest} layers not chosen", transform=axes.transAxes, size=8, color=_FAINT)
-    return Path(out)
+_TO = "#0b3f73"
 
 
 def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:

@@ -16,9 +16,10 @@ class ObjectMixin:
 
 
 @torch.compiler.disable  # it would trace past the cache that makes a class once only
-def add_mixin(target: object, mixin: type[ObjectMixin]) -> None:
+def add_mixin(target: Any, mixin: Any) -> None:
     """Gives an object the methods of a mixin; they go before those of its own class."""
-    _set_class(target, _mixed(mixin, type(target)))
+    own: Any = type(target)
+    _set_class(target, _mixed(mixin, own))
 
 
 @torch.compiler.disable

@@ -4,7 +4,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +11,9 @@ from peft import PeftModel
 from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel, set_seed
 
-from gatewise import inspection, processes
+from gatewise import processes
 from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step
-from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
+from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
@@ -74,7 +73,7 @@ class SearchSection(Section):
 class SelectivePrompts(Method):
     """SPT (Zhu and Tan, EMNLP 2023, arXiv 2310.20127)."""
 
-    files = (SEARCH_FILE, "gates.png", "layers.png")
+    files = (SEARCH_FILE, "layers.png")
     stage = SEARCH_FOLDER
     untrained = staticmethod(without_prompts)  # prompts change the function from the start
     prompts: PromptsSection
@@ -149,8 +148,8 @@ class SelectivePrompts(Method):
     def before_training(self, run: Run) -> None:
         """Searches the layers by SPT-DARTS, and puts a fresh model with prompts there in place of the searched one.
 
-        Draws ``gates.png`` and writes ``search.json``, which says that the search is done. It goes on from the latest complete
-        checkpoint of a search in the folder; on the CPU the result is that of a search never stopped.
+        Writes ``search.json``, which says that the search is done. It goes on from the latest complete checkpoint of a search in
+        the folder; on the CPU the result is that of a search never stopped.
         """
         if not self.searches:
             return
@@ -192,25 +191,15 @@ class SelectivePrompts(Method):
         )
         if processes.is_main():
             selection.write(run.output / SEARCH_FILE)
-            try:
-                inspection.plot_gates(found.gates.tolist(), found.layers, run.output / "gates.png", self.recipe.model)
-            except GatewiseError as error:  # no matplotlib, or a full disk: the search is not lost
-                run.progress.say(f"warning: gates.png could not be made ({error})")
         run.progress.say(_line(selection))
         return selection
 
     def report(self, adapter: Path) -> Report:
-        """Which layers take a prompt, and what the search says of all, which is written beside the adapter too."""
-        prompts, numbers = inspection.read_prompts(adapter), {}
-        if (selection := self.selection) is not None:
-            selection.write(adapter / SEARCH_FILE)
-            numbers = {"gates": selection.gates, "search_steps": selection.steps}
-        return Report(
-            stored_numbers(adapter),
-            {"prompt_layers": list(prompts.chosen), **numbers},
-            partial(inspection.prompts_table, prompts),
-            {"layers.png": partial(inspection.plot_prompts, prompts)},
-        )
+        """The search, which is written beside the adapter too."""
+        if self.selection is None:
+            return Report()
+        self.selection.write(adapter / SEARCH_FILE)
+        return Report(numbers={"search_steps": self.selection.steps})
 
 
 def fixed_layers(choice: str, keep: int, layers: int, seed: int = 0) -> list[int]:

@@ -1,19 +1,16 @@
 """MiLoRA as a part of a recipe: LoRA modules that each prompt picks once, see ``RoutedLoraConfig``."""
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from gatewise import inspection
 from gatewise.adapters.method import Lora
 from gatewise.bilevel import BilevelMixin
-from gatewise.inspection.routing import routing_of_rows
 from gatewise.losses import inside
-from gatewise.parts import Count, NotNegative, Positive, Report, Run, Section
+from gatewise.parts import Count, NotNegative, Positive, Run, Section
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig
 
 
@@ -71,19 +68,3 @@ class RoutedLora(Lora):
             }
         trainer: Trainer = run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term, **upper)
         return trainer
-
-    def study(self, run: Run, model: PeftModel) -> Report:
-        """Which modules the prompts of dev choose."""
-        routing = routing_of_rows(
-            model,
-            run.tokenizer,
-            run.dev,
-            self.recipe.training.eval_batch_size,
-            base_model=self.recipe.model,
-            data="dev",
-            collate=run.collate,
-        )
-        return Report(
-            numbers={"routing": inspection.routing_json(routing)},
-            pictures={"routing.png": partial(inspection.plot_routing, routing)},
-        )

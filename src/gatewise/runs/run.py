@@ -35,6 +35,7 @@ from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step, co
 from gatewise.adapters.files import NOTE_FILE, read_note
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
+from gatewise.inspection.report import report_of, study_of
 from gatewise.internals.sharding import join, reshard
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_tokenizer, most_tokens
@@ -155,7 +156,7 @@ def train(
             # The run is whole from here on: what is drawn of it may fail.
             study = Report()
             with _may_fail("the study of the adapter", progress):
-                study = method.study(run, model)
+                study = study_of(run, model)
             if is_main:
                 result = _drawn(run, result, study, trainer.state)
     return result
@@ -411,7 +412,9 @@ def _written(run: Run, method: Method, model: Any, metrics: dict[str, Any], stat
         # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
         model.save_pretrained(str(part), save_embedding_layers=False)
         write_json(part / NOTE_FILE, run.note)
-    run.report = method.report(run.output / ADAPTER)
+    own, found = method.report(run.output / ADAPTER), report_of(run.output / ADAPTER)
+    numbers, pictures = {**found.numbers, **own.numbers}, {**found.pictures, **own.pictures}
+    run.report = Report(found.parameters, numbers, own.table or found.table, pictures)
     result = RunResult(
         output=run.output,
         metrics=metrics,
