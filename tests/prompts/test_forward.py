@@ -177,6 +177,23 @@ def test_padding_that_is_not_finite_reaches_nobody(texts, family, layers):
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(texts, family):
+    model = prompted(family)
+    batch = padded(texts)
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        model.to(torch.bfloat16)
+        for one in (True, False):  # all of it in half precision, and with the adapter in float32 as PEFT has it
+            got = model(**batch).logits
+            assert got.dtype == torch.bfloat16
+            real = batch["attention_mask"].bool() if got.ndim > 2 else slice(None)
+            difference = (got.float() - wanted)[real].norm() / wanted[real].norm()
+            assert difference < 0.1
+            model.base_model._cast_adapter_dtype("default", True)
+            assert one or all(p.dtype == torch.float32 for n, p in model.named_parameters() if "spt_" in n)
+
+
 def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     model(**batch).loss.backward()
@@ -243,20 +260,3 @@ def test_compiled(texts, family, layers):
     got, wanted = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision(texts, family):
-    model = prompted(family)
-    batch = padded(texts)
-    with torch.no_grad():
-        wanted = model(**batch).logits
-        model.to(torch.bfloat16)
-        for one in (True, False):  # all of it in half precision, and with the adapter in float32 as PEFT has it
-            got = model(**batch).logits
-            assert got.dtype == torch.bfloat16
-            real = batch["attention_mask"].bool() if got.ndim > 2 else slice(None)
-            difference = (got.float() - wanted)[real].norm() / wanted[real].norm()
-            assert difference < 0.1
-            model.base_model._cast_adapter_dtype("default", True)
-            assert one or all(p.dtype == torch.float32 for n, p in model.named_parameters() if "spt_" in n)

@@ -192,6 +192,26 @@ def test_every_parameter_gets_a_gradient_in_training(routed, batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases(batch, family, dtype):
+    base = routed_base(family).to(dtype)
+    model = trained_routers(random_adapter(get_peft_model(base, routed_config(family)), 0.05)).eval()
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name or "prompt_router" in name)
+    data = batch(family)
+    with torch.no_grad():
+        got = model(**data).logits
+        gates = model.routing().gates
+        expected = model.float()(**data).logits
+    assert got.dtype == dtype
+    assert float((got.float() - expected).abs().max()) < 0.2 * float(expected.abs().max())
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(5, 2))
+    model.to(dtype)
+    with torch.no_grad():  # everything in half precision, the router's parameters too: gates are still float32
+        assert model(**data).logits.dtype == dtype
+    torch.testing.assert_close(model.routing().gates.sum(dim=-1), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_trains(routed, batch, family):
     model, data = routed(family).train(), batch(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,23 +258,3 @@ def test_compiled(routed, batch, family):
     got, wanted = (torch.autograd.grad(loss, parameters) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases(batch, family, dtype):
-    base = routed_base(family).to(dtype)
-    model = trained_routers(random_adapter(get_peft_model(base, routed_config(family)), 0.05)).eval()
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name or "prompt_router" in name)
-    data = batch(family)
-    with torch.no_grad():
-        got = model(**data).logits
-        gates = model.routing().gates
-        expected = model.float()(**data).logits
-    assert got.dtype == dtype
-    assert float((got.float() - expected).abs().max()) < 0.2 * float(expected.abs().max())
-    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(5, 2))
-    model.to(dtype)
-    with torch.no_grad():  # everything in half precision, the router's parameters too: gates are still float32
-        assert model(**data).logits.dtype == dtype
-    torch.testing.assert_close(model.routing().gates.sum(dim=-1), torch.ones(5, 2))

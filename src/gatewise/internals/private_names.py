@@ -123,7 +123,7 @@ PRIVATE_NAMES = (
         "_load_from_checkpoint",
         "goes on with a checkpoint's adapter",
         ("resume_from_checkpoint", "model"),
-        ("runs/trainer.py", "prompts/darts.py"),
+        ("runs/trainer.py",),
     ),
     PrivateName(
         _TRAINER,
@@ -148,7 +148,6 @@ PRIVATE_NAMES = (
         ("runs/trainer.py",),
     ),
     PrivateName("torch.optim.lr_scheduler:LRScheduler", "_last_lr", "has one number for each group", None, ("runs/trainer.py",)),
-    PrivateName(_TRAINER, "_load_rng_state", "takes up the random state of a search", ("checkpoint",), ("prompts/darts.py",)),
     PrivateName(
         _TRAINER,
         "_prepare_inputs",
