@@ -15,7 +15,7 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import RepairOption, check_whole, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import RepairOption, check_whole, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement
@@ -75,7 +75,7 @@ def agree(
       gatewise mdt agree ada.review.jsonl ben.review.jsonl
       gatewise mdt agree ada.review.jsonl ben.review.jsonl --adjudicate third.review.jsonl
     """
-    _check(files, adjudicate, reviewer)
+    _check(files, adjudicate)
     from gatewise_mdt.evaluation.agreement import agree as agreement_of
     from gatewise_mdt.evaluation.agreement import names_of
 
@@ -100,14 +100,9 @@ def agree(
             say(line, err=as_json)
 
 
-def _check(files: list[str], adjudicate: Path | None, reviewer: str | None) -> None:
+def _check(files: list[str], adjudicate: Path | None) -> None:
     if len(files) < 2:
         raise GatewiseError(f"{files[0]} is the only file, expected two or more to compare")
-    for one, other in combinations(files, 2):
-        if is_one_file(one, other):
-            raise GatewiseError(f"{one} and {other} are the same file, expected the trees of two people: name another file")
-    if reviewer is not None and adjudicate is None:
-        raise GatewiseError("--reviewer was given without --adjudicate: trees have the names of those who reviewed them")
     if adjudicate is not None:
         from gatewise_mdt.review.adjudication import check_new
 

@@ -50,8 +50,6 @@ def prepare(
         check_target(path, [data])
     if dev is not None and is_one_file(out, dev):
         raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two files")
-    if dev is None and dev_share is not None:
-        raise GatewiseError("--dev-share was given without --dev: name the file for the rows of that share with --dev")
     read = read_file(data, repair)
     faults, records = dict(read.faults), list(read.records)
     if only is not None:

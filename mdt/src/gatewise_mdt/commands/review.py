@@ -1,6 +1,5 @@
 """``gatewise mdt review``: a page on this machine to read trees against their text and correct them."""
 
-import os
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,10 +86,6 @@ def review(
         return
     if people is not None and not people.read():
         raise GatewiseError(f"{users} has no reviewer yet: --add-user NAME adds one")
-    if file is None and population is not None:
-        raise GatewiseError("--population was given without a file: the page asks for it with each text that is added")
-    if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
-        raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)
     extracting: Extracting | None = None
     try:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gatewise_mdt.formats.origin import confidence_of, origin_of
-from gatewise_mdt.formats.svg import drawing_of, main_subject
+from gatewise_mdt.formats.svg import drawing_of, name_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree
@@ -30,7 +30,7 @@ def page_of(records: Sequence[TreeRecord]) -> str:
     return template_of(content_of(__package__, "page.html")).render(
         words=words,
         several=several,
-        title=words.title if several else f"{words.title}: {_name(records[0])}",
+        title=words.title if several else f"{words.title}: {name_of(records[0])}",
         style=style,
         script=script,
         style_hash=source_of_policy(style),
@@ -77,7 +77,7 @@ def _article(record: TreeRecord) -> dict[str, Any]:
     return {
         "words": words,
         "number": record.number,
-        "name": _name(record),
+        "name": name_of(record),
         "population": [piece for piece in pieces if piece["start"] < mark] if mark >= 0 else None,
         "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
         "note": note if isinstance(note, str) else "",
@@ -93,10 +93,6 @@ def _article(record: TreeRecord) -> dict[str, Any]:
 def _label(names: Sequence[str], language: str) -> str:
     nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
     return f"节点 {nodes}" if language == "zh" else f"node {nodes}"
-
-
-def _name(record: TreeRecord) -> str:
-    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
 
 
 def pieces_of(text: str, tree: DecisionTree) -> list[tuple[int, str, list[str]]]:

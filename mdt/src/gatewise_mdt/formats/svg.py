@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gatewise_mdt.formats.words import Words, words_for
-from gatewise_mdt.records import DOUBTFUL
+from gatewise_mdt.records import DOUBTFUL, TreeRecord
 from gatewise_mdt.relations import Language, relation_in
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
@@ -119,6 +119,11 @@ def main_subject(tree: DecisionTree) -> str:
     """The subject of most triples, which a drawing names once; empty for a tree without triples."""
     subjects = [triple.subject for node in tree.nodes for triple in node.triples]
     return max(dict.fromkeys(subjects), key=subjects.count, default="")
+
+
+def name_of(record: TreeRecord) -> str:
+    """What a tree is called: its population, else its main subject."""
+    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
 
 
 def kind_of(node: Node) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
 from gatewise_mdt.formats.origin import BEFORE_USE, clean, said_beside
-from gatewise_mdt.formats.svg import main_subject
+from gatewise_mdt.formats.svg import name_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import TripleSpans, locate_tree
@@ -109,7 +109,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
         _text(data, "description", "\n".join([str(fact), *_absent(record, (fact,))]))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
-    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(_about(record))})
+    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(name_of(record))})
     about = [f"{name}: {said}" for name, said in (("Population", record.population), ("Passage", record.passage)) if said]
     _text(decision, "description", "\n\n".join([BEFORE_USE, *_noted(record), *about]))
     ET.SubElement(decision, _tag("variable"), {"name": name})
@@ -148,10 +148,6 @@ def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
         return []
     whys = [words_for("en").why_absent(record.text, triple) for triple in triples]
     return [_line(f"{why}: {triple}") for why, triple in zip(whys, triples, strict=True) if why]
-
-
-def _about(record: TreeRecord) -> str:
-    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
 
 
 def _feel(text: str) -> str:
@@ -198,7 +194,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
     for record, number in zip(records, _numbers(records), strict=True):
         name, tab = f"tree_{number}", f"DT {number}"
         _fill(book.create_sheet(tab), record, name)
-        about = _line(_about(record))
+        about = _line(name_of(record))
         source = ", ".join(str(record.more[key]) for key in ("source", "place") if record.more.get(key))
         _row(cover, cover.max_row + 1, (f"{name} {about}", tab, name, about, source or "-"))
         for place, fact in enumerate(record.tree.facts, start=1):
@@ -214,11 +210,11 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
 
 def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     tree, conditions = record.tree, _conditions(record.tree)
-    business = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
+    business = f"{name_of(record)}: {record.passage}" if record.passage else name_of(record)
     for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
     inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in conditions)]
-    inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
+    inputs = inputs or [(_line(name_of(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
     absent = [_absent(record, tree.nodes[i].triples) for i in conditions] or [[]]

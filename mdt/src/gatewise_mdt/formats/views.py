@@ -44,9 +44,8 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
             :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
 
     Raises:
-        GatewiseError: there is no record, the format is unknown, no text or cannot hold several.
+        GatewiseError: the format is no text, or cannot hold several.
     """
-    _check(records, format)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
     if format in ONE_TREE and len(records) > 1:
@@ -82,20 +81,12 @@ def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
     return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
 
 
-def _check(records: Sequence[TreeRecord], format: str) -> None:
-    if format not in {**FORMATS, **WORKBOOKS}:
-        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join([*FORMATS, *WORKBOOKS])}")
-    if not records:
-        raise GatewiseError("there is no tree to show: give at least one record")
-
-
 def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> Path:
     """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
 
     Raises:
         GatewiseError: as :func:`render`, or the place cannot be written.
     """
-    _check(records, format)
     content = tables.dak_of(records) if format in WORKBOOKS else render(records, format).encode()
     with whole_file(path) as part:
         part.write_bytes(content)
