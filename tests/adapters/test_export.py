@@ -23,6 +23,14 @@ def output(model, batch):
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
+def assert_loads(folder, family, data, expected):
+    """Stock PEFT loads it, with these logits."""
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base(family), folder)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    return loaded
+
+
 def half_done(adapted, family, **settings):
     """A model as it is in mid-training: wide, with dead slots and a module without any rank."""
     model = adapted(family, **settings)
@@ -60,9 +68,7 @@ def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, fami
         model.save_pretrained(tmp_path / "saved")
     out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out", padded=padded)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base(family), out)
-    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    loaded = assert_loads(out, family, data, expected)
     config = json.loads((out / "adapter_config.json").read_text())
     widths = {len(layer.lora_A["default"].weight) for layer in slots.lora_layers(loaded).values()}
     if padded:
@@ -88,9 +94,7 @@ def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):
     expected = output(model, batch())
     for padded in (False, True):
         out = to_lora(model, tmp_path / str(padded), padded=padded)
-        torch.manual_seed(0)
-        loaded = PeftModel.from_pretrained(tiny_base("llama"), out)
-        torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+        assert_loads(out, "llama", batch(), expected)
 
 
 class Part(torch.nn.Module):
@@ -153,9 +157,7 @@ def test_a_named_adapter(adapted, batch, tmp_path):
     model.set_adapter("second")
     expected = output(model, batch())
     out = to_lora(model, tmp_path / "out", adapter="second")
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("llama"), out)
-    torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+    assert_loads(out, "llama", batch(), expected)
 
 
 def test_refusals_leave_nothing(adapted, tmp_path):
@@ -202,9 +204,7 @@ def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, 
     expected = output(model, data)
     model.save_pretrained(tmp_path / "saved")
     out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out")
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("gpt2"), out)
-    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    assert_loads(out, "gpt2", data, expected)
 
 
 def allocated(family, seed, folder):

@@ -84,7 +84,7 @@ def load_records(
     name, path = str(source), Path(source).expanduser()
     if labels is not None and len(set(labels)) < len(labels):
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
-    is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix not in _SUFFIXES and not path.exists()
+    is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in _SUFFIXES and not path.exists()
     if is_hub != (split is not None):
         raise GatewiseError(
             f"{name} is {'no file here, and a' if is_hub else 'not a'} Hugging Face dataset, which needs a split such as 'train': "
@@ -137,16 +137,17 @@ def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise GatewiseError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from error
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"{name}, line {number}", _parsed(line, f"{name}, line {number}")
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         items = _parsed(text, name)
         if not isinstance(items, list):
             raise GatewiseError(f"{name}: expected a list of objects (one object a line is .jsonl)")
         yield from ((f"{name}, item {number}", item) for number, item in enumerate(items, start=1))
-    elif path.suffix == ".csv":
+    elif suffix == ".csv":
         yield from _read_csv(text, name)
     else:
         raise GatewiseError(f"{name}: expected a name that ends in {', '.join(_SUFFIXES)}")

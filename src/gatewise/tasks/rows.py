@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
@@ -16,12 +15,8 @@ from gatewise.tasks.encoding import Template, default_template, encode, encode_c
 from gatewise.tasks.metrics import cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
 
-
-def _labels_as_text(value: Any) -> Any:
-    """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
-    if isinstance(value, dict):
-        return {str(key) if is_whole(key) else key: word for key, word in value.items()}
-    return [str(item) if is_whole(item) else item for item in value] if isinstance(value, list) else value
+Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+"""Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
 
 
 class RowsSection(DataSection):
@@ -30,7 +25,7 @@ class RowsSection(DataSection):
     train_split: str | None = None
     dev_split: str | None = None
     test_split: str | None = None
-    labels: Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)] | None = None
+    labels: Annotated[list[Label], Field(min_length=2)] | None = None
 
 
 class AnsweredRowsSection(RowsSection):
@@ -46,7 +41,7 @@ class TemplateSection(Section):
     """How a row becomes a prompt: ``{field}`` stands for a field of the row; ``labels`` has a word for each label."""
 
     prompt: str | None = None
-    labels: Annotated[dict[str, str], BeforeValidator(_labels_as_text), Field(min_length=2)] | None = None
+    labels: Annotated[dict[Label, str], Field(min_length=2)] | None = None
 
 
 class Rows(Task):
