@@ -166,13 +166,11 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]]) -> l
     return found
 
 
-def is_right(text: str, answers: Sequence[str], tokens: int, is_begun: bool) -> bool:
-    """Whether a text is the answer, as far as that is known; of one that was given up the beginning. Of bytes that are no whole
-    character at its end, and of space around it, engines make different things."""
+def is_right(text: str, answers: Sequence[str], tokens: int) -> bool:
+    """Whether a text is the answer, as far as that is known. Of bytes that are no whole character at its end, and of space around
+    it, engines make different things."""
     mine, sure = text.strip(" \ufffd"), (answers[:tokens] or [""])[-1].strip(" \ufffd")
-    if is_begun or tokens > len(answers):
-        return mine.startswith(sure) or (is_begun and sure.startswith(mine))
-    return mine == sure
+    return mine.startswith(sure) if tokens > len(answers) else mine == sure
 
 
 # ---- clients ----
@@ -241,32 +239,28 @@ class Soak:
             create = client.chat.completions.create
         return create(model=BASE if row is None else row.name, **self.material.prompts[number], **more)
 
-    def _known(self, client: openai.OpenAI, chance: random.Random, row: Adapter | None, is_begun: bool = False) -> None:
+    def _known(self, client: openai.OpenAI, chance: random.Random, row: Adapter | None) -> None:
         number, tokens = chance.randrange(len(self.material.prompts)), chance.randint(1, TOKENS)
-        stream = is_begun or chance.random() < 0.5
-        more = {"temperature": 0, "max_tokens": 100 if is_begun else tokens, "extra_body": {"ignore_eos": True}}
-        asked, text, events, used = time.monotonic(), "", chance.randint(1, 8), 0
+        stream, asked, text = chance.random() < 0.5, time.monotonic(), ""
+        more = {"temperature": 0, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
         answer = self._ask(client, number, row, stream=stream, **more)
         for event in answer if stream else [answer]:
             for choice in event.choices:
                 content = getattr(choice, "delta" if stream else "message", None)
                 text += (choice.text if content is None else content.content) or ""
-            used += 1
-            if is_begun and used == events:
-                answer.close()
-                break
-        used = used if stream else answer.usage.completion_tokens
         contents = {None} if row is None else row.possible(asked, self.grace) - {None}
         known = {one: self.material.answers[one][number] for one in contents}
-        if any(is_right(text, one, TOKENS if is_begun else tokens, is_begun) for one in known.values()):
-            self._note("right, of an answer that was given up" if is_begun else "right", tokens=used)
+        if any(is_right(text, one, tokens) for one in known.values()):
+            self._note("right", tokens=tokens)
         else:
             self._note("wrong", f"{row and row.name}, prompt {number}, {tokens} tokens: {text!r}, expected one of {known}")
 
     def _given_up(self, client: openai.OpenAI, chance: random.Random, row: Adapter | None) -> None:
-        """Reads a few events and goes, or goes before the answer is there."""
+        """Reads the first event and goes, or goes before the answer is there."""
         if chance.random() < 0.3:
-            self._known(client, chance, row, is_begun=True)
+            answer = self._ask(client, 0, row, max_tokens=100, stream=True)
+            next(iter(answer))
+            answer.close()
         else:
             with suppress(openai.APITimeoutError):
                 self._ask(client.with_options(timeout=0.05 + 0.3 * chance.random()), 0, row, max_tokens=100, n=2)
