@@ -11,12 +11,10 @@ from typing import Any
 
 import openpyxl
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, render, sample, write_view
+from gatewise_mdt import DecisionTree, TreeRecord, sample
 from gatewise_mdt.formats.tables import dak_of, dmn_of, notes_of, rules_of
 from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
-
-from gatewise.errors import GatewiseError
 
 TREE = DecisionTree.from_preorder(gout())
 RECORD = TreeRecord(TEXT, TREE)
@@ -266,9 +264,3 @@ def test_no_text_is_a_formula() -> None:
     book = sheets([TreeRecord("", DecisionTree.from_preorder(nodes), 1, {"warnings": [HOSTILE]})])
     cells = [cell for sheet in book for row in sheet.iter_rows() for cell in row if cell.value is not None]
     assert {cell.data_type for cell in cells} == {"s"}
-
-
-def test_a_workbook_is_written_and_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match="write it to a file"):
-        render([RECORD], "dak")
-    assert write_view([RECORD], "dak", tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"

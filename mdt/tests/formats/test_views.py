@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, read_trees, render, write_view
+from gatewise_mdt import DecisionTree, TreeRecord, render, write_view
 from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
 from gatewise_mdt.formats.views import FORMATS
@@ -270,11 +270,6 @@ def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
         assert (page.count("script"), page.open) == (1, [])
     for nothing in ([], ["", " "], "text", None, [3], {"a": 1}):
         assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
-
-
-def test_json_is_read_back(tmp_path: Path) -> None:
-    path = write_view([RECORD, RECORD], "json", tmp_path / "trees.json")
-    assert [(record.text, record.tree) for record in read_trees(path).records] == [(TEXT, TREE)] * 2
 
 
 def test_what_cannot_be_rendered_is_refused() -> None:

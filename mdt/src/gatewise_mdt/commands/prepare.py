@@ -53,7 +53,7 @@ def prepare(
     read = read_file(data, repair)
     faults, records = dict(read.faults), list(read.records)
     if only is not None:
-        records = _approved(records, data)
+        records = _only_approved(records, data)
     train, held = (records, []) if dev is None else split(records, 0.2 if dev_share is None else dev_share, seed=seed)
     sides: dict[Path, list[TreeRecord]] = {out: [*train, *swapped_copies(train, swapped, seed=seed)]}
     if dev is not None:
@@ -68,24 +68,24 @@ def prepare(
         used = {record.number for record, _ in rows}
         passages = [record for record in records if record.number in used]
         say(
-            f"written: {target}, {len(rows)} rows of {_counted(len(passages), 'passage')}"
-            f" of {_counted(len(by_document(passages)), 'document')}"
+            f"written: {target}, {len(rows)} rows of {_count_of(len(passages), 'passage')}"
+            f" of {_count_of(len(by_document(passages)), 'document')}"
         )
     check_whole(read, faults)
 
 
-def _approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":
+def _only_approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":
     """Those that a reviewer approved; says how many others there are."""
     kept = [one for one in records if one.more.get("review") == "approved"]
     if not kept:
         raise GatewiseError(
             f"none of the {len(records)} records of {data} was approved: approve some in `gatewise mdt review`, or leave --only out"
         )
-    say(f"left out: {len(records) - len(kept)} of {_counted(len(records), 'record')}, which no reviewer approved")
+    say(f"left out: {len(records) - len(kept)} of {_count_of(len(records), 'record')}, which no reviewer approved")
     return kept
 
 
-def _counted(number: int, thing: str) -> str:
+def _count_of(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 

@@ -191,16 +191,16 @@ def number_depth(text: str) -> int:
     return 2 if text[0] in "（(" or "节" in number[0] else 1
 
 
-def is_said_by_heading(above: Sequence[Block], held: Sequence[Block]) -> bool:
+def is_instruction_alone(above: Sequence[Block], held: Sequence[Block]) -> bool:
     """Whether a section is a heading alone that reads as a sentence, which then is a passage of its own."""
     return bool(above) and not held and reads_as_sentence(above[-1].text) and not _QUESTION_END.search(above[-1].text)
 
 
-def without_text(blocks: Sequence[Block]) -> list[Block]:
+def headings_without_text(blocks: Sequence[Block]) -> list[Block]:
     """The headings that come with no passage: nothing stands under them, and they are no sentences themselves."""
     used: set[int] = set()
     for above, held in sections(blocks):
-        if held or is_said_by_heading(above, held):
+        if held or is_instruction_alone(above, held):
             used |= {id(one) for one in above}
     return [block for block in blocks if block.level and id(block) not in used]
 

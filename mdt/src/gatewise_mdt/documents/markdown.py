@@ -39,13 +39,13 @@ def read_markdown(text: str, name: str) -> Document:
     if any(comments):
         notes.append(f"{name}: {'a comment was' if len(comments) == 1 else 'comments were'} left out: {quoted_list(comments)}")
     plain, footnotes = _without_footnotes(_COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text))
-    # Quotations are unmarked in `_certain`, which can tell them from comparisons; "[Dose]: 5 mg" is no address.
-    source = _certain(plain)
+    # Quotations are unmarked in `_escape_doubtful_marks`, which can tell them from comparisons; "[Dose]: 5 mg" is no address.
+    source = _escape_doubtful_marks(plain)
     markdown = MarkdownIt("commonmark", {"maxNesting": _NESTING}).enable("table")
     markdown.disable(["html_inline", "html_block", "autolink", "blockquote", "reference"])
     blocks: list[Block] = []
     for block in _blocks(markdown.parse(source), source.split("\n")):
-        blocks += with_footnotes(_referring(block, footnotes), footnotes)
+        blocks += with_footnotes(_with_note_marks(block, footnotes), footnotes)
     return Document(name, tuple(blocks), tuple(notes))
 
 
@@ -115,7 +115,7 @@ def _without_footnotes(text: str) -> tuple[str, dict[str, str]]:
     return _FOOTNOTE.sub(cut, text), notes
 
 
-def _referring(block: Block, notes: Mapping[str, str]) -> Block:
+def _with_note_marks(block: Block, notes: Mapping[str, str]) -> Block:
     def marked(text: str) -> str:
         return _REFERENCE.sub(lambda found: f"{NOTE}{found[1]}{NOTE}" if found[1] in notes else found[0], text)
 
@@ -148,7 +148,7 @@ def _text(said: str) -> str:
     return " ".join(_TAG.sub(kept, said).split())
 
 
-def _certain(text: str) -> str:
+def _escape_doubtful_marks(text: str) -> str:
     """The source with marks of quotations taken away, and those marks escaped that belong to a comparison, a range or a name."""
     made: list[str] = []
     before, fenced, quoting = "", False, False

@@ -115,7 +115,7 @@ def _table(found: Any, words: Sequence[Word]) -> PageTable | None:
     """What is ruled as a table; None where it is a frame, or columns of text with a line between them."""
     edges = sorted({round(cell[0]) for cell in found.cells})
     columns_of_text = len(found.rows) == 1 and all(
-        len(list(_grouped([word for word in words if _within(word, cell)]))) > 5 for cell in found.cells
+        len(list(_lines_of([word for word in words if _within(word, cell)]))) > 5 for cell in found.cells
     )
     if len(edges) == 1 or columns_of_text or not any(_within(word, cell) for word in words for cell in found.cells):
         return None
@@ -133,7 +133,7 @@ def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[l
             inside = [word for word in words if _within(word, box)]
             column = edges.index(round(box[0]))
             span = max(1, sum(box[0] - 1 <= edge < box[2] - 1 for edge in edges))
-            text = join_lines([_line(line).text for line in _grouped(inside)])
+            text = join_lines([_line(line).text for line in _lines_of(inside)])
             cell = Cell(text, column, span, bool(inside) and all(word.bold for word in inside))
             above[column] = box[3], cell
             cells.append(cell)
@@ -188,7 +188,7 @@ def _is_running_text(placed: Sequence[_Placed]) -> bool:
     words = [one for one in placed if isinstance(one, Word)]
     if len(words) < 3 * _LEAST_LINES:
         return False
-    lines = list(_grouped(words))
+    lines = list(_lines_of(words))
     x0, x1 = min(word.x0 for word in words), max(word.x1 for word in words)
     long = sum(max(word.x1 for word in line) - min(word.x0 for word in line) > 0.65 * (x1 - x0) for line in lines)
     return len(lines) >= _LEAST_LINES and 2 * long >= len(lines)
@@ -199,7 +199,7 @@ def _is_running_text(placed: Sequence[_Placed]) -> bool:
 
 def _column(placed: Sequence[_Placed], height: float) -> Iterator[PageItem]:
     items: list[PageItem] = [one for one in placed if isinstance(one, PageTable)]
-    for words in _grouped([one for one in placed if isinstance(one, Word)]):
+    for words in _lines_of([one for one in placed if isinstance(one, Word)]):
         pieces = list(_pieces(words))
         if words[0].bottom < EDGE * height or words[0].top > (1 - EDGE) * height:  # a footer and a page's number are two
             items += map(_line, pieces)
@@ -217,7 +217,7 @@ def _column(placed: Sequence[_Placed], height: float) -> Iterator[PageItem]:
         before = item.bottom
 
 
-def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
+def _lines_of(words: Sequence[Word]) -> Iterator[list[Word]]:
     """Words by lines from the top, each from the left. Small ones, as superscripts, go to the line that they stand in."""
     lines: list[list[Word]] = []
     for word in sorted(words, key=lambda one: (-round(one.size), one.top)):

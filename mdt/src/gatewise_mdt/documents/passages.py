@@ -14,7 +14,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.document import Block, Document, sections
-from gatewise_mdt.documents.headings import is_said_by_heading, lead_of, population_mark, population_of
+from gatewise_mdt.documents.headings import is_instruction_alone, lead_of, population_mark, population_of
 from gatewise_mdt.documents.language import has_han, is_chinese
 
 # Characters of a passage; the published ones have about 70 (Chinese) and 250 (English). Chinese says more with one.
@@ -129,9 +129,9 @@ def split_passages(document: Document, *, population: str | None = None, most: i
     starts = _starts(document.blocks)
     found: list[Passage] = []
     for above, held in sections(document.blocks):
-        alone = is_said_by_heading(above, held)
+        alone = is_instruction_alone(above, held)
         headings = tuple(block.text for block in (above[:-1] if alone else above))
-        for group in _marked_apart([above[-1]] if alone else held):
+        for group in _groups([above[-1]] if alone else held):
             found += _of_group(group, starts, headings, population, most)
     if not found:
         raise GatewiseError(
@@ -165,7 +165,7 @@ def _starts(blocks: Sequence[Block]) -> dict[int, int]:
     return starts
 
 
-def _marked_apart(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
     """Blocks together, but those that name their own population ("population@passage") by themselves, with what belongs to them."""
     held: list[Block] = []
     for block in blocks:
@@ -191,7 +191,7 @@ def _of_group(
     lead = lead_of(others)
     units = list(_units(group, starts, mark + 1 if mark else 0))
     about = " ".join(named.replace("@", " ").split())
-    for packed in _packed(units, lead, most):
+    for packed in _pack(units, lead, most):
         if any(map(str.isalnum, packed.text)):
             notes = tuple(dict.fromkeys(packed.notes))
             yield Passage(f"{lead}{packed.text}", about, headings, packed.where, packed.start, packed.end, notes)
@@ -277,7 +277,7 @@ class _Packed:
         self.notes += unit.notes
 
 
-def _packed(units: Sequence[_Unit], lead: str, most: int | None) -> Iterator[_Packed]:
+def _pack(units: Sequence[_Unit], lead: str, most: int | None) -> Iterator[_Packed]:
     """Units put together to passages: whole blocks first, then clusters of what belongs together, then single units."""
     held = _Packed()
     for chain in _chains(units, blocks=True):
@@ -297,7 +297,7 @@ def _packed(units: Sequence[_Unit], lead: str, most: int | None) -> Iterator[_Pa
                 for unit in cluster:
                     held.add(unit)
                 continue
-            yield from _forced(cluster, room, held)
+            yield from _pack_too_long(cluster, room, held)
             held = _Packed()
     if held.text:
         yield held
@@ -319,7 +319,7 @@ def _room(units: Sequence[_Unit], lead: str, most: int | None) -> int:
     return max(whole - len(lead), whole // 2)
 
 
-def _forced(cluster: Sequence[_Unit], room: int, held: _Packed) -> Iterator[_Packed]:
+def _pack_too_long(cluster: Sequence[_Unit], room: int, held: _Packed) -> Iterator[_Packed]:
     """What belongs together and does not fit into one passage: each further one begins with what it refers to."""
     before = ""
     for unit in [part for one in cluster for part in _parts(one, room)]:

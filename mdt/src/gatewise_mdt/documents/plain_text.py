@@ -57,10 +57,10 @@ def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named
             paragraph.
         named: a line is a heading if it reads like one; else only if it has a number, as where the fonts tell the others.
     """
-    return list(_gathered(lines, printed, named))
+    return list(_blocks(lines, printed, named))
 
 
-def _gathered(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block]:
+def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block]:
     longest = max((len(line.text.strip()) for line in lines), default=0)
     held: list[str] = []
     place, item = "", False

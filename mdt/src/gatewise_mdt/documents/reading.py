@@ -12,7 +12,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
 from gatewise_mdt.documents.document import Document, quoted_list
 from gatewise_mdt.documents.docx import read_docx
-from gatewise_mdt.documents.headings import without_text
+from gatewise_mdt.documents.headings import headings_without_text
 from gatewise_mdt.documents.markdown import read_markdown
 from gatewise_mdt.documents.pdf import read_pdf
 from gatewise_mdt.documents.plain_text import read_plain_text
@@ -83,22 +83,22 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
     notes = read.notes
-    if alone := without_text(blocks):
+    if alone := headings_without_text(blocks):
         texts = quoted_list([block.text for block in alone], [block.where for block in alone])
         notes += (f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}",)
     return replace(read, blocks=blocks, notes=notes, sha256=hashlib.sha256(content).hexdigest())
 
 
 _READERS: dict[str, Callable[[bytes, str], Document]] = {
-    ".txt": lambda content, name: read_plain_text(_decoded(content, name), name),
-    ".md": lambda content, name: read_markdown(_decoded(content, name), name),
-    ".markdown": lambda content, name: read_markdown(_decoded(content, name), name),
+    ".txt": lambda content, name: read_plain_text(_decode(content, name), name),
+    ".md": lambda content, name: read_markdown(_decode(content, name), name),
+    ".markdown": lambda content, name: read_markdown(_decode(content, name), name),
     ".pdf": read_pdf,
     ".docx": read_docx,
 }
 
 
-def _decoded(content: bytes, name: str) -> str:
+def _decode(content: bytes, name: str) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

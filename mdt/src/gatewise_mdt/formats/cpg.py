@@ -22,7 +22,7 @@ from html import escape
 from typing import Any, Literal
 
 from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, clean, document_of, reviewer_of, said_beside
+from gatewise_mdt.formats.origin import BEFORE_USE, clean, document_of, reviewer_of, sentences_beside
 from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree, part_of
@@ -120,9 +120,11 @@ class _Resources:
         # A recommendation of CPG has an action.
         cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
         plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
-        plan["type"] = _coded("plan-definition-type", "eca-rule")
+        plan["type"] = _concept("plan-definition-type", "eca-rule")
         plan["description"] = clean(
-            "\n\n".join([BEFORE_USE, *said_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))])
+            "\n\n".join(
+                [BEFORE_USE, *sentences_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))]
+            )
         )
         plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": BEFORE_USE}
         plan |= _people(self.record) | _source(self.record) | {"library": [self._canonical("Library", self.name)]}
@@ -133,7 +135,7 @@ class _Resources:
 
     def _library(self) -> dict[str, Any]:
         library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
-        library["type"] = _coded("library-type", "logic-library")
+        library["type"] = _concept("library-type", "logic-library")
         library["description"] = BEFORE_USE
         parameters = [
             {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
@@ -143,7 +145,7 @@ class _Resources:
             library["parameter"] = parameters
         cql = library_of(self.tree, self.name, self.version, self.release)
         library["text"] = _narrative(library["title"], cql)
-        library["content"] = [{"contentType": "text/cql", "data": _encoded(cql)}]
+        library["content"] = [{"contentType": "text/cql", "data": _base64(cql)}]
         return library
 
     def _inside(self, i: int) -> dict[str, Any] | None:
@@ -264,7 +266,7 @@ def _source(record: TreeRecord) -> dict[str, Any]:
     """
     text, made = clean(record.text), []
     if text.strip():
-        document = {"contentType": "text/plain; charset=utf-8", "data": _encoded(text)}
+        document = {"contentType": "text/plain; charset=utf-8", "data": _base64(text)}
         made.append({"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document})
     source, where = map(clean, document_of(record))
     if source:
@@ -281,7 +283,7 @@ def _people(record: TreeRecord) -> dict[str, Any]:
     return {"editor": [{"name": by}]} if state and by else {}
 
 
-def _encoded(text: str) -> str:
+def _base64(text: str) -> str:
     """A text as the data of an attachment."""
     return base64.b64encode(text.encode()).decode()
 
@@ -293,7 +295,7 @@ def _narrative(title: str, content: str = "") -> dict[str, str]:
     return {"status": "generated", "div": div}
 
 
-def _coded(system: str, code: str) -> dict[str, Any]:
+def _concept(system: str, code: str) -> dict[str, Any]:
     return {"coding": [{"system": f"http://terminology.hl7.org/CodeSystem/{system}", "code": code}]}
 
 

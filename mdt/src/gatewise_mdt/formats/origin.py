@@ -29,11 +29,11 @@ def origin_of(record: TreeRecord, words: Words | None = None) -> list[str]:
     words = words or words_for(record.tree.language)
     source = _text(record.more, "source")
     document = words.comma.join([words.origin["from"].format(source=source), *_places(record, words)]) if source else ""
-    found = (_reviewed(record, words), document, _drafted(record, words))
+    found = (_review_phrase(record, words), document, _draft_phrase(record, words))
     return [one for one in found if one]
 
 
-def said_beside(record: TreeRecord) -> list[str]:
+def sentences_beside(record: TreeRecord) -> list[str]:
     """What a record says of its passage and its tree beside these, a sentence each, for what a system runs."""
     headings = [f"Headings: {' › '.join(record.headings)}"] if record.headings else []
     notes = [f"Note of the reading: {one}" for one in record.notes]
@@ -64,7 +64,7 @@ def document_of(record: TreeRecord) -> tuple[str, str]:
     return _text(record.more, "source"), ", ".join(_places(record, words_for("en"), len(record.sha256)))
 
 
-def _reviewed(record: TreeRecord, words: Words) -> str:
+def _review_phrase(record: TreeRecord, words: Words) -> str:
     said, state = words.origin, reviewer_of(record)[0]
     if not state:
         return ""
@@ -85,7 +85,7 @@ def _places(record: TreeRecord, words: Words, digits: int = _DIGITS) -> list[str
     return [part for part in parts if part]
 
 
-def _drafted(record: TreeRecord, words: Words) -> str:
+def _draft_phrase(record: TreeRecord, words: Words) -> str:
     held, said = record.extraction or {}, words.origin
     base, version, date = (_text(held, key) for key in ("base", "gatewise", "date"))
     adapter = held.get("adapter")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, clean, said_beside
+from gatewise_mdt.formats.origin import BEFORE_USE, clean, sentences_beside
 from gatewise_mdt.formats.svg import name_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
@@ -107,11 +107,11 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
     tree, prefix = record.tree, f"{name}_"
     for number, fact in enumerate(tree.facts, start=1):
         data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
-        _text(data, "description", "\n".join([str(fact), *_absent(record, (fact,))]))
+        _text(data, "description", "\n".join([str(fact), *_absence_notes(record, (fact,))]))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
     decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(name_of(record))})
     about = [f"{name}: {said}" for name, said in (("Population", record.population), ("Passage", record.passage)) if said]
-    _text(decision, "description", "\n\n".join([BEFORE_USE, *_noted(record), *about]))
+    _text(decision, "description", "\n\n".join([BEFORE_USE, *_notes_and_origin(record), *about]))
     ET.SubElement(decision, _tag("variable"), {"name": name})
     for number in range(1, len(tree.facts) + 1):
         needed = ET.SubElement(decision, _tag("informationRequirement"))
@@ -127,7 +127,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
     for holds, leaf in rules_of(tree):
         row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{leaf + 1}"})
-        if absent := _absent(record, tree.nodes[leaf].triples):
+        if absent := _absence_notes(record, tree.nodes[leaf].triples):
             _text(row, "description", "\n".join(absent))
         answers = [str(holds.get(i, "-")).lower() for i in conditions]
         outputs = [str(leaf + 1), _feel(_recommendation(tree.nodes[leaf]))]
@@ -137,12 +137,12 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
                 _text(entry, "text", value)
 
 
-def _noted(record: TreeRecord) -> list[str]:
+def _notes_and_origin(record: TreeRecord) -> list[str]:
     notes = (f"Note of the export: {note}" for note in notes_of(record))
-    return [*said_beside(record), *_absent(record, record.tree.triples), *notes]
+    return [*sentences_beside(record), *_absence_notes(record, record.tree.triples), *notes]
 
 
-def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
+def _absence_notes(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
     """Which of some triples do not stand in the text and why, a line each, in the words of the other formats."""
     if not record.text.strip():
         return []
@@ -200,7 +200,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
         for place, fact in enumerate(record.tree.facts, start=1):
             stands = (_line(words_for("en").why_absent(record.text, fact)) or "yes") if record.text.strip() else ""
             _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean", stands))
-        said += [f"{name}: {one}" for one in _noted(record)]
+        said += [f"{name}: {one}" for one in _notes_and_origin(record)]
     for place, sentence in enumerate(said, start=cover.max_row + 2):  # the list ends with an empty row
         _row(cover, place, (sentence,))
     content = io.BytesIO()
@@ -217,7 +217,7 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     inputs = inputs or [(_line(name_of(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
-    absent = [_absent(record, tree.nodes[i].triples) for i in conditions] or [[]]
+    absent = [_absence_notes(record, tree.nodes[i].triples) for i in conditions] or [[]]
     names = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
     definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(names, inputs, strict=True))
     _row(sheet, 5, [*definitions, "", "", _ONE_ROW], bold=True)
@@ -247,7 +247,7 @@ def _outputs(leaf: int, record: TreeRecord, located: Sequence[TripleSpans], name
         annotation += told if len(choices) > 1 or (choices and not always) else "; all of the actions"
     spans = [found.object for found in located if found.object]
     phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans]
-    phrases += _absent(record, node.triples)
+    phrases += _absence_notes(record, node.triples)
     return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
 
 
