@@ -11,8 +11,8 @@ it with swapped phrases (gatewise_mdt.training.swapping). The dev passages are t
 
 Everything is measured on the dev split by all metrics and the errors of gatewise_mdt.evaluation, gold trees repaired as
 `gatewise mdt evaluate --repair` does; "as_published" has the metrics without that. Time is that of the processor: with
-OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was: its checkpoints and what was written for each
-passage are in runs/mdt, where they are kept to look at the errors.
+OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was; its checkpoints, and what was written for each
+passage, are in runs/mdt.
 
     OMP_NUM_THREADS=1 python mdt/benchmarks/mdt.py --data-dir DATA --tasks en --seeds 0      # DATA/text2mdt/en_train.json, ...
     python mdt/benchmarks/mdt.py --report                             # the tables from the results file
@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from benchmark_data import teacher_forced
-from campaign import append, campaign, read, spread
+from campaign import campaign, spread
 from gatewise_mdt import Extractor, count_mistakes, evaluate, read_trees, swapped_copies, training_rows
 from gatewise_mdt.records import read_items
 
@@ -87,18 +87,15 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         recipe, trained = train_once(folder, files, method, settings, seed)
         published = read_items(files["dev"])
         texts = [item["text"] for item in published]
-        extractor, forced = None, folder / "forced.json"
-        if not forced.is_file() or any(len(read(_file(folder, name))) < len(texts) for name in DECODINGS):
-            extractor = loaded(folder / "run" / "adapter")
-            if not forced.is_file():
-                write_json(forced, forced_metrics(extractor, files["dev"]))
+        extractor = Extractor.load(folder / "run" / "adapter", max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
+        forced = forced_metrics(extractor, files["dev"])
         decodings = {name: measured(published, written(extractor, texts, task, name, folder)) for name in DECODINGS}
     return {
         "task": task,
         "method": method,
         "seed": seed,
         "decodings": decodings,
-        **json.loads(forced.read_text()),
+        **forced,
         **trained,
         "recipe": {**recipe.model_dump(mode="json"), "data": {"max_length": recipe.data.max_length}},
     }
@@ -151,11 +148,6 @@ def train_once(
 # ---- reading the dev split ----
 
 
-def loaded(adapter: Path) -> Any:
-    """The adapter, to read texts with it."""
-    return Extractor.load(adapter, max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
-
-
 def forced_metrics(extractor: Any, file: Path) -> dict[str, float]:
     """Loss and accuracy of each next token of the gold outputs, which tell methods apart with less noise than whole trees do."""
     rows = training_rows(read_trees(file, repair=True).records)
@@ -165,26 +157,22 @@ def forced_metrics(extractor: Any, file: Path) -> dict[str, float]:
 
 
 def written(extractor: Any, texts: Sequence[str], language: str, decoding: str, folder: Path) -> list[dict[str, Any]]:
-    """What was read from each text, in their order; what is in the folder already is not read again."""
-    file = _file(folder, decoding)
-    done = {one["number"] for one in read(file)}
-    # Texts of like length together, and each batch kept as soon as it is read.
-    order = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: (-len(texts[i]), i))
-    for start in range(0, len(order), DECODING_BATCH):
-        batch = order[start : start + DECODING_BATCH]
-        reader = dataclasses.replace(extractor, **DECODINGS[decoding])
+    """What was read from each text, in their order; kept in the folder, and not read again."""
+    file = folder / f"{decoding}.json"
+    if not file.is_file():
         began = time.process_time()
-        found = reader([texts[i] for i in batch], language=language)
-        seconds = (time.process_time() - began) / len(batch)
-        for i, one in zip(batch, found, strict=True):
+        found = dataclasses.replace(extractor, **DECODINGS[decoding])(texts, language=language)
+        seconds = (time.process_time() - began) / len(texts)
+        made = []
+        for text, one in zip(texts, found, strict=True):
             if isinstance(one, GatewiseError):
                 said: dict[str, Any] = {"tree": [], "failed": str(one)}
             else:
                 said = {"tree": one.tree.to_preorder(), "written": one.written, "warnings": one.warnings}
                 said["absent"] = [list(triple) for triple in one.absent]
-            append({"number": i, "text": texts[i], **said, "seconds": round(seconds, 2)}, file)
-        print(f"  {decoding}: {len(texts) - len(order) + start + len(batch)} of {len(texts)}, {seconds:.1f} s each", flush=True)
-    return sorted(read(file), key=lambda one: one["number"])
+            made.append({"text": text, **said, "seconds": round(seconds, 2)})
+        write_json(file, made)
+    return json.loads(file.read_text())
 
 
 def measured(published: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -202,15 +190,11 @@ def measured(published: Sequence[dict[str, Any]], predicted: Sequence[dict[str, 
     }
 
 
-def _file(folder: Path, decoding: str) -> Path:
-    return folder / f"{decoding}.jsonl"
-
-
 # ---- the report ----
 
 
 def report(runs: list[dict[str, Any]], _: Path | None) -> None:
-    """Prints a table a task, then the errors of the best way of each language."""
+    """Prints a table a task, with the errors of what was written verbatim, means over seeds."""
     for task in [task for task in LANGUAGES if any(run["task"] == task for run in runs)]:
         held = [run for run in runs if run["task"] == task]
         print(f"\n{task} (dev, {held[0]['decodings']['verbatim']['metrics']['n']} passages, {held[0]['recipe']['model']})")
@@ -220,24 +204,8 @@ def report(runs: list[dict[str, Any]], _: Path | None) -> None:
                 print(_trained_line(method, group))
             for decoding in DECODINGS if group else ():
                 print(_decoding_line(decoding, [run["decodings"][decoding] for run in group]))
-    best = {language: found for language in LANGUAGES if (found := best_of(runs, language))}
-    for (task, method, decoding), group in best.values():
-        print(f"\nerrors of {task}, {method}, {decoding} (means over {len(group)} seeds; alone: trees right but for this kind)")
-        for kind, one in errors_of(group).items():
-            print(f"  {kind:16} {one['count']:6.1f} in {one['trees']:5.1f} trees, alone in {one['alone']:5.1f}")
-
-
-def best_of(runs: list[dict[str, Any]], language: str) -> tuple[tuple[str, str, str], list[dict[str, Any]]] | None:
-    """(task, method, decoding) with the highest tree accuracy, of equal ones the highest triplet F1, and its results a seed."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        for decoding, one in run["decodings"].items() if run["task"] == language else ():
-            groups.setdefault((run["task"], run["method"], decoding), []).append(one)
-
-    def worth(key: tuple[str, str, str]) -> tuple[float, ...]:
-        return tuple(statistics.mean(one["metrics"][name] for one in groups[key]) for name in ("tree_acc", "triplet_f1"))
-
-    return max(((key, groups[key]) for key in groups), key=lambda item: worth(item[0]), default=None)
+            for kind, one in errors_of([run["decodings"]["verbatim"] for run in group]).items() if group else ():
+                print(f"      {kind:16} {one['count']:6.1f} in {one['trees']:5.1f} trees, alone in {one['alone']:5.1f}")
 
 
 def errors_of(group: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -2,8 +2,7 @@
 
 The passages are published training texts and copies of them with other phrases (gatewise_mdt.training.swapping), so that none comes
 twice. One adapter that writes trees reads all of them verbatim, in this process (`Extractor`, --batch-size passages at a time), and
-through `gatewise serve` (`ServedExtractor`, --together requests under way). What each makes is kept beside the results as it comes,
-so that a run that is stopped goes on; seconds are those of passages that were read without a stop, the first left out.
+through `gatewise serve` (`ServedExtractor`, --together requests under way). Seconds are those of a passage after the first ones.
 
     python mdt/benchmarks/mdt_served.py --data-dir DATA --adapter ADAPTER --base BASE --engine transformers
     python mdt/benchmarks/mdt_served.py --data-dir DATA --adapter ADAPTER --base BASE --engine vllm --python .venv-serve/bin/python
@@ -11,7 +10,6 @@ so that a run that is stopped goes on; seconds are those of passages that were r
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -29,7 +27,6 @@ from gatewise_mdt import Extractor, read_trees, swapped_copies
 from gatewise_mdt.extraction.served import ServedExtractor
 
 RESULTS_FILE = Path(__file__).parent / "results" / "mdt_served.jsonl"
-RUNS = Path(__file__).parents[1] / "runs" / "mdt-served"
 MAX_NEW_TOKENS = 384
 NAME = "trees"
 
@@ -42,42 +39,18 @@ def passages(data_dir: Path, language: str, count: int) -> list[str]:
     return texts[:count]
 
 
-def told(one: Any) -> Any:
-    """A tree, or what is wrong, as JSON."""
-    tree = getattr(one, "tree", None)
-    return str(one) if tree is None else tree.to_preorder()
-
-
-def in_this_process(texts: Sequence[str], options: argparse.Namespace, file: Path) -> None:
-    """Batches of like length, each kept with its seconds."""
-    done = {one["number"] for one in read(file)}
-    left = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: len(texts[i]))
-    extractor = Extractor.load(
-        options.adapter, base=options.base, verbatim=True, max_new_tokens=MAX_NEW_TOKENS, batch_size=options.batch_size
-    )
-    for start in range(0, len(left), options.batch_size):
-        batch = left[start : start + options.batch_size]
-        began = time.perf_counter()
-        found = extractor([texts[i] for i in batch], language=options.language)
-        seconds = (time.perf_counter() - began) / len(batch)
-        for i, one in zip(batch, found, strict=True):
-            append({"number": i, "tree": told(one), "seconds": seconds if start else None}, file)
-        print(f"  one process: {len(texts) - len(left) + start + len(batch)} of {len(texts)}, {seconds:.2f} s each", flush=True)
-
-
-def through_the_server(texts: Sequence[str], options: argparse.Namespace, file: Path) -> None:
-    """Each kept as it comes, with the seconds since the one before."""
-    done = {one["number"] for one in read(file)}
-    left = [i for i in range(len(texts)) if i not in done]
-    with served(options) as url:
-        extractor = ServedExtractor.connect(url, NAME, verbatim=True, max_new_tokens=MAX_NEW_TOKENS, batch_size=options.together)
-        before = None
-        for count, (k, one) in enumerate(extractor.as_they_come([texts[i] for i in left], language=options.language), start=1):
-            now = time.perf_counter()
-            append({"number": left[k], "tree": told(one), "seconds": None if before is None else now - before}, file)
-            before = now
-            if count % 50 == 0:
-                print(f"  {options.engine}: {len(texts) - len(left) + count} of {len(texts)}", flush=True)
+def timed(extractor: Any, texts: Sequence[str], language: str) -> tuple[list[Any], float]:
+    """The trees, or what is wrong, as JSON, and the seconds that each took after the first ones."""
+    found: dict[int, Any] = {}
+    times = []
+    for number, one in extractor.as_they_come(texts, language=language):
+        times.append(time.perf_counter())
+        tree = getattr(one, "tree", None)
+        found[number] = str(one) if tree is None else tree.to_preorder()
+        if len(found) % 50 == 0:
+            print(f"  {len(found)} of {len(texts)}", flush=True)
+    first = extractor.batch_size
+    return [found[number] for number in range(len(texts))], (times[-1] - times[first - 1]) / (len(times) - first)
 
 
 @contextmanager
@@ -133,23 +106,20 @@ def main() -> None:
         if options.data_dir is None or options.adapter is None:
             parser.error("--data-dir and --adapter are needed")
         texts = passages(options.data_dir, options.language, options.passages)
-        RUNS.mkdir(parents=True, exist_ok=True)
-        (RUNS / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        files = {name: RUNS / f"{options.language}-{name}.jsonl" for name in ("alone", options.engine)}
-        in_this_process(texts, options, files["alone"])
-        through_the_server(texts, options, files[options.engine])
-        found = {name: {one["number"]: one for one in read(file)} for name, file in files.items()}
-        seconds = {}
-        for name, rows in found.items():
-            timed = [one["seconds"] for one in rows.values() if one["seconds"] is not None]
-            seconds[name] = round(sum(timed) / len(timed), 4)
-        pairs = [[found[name][i]["tree"] for name in files] for i in range(len(texts))]
+        ways = {"verbatim": True, "max_new_tokens": MAX_NEW_TOKENS}
+        alone, seconds_alone = timed(
+            Extractor.load(options.adapter, base=options.base, batch_size=options.batch_size, **ways), texts, options.language
+        )
+        with served(options) as url:
+            extractor = ServedExtractor.connect(url, NAME, batch_size=options.together, **ways)
+            through, seconds_served = timed(extractor, texts, options.language)
+        pairs = list(zip(alone, through, strict=True))
         same = sum(one == other for one, other in pairs)
         refused = sum(isinstance(one, str) and isinstance(other, str) for one, other in pairs)  # in other words
         made = {
             "language": options.language, "base": options.base, "engine": options.engine, "passages": len(texts),
-            "batch_size": options.batch_size, "together": options.together, "alone": seconds["alone"],
-            "served": seconds[options.engine], "same": same, "refused": refused, **machine(),
+            "batch_size": options.batch_size, "together": options.together, "alone": round(seconds_alone, 4),
+            "served": round(seconds_served, 4), "same": same, "refused": refused, **machine(),
         }  # fmt: skip
         append(made, options.results)
     report(read(options.results))

@@ -300,9 +300,6 @@ def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Revi
     sync_api.expect(here.node(1)).to_contain_text("则")
     page.click("#next")
     sync_api.expect(page.locator("#tree")).to_contain_text("9,000 tokens")
-    page.once("dialog", lambda dialog: dialog.accept())
-    page.click("#remove")
-    sync_api.expect(page.locator("#passages li")).to_have_count(2)
 
 
 def test_files_come_in_and_exports_go_out(review: Callable[..., Review], tmp_path: Path) -> None:
