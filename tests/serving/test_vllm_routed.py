@@ -18,7 +18,7 @@ from routed_models import trained_routers
 from tiny_models import random_adapter
 from tiny_run import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_models import PYTHON, UNEVEN, pytestmark, write_adapter, write_base
+from vllm_models import PYTHON, RUNNERS, UNEVEN, environment_of, pytestmark, write_adapter, write_base
 
 from gatewise import RoutedLoraConfig
 from gatewise.serving.checking import check_in_vllm
@@ -63,7 +63,7 @@ def run(
     folder: Path,
     steps: Sequence[Mapping[str, Any]],
     *arguments: str,
-    ahead: bool = False,
+    runner: str = "V1",
     version: str = "",
     unset: Sequence[str] = (),
     **environment: str,
@@ -72,10 +72,10 @@ def run(
     asked, answered = folder / "request.json", folder / "answer.json"
     answered.unlink(missing_ok=True)
     told = {"arguments": ["--model", str(folder / "base"), *ARGUMENTS, *arguments], "steps": steps, "version": version}
-    told["ahead"] = ahead
+    told["ahead"] = runner.endswith("ahead")
     asked.write_text(json.dumps(told), encoding="utf-8")
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", CPU_LORA: "1"}
-    settings |= {"VLLM_USE_V2_MODEL_RUNNER": "0", **environment}
+    settings |= environment_of(runner) | environment
     command = [str(PYTHON), str(DRIVER), str(asked), str(answered)]
     for name in unset:
         del settings[name]
@@ -161,8 +161,8 @@ def choices(folder: Path, prompts: Sequence[Sequence[int]], adapter: Path) -> in
     return len(set(gates))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, ahead: bool) -> None:
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, runner: str) -> None:
     one, two, plain = folder / "one", folder / "two", folder / "plain"
     reference = InPeft(folder)
     prompts = prompts_of(1, 5, 17, 40, 9, 70)
@@ -197,13 +197,13 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, ahead: bool)
             {"do": "unload", "folder": str(folder / "moved")},
             {"do": "replace", "folder": str(folder / "moved"), "by": str(one)},
             {"do": "answer", "rows": [{**row, "adapter": str(folder / "moved")} for row in tenant], "tokens": 8},
-            {"do": "is_ahead"},
+            {"do": "runner"},
             {"do": "prompt_logprobs", "prompt": prompts[3], "adapter": str(one)},
         ],
         *("--max-loras", "3", IN_ONE_PIECE, "--enable-prefix-caching"),
         # Other modules than these have no adapter; but vLLM fails with prompt_logprobs where it gives the last one a LoRA.
         *("--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        ahead=ahead,
+        runner=runner,
     )
     reference.check(mixed, found[0])
     reference.check(again[:1], found[1])
@@ -220,17 +220,17 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path, ahead: bool)
     for expected, answers in ((tenant, found[12]), (others, found[14]), (others, found[16]), (tenant, found[19])):
         reference.check(expected, answers)
     assert found[13] is found[17] is True
-    assert found[20] is ahead
+    assert found[20] == runner
     assert found[21] == pytest.approx(reference.prompt_logprobs(prompts[3], str(one)), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_preempted_requests_keep_their_gates(folder: Path, ahead: bool) -> None:
+@pytest.mark.parametrize("runner", ["V1 ahead", "V2 ahead"])
+def test_preempted_requests_keep_their_gates(folder: Path, runner: str) -> None:
     """There is room for half of the requests, so that others wait, with what they had written, and are read once more."""
     rows = rows_of(prompts_of(*range(24, 32)), folder / "one", folder / "two", folder / "plain")
     steps = [{"do": "answer", "rows": rows, "tokens": 40}, {"do": "preemptions"}]
     for cache in ("--enable-prefix-caching", "--no-enable-prefix-caching"):
-        found = run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache, ahead=ahead)
+        found = run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache, runner=runner)
         assert found[1] > 3
         InPeft(folder).check(rows, found[0])
 
@@ -257,8 +257,8 @@ def test_files_that_change_under_a_loaded_adapter(folder: Path) -> None:
     reference.check(rows_of(behind, plain), found[6])
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_rows_come_and_go(folder: Path, ahead: bool) -> None:
+@pytest.mark.parametrize("runner", ["V1 ahead", "V2 ahead"])
+def test_rows_come_and_go(folder: Path, runner: str) -> None:
     """Answers end at different tokens, nobody knows at which before, and others begin in their rows."""
     reference = InPeft(folder)
     rows = rows_of(prompts_of(*range(3, 15)), folder / "one", folder / "two", None)
@@ -270,7 +270,7 @@ def test_rows_come_and_go(folder: Path, ahead: bool) -> None:
         {"do": "answer", "rows": rows[2:3], "tokens": 2},
         {"do": "requests_with_gates"},
     ]
-    found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--max-num-seqs", "5", ahead=ahead)
+    found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--max-num-seqs", "5", runner=runner)
     assert len({len(one["tokens"]) for [one] in found[0]}) > 3
     reference.check(rows, found[0])
     assert len(found[3]) <= 1

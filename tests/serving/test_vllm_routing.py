@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -371,7 +372,7 @@ def engine_config(**changed: Any) -> Any:
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         lora_config=SimpleNamespace(fully_sharded_loras=False),
         compilation_config=SimpleNamespace(mode=none, cudagraph_mode=none),
-        use_v2_model_runner=False, speculative_config=None, kv_transfer_config=None, ec_transfer_config=None,
+        speculative_config=None, kv_transfer_config=None, ec_transfer_config=None,
     )  # fmt: skip
     for name, value in changed.items():
         owner, _, last = name.rpartition("__")
@@ -400,7 +401,6 @@ class Platform:
         ({"scheduler__max_num_scheduled_tokens": 32}, "a step takes 32 tokens and a text may have 64"),
         ({"scheduler__max_num_batched_tokens": 48}, "a step takes 48 tokens"),
         ({"scheduler__scheduler_cls": "mine"}, "leave --scheduler-cls out"),
-        ({"use_v2_model_runner": True}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"speculative_config": 1}, "leave --speculative-config out"),
         ({"kv_transfer_config": 1}, "leave --kv-transfer-config"),
         ({"ec_transfer_config": 1}, "leave --kv-transfer-config"),
@@ -442,3 +442,36 @@ def test_requests_that_cannot_be_routed_are_refused() -> None:
     assert why_not_request(SimpleNamespace(**fine)) is None
     for changed in ({"prompt_embeds": 1}, {"resumable": True}, {"mm_features": [1]}):
         assert why_not_request(SimpleNamespace(**{**fine, **changed})) is not None
+
+
+class RunnerV2:
+    """vLLM's model runner V2, as far as the plug-in looks: five requests, of which a step computes three in an order of its own."""
+
+    def __init__(self) -> None:
+        self.lora_config = SimpleNamespace()
+        self.lora_state = SimpleNamespace(lora_ids=np.array([0, 7, 0, 9, 7], dtype=np.int32))
+        lengths = {"prompt_len": [3, 5, 4, 6, 2], "prefill_len": [3, 5, 4, 11, 2]}  # the fourth was preempted
+        self.req_states = SimpleNamespace(
+            **{name: SimpleNamespace(np=np.array(one, dtype=np.int32)) for name, one in lengths.items()}
+        )
+
+    def prepare_inputs(self, scheduler_output: Any) -> Any:
+        return SimpleNamespace(
+            req_ids=["four", "one", "three"],
+            idx_mapping_np=np.array([4, 1, 3]),
+            num_scheduled_tokens=np.array([1, 5, 9], dtype=np.int32),
+            num_computed_tokens_np=np.array([8, 0, 2], dtype=np.int32),
+        )
+
+
+def test_model_runner_v2_tells_what_a_step_computes() -> None:
+    begun: list[Any] = []
+    runner: Any = RunnerV2()
+    routing = SimpleNamespace(begin=lambda parts, _: begun.append(parts), idle=lambda: begun.append(None))
+    manager = SimpleNamespace(device=torch.device("meta"), gatewise_routing=routing)
+    runner.lora_manager = SimpleNamespace(_adapter_manager=manager)
+    begin = partial(hooks.begin_step, lambda *_: None, runner)
+    assert hooks.prepare_inputs(RunnerV2.prepare_inputs, runner, None).req_ids == ["four", "one", "three"]
+    begin((7, 7, 9), (7,) * 6 + (9,) * 9, set())
+    begin((1, 2), (1, 2), set())  # a dry run prepares no inputs
+    assert begun == [[Part("four", 7, 1, 8, 2), Part("one", 7, 5, 0, 5), Part("three", 9, 9, 2, 6)], None]

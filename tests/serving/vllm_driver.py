@@ -69,9 +69,11 @@ class Engine:
         [output] = self.llm.generate([{"prompt_token_ids": prompt}], asked, lora_request=self.adapter(adapter), use_tqdm=False)
         return [at[token].logprob for token, at in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
 
-    def is_ahead(self) -> bool:
-        """Whether a step is scheduled before the last one has ended."""
-        return bool(self.llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+    def runner(self) -> str:
+        """Which of vLLM's model runners this is, and whether steps are scheduled ahead."""
+        config = self.llm.llm_engine.vllm_config
+        ahead = " ahead" if config.scheduler_config.async_scheduling else ""
+        return f"V{2 if config.use_v2_model_runner else 1}{ahead}"
 
     def preemptions(self) -> int:
         return int(next(one.value for one in self.llm.get_metrics() if one.name == "vllm:num_preemptions"))

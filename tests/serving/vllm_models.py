@@ -1,6 +1,7 @@
 """Base models and adapters for the real vLLM: `make test-serve`, which makes an environment for it."""
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ UNEVEN = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 7, "layers.2.mlp.up_proj": 1},
     "exclude_modules": r".*layers\.1\.(mlp|self_attn\.v).*",
 }
+
+RUNNERS = ("V1", "V1 ahead", "V2", "V2 ahead")
+"""vLLM's model runners. "ahead": a step is scheduled before the tokens of the last one are known, as is usual on GPUs."""
+
+
+def environment_of(runner: str) -> dict[str, str]:
+    """The environment in which vLLM takes this model runner. V2 has its kernels in Triton, which interprets them without a GPU."""
+    if runner.startswith("V1"):
+        return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    code = "import importlib.util, torch; print(importlib.util.find_spec('triton') is not None, torch.cuda.is_available())"
+    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True)
+    has_triton, has_gpu = done.stdout.split()
+    if has_triton == "False":
+        pytest.skip("model runner V2 needs Triton, which is not installed beside vLLM")
+    paths = [] if has_gpu == "True" else [str(Path(__file__).with_name("interpreted"))]
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
 
 
 def write_base(folder: Path, family: str) -> Path:

@@ -222,8 +222,8 @@ class VllmServer:
             environment[guard.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
             environment[guard.KEY] = self._key
-        if self._constraints or (self._room is not None and self._room.routed):
-            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # both were tried with the first alone
+        if self._constraints:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # logits processors were tried with the first alone
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
         pipe = subprocess.PIPE
         process = subprocess.Popen(

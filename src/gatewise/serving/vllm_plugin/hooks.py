@@ -62,6 +62,7 @@ def _install_all() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
@@ -75,6 +76,7 @@ def _install_all() -> None:
     _replace(LoRAModelManager, "activate_adapter", activate_adapter)
     _replace(Worker, "execute_model", execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
+    _replace(SecondModelRunner, "prepare_inputs", prepare_inputs)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", begin_step)
     _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", apply_lora_to_output)
 
@@ -244,6 +246,28 @@ def _parts(batch: Any, tokens: Any) -> list[Part]:
         )
         for index in range(batch.num_reqs)
     ]
+
+
+def prepare_inputs(theirs: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same in model runner V2, which calls ``_set_active_loras`` next."""
+    batch = theirs(self, *args, **kwargs)
+    if self.lora_config:
+        setattr(self, _PARTS, partial(_parts_v2, self, batch))
+    return batch
+
+
+def _parts_v2(runner: Any, batch: Any) -> list[Part]:
+    at = batch.idx_mapping_np
+    numbers = zip(
+        runner.lora_state.lora_ids[at].tolist(),
+        batch.num_scheduled_tokens.tolist(),
+        # A bound, which is reached where nothing is drafted.
+        batch.num_computed_tokens_np.tolist(),
+        # Not prefill_len, which counts what a request had written before it was preempted.
+        runner.req_states.prompt_len.np[at].tolist(),
+        strict=True,
+    )
+    return [Part(request, *one) for request, one in zip(batch.req_ids, numbers, strict=True)]
 
 
 def begin_step(theirs: Any, self: Any, prompts: Any, tokens: Any, lora_requests: Any, *args: Any, **kwargs: Any) -> None:

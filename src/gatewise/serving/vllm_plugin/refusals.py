@@ -59,7 +59,6 @@ def _untried(config: Any, platform: Any, dual_stream: bool) -> list[tuple[bool, 
             config.scheduler_config.scheduler_cls is not None,
             "were not tried with another scheduler, which may read a prompt in pieces: leave --scheduler-cls out",
         ),
-        (config.use_v2_model_runner, "were tried with vLLM's first model runner alone: set VLLM_USE_V2_MODEL_RUNNER=0"),
         (config.speculative_config is not None, "were not tried with speculative decoding: leave --speculative-config out"),
         (
             config.kv_transfer_config is not None or config.ec_transfer_config is not None,
