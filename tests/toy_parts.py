@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.losses import mean_loss
 from gatewise.parts import Count, Counting, DataSection, Features, Method, NotNegative, Report, Run, Section, Task
+from gatewise.tasks import PadCollator
 
 
 class ShrinkSection(Section):
@@ -52,6 +53,7 @@ class NumbersSection(DataSection):
 class Successor(Task):
     """Writes the number that follows on a number."""
 
+    collator = PadCollator
     data: NumbersSection
     elsewhere = "counts: give it to nobody"
 

@@ -71,7 +71,7 @@ class Run:
         output: the run's folder.
         progress: ``say(line)`` tells the user something, ``training(what)`` names the bar of a training.
         collate: makes encoded rows a batch.
-        fresh_base: loads the base model once more, the head that a task gives it drawn anew from the recipe's seed.
+        fresh_base: loads the base model once more, with the head that a task gives it drawn anew from torch's random state.
         base_parameters: how many numbers the base model has.
         train, dev: rows as the task encoded them. aside: those of train that the method wanted for itself.
         steps: optimiser steps of the training. steps_per_epoch: of one pass over ``train``.
@@ -154,6 +154,7 @@ class Task(Part):
     Attributes:
         task_type: PEFT's name for such models.
         loads: what ``gatewise.models.load_model`` is asked for.
+        collator: (tokenizer) -> what makes encoded rows a batch, such as ``gatewise.tasks.PadCollator``.
         in_float32: the base model is trained in float32 whatever ``dtype`` says.
         elsewhere: of adapters that ``gatewise eval``, ``inspect --scores`` and ``compress`` cannot run: what one does, and where to
             give it instead.
@@ -162,6 +163,7 @@ class Task(Part):
 
     task_type = "CAUSAL_LM"
     loads = "causal"
+    collator: Any
     in_float32 = False
     elsewhere: str | None = None
     data: DataSection
@@ -197,12 +199,6 @@ class Task(Part):
             say: tells the user something.
         """
         raise NotImplementedError
-
-    def collator(self, tokenizer: "PreTrainedTokenizerBase") -> Callable[..., dict[str, "Tensor"]]:
-        """What makes encoded rows a batch."""
-        from gatewise.tasks import PadCollator
-
-        return PadCollator(tokenizer)
 
     def note(self, base: "PreTrainedModel") -> dict[str, Any]:
         """What ``gatewise.json`` says, so that the adapter is used as it was trained."""

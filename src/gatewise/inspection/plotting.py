@@ -102,14 +102,13 @@ def plot_routing(routing: "RoutingMap", out: str | Path) -> Path:
 
 def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Path:
     """Draws a grid with its totals below and at the right, and two lines under the title. A row has the same height in any grid."""
-    check_plot(out)
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
-
     rows, columns, top = len(grid.layers), len(grid.kinds), grid.most or 1.0
     width = max(0.66 * columns, 3.0) + 2.2
-    ramp = LinearSegmentedColormap.from_list("gatewise", _SIGNED_RAMP if grid.signed else _RAMP).with_extremes(bad=_ABSENT)
     with _figure(out, width, 1.6 + (0.26 if rows <= 40 else 0.21) * (rows + 1), layout="constrained") as figure:
+        import numpy as np
+        from matplotlib.colors import LinearSegmentedColormap
+
+        ramp = LinearSegmentedColormap.from_list("gatewise", _SIGNED_RAMP if grid.signed else _RAMP).with_extremes(bad=_ABSENT)
         room = int(width / 0.068)
         figure.suptitle(title, x=0.01, ha="left", size=12, color=_INK, weight="bold", parse_math=False)
         axes = figure.add_subplot()

@@ -156,6 +156,7 @@ class SelectivePrompts(Method):
         if self.selection is None:
             self.selection = self._found(run)
             # Nothing of the search but its choice: head and activations of the base are as they were too.
+            set_seed(self.recipe.seed)
             run.model = self.adapt(run, run.fresh_base())
         run.seconds["search"] = self.selection.seconds
 

@@ -140,9 +140,9 @@ def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """
     try:
         recipe = _validated(tree)
-        for one in (recipe.training, *recipe.parts()):
-            for key, problem in one.contradictions():
-                raise GatewiseError(f"{key} {problem}")
+        found = [*recipe.training.contradictions(), *(one for part in recipe.parts() for one in part.contradictions())]
+        for key, problem in found:
+            raise GatewiseError(f"{key} {problem}")
     except GatewiseError as error:
         raise GatewiseError(f"{source}: {error}") from None
     except ValidationError as error:

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 
 from gatewise import processes
 from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step, complete_checkpoints
@@ -39,7 +39,7 @@ from gatewise.inspection.report import report_of, study_of
 from gatewise.internals.sharding import join, reshard
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_tokenizer, most_tokens
-from gatewise.parts import METHODS, Features, Method, Report, Run, Task
+from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import arguments_of, has_stopped_early, trainer_of
@@ -122,16 +122,21 @@ def train(
         GatewiseError: anything in recipe, data or folder that a user can put right, or a loss that is not finite.
     """
     started, output = time.monotonic(), Path(output)
-    task, method = recipe.parts()
+    task, method = TASKS[recipe.task](recipe), METHODS[recipe.method](recipe)
+    slow: list[str] = []
     device = pick_device(recipe.device)
+    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, slow.append)
     join(device)
-    is_main = processes.is_main()
+    is_main, count = processes.is_main(), processes.count()
     checkpoint = processes.by_main(_checkpoint_to_resume, output, recipe, method, resume, overwrite)
     progress = ConsoleProgress((console or Console(stderr=True)) if is_main else Console(quiet=True))
+    where = f"{device}, {count} processes" if count > 1 else str(device)
+    for line in (*slow, f"loading {recipe.model} in {str(dtype).removeprefix('torch.')} on {where}"):
+        progress.say(line)
     if resume:
         method.resume(output)
     with quiet(bars=True):
-        run = _prepared(recipe, task, method, output, device, checkpoint, progress)
+        run = _prepared(recipe, task, method, output, device, dtype, checkpoint, progress)
         rows = _fingerprints(run, resume)
         run.checkpoint = _with_steps_to_go(run)
         if overwrite:
@@ -151,7 +156,8 @@ def train(
             run.note |= task.note_after(run, model)
             run.seconds["total"] = time.monotonic() - started
             metrics = {name: {"before": before[name], "after": after[name]} for name in after}
-            reshard(model)
+            if count > 1:
+                reshard(model)
             result = processes.by_main(_written, run, method, model, metrics, trainer.state)
             # The run is whole from here on: what is drawn of it may fail.
             study = Report()
@@ -227,22 +233,16 @@ def _prepared(
     method: Method,
     output: Path,
     device: torch.device,
+    dtype: torch.dtype,
     checkpoint: Path | None,
     progress: ConsoleProgress,
 ) -> Run:
     """Everything a run needs, loaded and checked."""
     task.read(None if checkpoint is None else read_note(checkpoint))
-    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
-    dtype_name = str(dtype).removeprefix("torch.")
-    where = f"{device}" if processes.count() == 1 else f"{device}, {processes.count()} processes"
-    progress.say(f"loading {recipe.model} in {dtype_name} on {where}")
     tokenizer = load_tokenizer(recipe.model, progress.say)
-
-    def fresh_base() -> PreTrainedModel:
-        set_seed(recipe.seed)
-        # What some encoders pool with is in no file.
-        return task.base(dtype, tokenizer, ("pooler",) if method.trains_whole else ())
-
+    # What some encoders pool with is in no file.
+    fresh_base = partial(task.base, dtype, tokenizer, ("pooler",) if method.trains_whole else ())
+    set_seed(recipe.seed)
     base = fresh_base()
     # Learned positions end where the table ends.
     max_length = min(recipe.data.max_length, most_tokens(base, tokenizer) - method.prompt_tokens)
@@ -252,6 +252,7 @@ def _prepared(
         )
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
     dev = task.encode(task.measured["dev"], tokenizer, max_length, key="data.dev", say=progress.say)
+    collate = task.collator(tokenizer)
     aside: Features = []
     if method.rows_aside:
         train, aside = _set_aside(train, method.rows_aside, recipe.seed)
@@ -263,7 +264,7 @@ def _prepared(
         progress=progress,
         device=device,
         tokenizer=tokenizer,
-        collate=task.collator(tokenizer),
+        collate=collate,
         fresh_base=fresh_base,
         base_parameters=sum(p.numel() for name, p in base.named_parameters() if not name.startswith(whole)),
         max_length=max_length,
@@ -277,7 +278,7 @@ def _prepared(
             "base": recipe.model,
             "task": recipe.task,
             "dtype": recipe.dtype,
-            "trained_in": dtype_name,
+            "trained_in": str(dtype).removeprefix("torch."),
             "max_length": max_length,
             "training": recipe.training.model_dump(
                 include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm", "gradient_accumulation"}

@@ -129,7 +129,6 @@ def encode(
             has no end-of-text token.
     """
     template = template or default_template(records)
-    template.check(records)
     if records.kind in ("label", "choice"):
         candidates = candidate_ids(records, tokenizer, template)
         answers = [list(row[gold]) for row, gold in zip(candidates, records.gold, strict=True)]
@@ -266,8 +265,9 @@ def prompt_ids(
     """Token ids of every prompt, cut on the left to its ``room``; what the tokenizer puts first (such as bos) stays.
 
     Raises:
-        GatewiseError: there is no room for one token of the prompt.
+        GatewiseError: the template does not fit the records, or there is no room for one token of the prompt.
     """
+    template.check(records)
     texts = [template.render(row) for row in records.rows]
     prefix = _text_prefix(tokenizer)
     prompts = []

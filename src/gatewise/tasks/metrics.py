@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from gatewise.errors import GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import generate_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
-from gatewise.models.device import random_state_kept
 from gatewise.models.loading import text_positions
 from gatewise.tasks.encoding import (
     PadCollator,
@@ -97,7 +96,6 @@ def evaluate(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
         )
     template = template or default_template(records)
-    template.check(records)
     with measuring(model):
         if kind == "rows":
             metrics, found = _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress)
@@ -206,7 +204,7 @@ def scored_candidates(
     ]
     scores = [[(0.0, True)] * len(row) for row in candidates]
     device = _device(model)
-    vocabulary = int(base_of(model).config.get_text_config().vocab_size)
+    vocabulary = int(cast(Any, model).config.get_text_config().vocab_size)
     batches = list(_batches(runs, batch_size, max(1, _MAX_LOGITS // vocabulary)))
     collate = PadCollator(tokenizer)
     done = 0
@@ -475,7 +473,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """No gradients, dropout off; every module's training mode and the random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
     device = _device(model)
-    with random_state_kept(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
         try:
             # Not inference_mode: buffers that a model fills in its forward would stay unusable for training.

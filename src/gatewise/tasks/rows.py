@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
-from gatewise.tasks.encoding import Template, default_template, encode, encode_classification
+from gatewise.tasks.encoding import PadCollator, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
 
@@ -47,6 +47,7 @@ class TemplateSection(Section):
 class Rows(Task):
     """What the tasks on rows have in common."""
 
+    collator = PadCollator
     data: RowsSection
     train: Records
     measured: dict[str, Records]

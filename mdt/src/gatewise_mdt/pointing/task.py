@@ -109,6 +109,7 @@ class Text2Mdt(Task):
 
     task_type = "FEATURE_EXTRACTION"
     elsewhere = "points at the phrases of decision trees: give it to `gatewise mdt extract`, `evaluate` or `review`"
+    collator = PointingCollator
     data: DataSection
     pointing: PointingSection
 
@@ -162,10 +163,6 @@ class Text2Mdt(Task):
             what=key,
             say=say,
         )
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> PointingCollator:
-        """Pads texts and trees."""
-        return PointingCollator(tokenizer)
 
     def note(self, base: Any) -> dict[str, Any]:
         """The heads' sizes."""
