@@ -122,15 +122,6 @@ def test_a_training_step_is_on_the_device(folder: Path, monkeypatch: pytest.Monk
     assert result.stderr.strip().splitlines()[-1] == f"error: {PLACED}", result.output
 
 
-@pytest.mark.usefixtures("second_device")
-def test_a_review_loads_its_model_there(folder: Path) -> None:
-    from gatewise_mdt.commands.review import _loaded
-
-    pytest.importorskip("llguidance")
-    with pytest.raises(GatewiseError, match=PLACED):  # when it is asked how it begins
-        _loaded(folder / "lora", None, "cuda:1", max_new_tokens=20, verbatim=False)
-
-
 def test_every_command_that_runs_a_model_takes_a_device() -> None:
     for words in ("train", "eval", "inspect", "mdt extract", "mdt evaluate", "mdt review"):
         assert "--device" in CliRunner().invoke(app, [*words.split(), "--help"]).stdout
