@@ -24,7 +24,7 @@ from transformers import (
 
 from gatewise import ConstantBudget, Cubic, RankAllocation, scores
 from gatewise.allocation import algorithm, scoring, slots
-from gatewise.allocation.algorithm import Plan, plan_round
+from gatewise.allocation.algorithm import plan_round
 from gatewise.errors import GatewiseError
 
 
@@ -387,15 +387,6 @@ def test_cubic_budget_is_met_when_training_ends_early(run, caplog):
     assert "before the budget was down to its target of 28 ranks" in caplog.text
 
 
-def test_cubic_starts_from_an_adapter_with_dead_slots(adapted, run):
-    """A checkpoint of an allocation, or an adapter exported padded: it needs no room but what it has."""
-    model = adapted(trained=True)
-    slots.widen(model, 5)
-    _, allocation, _ = run(model=model, allocation={"schedule": down(2), "budget": "ranks"})
-    assert (allocation.budget, allocation.target) == (42, 28)
-    assert sum(slots.ranks(model).values()) == 28
-
-
 def test_what_module_pruning_leaves_above_the_target_is_said(run, caplog):
     """Every module is worth something and keeps a rank: 14 of them, where 7 were wanted. Training did not end too early."""
 
@@ -449,17 +440,6 @@ def test_what_is_stored_with_trained_biases_stays_within_the_budget(run, tmp_pat
     assert stored == sum(live[path] * cost for path, cost in slots.costs(slots.lora_layers(model), "default").items())
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_cubic_budget_of_parameters_ends_just_below_its_target(run, conftest_base, family):
-    _, allocation, _ = run(family, peft=EXPERTS if family == "mixtral" else {}, allocation={"schedule": down(2)})
-    cost = numbers_of_a_rank(conftest_base(family), allocation.history[0].ranks)
-    assert (allocation.budget, allocation.target) == (3 * sum(cost.values()), 2 * sum(cost.values()))
-    for done, one in enumerate(allocation.history, 1):
-        wanted = allocation.target + round((allocation.budget - allocation.target) * (1 - done / 3) ** 3)
-        assert wanted - max(cost.values()) < sum(rank * cost[path] for path, rank in one.ranks.items()) <= wanted
-        assert not one.grown
-
-
 def test_layers_that_no_budget_counts_are_named(run, caplog):
     """Convolutions, plain and in groups."""
     targets = {"r": 4, "target_modules": ["conv_layers.1.conv", "pos_conv_embed.conv", "q_proj", "v_proj"]}
@@ -474,17 +454,6 @@ def test_layers_that_no_budget_counts_are_named(run, caplog):
     caplog.clear()
     run(allocation={"schedule": down(2)})
     assert "taken away" not in caplog.text
-
-
-def test_parameters_that_no_rank_fitted_into_are_there_for_the_next_round(run, conftest_base):
-    """As long as a module can take more, less than a rank is left of the budget after each round."""
-    _, allocation, _ = run(allocation={"schedule": when(rounds=6, recover=1.0 / 6, prune_fraction=1 / 20, r_max=16)})
-    cost = numbers_of_a_rank(conftest_base("llama"), allocation.history[0].ranks)
-    assert len(allocation.history) == 6
-    for one in allocation.history:
-        left = allocation.budget - sum(rank * cost[path] for path, rank in one.ranks.items())
-        assert 0 <= left < min(cost[path] for path in one.grown)
-    assert any(one.pruned.keys() & {p for p in cost if cost[p] == 40} for one in allocation.history)  # unlike sizes took part
 
 
 @pytest.mark.parametrize("score", ["taylor", "ablation"])
@@ -555,31 +524,6 @@ def test_module_pruning_takes_whole_modules_for_good(run):
     assert model.get_base_model().get_submodule(hated).__class__ is torch.nn.Linear
 
 
-def test_grace_lets_new_ranks_live(run):
-    """A score that values a rank by its B prunes what has just grown; a grace period keeps it for that long."""
-
-    def by_size(model, batch, adapter=None):
-        layers = slots.lora_layers(model, adapter)
-        return {p: slots.factors(la, adapter)[1].detach().norm(dim=0)[slots.live_slots(la, adapter)] for p, la in layers.items()}
-
-    def killed_young(history):
-        pairs = itertools.pairwise(history)
-        return sum(len(set(old.grown.get(p, [])) & set(dead)) for old, new in pairs for p, dead in new.pruned.items())
-
-    _, churning, _ = run(allocation={"score": by_size, "schedule": when(r_max=6)})
-    assert killed_young(churning.history) > 0
-    _, calm, _ = run(allocation={"score": by_size, "schedule": when(r_max=6, grace_rounds=1)})
-    assert sum(map(len, calm.history[0].grown.values())) > 0
-    assert killed_young(calm.history) == 0
-
-
-def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
-    with caplog.at_level(logging.WARNING, logger="gatewise"):
-        _, allocation, _ = run(allocation={"schedule": when(first_round=1.0, recover=0.5, rounds=5)})
-    assert [one.step for one in allocation.history] == [6, 9]  # 24 rows in batches of 4: six steps an epoch, ten in all
-    assert "room for 2 of 5 rounds" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -631,6 +575,24 @@ def test_what_it_cannot_work_with_is_refused(adapted, examples, tmp_path, run):
         trainer.train()
 
 
+def test_grace_lets_new_ranks_live(run):
+    """A score that values a rank by its B prunes what has just grown; a grace period keeps it for that long."""
+
+    def by_size(model, batch, adapter=None):
+        layers = slots.lora_layers(model, adapter)
+        return {p: slots.factors(la, adapter)[1].detach().norm(dim=0)[slots.live_slots(la, adapter)] for p, la in layers.items()}
+
+    def killed_young(history):
+        pairs = itertools.pairwise(history)
+        return sum(len(set(old.grown.get(p, [])) & set(dead)) for old, new in pairs for p, dead in new.pruned.items())
+
+    _, churning, _ = run(allocation={"score": by_size, "schedule": when(r_max=6)})
+    assert killed_young(churning.history) > 0
+    _, calm, _ = run(allocation={"score": by_size, "schedule": when(r_max=6, grace_rounds=1)})
+    assert sum(map(len, calm.history[0].grown.values())) > 0
+    assert killed_young(calm.history) == 0
+
+
 def test_diverged_training_stops(run):
     class Break(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -667,20 +629,11 @@ def test_the_last_rank_of_the_model_is_left(run, caplog):
     assert "gave back" in caplog.text
 
 
-def test_a_deep_copy_saves_its_own_weights(run, tmp_path):
-    model, _, _ = run()
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in slots.lora_layers(copied).values():
-            layer.lora_B["default"].weight.fill_(7)
-    copied.save_pretrained(tmp_path / "copy")
-    saved = load_file(tmp_path / "copy" / "adapter_model.safetensors")
-    assert all((value == 7).all() for name, value in saved.items() if "lora_B" in name)
-    assert (tmp_path / "copy" / "allocation.json").is_file()
-
-
 def test_an_adapter_saved_without_the_allocated_one_has_no_history(run, tmp_path):
     model, _, _ = run()
+    copied = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "allocation.json").is_file()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "second", True, ["second"])
     assert not (tmp_path / "second" / "allocation.json").exists()
@@ -692,22 +645,13 @@ def test_an_adapter_saved_without_the_allocated_one_has_no_history(run, tmp_path
     assert not (tmp_path / "left" / "allocation.json").exists()
 
 
-@pytest.mark.parametrize("score", ["path_moments", "taylor"])
-def test_the_loss_before_a_round_is_that_of_all_ranks(run, score):
-    """Measured by the round, or told by the score that meets it: a round that prunes nothing leaves it as it is."""
-    _, allocation, _ = run(allocation={"score": score, "schedule": when(rounds=1), "rule": lambda scores, limits: Plan()})
-    (one,) = allocation.history
-    assert not one.pruned
-    assert one.loss_before == pytest.approx(one.loss_after, rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("score", "float32"), [("ablation", True), ("path_moments", False), ("taylor", False)]
 )  # differences of losses are too small for bfloat16; gradients are not
 def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, float32):
     """Twice is there and back."""
     monkeypatch.setattr(scoring, "has_bfloat16", lambda device: True)
-    found, seen, dtypes = scoring._half_precision, [], []
+    found, seen, dtypes = scoring.half_precision, [], []
 
     def half_precision(*args):
         seen.append(len(found(*args)))
@@ -719,7 +663,7 @@ def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypa
         dtypes.append(model.get_input_embeddings().weight.dtype)
         return measured(model, *args, **kwargs)
 
-    monkeypatch.setattr(scoring, "_half_precision", half_precision)
+    monkeypatch.setattr(scoring, "half_precision", half_precision)
     for module in (scoring, algorithm):
         monkeypatch.setattr(module, "mean_loss", mean_loss)
     model, _, _ = run(allocation={"score": score, "schedule": when(rounds=1)}, base_dtype=torch.bfloat16)

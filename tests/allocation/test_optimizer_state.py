@@ -112,22 +112,6 @@ def test_one_that_counts_steps_starts_a_grown_rank_no_faster_than_a_new_adapter(
     assert grown.abs().mean() > 0.4 * fresh.abs().mean()
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (AdamW, {}),
-        (Adam, {"amsgrad": True}),
-        (SGD, {"momentum": 0.9}),
-        (Adafactor, {**ADAFACTOR, "beta1": 0.9}),
-    ],
-)
-def test_a_pruned_rank_stays_dead_under_weight_decay(trained, kind, options):
-    layer, _ = trained(kind, {**options, "weight_decay": 0.1}, steps=60)  # 1 and 4 were pruned after 31
-    assert slots.live_slots(layer, "default") == [0, 2]
-    for parameter in slots.factors(layer, "default"):
-        assert torch.isfinite(parameter).all()
-
-
 def test_a_module_without_a_live_rank_starts_anew(trained):
     """There is no live rank to take a mean of. NAdam would take steps of nine learning rates."""
     layer, optimizer = trained(NAdam, {})

@@ -215,18 +215,6 @@ def plain(quantised):
     return made
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_scoring_inside_scoring_gives_quantised_layers_their_mode_back(base, kind):
-    """A round scores inside the state that it measures its losses in, and leaves the model in training."""
-    model = with_lora(base(kind)).train()
-    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
-    with scoring(model):
-        with scoring(model):
-            pass
-        assert all(layer.training for layer in layers)
-    assert all(module.training for module in model.modules())
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype", "more"),
     [

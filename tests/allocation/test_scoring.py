@@ -51,20 +51,6 @@ def test_gates_of_embeddings_are_scaled_rows_of_a(adapted, batch, family, settin
     assert not torch.allclose(got, open_gates)
 
 
-def test_a_second_adapter_on_an_embedding_has_no_gates(adapted, batch):
-    model = adapted(target_modules=["embed_tokens"]).eval()
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "second"])
-    layer = next(iter(slots.lora_layers(model, "default").values()))
-    ids = batch()["input_ids"]
-    with GateBank(model, "default") as gates, torch.no_grad():
-        for gate in gates.fill(0.0).values():
-            assert len(gate) == 3
-        got = layer(ids)
-        model.base_model.set_adapter("second")
-        torch.testing.assert_close(got, layer(ids))
-
-
 def test_gates_that_would_do_nothing_are_refused(adapted):
     model = adapted()
     model.merge_adapter()
@@ -88,19 +74,6 @@ def test_scoring_undoes_accelerates_autocast(adapted, batch):
     with scoring(prepared):
         torch.testing.assert_close(prepared(**data).logits, expected)
     assert not torch.equal(prepared(**data).logits, expected)
-
-
-def test_scoring_leaves_packed_weights_alone(adapted):
-    """As bitsandbytes keeps 4-bit weights with bfloat16 storage: the dtype says how bytes are packed, not what they are."""
-    model = adapted().to(torch.bfloat16)
-    packed = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16), requires_grad=False)
-    packed.quant_state = object()
-    model.register_parameter("packed", packed)
-    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
-    with scoring(model):
-        assert model.packed.dtype == model.scale.dtype == torch.bfloat16
-        assert model.get_base_model().lm_head.weight.dtype == torch.float32
-    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
 
 
 def test_scoring_leaves_the_scales_of_packed_modules_alone(adapted):

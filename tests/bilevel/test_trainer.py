@@ -209,27 +209,6 @@ def test_each_level_moves_in_its_own_steps_only(every: int, expected: list[int],
     assert len(fired) == 2 * (5 + 5 + 4)  # the batches of eight lower steps; upper steps compute no gradient of theirs
 
 
-class Sgd(BilevelTrainer):
-    """What a subclass may say: another loss and another optimiser of the upper level."""
-
-    def compute_upper_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
-        return 3 * super().compute_upper_loss(model, inputs)
-
-    def create_upper_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters.values(), lr=self.upper_learning_rate)
-
-
-def test_loss_and_optimiser_of_a_subclass(tmp_path: Path) -> None:
-    trainer = bilevel(tmp_path, Sgd, args=arguments(tmp_path, max_steps=1, learning_rate=0.0, weight_decay=0.0))
-    trainer.train()
-    model, order = Gated(), stream(len(UPPER), 42)
-    rows = [UPPER[next(order)] for _ in range(2)]
-    above = 3 * model(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]})["loss"]
-    assert trainer.state.log_history[0]["upper_loss"] == pytest.approx(above.item(), rel=1e-5)
-    (gradient,) = torch.autograd.grad(above, model.gates)
-    torch.testing.assert_close(trainer.model.gates, model.gates - 0.02 * gradient)
-
-
 @pytest.mark.parametrize("step", [3, 5])  # within an epoch, and where the second begins
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_resumed_run_equals_one_never_stopped(step: int, every: int, tmp_path: Path) -> None:
@@ -267,21 +246,6 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (ours / STATE_FILE).unlink()
     with pytest.raises(GatewiseError, match="another Trainer wrote it, or save_only_model was on"):
         resume()
-
-
-def test_logs_have_the_mean_upper_loss(tmp_path: Path) -> None:
-    losses: list[float] = []
-
-    class Noting(BilevelTrainer):
-        def compute_upper_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
-            losses.append((loss := super().compute_upper_loss(model, inputs)).item())
-            return loss
-
-    trainer = bilevel(tmp_path, Noting, args=arguments(tmp_path, logging_steps=4), upper_every=2)
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["upper_loss"] for entry in entries] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
-    assert all(entry["upper_grad_norm"] > 0 and entry["upper_learning_rate"] == 0.02 for entry in entries)
 
 
 def test_an_upper_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gatewise import RoutedLoraConfig, SelectivePromptConfig
-from gatewise.internals.quantised import computing_as_in_training, is_quantised, never_pack
+from gatewise.internals.quantised import evaluating, is_quantised, never_pack
 
 
 @pytest.fixture(params=[False, True], ids=["single", "double"])
@@ -65,7 +65,7 @@ def test_in_evaluation_layers_compute_as_in_training(layer):
     places = [one.weight.data_ptr() for one in model]
     pack(layer)
     layer.eval()
-    with computing_as_in_training(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         found = [one(x) for one in model]
     torch.testing.assert_close(found[0], expected[0], rtol=0.02, atol=0.02)  # packing has rounded its scales
     assert torch.equal(found[1], expected[1])

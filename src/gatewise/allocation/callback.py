@@ -222,7 +222,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._moves_dead = not type(kind).__module__.startswith(("torch.optim.", "deepspeed."))
         self._dead = [(layer, slots.dead_slots(layer, self._name)) for layer in layers.values() if self._moves_dead]
         active = all(self._name in layer.active_adapters and not layer.disable_adapters for layer in layers.values())
-        if not active or not any(factor.requires_grad for factor in self._factors(layers)):
+        factors = [factor for layer in layers.values() for factor in slots.factors(layer, self._name)]
+        if not active or not any(factor.requires_grad for factor in factors):
             raise GatewiseError(
                 f"adapter {self._name!r} is not active, or frozen, when training begins, so its ranks would not learn: activate it "
                 "with model.set_adapter, and make it with inference_mode=False or load it with is_trainable=True"
@@ -381,16 +382,17 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         self.history.append(one)
         self._dead = [(layer, slots.dead_slots(layer, self._name)) for layer in layers.values() if self._moves_dead]
-        pruned, grown = ({path: len(some) for path, some in changed.items()} for changed in (one.pruned, one.grown))
-        freed, given = (cost_of(changed, self._costs) for changed in (pruned, grown))
-        if constant and freed - given >= max((self._costs or {"": 1}).values()):
+        each = self._costs or dict.fromkeys(layers, 1)
+        freed, given = (sum(each[path] * len(own) for path, own in changed.items()) for changed in (one.pruned, one.grown))
+        if constant and freed - given >= max(each.values()):
             logger.warning(
                 "round %d gave back %d of %d %s: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
                 one.round, given, freed, self.unit,
             )  # fmt: skip
         logger.info(
             "round %d at step %d: %d ranks pruned, %d grown, %d live; loss %.4f -> %.4f; %.1f s",
-            one.round, step, sum(pruned.values()), sum(grown.values()), sum(one.ranks.values()), one.loss_before, one.loss_after,
+            one.round, step, sum(map(len, one.pruned.values())), sum(map(len, one.grown.values())), sum(one.ranks.values()),
+            one.loss_before, one.loss_after,
             one.seconds,
         )  # fmt: skip
         if self.on_round:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.slots import Expert, carries_more_than_ranks, layers_of, live_mask
 from gatewise.errors import GatewiseError
-from gatewise.internals.library_attributes import original_forward, recomputed_layers
-from gatewise.internals.quantised import computing_as_in_training, is_quantised
+from gatewise.internals.quantised import evaluating, half_precision, original_forward
 from gatewise.internals.torch_modules import replaced_while_running
 from gatewise.losses import (
     Batch,
@@ -223,53 +222,29 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
     if _being_scored.get()[0] is model:
         yield
         return
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
-    half = _half_precision(model)
+    device, half = next(model.parameters()).device, half_precision(model)
+    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
+    original, wrapped = original_forward(model), model.forward
     if half and not float32 and has_bfloat16(device):
         half = [tensor for tensor in half if tensor.dtype == torch.float16]
     if half and is_sharded(model):
         half = []
     # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
     before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
-    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
-    original, recomputed = original_forward(model), recomputed_layers(model)
-    wrapped = model.__dict__.get("forward") if original is not None else None
     token = _being_scored.set((model, rows))
-    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+    with torch.autocast(device.type, enabled=False), evaluating(model):
         try:
-            model.eval()
-            for layer in recomputed:
-                layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off
-            stack.enter_context(computing_as_in_training(model))
             if original is not None:
                 model.forward = original
             for tensor in half:
                 tensor.data = tensor.data.float()
             yield
         finally:
-            stack.close()  # first: it gives quantised layers the mode that they were in under ``model.eval()``
             for tensor, dtype, place in before:
                 tensor.data = tensor.data.to(dtype) if place is None else place.copy_(tensor.data)
-            if wrapped is not None:
+            if original is not None:
                 model.forward = wrapped
-            for module in training:
-                module.training = True
             _being_scored.reset(token)
-
-
-def _half_precision(model: nn.Module) -> list[Tensor]:
-    """The weights and buffers of a model in half precision, each once, without those of quantised modules.
-
-    A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
-    """
-    found: dict[int, Tensor] = {}
-    kinds = (torch.bfloat16, torch.float16)
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
-            found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
-    return list(found.values())
 
 
 # ---------------------------------------------------------------- batches, losses and gradients

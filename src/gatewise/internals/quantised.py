@@ -1,6 +1,6 @@
-"""Quantised base layers: which they are, and how they are held to computing as in training.
+"""How a model is evaluated as it is trained: quantised base layers, layers that keep no activations, and half precision.
 
-Some of them compute otherwise in evaluation, and stay so when training goes on:
+Some quantised layers compute otherwise in evaluation, and stay so when training goes on:
 
 - On a CPU with AVX512-BF16, bitsandbytes' ``Linear4bit`` packs its weight anew at its first forward that is neither of training nor
   for a gradient. Its scales are then rounded to bfloat16, no gradient flows through it to the layers below, and PEFT merges noise
@@ -11,12 +11,14 @@ Some of them compute otherwise in evaluation, and stay so when training goes on:
 Read in bitsandbytes 0.50 and gptqmodel 7.6.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _PACKED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 _COMPUTE_BY_MODE = ("bitsandbytes.nn", "gptqmodel.nn_modules")
@@ -42,17 +44,68 @@ def never_pack(model: nn.Module) -> None:
 
 
 @contextmanager
-def computing_as_in_training(model: nn.Module) -> Iterator[None]:
-    """While open, quantised layers compute as in training, whatever mode the model is in. They have no dropout."""
-    modes = [(layer, layer.training) for layer in _layers_by_mode(model)]
-    for layer, _ in modes:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, a model is in evaluation, but for quantised layers, which compute as in training and have no dropout.
+
+    Layers under gradient checkpointing keep no activations here either: they look at their own mode, and have no dropout of their
+    own. Every module's mode is as before when it closes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    quantised, recomputed = _layers_by_mode(model), _recomputed_layers(model)
+    model.eval()
+    for layer in quantised:
         _unpack(layer)
+    for layer in [*quantised, *recomputed]:
         layer.training = True
     try:
         yield
     finally:
-        for layer, mode in modes:
-            layer.training = mode
+        for module, mode in modes:
+            module.training = mode
+
+
+def half_precision(model: nn.Module) -> list[Tensor]:
+    """The weights and buffers of a model in half precision, each once, without those of quantised modules.
+
+    A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
+    """
+    found: dict[int, Tensor] = {}
+    kinds = (torch.bfloat16, torch.float16)
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
+            found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
+    return list(found.values())
+
+
+def original_forward(model: Any) -> Callable[..., Any] | None:
+    """A model's forward without the autocast that Accelerate put into it; None where it put none."""
+    kept: Callable[..., Any] | None = model.__dict__.get("_original_forward")
+    return kept
+
+
+def _recomputed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers in training whose activations are computed again in the backward pass, and that drop nothing out themselves.
+
+    Not those of re-entrant checkpointing, which takes no gradients by ``torch.autograd.grad``, and not those whose own code, unlike
+    that of the modules inside them, asks whether it is training: it drops out.
+    """
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        and layer.training
+        and layer.gradient_checkpointing
+        and not getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+        and not _asks_for_mode(type(layer))
+    ]
+
+
+def _asks_for_mode(kind: type) -> bool:
+    """Whether a method of a layer's class reads ``self.training``."""
+    between = kind.__mro__[: kind.__mro__.index(GradientCheckpointingLayer)]
+    own = (inspect.unwrap(one) for cls in between for one in vars(cls).values() if inspect.isfunction(one))
+    return any("training" in one.__code__.co_names for one in own)
 
 
 def _layers_by_mode(model: nn.Module) -> list[Any]:
