@@ -9,7 +9,7 @@ whole dev split of each task, and the routing is that of its prompts. Results ar
 that is already there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
 
     python benchmarks/milora.py --data-dir DATA                  # DATA/arc_easy/train.jsonl, DATA/openbookqa/dev.jsonl, ...
-    python benchmarks/milora.py --report                         # the tables from the results file; --plot FILE for the routing
+    python benchmarks/milora.py --report                         # the tables from the results file
 """
 
 import itertools
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from campaign import campaign, spread
 from peft import LoraConfig, get_peft_model
@@ -29,7 +28,6 @@ from transformers import TrainingArguments, set_seed
 from gatewise import RoutedLoraConfig
 from gatewise.bilevel import BilevelMixin
 from gatewise.inspection.routing import routing_of_rows
-from gatewise.losses import mean_loss
 from gatewise.models import load_model, load_tokenizer
 from gatewise.routed import ACTIVATION_PARAMETERS
 from gatewise.runs.trainer import RecipeTrainer
@@ -64,28 +62,15 @@ TASKS = {**{task: (task,) for task in SINGLE}, "both": SINGLE}
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and measures it on the dev split of every task that it was trained on."""
-    return trained_and_measured(task, method, seed, data_dir, SETTINGS, METHODS[method])
-
-
-def trained_and_measured(
-    task: str, method: str, seed: int, data_dir: Path, s: dict[str, Any], own: dict[str, Any], choosing: int = 0
-) -> dict[str, Any]:
-    """``one_run`` with settings of the run and of the method's configuration.
-
-    Args:
-        choosing: rows of the training split that nothing trains on, whose loss is in the result too, to choose settings by.
-    """
+    s, own = SETTINGS, METHODS[method]
     draw = random.Random(seed)
     tokenizer = load_tokenizer(s["model"])
     rows: list[Any] = []
-    unseen: list[Any] = []
     for name in TASKS[task]:
         records = load_records(data_dir / name / "train.jsonl")
         features = list(encode(records, tokenizer, default_template(records)))
         draw.shuffle(features)
-        used = s["steps"] * s["batch_size"] + s["validation_rows"]
-        rows += features[:used]
-        unseen += features[used : used + choosing]
+        rows += features[: s["steps"] * s["batch_size"] + s["validation_rows"]]
     draw.shuffle(rows)
     held_out, rows = rows[: s["validation_rows"]], rows[s["validation_rows"] :]
     set_seed(seed)
@@ -123,11 +108,6 @@ def trained_and_measured(
         if method != "untrained":
             trainer.train()
         seconds = time.perf_counter() - began
-    chosen_by = {}
-    if choosing:
-        model.eval()
-        parts = [PadCollator(tokenizer)(unseen[start : start + 16]) for start in range(0, len(unseen), 16)]
-        chosen_by["choosing_loss"] = round(mean_loss(model, parts), 4)
     measured, routing = {}, {}
     for name in TASKS[task]:
         dev = load_records(data_dir / name / "dev.jsonl")
@@ -149,7 +129,6 @@ def trained_and_measured(
         "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
         "seconds": round(seconds, 1),
         "settings": s | own,
-        **chosen_by,
     }
 
 
@@ -160,7 +139,7 @@ def adapted(base: Any, method: str, s: dict[str, Any], own: dict[str, Any]) -> A
     return get_peft_model(base, kind(target_modules="all-linear", task_type="CAUSAL_LM", **settings))
 
 
-def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+def report(runs: list[dict[str, Any]], _: Path | None) -> None:
     """Prints mean and spread by task and method, the paired differences to LoRA, and how much the routing looks at the prompt."""
     for task in TASKS:
         cell = {(r["method"], r["seed"]): r for r in runs if r["task"] == task}
@@ -192,8 +171,6 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
                         f"of two prompts {statistics.mean(r['agreement'] for r in routing):.2f}"
                     )
     _print_overlap(runs)
-    if plot:
-        _plot([run for run in runs if run["task"] == "both" and run["routing"]], plot)
 
 
 def _print_overlap(runs: list[dict[str, Any]]) -> None:
@@ -219,37 +196,6 @@ def _print_overlap(runs: list[dict[str, Any]]) -> None:
                 statistics.mean(share for path, share in found.items() if site(path).kind == kind) for found in shares.values()
             ]
             print(f"  {kind}: kept by {100 * min(means):.0f}% to {100 * max(means):.0f}% of prompts and layers")
-
-
-def _plot(runs: list[dict[str, Any]], out: Path) -> None:
-    """Share of prompts that keep a module, mean over seeds: layer by kind, a panel a method and task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = [method for method in METHODS if any(run["method"] == method for run in runs)]
-    columns = [*SINGLE, "difference"]
-    size = (3.1 * len(columns), 5.6 * len(methods))
-    figure, axes = plt.subplots(len(methods), len(columns), figsize=size, squeeze=False, layout="constrained")
-    for row, method in zip(axes, methods, strict=True):
-        group = [run["routing"] for run in runs if run["method"] == method]
-        paths = [site(path) for path in group[0][SINGLE[0]]["share"]]
-        kinds = sorted({p.kind for p in paths}, key=kind_key)
-        grids = []
-        for name in SINGLE:
-            grid = np.zeros((1 + max(p.layer or 0 for p in paths), len(kinds)))
-            for p in paths:
-                grid[p.layer or 0, kinds.index(p.kind)] = statistics.mean(one[name]["share"][p.path] for one in group)
-            grids.append(grid)
-        for axis, name, grid in zip(row, columns, [*grids, grids[0] - grids[1]], strict=True):
-            signed = name == "difference"
-            image = axis.imshow(grid, aspect="auto", cmap="PuOr" if signed else "Blues", vmin=-1 if signed else 0, vmax=1)
-            axis.set_title(f"{method}, {name if not signed else f'{SINGLE[0]} - {SINGLE[1]}'}", fontsize=8)
-            axis.set(ylabel="layer")
-            axis.set_xticks(range(len(kinds)), kinds)
-            figure.colorbar(image, ax=axis, shrink=0.6)
-    figure.savefig(out, dpi=90)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (wr
 100 ("few"), measured on the whole dev split. The learning rates were set beforehand and, but for lora-low, not tuned on these
 tasks; runs of one model, data set, size and seed have the same rows, order and steps, and the same head at the start. Results
 are appended to a JSON-lines file as they come; a run that is there is not repeated, so the campaign can be stopped and started
-at will, and several processes may share it. Searches are kept in runs/spt.
+at will, and several processes may share it.
 
     python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
     python benchmarks/spt.py --data-dir DATA --tasks smollm2-135m-instruct/trec/few
-    python benchmarks/spt.py --report                             # the tables from the results file; --plot FILE for the choices
+    python benchmarks/spt.py --report                             # the tables from the results file
 """
 
-import json
 import random
 import statistics
 import tempfile
@@ -39,15 +38,13 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from gatewise import SelectivePromptConfig
-from gatewise.files import write_json
 from gatewise.models import load_model, load_tokenizer
 from gatewise.prompts import search
-from gatewise.prompts.darts import SearchMixin, chosen_layers
+from gatewise.prompts.darts import SearchMixin
 from gatewise.prompts.method import fixed_layers
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
 
-RUNS = Path(__file__).parents[1] / "runs" / "spt"
 COMMON: dict[str, Any] = {
     "num_prompt_tokens": 10,
     "bottleneck": 64,
@@ -144,15 +141,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     s = cell.settings
     found: dict[str, Any] = {"layers": None}
     if method in SEARCHED:
-        additions = method != "spt-plain"
-        kind = "-plain" if not additions else "-long" if "search_steps" in s else ""
-        kept = RUNS / f"{task.replace('/', '-')}-{seed}{kind}.json"
-        found = json.loads(kept.read_text()) if kept.is_file() else {}
-        if found.get("settings") != s:
-            model: Any = adapted(cell.fresh(), "spt", s, None)
-            found = {**searched(model, cell, seed, additions), "settings": s}
-            write_json(kept, found)
-        found["layers"] = found["by_gates"]
+        found = searched(adapted(cell.fresh(), "spt", s, None), cell, seed, additions=method != "spt-plain")
     elif method in FIXED:
         found = {"layers": guessed(method, seed, s)}
     set_seed(seed)
@@ -209,7 +198,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool) -> dict[str, An
         )
     tenth = max(1, s["steps"] // 10)
     return {
-        "by_gates": chosen_layers(found.gates[-1], s["keep"]),
+        "layers": found.layers,
         "gates": [round(gate, 4) for gate in found.gates[-1].tolist()],
         "trajectory": [[round(gate, 4) for gate in gates] for gates in found.gates[::tenth].tolist()],
         "search_seconds": round(time.perf_counter() - began, 1),
@@ -279,7 +268,7 @@ def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+def report(runs: list[dict[str, Any]], _: Path | None) -> None:
     """First whether the search beats chance and agrees with itself, then every method's numbers."""
     for model, size in product(MODELS, SIZES):
         group = [
@@ -294,8 +283,6 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
             _agreement(group)
             _by_layer(group)
             _methods(group)
-    if plot and any(run["method"] in SEARCHED for run in runs):
-        _plot(runs, plot)
 
 
 def _against_chance(runs: list[dict[str, Any]]) -> None:
@@ -369,31 +356,6 @@ def _methods(runs: list[dict[str, Any]]) -> None:
                 f"      {name:13} accuracy {accuracy:16}  loss {loss:.3f}   {size:9,.0f} parameters   {took:.0f} s{search}   "
                 f"runs {len(group)}"
             )
-
-
-def _plot(runs: list[dict[str, Any]], out: Path) -> None:
-    """Which layers each search chose: a panel a model and size, a line a search."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for run in sorted(runs, key=lambda run: (TASKS.index(run["task"]), METHODS.index(run["method"]), run["seed"])):
-        if run["method"] in SEARCHED:
-            model, _, size = run["task"].split("/")
-            panels.setdefault(f"{model}, {'all rows' if size == 'full' else '100 rows'}", []).append(run)
-    heights = [len(group) for group in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), figsize=(7, 1 + 0.19 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
-    for axis, (title, group) in zip(axes.flat, panels.items(), strict=True):
-        layers = group[0]["settings"]["layers"]
-        axis.imshow([[layer in run["layers"] for layer in range(layers)] for run in group], cmap="Blues", vmax=1.4, aspect="auto")
-        axis.set_yticks(range(len(group)), [f"{r['task'].split('/')[1]} {r['method']} {r['seed']}" for r in group], size=7)
-        axis.set_xticks(range(layers), range(layers), size=7)
-        axis.set_title(title, size=9)
-    figure.savefig(out, dpi=90)
 
 
 def _by_task(runs: list[dict[str, Any]]) -> Iterator[tuple[str, dict[tuple[str, int], dict[str, Any]]]]:
