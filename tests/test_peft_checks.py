@@ -62,12 +62,12 @@ def scatter(model: Any, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("lora_A", "lora_B", "prompt_router", "spt_", "modules_to_save")):
             with torch.no_grad():
-                parameter.copy_(0.3 * torch.randn(parameter.shape))
+                parameter.copy_(0.3 * torch.randn(parameter.shape))  # the same numbers in every precision
 
 
-def adapted(method: str, family: str, **more: Any) -> PeftModel:
+def adapted(method: str, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PeftModel:
     """A random adapter. With method "ranks" some have moved: one module has more, one fewer, and one has gone."""
-    model = get_peft_model(base(family), config(method, family, **more))
+    model = get_peft_model(base(family).to(dtype), config(method, family, **more))
     scatter(model, 1)
     if method == "ranks":
         slots.widen(model, 6)
@@ -144,6 +144,46 @@ def test_several_adapters(method: str, family: str) -> None:
     same(logits(model, family), expected)
     if family != "bert":  # where PEFT leaves the trained head behind
         same(logits(model.unload(), family), plain)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_copied(method: str, family: str) -> None:
+    model = adapted(method, family)
+    expected, twin = logits(model, family), copy.deepcopy(model)
+    scatter(model, 5)
+    same(logits(twin, family), expected)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_half_precision(method: str, family: str) -> None:
+    whole = logits(adapted(method, family), family)
+    half = logits(adapted(method, family, torch.bfloat16), family).float()
+    assert (half - whole).abs().max() < 0.1 * whole.abs().max()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> None:
+    """The gradients are those without. The balance loss of routers has none under the re-entrant kind, and is refused."""
+    model = adapted(method, family, **({"balance_weight": 0.0} if method == "routed" and reentrant else {}))
+    data = inputs(family) | {"labels": torch.tensor([0, 1, 2]) if family == "bert" else torch.where(torch.arange(5) < 2, -100, IDS)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in ("lora_A", "lora_B", "prompt_router", "spt_")))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.train()(**data).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), expected, rtol=1e-3, atol=1e-6)
 
 
 # OPT flattens batch and tokens, which PEFT's own batches of several adapters cannot tell apart.
