@@ -217,16 +217,6 @@ def test_routers_that_are_broken_choose_nothing(where: str, said: str, routed: P
     assert result.stdout == ""
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_routed(
-    routed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gatewise.inspection.routing.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
-    (tmp_path / "map.png").mkdir()
-    result = route(routed, [{"text": "nice", "label": "good"}], tmp_path, "--plot", str(tmp_path / "map.png"))
-    assert result.exit_code == 2
-    assert "map.png is a folder, expected a file to write" in result.stderr
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_narrow_terminal_or_a_pipe_gets_every_number(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal goes on in its next line."""

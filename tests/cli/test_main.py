@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import write_base, write_recipe
+from tiny_run import write_recipe
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -266,55 +266,6 @@ def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
     assert_refused(gatewise("eval", "none", "--data", "dev.jsonl"), "none is not an adapter")
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"text": "late", "label": ', "not valid JSON"),
-        ('{"text": "late"}', "field 'label' is missing"),
-        ('{"text": 7, "label": "good"}', "field 'text': expected a text"),
-        ('{"text": "late", "label": "fine"}', "the label is 'fine', expected"),
-    ],
-)
-def test_a_malformed_line_is_named_with_its_number_and_field(
-    line: str, said: str, gatewise: Gatewise, trained: Path, tmp_path: Path
-) -> None:
-    recipe = write_recipe(tmp_path)
-    with (tmp_path / "dev.jsonl").open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-    assert_refused(gatewise("train", recipe), "dev.jsonl, line 11", said)
-    assert not (tmp_path / "runs").exists()
-    assert_refused(gatewise("eval", trained / "adapter", "--data", "dev.jsonl"), "dev.jsonl, line 11", said)
-
-
-def test_a_base_model_that_does_not_fit_the_adapter(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
-    wide = write_base(tmp_path / "wide", hidden_size=32)
-    shallow = write_base(tmp_path / "shallow", num_hidden_layers=1)
-    for base in (wide, shallow):
-        words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--base", base)
-        assert_refused(gatewise(*words), "does not fit the base model", str(base))
-    encoder = write_base(tmp_path / "encoder", "bert")
-    result = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--base", encoder)
-    assert_refused(result, str(encoder))
-
-
-def test_truncated_safetensors(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in (trained / "adapter").iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert_refused(gatewise("eval", broken, "--data", trained.parent / "dev.jsonl"), str(weights))
-    assert_refused(gatewise("inspect", broken), str(weights))
-    assert_refused(gatewise("export", broken, "out"), str(weights))
-    assert not (tmp_path / "out").exists()
-    recipe = write_recipe(tmp_path)
-    base = tmp_path / "llama" / "model.safetensors"
-    base.write_bytes(base.read_bytes()[:-100])
-    assert_refused(gatewise("train", recipe), "llama' could be loaded")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_places_that_cannot_be_written(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:

@@ -188,17 +188,6 @@ def test_strategies_are_environment_variables_of_accelerate() -> None:
     assert "ACCELERATE_USE_FSDP" not in environment(LaunchSection(processes=2))
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_so_are_those_of_deepspeed() -> None:
-    made = environment(LaunchSection(processes=2, strategy="zero3", offload_optimizer_device="cpu"))
-    assert {name: made[f"ACCELERATE_{name}"] for name in ("USE_DEEPSPEED", "DEEPSPEED_ZERO_STAGE")} == {
-        "USE_DEEPSPEED": "true",
-        "DEEPSPEED_ZERO_STAGE": "3",
-    }
-    assert made["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == "cpu"
-    assert environment(LaunchSection(processes=2, strategy="zero2"))["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
-
-
 def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatewise.runs.launch.find_spec", lambda _: None)
     with pytest.raises(GatewiseError, match=r"pip install 'gatewise\[deepspeed\]'"):

@@ -138,20 +138,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: p
     assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
 
 
-def test_adalora_says_that_it_ended_above_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("gatewise.progress.ConsoleProgress.say", lambda _, text: said.append(text))
-    recipe = write_recipe(tmp_path, "adalora", adalora={"init_r": 3, "tinit": 1, "tfinal": 1})
-    train(recipe, tmp_path / "whole")
-    assert not any("AdaLoRA has" in text for text in said)
-    train(recipe, tmp_path / "few", "peft.r=1", "training.max_steps=60", "training.learning_rate=0.05")
-    assert not any("AdaLoRA has" in text for text in said)  # though modules have none
-    losses = itertools.count(1)
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: float(next(losses)))
-    train(recipe, tmp_path / "early", "training.eval_every=1", "training.early_stopping_patience=1")
-    assert any("AdaLoRA has 36 ranks left, and 28 were its budget" in text for text in said)
-
-
 def test_written_answers_are_as_long_as_the_recipe_says(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     rows = [{"source": f"{number} q", "target": "x"} for number in range(8)]
@@ -236,19 +222,6 @@ def test_a_run_is_not_resumed_with_other_rows(changed: str, tmp_path: Path, monk
         train(recipe, tmp_path / "out", resume=True)
     file.write_text("\n\n".join(lines))  # the same rows, written otherwise
     assert train(recipe, tmp_path / "out", resume=True).resumed_from == 4
-
-
-def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, template={"prompt": "{title}: {text}"})
-    for name in ("train", "dev", "test"):
-        rows = [json.dumps({"title": "t", "text": f"lamp {n}", "label": ["good", "bad"][n % 2]}) for n in range(8)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}")
-    with (tmp_path / "test.jsonl").open("a") as file:
-        file.write(json.dumps({"text": "lamp", "label": "good"}) + "\n")
-    with pytest.raises(GatewiseError, match=r"has {title}, but a row has"):
-        train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}", overwrite=True)
-    assert (tmp_path / "out" / "adapter").is_dir()
 
 
 def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,15 +357,6 @@ def test_a_folder_that_no_run_wrote_is_not_overwritten(name: str, tmp_path: Path
     assert sorted(str(path) for path in mine.rglob("*")) == before
 
 
-def test_a_run_that_was_stopped_may_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = write_recipe(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 6, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "out")
-    assert train(recipe, tmp_path / "out", "training.max_steps=2", overwrite=True).steps == 2
-
-
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
 def test_two_processes_do_not_train_into_one_folder(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path)
@@ -496,14 +460,6 @@ def test_what_auto_came_to_is_said_and_kept(tmp_path: Path, monkeypatch: pytest.
     assert load_as_trained(result.adapter)[0].dtype == torch.float32
 
 
-def test_a_slow_precision_gets_one_line(tmp_path: Path) -> None:
-    said = Console(record=True, width=200, file=io.StringIO())
-    settings = ["training.max_steps=1", "dtype=bfloat16", "training.bf16=true"]
-    result = run.train(load_recipe(write_recipe(tmp_path), settings), tmp_path / "out", console=said)
-    assert said.export_text().count("bfloat16 is emulated on this processor") == 1
-    assert load_as_trained(result.adapter)[0].dtype == torch.bfloat16  # the recipe asked for it
-
-
 def test_a_classifier_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: True)
     result = train(write_recipe(tmp_path, "lora", "bert"), tmp_path / "out", "training.max_steps=1")
@@ -535,7 +491,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     assert ("routing" in result.numbers) == (fails == "gatewise.inspection.report.plot_routing")
 
 
-@pytest.mark.parametrize("method", ["lora", "milora", "spt"])
+@pytest.mark.parametrize("method", ["lora", "milora"])
 def test_without_matplotlib_a_run_has_no_picture_and_says_so(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = Console(record=True, width=300, file=io.StringIO())
