@@ -82,7 +82,7 @@ def test_the_note_is_read_or_named(tmp_path: Path) -> None:
 
 
 def test_a_selection_is_written_and_read(tmp_path: Path) -> None:
-    selection = Selection([0, 2], [0.7, 0.1, 0.6], 30, 1.5, losses=[1.0, 3.0, 2.0], settings={"keep": 2}, log=[{"loss": 1.0}])
+    selection = Selection([0, 2], [0.7, 0.1, 0.6], 30, 1.5, settings={"keep": 2}, log=[{"loss": 1.0}])
     selection.write(tmp_path / "search.json")
     assert read_selection(tmp_path / "search.json") == selection
     (tmp_path / "search.json").write_text('{"layers": [0]}')

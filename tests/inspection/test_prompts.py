@@ -45,12 +45,12 @@ def test_layers_and_roles_without_a_search(tmp_path: Path) -> None:
     assert ["2", "carried", "·"] in rows
 
 
-def test_a_search_leaves_its_gates_and_losses(tmp_path: Path) -> None:
+def test_a_search_leaves_its_gates(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {1: None})
-    Selection([1], [0.25, 0.75, 0.5], 30, 1.0, losses=[3.0, 1.0, 2.0]).write(folder / "search.json")
+    Selection([1], [0.25, 0.75, 0.5], 30, 1.0).write(folder / "search.json")
     prompts = read_prompts(folder)
-    assert (prompts.layers, prompts.gates, prompts.losses) == (3, (0.25, 0.75, 0.5), (3.0, 1.0, 2.0))
-    assert "1 of 3 (chosen by the search, by the losses with only some layers' gates open)" in prompts_lines(prompts)[2]
+    assert (prompts.layers, prompts.gates) == (3, (0.25, 0.75, 0.5))
+    assert "1 of 3 (chosen by the search)" in prompts_lines(prompts)[2]
     assert plot_prompts(prompts, tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 

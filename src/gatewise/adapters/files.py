@@ -357,7 +357,6 @@ class Selection:
     Attributes:
         layers: the chosen ones, in order.
         gates: the gate of every layer at the end of the search.
-        losses: for each layer the mean loss over the subsets of open gates with it; None if the search chose by the gates.
         steps: optimiser steps of the search.
         seconds: how long it took, in the last of its processes if it was resumed.
         resumed_from: the step that this process went on from, or None.
@@ -369,7 +368,6 @@ class Selection:
     gates: list[float]
     steps: int
     seconds: float
-    losses: list[float] | None = None
     resumed_from: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
@@ -386,7 +384,8 @@ def read_selection(path: Path) -> Selection:
         GatewiseError: no such file, or one that does not hold a selection.
     """
     record = _read_json(path)
-    record.pop("format", None)
+    for name in ("format", "losses"):  # losses were of another way to choose, which is gone
+        record.pop(name, None)
     try:
         return Selection(**record)
     except TypeError as error:

@@ -21,7 +21,6 @@ class PromptMap:
         layers: how many layers the model has; up to the last one with a prompt where that is not known.
         chosen: the layers with a new prompt, in order; all of a hyper-network.
         gates: the gate of every layer at the end of the search or, in a hyper-network, as it stands; None without a search.
-        losses: of every layer, the mean loss over subsets of open gates that hold it, where the search chose by these losses.
         hyper_network: whether this is a checkpoint of a search, which has not chosen its layers yet.
         parameters: layer -> numbers in its generator and gate.
         other_parameters: numbers outside, such as a classifier's head.
@@ -37,7 +36,6 @@ class PromptMap:
     other_parameters: int
     num_prompt_tokens: int
     base_model: str | None = None
-    losses: tuple[float, ...] | None = None
 
     def role(self, layer: int) -> str:
         """What a layer does with prompts: "new", "carried" on from below, or "none" where there are none yet."""
@@ -76,12 +74,11 @@ def read_prompts(folder: str | Path) -> PromptMap:
             logits[layer] = float(tensor.float().item())
     if not parameters:
         raise GatewiseError(f"{weights} holds no prompt generators: save the adapter again")
-    gates = losses = None
+    gates = None
     if logits:
         gates = tuple(torch.tensor([logits[layer] for layer in sorted(logits)], dtype=torch.float64).sigmoid().tolist())
     elif (folder / SEARCH_FILE).is_file():
-        selection = read_selection(folder / SEARCH_FILE)
-        gates, losses = tuple(selection.gates), None if selection.losses is None else tuple(selection.losses)
+        gates = tuple(read_selection(folder / SEARCH_FILE).gates)
     chosen = tuple(sorted(parameters))
     told = (read_note(folder).get("num_layers"), (config.get("made_for") or {}).get("layers"))
     return PromptMap(
@@ -93,5 +90,4 @@ def read_prompts(folder: str | Path) -> PromptMap:
         other_parameters=other,
         num_prompt_tokens=int(config.get("num_prompt_tokens", 0)),
         base_model=config.get("base_model_name_or_path") or None,
-        losses=losses,
     )

@@ -139,13 +139,13 @@ def prompts_table(prompts: PromptMap) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("layer", Text("total", style="bold"), justify="right")
     table.add_column("prompt", Text(f"{len(prompts.chosen)} new", style="bold"))
-    columns = [(name, numbers) for name, numbers in (("gate", prompts.gates), ("loss", prompts.losses)) if numbers is not None]
-    for name, _ in columns:
-        table.add_column(name, justify="right")
+    gates = prompts.gates
+    if gates is not None:
+        table.add_column("gate", justify="right")
     table.add_column("parameters", Text(f"{sum(prompts.parameters.values()):,}", style="bold"), justify="right")
     for layer in range(prompts.layers):
         new = layer in prompts.chosen
-        cells = [f"{numbers[layer]:.3f}" if layer < len(numbers) else "·" for _, numbers in columns]
+        cells = [] if gates is None else [f"{gates[layer]:.3f}" if layer < len(gates) else "·"]
         count = f"{prompts.parameters[layer]:,}" if new else "·"
         table.add_row(str(layer), prompts.role(layer), *cells, count, style="bold" if new and not prompts.hyper_network else "dim")
     return table
@@ -157,8 +157,6 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
     if prompts.other_parameters:
         stored += f", and {prompts.other_parameters:,} outside the generators"
     how = "fixed by the recipe" if prompts.gates is None else "chosen by the search"
-    if prompts.losses is not None:
-        how += ", by the losses with only some layers' gates open"
     if prompts.hyper_network:
         how = "the hyper-network of a search, which has not chosen yet"
     return [

@@ -192,7 +192,8 @@ class SelectivePrompts(Method):
         )
         if processes.is_main():
             selection.write(run.output / SEARCH_FILE)
-        run.progress.say(_line(selection))
+        chosen = ", ".join(f"{layer} ({selection.gates[layer]:.3f})" for layer in selection.layers)
+        run.progress.say(f"the search chose layers {chosen}")
         return selection
 
     def report(self, adapter: Path) -> Report:
@@ -213,13 +214,3 @@ def fixed_layers(choice: str, keep: int, layers: int, seed: int = 0) -> list[int
     if choice == "spread":
         return [i * layers // keep for i in range(keep)]
     return list(range(keep)) if choice == "first" else list(range(layers - keep, layers))
-
-
-def _line(selection: Selection) -> str:
-    """One line about what the search chose."""
-    gates = selection.gates
-    chosen = ", ".join(f"{layer} ({gates[layer]:.3f})" for layer in selection.layers)
-    others = [gate for layer, gate in enumerate(gates) if layer not in selection.layers]
-    if not others:
-        return f"the search chose all layers: {chosen}"
-    return f"the search chose layers {chosen}; the other gates are at most {max(others):.3f}"
