@@ -166,7 +166,7 @@ def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: 
     assert "the same command goes on from there, out.work.jsonl has what was found" in result.stderr
     assert not Path("out").exists()
     refused = gatewise(*words, "--base", "other")
-    assert_refused(refused, "out.work.jsonl is what an interrupted extraction with other settings left")
+    assert_refused(refused, "out.work.jsonl is not what an interrupted extraction with these settings left")
     stop = False
     del asked[2:]
     result = gatewise(*words)

@@ -331,22 +331,6 @@ def test_a_comment_stays_with_a_change_that_changes_nothing(session: Session) ->
     assert [entry.comment for entry in session.history(session.passage(1))] == ["", "is this the right dose?"]
 
 
-def test_no_comment_stops_the_history(session: Session) -> None:
-    """A line that can never be written would keep all that come after it from the disk."""
-    mine = By("ben", "w1", "x" * 4001)
-    for change in (
-        lambda: correct(session, 1, "ibuprofen", mine),
-        lambda: session.approve(1, 0, by=mine),
-        lambda: session.comment(1, mine),
-        lambda: session.paste(OTHER, by=mine),
-    ):
-        with pytest.raises(GatewiseError, match="the comment has"):
-            change()
-    session.approve(1, 0)
-    assert rows(session)[-1]["action"] == "approve"
-    assert len(session.passages) == 2
-
-
 @pytest.mark.parametrize("name", ["", " ", "x" * 101, "a\nb", "\x1b[2J", "\ud800"])
 def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(GatewiseError, match=r"the reviewer is .*, expected a name of at most 100 characters in one line"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gatewise_mdt.review import Review, Session
-from gatewise_mdt.review.server import ReviewServer, names_of
+from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import By
 from gatewise_mdt.review.users import OneUser, UserFile
 from mdt_trees import TEXT, gout
@@ -76,9 +76,6 @@ def test_a_name_that_is_taken_or_none_is_refused(users: UserFile, name: str) -> 
     assert users.path.read_bytes() == before
 
 
-HASHES = [sha256(bytes([i])).hexdigest() for i in range(3)]
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -87,9 +84,6 @@ HASHES = [sha256(bytes([i])).hexdigest() for i in range(3)]
         ("[]", "no list of reviewers"),
         ('{"Ada": "secret"}', "no list of reviewers"),
         ('{"Ada": {"token": "x"}}', "no list of reviewers"),
-        (json.dumps({"Ada": HASHES[0], "ADA": HASHES[1]}), "a reviewer already from whom"),
-        (json.dumps({"Ada": HASHES[0], "A d a": HASHES[1]}), "a reviewer already from whom"),
-        (json.dumps({" ": HASHES[0]}), "expected a name"),
     ],
 )
 def test_a_bad_file_is_one_sentence_and_lets_nobody_in(users: UserFile, content: str, said: str) -> None:
@@ -106,12 +100,6 @@ def test_no_file_lets_nobody_in(users: UserFile) -> None:
 
 
 # The names ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", ["https://review.clinic.example", "a/b", "", "a b", "*"])
-def test_what_is_no_name_is_refused(bad: str) -> None:
-    with pytest.raises(GatewiseError, match="--allow-host is"):
-        names_of([bad])
 
 
 def test_it_is_reached_under_allowed_names_by_http_and_https(session: Session, users: UserFile) -> None:
@@ -158,7 +146,6 @@ def test_a_comment_is_kept_and_makes_no_page_an_older_one(session: Session, user
     with serving(Review(session), users) as server:
         ada, bea = (Client(server.port, token) for token in tokens.values())
         assert ada("comment", number=1, comment="is <b>this</b> the dose?", window="a")[0] == 200
-        assert ada("comment", number=1, comment=" ") == (400, ada("comment", number=1)[1])
         assert ada("comment", number=9, comment="x")[0] == 400
         status, answer = bea("approve", number=1, version=0, approved=True, comment="checked")  # of the version seen before it
         assert status == 200

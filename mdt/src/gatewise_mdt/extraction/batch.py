@@ -75,14 +75,10 @@ class Journal:
         self._found: dict[tuple[str, str], deque[Extraction | GatewiseError]] = defaultdict(deque)
         rows = self._lines.read()
         self._begun = bool(rows)
-        if rows and rows[0].get("journal") != _FORMAT:
+        if rows and rows[0] != self._head:
             raise GatewiseError(
-                f"{path} is in the way, and is not what an interrupted extraction left: move it, or give another --out"
-            )
-        if rows and rows[0].get("settings") != self._head["settings"]:
-            raise GatewiseError(
-                f"{path} is what an interrupted extraction with other settings left ({rows[0].get('settings')}): give the same"
-                " command again to go on with it, or remove the file to begin anew"
+                f"{path} is not what an interrupted extraction with these settings left (it begins with {rows[0]}): give the same"
+                " command again to go on with it, or move the file to begin anew"
             )
         for number, row in enumerate(rows[1:], start=2):
             try:

@@ -328,8 +328,6 @@ def measure(
     Raises:
         GatewiseError: there are no records.
     """
-    if not records:
-        raise GatewiseError("there are no gold trees, expected at least one")
     # A tree without a triple names no relation, and so has no language of its own: as in training, its text says it.
     languages = [record.tree.language if record.tree.triples else None for record in records]
     found = extractor([record.text for record in records], language=languages, progress=progress)

@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -150,8 +151,9 @@ class ServedExtractor(Extracts):
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 found = json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            with error:
-                fault = f"{error.code}: {_error_message(error)}"
+            fault = str(error.code)
+            with suppress(OSError, http.client.HTTPException), error:
+                fault += f": {' '.join(error.read().decode(errors='replace').split())[:300]}"
             if error.code in (400, 413, 422) and body is not None:
                 raise _RefusedError(f"the server refused the passage ({fault})") from error
             advice = ": give the right key in GATEWISE_API_KEY" if error.code in (401, 403) else ""
@@ -178,17 +180,3 @@ def _is_tree(text: str) -> bool:
     except GatewiseError:
         return False
     return True
-
-
-def _error_message(answer: urllib.error.HTTPError) -> str:
-    """What an answer says of a fault, in a line."""
-    try:
-        content = answer.read()
-    except (OSError, http.client.HTTPException) as broken:
-        return reason_of(broken)
-    try:
-        error = json.loads(content)["error"]
-        message = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError, RecursionError):
-        message = content.decode(errors="replace")
-    return " ".join(str(message).split())[:300]

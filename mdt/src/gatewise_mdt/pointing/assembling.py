@@ -44,7 +44,7 @@ def _groups_by_sets(scores: _Scores) -> list[list[int]]:
     parts = _subsets(n)
     for held in range(1, 1 << n):
         rest = held & (held - 1)
-        inside[held] = inside[rest] + scores[_first(held), _members(rest)].sum()
+        inside[held] = inside[rest] + scores[_members(held)[0], _members(rest)].sum()
         groups = parts[rest] | (held ^ rest)  # the group of the first member: with any of the others
         found = inside[groups] + best[held ^ groups]
         at = int(found.argmax())
@@ -183,10 +183,6 @@ def _numbers(scores: Sequence[Any], shape: tuple[int, ...]) -> _Scores:
 
 def _members(held: int) -> list[int]:
     return [i for i in range(held.bit_length()) if held >> i & 1]
-
-
-def _first(held: int) -> int:
-    return (held & -held).bit_length() - 1
 
 
 def _subsets(n: int) -> list[NDArray[np.int64]]:

@@ -43,7 +43,7 @@ def phrases(heads: PointingHeads, units: UnitStates) -> list[Found]:
     likely = marginals(scores, lengths)
     found = []
     for row, spans in enumerate(best_phrases(scores, lengths)):
-        logs = tuple(_log(float(likely[row, begin, end - begin - 1, kind])) for begin, end, kind in spans)
+        logs = tuple(math.log(max(float(likely[row, begin, end - begin - 1, kind]), 1e-12)) for begin, end, kind in spans)
         found.append(Found(Pointed(tuple(Mention(*one) for one in spans), (), (), (), (), -1, ()), logs))
     return found
 
@@ -135,10 +135,6 @@ def _assembled(
             if child != EMPTY:
                 logs[child] += by_node[node][side][child]
     return replace(found, pointed=replace(one, joins=told, root=root, children=children), joins=sure, arcs=tuple(logs))
-
-
-def _log(probability: float) -> float:
-    return math.log(max(probability, 1e-12))
 
 
 def _log_sigmoid(x: float) -> float:

@@ -168,14 +168,8 @@ def _found(heads: PointingHeads, units: UnitStates) -> list[Found | GatewiseErro
     counts = [len(one.pointed.mentions) for one in found]
     few = [Found(NOTHING) if count > MOST_PHRASES else one for one, count in zip(found, counts, strict=True)]
     made = decoding.trees(heads, units, decoding.nodes(heads, units, few))
-    return [_too_many(count) if count > MOST_PHRASES else one for one, count in zip(made, counts, strict=True)]
-
-
-def _too_many(count: int) -> GatewiseError:
-    return GatewiseError(
-        f"{count} phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages, or train the "
-        "model longer"
-    )
+    said = f"phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages"
+    return [GatewiseError(f"{count} {said}") if count > MOST_PHRASES else one for one, count in zip(made, counts, strict=True)]
 
 
 def load_extractor(

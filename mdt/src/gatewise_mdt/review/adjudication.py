@@ -49,8 +49,6 @@ def prepare(agreement: Agreement, out: Path, reviewer: str | None = None) -> lis
     check_new(out)
     session = Session.open(None, out, reviewer=reviewer)
     try:
-        if session.passages:
-            check_new(out)  # somebody was faster
         session.add(list(_passages(agreement)))
         saved = session.save()
     finally:

@@ -250,8 +250,6 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
         before = Passage(entry.passage, row["text"], now, row["more"])
     past = before.past[:-1] if entry.action == "undo" else before.with_version(now).past
     made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
-    if not isinstance(made.text, str) or not made.text.strip() or not isinstance(made.more, dict):
-        raise GatewiseError(f"passage {entry.passage} has no text")
     beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
     return replace(made, version=entry.version, beside=beside, extractions=extractions)
 
@@ -261,9 +259,6 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         return None
     if held["state"] not in STATES or (held["tree"] is None) != (held["state"] == "empty"):
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
-    for name in ("extraction", "reviewed"):
-        if not isinstance(held.get(name), dict | None):
-            raise GatewiseError("what is said of a tree is no object")
     nodes, confidence = None if held["tree"] is None else check_shape(held["tree"]), confidence_values(held.get("confidence"))
     return Version(
         nodes,

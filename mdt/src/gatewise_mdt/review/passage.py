@@ -171,7 +171,7 @@ class Passage:
         known = {id(node): sure for node, sure in zip(self.now.nodes, self.now.confidence or (), strict=False)}
         confidence = tuple(known.get(id(node)) for node in nodes)
         made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed)
-        return self.with_version(made._replace(confidence=confidence if any(map(_is_known, confidence)) else None).after(self.now))
+        return self.with_version(made._replace(confidence=confidence if set(confidence) - {None} else None).after(self.now))
 
     def set_approval(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
@@ -282,10 +282,6 @@ class Passage:
             more["review"] = version.state
             more |= {} if version.reviewed is None else {"reviewed": version.reviewed}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
-
-
-def _is_known(confidence: float | None) -> bool:
-    return confidence is not None
 
 
 def ids_of(held: Sequence[Passage | TreeRecord]) -> list[str]:

@@ -61,20 +61,8 @@ _HEADERS = {
 
 
 def names_of(given: Iterable[str], host: str = HOST) -> frozenset[str]:
-    """The names under which a server is reached: the loopback ones, the host, and those that were given. Ports do not count.
-
-    Raises:
-        GatewiseError: one of them is no name.
-    """
-    names = {HOST, "localhost", "[::1]", host.lower()}
-    for one in given:
-        if not re.fullmatch(r"[\w.:\[\]-]+", one):
-            raise GatewiseError(
-                f"--allow-host is {one[:100]!r}, expected the name by which browsers reach the review, such as"
-                " review.clinic.example"
-            )
-        names.add(_without_port(one))
-    return frozenset(names)
+    """The names under which a server is reached: the loopback ones, the host, and those that were given. Ports do not count."""
+    return frozenset({HOST, "localhost", "[::1]", host.lower(), *map(_without_port, given)})
 
 
 def _without_port(host: str) -> str:

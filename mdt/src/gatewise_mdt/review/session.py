@@ -22,10 +22,9 @@ from gatewise_mdt.review import carrying, edits
 from gatewise_mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise_mdt.review.merging import merge
 from gatewise_mdt.review.passage import Passage, Version, with_ids
-from gatewise_mdt.review.sources import read_source, source_of, source_of_text
+from gatewise_mdt.review.sources import read_source, source_of
 
-_MOST_PASSAGES = 5000
-_LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
+_LONGEST_NAME = 100
 
 
 class OldPageError(GatewiseError):
@@ -190,8 +189,7 @@ class Session:
         Raises:
             GatewiseError: there is no passage in it.
         """
-        passages, notes = source_of_text(text, population)
-        return self.add([(passage, by.comment) for passage in passages], by), notes
+        return self.load(text.encode(errors="replace"), "pasted text.txt", population, by)
 
     def load(self, content: bytes, name: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
         """Adds a document, or the records of a file of trees; and says what of it could not be read or was left out.
@@ -203,14 +201,8 @@ class Session:
         return self.add([(passage, by.comment) for passage in passages], by), notes
 
     def add(self, passages: Sequence[tuple[Passage, str]], by: By = NOBODY) -> list[Passage]:
-        """Adds passages with their trees, and with what the history is to say of each.
-
-        Raises:
-            GatewiseError: there would be too many.
-        """
+        """Adds passages with their trees, and with what the history is to say of each."""
         with self._lock:
-            if len(self._passages) + len(passages) > _MOST_PASSAGES:
-                raise GatewiseError(f"this would make more than {_MOST_PASSAGES} passages: start a review of its own for this text")
             added = with_ids([*self.passages, *(passage for passage, _ in passages)])[len(self._passages) :]
             added = self._numbered(added)
             said = [by._replace(comment=comment) for _, comment in passages]
@@ -277,13 +269,7 @@ class Session:
         return self._change("leave", number, version, by, lambda passage, _: passage.settle_extraction(extraction, False))
 
     def comment(self, number: int, by: By) -> Passage:
-        """Keeps what somebody says of a passage, which is no change of it: the version that others see stays the present one.
-
-        Raises:
-            GatewiseError: they say nothing.
-        """
-        if not by.comment.strip():
-            raise GatewiseError("the comment is empty: write what there is to say of this passage")
+        """Keeps what somebody says of a passage, which is no change of it: the version that others see stays the present one."""
         with self._lock:
             return self._change("comment", number, self.passage(number).version, by, lambda passage, _: passage)
 
@@ -339,8 +325,6 @@ class Session:
     def _entry(self, action: str, by: By, passage: Passage | None = None, time: str | None = None) -> Entry:
         if by.reviewer:
             by = by._replace(reviewer=checked_name(by.reviewer))
-        if len(by.comment) > _LONGEST_COMMENT:
-            raise GatewiseError(f"the comment has {len(by.comment)} characters, expected at most {_LONGEST_COMMENT}")
         about = {} if passage is None else {"passage": passage.number, "version": passage.version}
         return Entry(time or _now(), by.reviewer or self.reviewer, action, **about, comment=by.comment, window=by.window)
 

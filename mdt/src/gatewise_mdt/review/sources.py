@@ -54,19 +54,6 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         raise GatewiseError(
             f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
         )
-    return _document(content, name, suffix, population)
-
-
-def source_of_text(text: str, population: str | None = None) -> Source:
-    """The passages of a text that somebody pasted.
-
-    Raises:
-        GatewiseError: there is no passage in it.
-    """
-    return _document(text.encode(errors="replace"), "pasted text", ".txt", population)
-
-
-def _document(content: bytes, name: str, suffix: str, population: str | None) -> Source:
     document = document_of(content, name, suffix)
     made = []
     for passage in split_passages(document, population=population or None):

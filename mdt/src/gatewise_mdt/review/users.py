@@ -50,20 +50,15 @@ class UserFile:
         """The names with their hashes.
 
         Raises:
-            GatewiseError: there is no such file, it is no list of reviewers, or two of them cannot be told apart.
+            GatewiseError: there is no such file, or it is no list of reviewers.
         """
         try:
-            held = _NAMES.validate_json(content_of(self.path))
+            return _NAMES.validate_json(content_of(self.path))
         except ValidationError as error:
             raise GatewiseError(
                 f"{self.path} is no list of reviewers ({error.errors()[0]['msg']}): expected a JSON object of names with the"
                 " SHA-256 of their tokens"
             ) from error
-        names: dict[str, str] = {}
-        for name, digest in held.items():
-            self._check_free(name, names)
-            names[name] = digest
-        return names
 
     def add(self, name: str) -> str:
         """Adds a person and gives their token back, which is kept nowhere.
@@ -74,19 +69,15 @@ class UserFile:
         name = checked_name(name)
         token = secrets.token_urlsafe(24)
         names = self.read() if os.path.exists(self.path) else {}
-        self._check_free(name, names)
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.chmod(self.path, 0o600)
-        return token
-
-    def _check_free(self, name: str, others: dict[str, str]) -> None:
-        checked_name(name)
-        if _folded(name) in map(_folded, others):
+        if _folded(name) in map(_folded, names):
             raise GatewiseError(
                 f"{self.path} has a reviewer already from whom {name!r} cannot be told: take another name, or take that entry out"
                 " to give a new token"
             )
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.chmod(self.path, 0o600)
+        return token
 
 
 def _owner(token: str, hashes: dict[str, str]) -> str | None:
