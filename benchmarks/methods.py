@@ -21,11 +21,13 @@ import torch
 from benchmark_data import load_task, teacher_forced
 from campaign import campaign, spread
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from rich.console import Console
+from transformers import TrainingArguments, set_seed
 
 from gatewise import ConstantBudget, Cubic, RankAllocation
 from gatewise.allocation.slots import ranks
 from gatewise.models import load_model, load_tokenizer
+from gatewise.progress import ConsoleProgress
 from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
 from gatewise.runs.trainer import RecipeTrainer
 from gatewise.sites import kind_key, site
@@ -84,13 +86,6 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     collator = PadCollator(tokenizer)
     allocation = allocation_of(method, s, collator(held_out), seed)
 
-    class Told(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in (logs or {}):
-                print(
-                    f"  step {state.global_step}: loss {float(logs['loss']):.4f}, {time.perf_counter() - began:.0f} s", flush=True
-                )
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -112,7 +107,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             eval_dataset=held_out,
             collator=collator,
             note={},
-            callbacks=[*([allocation] if allocation else []), *([AdaLoraSchedule()] if is_adalora(method) else []), Told()],
+            callbacks=[
+                *([allocation] if allocation else []),
+                *([AdaLoraSchedule()] if is_adalora(method) else []),
+                ConsoleProgress(Console()),
+            ],
             group_by_length=True,
         )
         began = time.perf_counter()

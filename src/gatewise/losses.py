@@ -312,6 +312,20 @@ def soft_prompt(model: nn.Module) -> Any | None:
     return config if config is not None and config.is_prompt_learning else None
 
 
+def text_positions(model: Any) -> int:
+    """How many tokens of a text the positions of a base model allow; 2**31 where its configuration names no number.
+
+    RoBERTa and its kin begin to count behind the padding token's number, so the first entries of their table are no text's.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    tables = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+    ]
+    return min([positions, *tables])
+
+
 def prompt_length(model: nn.Module) -> int:
     """How many of the model's positions PEFT's soft prompt takes; 0 for other adapters."""
     config = soft_prompt(model)

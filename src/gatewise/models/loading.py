@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,6 +18,7 @@ from transformers import (
 
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
+from gatewise.losses import text_positions
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.embedded import EMBEDDED, fetch, nearest
 from gatewise.progress import quiet
@@ -188,20 +188,6 @@ def names_in(config: Any) -> list[str] | None:
     """What a Transformers configuration calls the classes of a classifier, in order; None where it only counts them."""
     names = [str(config.id2label[at]) for at in sorted(config.id2label)]
     return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
-
-
-def text_positions(model: PreTrainedModel) -> int:
-    """How many tokens of a text the positions of a base model allow; 2**31 where its configuration names no number.
-
-    RoBERTa and its kin begin to count behind the padding token's number, so the first entries of their table are no text's.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    tables = [
-        module.num_embeddings - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
-    ]
-    return min([positions, *tables])
 
 
 def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

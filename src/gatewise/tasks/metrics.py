@@ -22,8 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from gatewise.errors import GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import generate_after
-from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
-from gatewise.models.loading import text_positions
+from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length, text_positions
 from gatewise.tasks.encoding import (
     PadCollator,
     Template,

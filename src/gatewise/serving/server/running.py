@@ -8,8 +8,9 @@ from typing import Any
 import uvicorn
 
 from gatewise.errors import GatewiseError
+from gatewise.losses import text_positions
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.loading import load_model, load_tokenizer, text_positions
+from gatewise.models.loading import load_model, load_tokenizer
 from gatewise.serving.constraints import Constraint
 from gatewise.serving.server.app import app
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
