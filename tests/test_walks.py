@@ -14,7 +14,7 @@ FILES = {
     "counter.py": """
 from dataclasses import dataclass
 
-from shop.shelf import Shelf, fill, numbers, total
+from shop.shelf import Shelf, numbers, total
 
 def called_in_import():
     return [total([1]) for _ in range(2)]
@@ -37,10 +37,6 @@ def lend():
     class Slip:
         pass
     return [Price(number).doubled() for number in numbers()]
-
-def again():
-    sell()
-    fill()
 """,
     "shelf.py": """
 class Shelf:
@@ -56,26 +52,13 @@ def total(values):
 def numbers():
     yield 1
     yield 2
-
-def fill():
-    import shop.late
-    return shop.late.fetch()
-""",
-    "late.py": """
-def prepare():
-    return 1
-
-PREPARED = prepare()
-
-def fetch():
-    raise KeyError
 """,
 }
 
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """A package of three files, of which two are imported."""
+    """A package of two files."""
     folder = tmp_path / "shop"
     folder.mkdir()
     for name, text in FILES.items():
@@ -117,24 +100,6 @@ def test_a_generator_that_goes_on_is_not_called_again(shop):
     # lend, numbers, doubled, (numbers goes on), doubled; neither the class Slip nor the dataclass's __init__.
     assert names(trace) == {"counter.py": ["lend", "Price.doubled"], "shelf.py": ["numbers"]}
     assert trace.changes == 2
-
-
-def test_an_import_within_the_walk_and_an_error(shop):
-    counter = import_module("shop.counter")
-
-    def walk():
-        with pytest.raises(KeyError):
-            counter.again()
-        counter.sell()
-
-    trace = traced(shop, walk)
-    # again, sell | __init__, total, size, fill | fetch | sell | __init__ ...: prepare was called by the import.
-    assert names(trace) == {
-        "counter.py": ["again", "sell"],
-        "shelf.py": ["Shelf.__init__", "total", "Shelf.size", "fill"],
-        "late.py": ["fetch"],
-    }
-    assert trace.changes == 4
 
 
 def test_the_walks_find_their_way_into_this_checkout():
