@@ -19,7 +19,9 @@ LimitOption = Annotated[int | None, typer.Option(help="Measure on the first rows
 
 def print_table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table whose first columns, called ``left``, are words, and whose others are numbers."""
-    table = Table(*left, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=name == left[0])
     for name in right:
         table.add_column(name, justify="right")
     for row in rows:
