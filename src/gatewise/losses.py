@@ -27,7 +27,7 @@ _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image"
 
 
 def inside(model: nn.Module) -> nn.Module:
-    """Unwraps a model that DDP or DeepSpeed has wrapped; returns any other as it is."""
+    """Unwraps a model that DDP or DeepSpeed has wrapped; returns any other unchanged."""
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         return model.module  # type: ignore[return-value]
     return model
@@ -254,7 +254,7 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
 
 
 def labelled_microbatches(batches: Sequence[Batch], max_tokens: int, kind: LossKind) -> list[dict[str, Any]]:
-    """The ``microbatches`` of several batches, without the rows that no loss can be taken of: a text cut too short has no label.
+    """The ``microbatches`` of several batches, without rows that have no label, such as a text cut too short.
 
     Without any label at all they are left as they are, and the loss says so.
     """

@@ -153,7 +153,7 @@ Costs = Mapping[str, int]
 
 
 class Plan(NamedTuple):
-    """One round's decision. A rule of one's own may return any pair of two such mappings.
+    """One round's decision. Your own rule may return any pair of two such mappings.
 
     Attributes:
         pruned: module -> positions among its live ranks to switch off; only modules that lose some.

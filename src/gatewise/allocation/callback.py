@@ -51,7 +51,7 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     Args:
         score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
-            first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA); or one's own, as a ``gatewise.scores.Score``, as
+            first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA); or your own, as a ``gatewise.scores.Score``, as
             "module:function", or as a function (model, batch, adapter=...) -> path -> one number a live rank, higher for ranks
             worth keeping, and zero for one that does nothing.
         schedule: ``gatewise.ConstantBudget(...)``, ALoRA's: what is pruned is given to other modules; or ``gatewise.Cubic(...)``,
@@ -263,7 +263,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         if state.is_world_process_zero and args.output_dir:
             self.save(Path(args.output_dir, "" if self._name == "default" else self._name))
 
-    # The same for training loops of one's own.
+    # The same for your own training loop.
 
     def finish(self, model: PeftModel) -> dict[str, int]:
         """Compacts the adapter to its true ranks, once. Call it yourself if training was interrupted.

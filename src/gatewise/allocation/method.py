@@ -36,8 +36,8 @@ def _score(value: str) -> str:
 class AllocationSection(Section):
     """The rounds of ALoRA, see ``gatewise.RankAllocation``.
 
-    ``score`` names a file in ``gatewise/allocation/scores``, or a function of one's own as module:function, and ``rule`` a
-    function of one's own for who is pruned and who grows. With ``schedule: cubic`` every module starts with ``init_r`` ranks
+    ``score`` names a file in ``gatewise/allocation/scores``, or your own function as module:function, and ``rule`` your
+    own function for who is pruned and who grows. With ``schedule: cubic`` every module starts with ``init_r`` ranks
     (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that
     ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
     """

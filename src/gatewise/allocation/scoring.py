@@ -76,10 +76,10 @@ class Score:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    def of(self, model: Any, batch: Any, adapter: str | None, **told: Any) -> Any:
-        """The scores of an adapter's ranks, with ``options`` and what the function ``takes`` of what is told; None is not told."""
-        told = {name: value for name, value in told.items() if name in self.takes and value is not None}
-        return self.function(model, batch, adapter=adapter, **{**told, **(self.options or {})})
+    def of(self, model: Any, batch: Any, adapter: str | None, **more: Any) -> Any:
+        """The scores of an adapter's ranks, with ``options`` and those of ``more`` that the function ``takes`` and are not None."""
+        taken = {name: value for name, value in more.items() if name in self.takes and value is not None}
+        return self.function(model, batch, adapter=adapter, **{**taken, **(self.options or {})})
 
 
 class GateBank:
@@ -356,12 +356,12 @@ def gate_gradients(model: nn.Module, parts: Parts, leaves: Mapping[str, Tensor])
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     loss, labels = 0.0, 0
     for part in parts.own:
-        sums, counts = row_losses(model, part)
-        gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
+        own, counts = row_losses(model, part)
+        gradients = torch.autograd.grad(own.sum(), list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
-        loss, labels = loss + float(sums.sum().detach()), labels + int(counts.sum())
-    (told,) = parts.total(torch.tensor([loss, labels], dtype=torch.float32 if parts.device.type == "mps" else torch.float64))
-    loss, labels = told.tolist()
+        loss, labels = loss + float(own.sum().detach()), labels + int(counts.sum())
+    (sums,) = parts.total(torch.tensor([loss, labels], dtype=torch.float32 if parts.device.type == "mps" else torch.float64))
+    loss, labels = sums.tolist()
     return {name: value / labels for name, value in zip(leaves, parts.total(*total.values()), strict=True)}, loss / labels

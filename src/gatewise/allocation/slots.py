@@ -111,8 +111,8 @@ def left_alone(model: nn.Module, adapter: str) -> list[str]:
 
     Of ``nn.MultiheadAttention``, which has a LoRA layer inside, the path of the whole.
     """
-    held = _holders(model, adapter)
-    return [path for path in _targeted(model, adapter) if path not in held and ".base_layer" not in path]
+    movable = _holders(model, adapter)
+    return [path for path in _targeted(model, adapter) if path not in movable and ".base_layer" not in path]
 
 
 def check_movable(model: nn.Module, name: str) -> None:
@@ -138,7 +138,7 @@ def check_movable(model: nn.Module, name: str) -> None:
 
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
-    """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
+    """True if a LoRA layer changes its base module even without ranks: by DoRA's magnitude, or a bias on B."""
     variant = layer.lora_variant.get(adapter)
     # aLoRA is plain LoRA from some token on: without ranks it changes nothing.
     changes = variant is not None and not type(variant).__name__.startswith("ALora")
@@ -146,8 +146,8 @@ def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
 
 
 def keep_a_rank(model: PeftModel, name: str) -> bool:
-    """Whether no module of an adapter may lose its last rank in rounds: those with a magnitude or a trained bias stay in it without
-    ranks, and are written with a rank of zeros, which no budget would count."""
+    """True if every module must keep a rank in rounds: one with a magnitude or a trained bias stays in the adapter without ranks,
+    and is written with a rank of zeros, which no budget would count."""
     layers = [layer for layer in _holders(model, name).values() if not isinstance(layer, ParamWrapper)]
     return any(_stays_without_ranks(model, layer, name) for layer in layers)
 

@@ -1,10 +1,10 @@
-"""A Transformers model of one's own around another one: what Transformers asks a model's class for is what the other one can do."""
+"""Base class of your own Transformers model around another one: it can do what Transformers says that the other one can."""
 
 from transformers import PreTrainedModel
 
 
 class ModelAround(PreTrainedModel):
-    """Base class of a model that has another one inside, such as an encoder with heads of one's own.
+    """Base class of a model that has another one inside, such as an encoder with your own heads.
 
     Args:
         inner: has chosen its attention and experts already; its configuration is the whole model's.

@@ -25,7 +25,7 @@ _COMPUTE_BY_MODE = ("bitsandbytes.nn", "gptqmodel.nn_modules")
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module itself, not one inside it, has quantised weights."""
+    """True if a module itself, not one inside it, has quantised weights."""
     return any(map(_holds_quantised_numbers, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))
 
 
@@ -102,7 +102,7 @@ def _recomputed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _asks_for_mode(kind: type) -> bool:
-    """Whether a method of a layer's class reads ``self.training``."""
+    """True if a method of a layer's class reads ``self.training``."""
     between = kind.__mro__[: kind.__mro__.index(GradientCheckpointingLayer)]
     own = (inspect.unwrap(one) for cls in between for one in vars(cls).values() if inspect.isfunction(one))
     return any("training" in one.__code__.co_names for one in own)

@@ -1,4 +1,4 @@
-"""What FSDP and Accelerate are told so that an adapter stays whole while its base model is sharded.
+"""How FSDP and Accelerate are set so that an adapter stays whole while its base model is sharded.
 
 LoRA factors that FSDP2 cuts up (DTensors) can be neither pruned nor grown, and gates on them cannot be scored. They are small: left
 out of the sharding, every process holds them whole, as under DDP, and only their gradients have to be averaged.

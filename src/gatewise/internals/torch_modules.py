@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a hook of the module's own sees, and may keep, what its ``forward`` has made."""
+    """True if the module has a hook that sees, and may keep, the output of its ``forward``."""
     return bool(module._forward_hooks)
 
 
 def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:
-    """Whether an adapter's three modules do nothing to x but multiply by two matrices, without hooks that see it."""
+    """True if an adapter's three modules do nothing to x but multiply by two matrices, without hooks that see it."""
     if any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in (dropout, first, second)):
         return False
     if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
@@ -33,14 +33,14 @@ def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor)
 
 
 class WeightSnapshot:
-    """A linear module's weight as it is now, to find out later whether it has changed."""
+    """Remembers a linear module's weight, to tell later if it has changed."""
 
     def __init__(self, module: nn.Linear) -> None:
         self._held, self._weight = module._parameters, module.weight
         self._version = _version(module.weight)
 
     def has_changed(self) -> bool:
-        """Whether the module has another weight, or something was written into this one, unless through ``.data``."""
+        """True if the module has another weight now, or this one was written to, other than through ``.data``."""
         return self._held["weight"] is not self._weight or _version(self._weight) != self._version
 
 

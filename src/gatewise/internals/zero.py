@@ -1,8 +1,8 @@
-"""What DeepSpeed's ZeRO shards of an adapter, and how a rank is taken out of it and put in.
+"""What DeepSpeed's ZeRO shards of an adapter, and how a rank is pruned and grown in it.
 
 Under ZeRO the optimiser steps flat float32 tensors. Each holds this process's pieces of many parameters, one after the other: the
 master copy, of which the parameters that the model computes with are copies. The optimiser's state has the same shape. Under ZeRO-2
-every process has all parameters whole; ZeRO-3 cuts those up too, but for the ones that are told to persist.
+every process has all parameters whole; ZeRO-3 cuts those up too, except those that are set to persist.
 
 Read in DeepSpeed 0.19.
 """
@@ -265,5 +265,5 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _is_sharded(value: Any, flat: Tensor) -> bool:
-    """Whether a part of the optimiser's state has a number for each of the flat tensor's, unlike a step count."""
+    """True if a part of the optimiser's state has a number for each of the flat tensor's, unlike a step count."""
     return isinstance(value, Tensor) and value.shape == flat.shape
