@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import sys
 from threading import Thread
 
@@ -44,6 +45,22 @@ def test_a_folder_is_replaced_in_one_go(tmp_path):
         (part / "two").write_text("2")
     assert [p.name for p in target.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "value.json", 1)
+    for _ in range(2):
+        with whole_folder(tmp_path / "out", replace=True) as part:
+            (part / "one").write_text("1")
+    assert sorted(os.listdir(tmp_path)) == ["out", "value.json"]
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MBartConfig,
     MBartForConditionalGeneration,
 )
@@ -35,6 +37,12 @@ def test_totals_are_the_models_own_loss(batch, family, side):
     for row in range(len(sums)):
         one = {key: value[row : row + 1] for key, value in data.items()}
         torch.testing.assert_close(sums[row] / counts[row], model(**one).loss)
+
+
+def test_a_decoder_whose_model_says_nowhere_what_it_reads(batch):
+    sizes = {name: size for name, size in tiny_base("bart").config.to_dict().items() if name in M2M100Config().to_dict()}
+    model = M2M100ForConditionalGeneration(M2M100Config(**sizes | {"model_type": "m2m_100"})).eval()
+    assert_same_loss(model, batch("bart"))
 
 
 def test_a_decoder_that_reads_its_last_label_first(batch):

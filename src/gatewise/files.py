@@ -142,12 +142,15 @@ def _try(path: str | Path) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk."""
+    """Waits until a file's content, or the names in a folder, are on disk; not every file system can do so for folders."""
     if sys.platform == "win32" and path.is_dir():  # which has nothing of the kind
         return
     handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

@@ -195,12 +195,20 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     if kind == "causal":
         labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     elif kind == "seq2seq" and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-        inputs["decoder_input_ids"] = base_of(model).prepare_decoder_input_ids_from_labels(labels)
+        inputs["decoder_input_ids"] = _read_by_decoder(base_of(model), labels)
     mask = labels != IGNORED
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
     logits = labelled_logits(model, inputs, mask, prompt)
     return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
+
+
+def _read_by_decoder(model: Any, labels: Tensor) -> Tensor:
+    """(b, t) what the decoder of an encoder-decoder model reads to predict ``labels``: mostly a start token and the labels."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # not Whisper and NLLB
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    shifted = F.pad(labels, (1, 0), value=model.config.decoder_start_token_id)[:, :-1]
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False) -> float:

@@ -166,8 +166,12 @@ def test_an_interrupted_conversion_leaves_nothing(shelve: Callable[..., Embedded
         fetch("toy")
     assert left_in_cache() == []
 
-    monkeypatch.setattr(convert_module, "convert_gguf", lambda _, out: (out / "config.json").write_bytes(b"{}"))
+    def for_its_owner(_: Path, out: Path) -> None:
+        (out / "config.json").touch(mode=0o600)
+
+    monkeypatch.setattr(convert_module, "convert_gguf", for_its_owner)
     folder = fetch("toy")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # for all whom the cache serves
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "gatewise.json"]  # the GGUF is not kept
 
 
@@ -257,6 +261,7 @@ def test_resolve_keeps_folders_and_hub_ids(tmp_path: Path) -> None:
     assert resolve(tmp_path) == str(tmp_path)
     assert resolve("gpt2") == "gpt2"
     assert resolve("org/model") == "org/model"
+    assert resolve("google/gemma-3-270m") == "google/gemma-3-270m"
 
 
 def test_the_folder_of_a_model_is_also_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,8 @@ def _build(model: EmbeddedModel, made: Path, say: Progress) -> None:
         "source": model.source,
     }
     (made / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    for file in made.iterdir():  # safetensors writes for its owner alone, but GATEWISE_CACHE may serve a group
+        shutil.copymode(made / MARKER, file)
     say(f"{model.name} is ready")
 
 

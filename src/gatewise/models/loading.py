@@ -49,7 +49,7 @@ def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: C
         return str(fetch(text, accept_terms=accept_terms, progress=progress))
     if text and Path(text).expanduser().is_dir():
         return str(Path(text).expanduser())
-    if near := nearest(text):
+    if "/" not in text and (near := nearest(text)):
         raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
     return text
 
