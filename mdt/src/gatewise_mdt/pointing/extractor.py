@@ -32,7 +32,7 @@ from gatewise_mdt.extraction.extractor import (
 from gatewise_mdt.pointing import decoding
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.decoding import Found
-from gatewise_mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
+from gatewise_mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts, without_autocast
 from gatewise_mdt.pointing.targets import NOTHING, preorder, tree_of, unplaced
 from gatewise_mdt.pointing.units import Units
@@ -140,9 +140,14 @@ class PointingExtractor(Extracts):
         batch = {key: value.to(device) for key, value in collate(list(rows.values())).items()}
         states = self.model(**batch).states
         with without_autocast(states):
-            found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])))
-        for i, its in zip(rows, found, strict=True):
-            made[i] = its if isinstance(its, GatewiseError) else make(texts[i], Units.of(texts[i].text), its)
+            unit_states = heads.units(states, UnitPlaces.of(batch["units"]))
+            phrases = decoding.phrases(heads, unit_states)
+            few = [Found(NOTHING) if len(one.pointed.mentions) > MOST_PHRASES else one for one in phrases]
+            found = decoding.trees(heads, unit_states, decoding.nodes(heads, unit_states, few))
+        said = f"phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages"
+        for i, its, before in zip(rows, found, phrases, strict=True):
+            count = len(before.pointed.mentions)
+            made[i] = make(texts[i], Units.of(texts[i].text), its) if count <= MOST_PHRASES else GatewiseError(f"{count} {said}")
         return made
 
     def _tree(self, text: Text, units: Units, found: Found) -> Extraction:
@@ -161,15 +166,6 @@ class PointingExtractor(Extracts):
                 warnings.append(f"{unsure} of the {len(known)} nodes {are} more likely wrong than right")
         absent, told = absent_triples(text.text, tree), made_with(self.model, self.base, self.adapter, {"pointing": True})
         return Extraction(text.text, tree, text.language, absent, tuple(warnings), made_with=told, confidence=confidence)
-
-
-def _found(heads: PointingHeads, units: UnitStates) -> list[Found | GatewiseError]:
-    found = decoding.phrases(heads, units)
-    counts = [len(one.pointed.mentions) for one in found]
-    few = [Found(NOTHING) if count > MOST_PHRASES else one for one, count in zip(found, counts, strict=True)]
-    made = decoding.trees(heads, units, decoding.nodes(heads, units, few))
-    said = f"phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages"
-    return [GatewiseError(f"{count} {said}") if count > MOST_PHRASES else one for one, count in zip(made, counts, strict=True)]
 
 
 def load_extractor(

@@ -28,7 +28,6 @@ from gatewise_mdt.review.passage import STATES, Passage, Version
 
 SUFFIX = ".review.jsonl"
 _FORMAT = 4  # of the history
-_FORMATS = (3, _FORMAT)  # that are read
 
 
 class Entry(NamedTuple):
@@ -230,7 +229,7 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
         draft.entries.append(entry)
         draft.last = max(draft.last, entry.passage)
         if entry.action == "open":
-            if row["format"] not in _FORMATS:
+            if row["format"] not in (3, _FORMAT):
                 raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
             draft.passages = held = {number: held[number] for number in row["passages"]}
         elif entry.action == "remove":  # of histories of format 3

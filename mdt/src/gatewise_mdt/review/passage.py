@@ -21,13 +21,13 @@ from gatewise_mdt.tree import DecisionTree
 State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
+# The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
+# "place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
+# "reviewed" who had approved or corrected it there, where nobody has yet for the newer text.
 CARRIED_KEY = "carried"
-"""The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
-"place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
-"reviewed" who had approved or corrected it there, where nobody has yet for the newer text."""
+# The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
+# "reviewed", what their records said under this key, and "agreed", whether both had the same tree.
 ADJUDICATED_KEY = "adjudicated"
-"""The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
-"reviewed", what their records said under this key, and "agreed", whether both had the same tree."""
 _MOST_STEPS = 200
 # What is said of one version of a tree, and is no longer true of the next.
 _OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", "review", "extraction", "reviewed", "confidence")

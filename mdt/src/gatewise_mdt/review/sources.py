@@ -12,12 +12,10 @@ from gatewise_mdt.records import SUFFIXES, trees_of
 from gatewise_mdt.review.passage import Passage, passage_of
 from gatewise_mdt.samples import NAME, sample
 
-Source = tuple[list[Passage], list[str]]
-"""Passages to review, and what could not be read, was left out or was put right, a sentence each."""
 
-
-def read_source(file: str, *, population: str | None = None, repair: bool = False) -> Source:
-    """The passages of a document, or the records of a file of trees.
+def read_source(file: str, *, population: str | None = None, repair: bool = False) -> tuple[list[Passage], list[str]]:
+    """The passages of a document, or the records of a file of trees; and what could not be read, was left out or was put right, a
+    sentence each.
 
     Args:
         file: a path, or "sample:guidelines".
@@ -34,7 +32,7 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
     return source_of(content_of(file), file, population=population, repair=repair)
 
 
-def source_of(content: bytes, name: str, *, population: str | None = None, repair: bool = False) -> Source:
+def source_of(content: bytes, name: str, *, population: str | None = None, repair: bool = False) -> tuple[list[Passage], list[str]]:
     """Like :func:`read_source`, from the content of a file.
 
     Raises:
