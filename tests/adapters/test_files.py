@@ -120,6 +120,7 @@ def test_patterns_match_as_peft_matches_them(stabilised: bool, tmp_path: Path) -
         ({"peft_type": "PREFIX_TUNING"}, "peft_type is PREFIX_TUNING, expected a LoRA adapter"),
         ({"lora_alpha": "big"}, "has ranks or alphas that PEFT cannot use"),
         ({"rank_pattern": [1]}, "has ranks or alphas that PEFT cannot use"),
+        ({"rank_pattern": {"q_proj": 0}}, "has ranks or alphas that PEFT cannot use"),
         ({"alpha_pattern": {"(": 1}}, "has ranks or alphas that PEFT cannot use"),
     ],
 )

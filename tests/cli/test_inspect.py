@@ -113,7 +113,7 @@ def test_the_suggestion_is_a_lora_config_of_at_most_the_parameters_asked_for(
     ("words", "said"),
     [
         ("--scores", "--scores was given without --data"),
-        ("--data DATA", "--data was given without --scores"),
+        ("--data DATA", "--data was given without --scores, where it means nothing: add --scores"),
         ("--suggest 9", "--suggest was given without --scores"),
         ("--labels no,yes", "how to read data was given without --scores or --routing"),
         ("--scores --data DATA --out pattern.json", "--out was given without --suggest"),

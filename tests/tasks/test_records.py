@@ -41,6 +41,8 @@ def test_kind_follows_the_fields(write: Write, row: dict[str, Any], kind: str) -
 
 
 def test_labels_are_sorted_and_cover_the_whole_file_even_when_limited(write: Write) -> None:
+    with pytest.raises(GatewiseError, match="limit is -1"):
+        load_records(write(LABELLED), limit=-1)
     records = load_records(write(LABELLED), limit=2)
     assert [row["label"] for row in records.rows] == ["good", "bad"]
     assert records.labels == ["bad", "good", "mixed"]

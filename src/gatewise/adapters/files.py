@@ -294,6 +294,8 @@ class _Settings:
             self._ranks, self._alphas = (
                 [(re.compile(rf"(.*\.)?({name})$"), float(number)) for name, number in pattern.items()] for pattern in patterns
             )
+            if min([self._r, *(rank for _, rank in self._ranks)]) <= 0:
+                raise ValueError("a rank is at least 1")
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise GatewiseError(f"{where}: {CONFIG_FILE} has ranks or alphas that PEFT cannot use ({error})") from error
 

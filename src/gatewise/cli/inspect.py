@@ -75,7 +75,8 @@ def inspect(
     for name, (given, modes) in belongs.items():
         if given is not None and mode not in modes.split(" "):
             where = f"with --{mode}" if mode else "without --scores"
-            raise GatewiseError(f"--{name} was given {where}, where it means nothing: leave one of the two out")
+            advice = "leave one of the two out" if mode else "add --scores, or leave it out"
+            raise GatewiseError(f"--{name} was given {where}, where it means nothing: {advice}")
     if not mode and options != DataOptions():
         raise GatewiseError("a base model, a device, or how to read data was given without --scores or --routing: add one")
     if out and suggest is None:

@@ -276,7 +276,7 @@ def prompt_ids(
         if left < 1 or not (prefix or ids):
             raise GatewiseError(
                 f"{records.source}: the prompt {text[:60]!r} has no tokens, or its answer of {max_length - space} tokens leaves "
-                f"no room in {max_length}; raise max_length, or leave the row out"
+                f"no room in {max_length}; raise max_length, lower max_new_tokens, or leave the row out"
             )
         prompts.append([*prefix, *ids[-left:]])
     return prompts

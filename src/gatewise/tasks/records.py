@@ -84,6 +84,8 @@ def load_records(
     name, path = str(source), Path(source).expanduser()
     if labels is not None and len(set(labels)) < len(labels):
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
+    if limit is not None and limit < 1:
+        raise GatewiseError(f"limit is {limit}: expected at least 1 row, or None for all")
     is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in _SUFFIXES and not path.exists()
     if is_hub != (split is not None):
         raise GatewiseError(
