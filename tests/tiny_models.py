@@ -1,5 +1,6 @@
 """Tiny random models, and adapters that look trained."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +129,19 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+
+
+def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits in evaluation mode. Labels are given only to encoder-decoders, which make the decoder's input of them."""
+    model.eval()
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels" or model.config.is_encoder_decoder}).logits
+
+
+def load_in_peft(family: str, folder: str | Path) -> PeftModel:
+    """The adapter in a folder, loaded by PEFT alone on the base that ``adapted(family)`` has."""
+    torch.manual_seed(0)
+    return PeftModel.from_pretrained(tiny_base(family), folder)
 
 
 def random_adapter(model: PeftModel, scale: float = 0.3) -> PeftModel:

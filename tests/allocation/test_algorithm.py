@@ -37,24 +37,6 @@ def test_a_full_module_passes_its_share_on():
     assert spread(8, {"m1": 1, "m2": 2}, {"m1": 3.0, "m2": 2.0}) == {"m1": 1, "m2": 2}
 
 
-def test_ties_go_by_order():
-    assert prune_lowest({"b": [0.0, 0.0], "a": [0.0]}, 2) == {"b": [0, 1]}
-    assert spread(1, {"b": 2, "a": 2}, {"b": 0.0, "a": 0.0}) == {"b": 1}
-
-
-def test_every_module_lost_one_so_the_budget_shrinks():
-    plan = plan_round({"a": [0.1, 0.2], "b": [0.1, 0.2]}, 2, {"a": 4, "b": 4}, 4)
-    assert plan.pruned == {"a": [0], "b": [0]}
-    assert plan.grown == {}
-
-
-def test_an_empty_module_may_grow_again_but_comes_last():
-    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 1, {"a": 4, "b": 4, "c": 4}, 3)
-    assert plan.grown == {"c": 1}
-    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 2, {"a": 4, "b": 4, "c": 4}, 3)
-    assert plan.grown == {"b": 1, "c": 1}
-
-
 def test_spared_ranks_stay():
     assert prune_lowest({"a": [0.1, 0.2], "b": [0.3]}, 2, spared={"a": {0}}) == {"a": [1], "b": [0]}
     plan = plan_round({"a": [0.1, 0.2], "b": [0.3]}, 1, {"a": 4, "b": 4}, 3, spared={"a": {0, 1}})
@@ -156,25 +138,6 @@ def test_a_round_is_the_rule_applied_rank_by_rank(scores, unit, unused, spare, m
     assert sum(after[module] * costs[module] for module in scores) <= live + unused
     assert not plan.pruned.keys() & plan.grown.keys()
     assert not live or sum(len(v) - len(plan.pruned.get(m, [])) for m, v in scores.items()) > 0
-
-
-def test_a_rank_is_judged_by_what_it_costs():
-    scores, costs = {"small": [0.1, 0.2], "large": [0.3, 0.3], "other": [9.0]}, {"small": 10, "large": 40, "other": 20}
-    capacity = dict.fromkeys(scores, 8)
-    # 0.3 / 40 is less than 0.1 / 10. In their turns "other" takes 20 and "small" 10, and into the last 10 only "small" fits.
-    assert plan_round(scores, 10, capacity, 120, costs=costs) == Plan({"large": [0]}, {"other": 1, "small": 2})
-    # What was left before is there too: 40 and 30 make 70.
-    assert plan_round(scores, 10, capacity, 150, costs=costs) == Plan({"large": [0]}, {"other": 2, "small": 3})
-    # 50 are two of "large".
-    assert plan_round(scores, 50, capacity, 120, costs=costs).pruned == {"large": [0, 1]}
-
-
-def test_cheap_ranks_stay_where_a_dear_one_goes_anyway():
-    scores, costs = {"embed": [30.0, 90.0], "q": [0.01, 0.02, 0.03]}, {"embed": 1000, "q": 10}
-    # The three cheap ones are worth least for their cost, but do not free enough, and with the dear one they need not go.
-    assert prune_lowest(scores, 500, costs=costs) == {"embed": [0]}
-    assert prune_lowest(scores, 1005, costs=costs) == {"embed": [0], "q": [0]}
-    assert prune_lowest(scores, 25, costs=costs) == {"q": [0, 1, 2]}
 
 
 def test_a_worthless_module_goes_whole_where_its_cost_fits():

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import EXPERTS, OTHER_LAYERS, tiny_base
+from tiny_models import EXPERTS, OTHER_LAYERS, load_in_peft, tiny_base
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from gatewise import ConstantBudget, Cubic, RankAllocation, scores
-from gatewise.allocation import algorithm, scoring, slots
+from gatewise.allocation import scoring, slots
 from gatewise.allocation.algorithm import plan_round
 from gatewise.errors import GatewiseError
 
@@ -135,11 +135,13 @@ def logits(model, rows):
         ),
     ],
 )  # fmt: skip
-def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest_base, family, peft, training, score, budget):
+def test_ends_as_a_plain_adapter_within_budget(run, adapted, examples, tmp_path, family, peft, training, score, budget):
     model, allocation, _ = run(family, peft=peft, allocation={"score": score, "budget": budget}, training=training)
     assert [one.step for one in allocation.history] == [3, 5, 7]
     ranks_at_start = dict.fromkeys(allocation.history[0].ranks, 3)
-    cost = numbers_of_a_rank(conftest_base(family), ranks_at_start) if budget == "parameters" else dict.fromkeys(ranks_at_start, 1)
+    cost = dict.fromkeys(ranks_at_start, 1)
+    if budget == "parameters":
+        cost = slots.costs(slots.lora_layers(adapted(family, **peft)), "default")
     start = allocation.budget
     assert start == sum(3 * cost[path] for path in ranks_at_start)
     for one in allocation.history:
@@ -159,32 +161,11 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
         loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "adapter")
         torch.testing.assert_close(logits(loaded, examples(family)), expected, rtol=1e-5, atol=1e-5)
     else:
-        loaded = PeftModel.from_pretrained(conftest_base(family), tmp_path / "adapter")
+        loaded = load_in_peft(family, tmp_path / "adapter")
         assert {p: layer.scaling["default"] for p, layer in slots.lora_layers(loaded).items()} == pytest.approx(
             dict.fromkeys(slots.ranks(model), 6 / 3**0.5 if peft.get("use_rslora") else 2.0)
         )
         torch.testing.assert_close(logits(loaded, examples(family)), expected, rtol=1e-5, atol=1e-5)
-
-
-def numbers_of_a_rank(base, paths):
-    """Path -> numbers of a row of A and a column of B, from the shape of what they adapt."""
-    shapes = {}
-    for path in paths:
-        holder, _, name = path.partition("[")[0].rpartition(".")
-        adapted = getattr(base.get_submodule(holder), name)
-        shapes[path] = adapted.shape[1:] if isinstance(adapted, torch.nn.Parameter) else adapted.weight.shape
-    return {path: shape[0] + math.prod(shape[1:]) for path, shape in shapes.items()}
-
-
-@pytest.fixture
-def conftest_base():
-    """conftest_base(family) -> the base model that ``run`` trained on."""
-
-    def make(family):
-        torch.manual_seed(0)
-        return tiny_base(family)
-
-    return make
 
 
 def test_same_training_as_stock_lora_until_the_first_round(run):
@@ -211,7 +192,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, family, peft):
     torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
 
 
-def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path, conftest_base):
+def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path):
     kept = {}
 
     class Keep(TrainerCallback):
@@ -223,7 +204,7 @@ def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path, conftest_b
     assert sorted(kept) == list(range(1, 11))
     for step, expected in kept.items():
         folder = tmp_path / "run" / f"checkpoint-{step}"
-        loaded = PeftModel.from_pretrained(conftest_base("llama"), folder)
+        loaded = load_in_peft("llama", folder)
         torch.testing.assert_close(logits(loaded, examples()), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -457,37 +438,19 @@ def test_layers_that_no_budget_counts_are_named(run, caplog):
 
 
 @pytest.mark.parametrize("score", ["taylor", "ablation"])
-def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(run, score):
+def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(run, adapted, score):
     """AB-LoRA's own number for it is far below zero, and would send the smallest modules first."""
-    idle = []
-
-    class Idle(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            layer = slots.lora_layers(kwargs["model"])["model.layers.1.mlp.up_proj"]
-            with torch.no_grad():
-                layer.lora_B["default"].weight[:, 1] = 0
-                layer.lora_A["default"].weight[1] = 1e-30  # alive, and too small to learn within a step
-            layer.lora_A["default"].weight.grad = None
-            idle.append(state.global_step)
-
-    options = {"learning_rate": 0.0, "max_steps": 4}
+    model, found = adapted(), {}
+    slots.lora_layers(model)["model.layers.1.mlp.up_proj"].lora_B["default"].weight.data[:, 1] = 0
     for budget in ("parameters", "ranks"):
-        settings = {
-            "score": score,
-            "budget": budget,
-            "schedule": when(rounds=1),
-            **({} if score == "taylor" else {"score_options": {"mode": "exact"}}),
-        }
-        _, allocation, _ = run(peft={"init_lora_weights": False}, allocation=settings, training=options, callbacks=[Idle()])
-        (one,) = allocation.history
-        got = one.scores["model.layers.1.mlp.up_proj"][1]
-        if budget == "parameters":
-            shifted = one.scores
-            assert got == pytest.approx(0, abs=1e-6)
-        else:
-            assert abs(got) > 1e-3
-            for path, scores in one.scores.items():
-                assert [value - got for value in scores] == pytest.approx(shifted[path], abs=1e-5)
+        options = {"mode": "exact"} if score == "ablation" else {}
+        settings = {"score": score, "score_options": options, "budget": budget, "schedule": when(rounds=1)}
+        _, allocation, _ = run(model=copy.deepcopy(model), allocation=settings, training={"learning_rate": 0.0, "max_steps": 4})
+        found[budget] = allocation.history[0].scores
+    idle = found["ranks"]["model.layers.1.mlp.up_proj"][1]
+    assert abs(idle) > 1e-3
+    for path, values in found["ranks"].items():
+        assert [value - idle for value in values] == pytest.approx(found["parameters"][path], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -643,36 +606,6 @@ def test_an_adapter_saved_without_the_allocated_one_has_no_history(run, tmp_path
     model.delete_adapter("default")
     model.save_pretrained(tmp_path / "left")
     assert not (tmp_path / "left" / "allocation.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("score", "float32"), [("ablation", True), ("path_moments", False), ("taylor", False)]
-)  # differences of losses are too small for bfloat16; gradients are not
-def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, float32):
-    """Twice is there and back."""
-    monkeypatch.setattr(scoring, "has_bfloat16", lambda device: True)
-    found, seen, dtypes = scoring.half_precision, [], []
-
-    def half_precision(*args):
-        seen.append(len(found(*args)))
-        return found(*args)
-
-    measured = scoring.mean_loss
-
-    def mean_loss(model, *args, **kwargs):
-        dtypes.append(model.get_input_embeddings().weight.dtype)
-        return measured(model, *args, **kwargs)
-
-    monkeypatch.setattr(scoring, "half_precision", half_precision)
-    for module in (scoring, algorithm):
-        monkeypatch.setattr(module, "mean_loss", mean_loss)
-    model, _, _ = run(allocation={"score": score, "schedule": when(rounds=1)}, base_dtype=torch.bfloat16)
-    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert set(dtypes) == {torch.float32 if float32 else torch.bfloat16}
-    # path_moments tells the loss before the round, which it meets on its way. AB-LoRA's scores are counted from no rank, where
-    # their order is by cost: at the end, and for the cut that "screened" looks for, near which it ablates 16 ranks.
-    assert len(dtypes) == {"path_moments": 1, "taylor": 3, "ablation": 5 + 2 * 16}[score]
-    assert sum(count > 0 for count in seen) == 1
 
 
 def test_what_transformers_would_not_load_again_is_refused(adapted, run, batch):

@@ -145,39 +145,3 @@ def test_an_expert_without_a_live_rank_starts_at_the_mean_of_its_fellows(adapted
             expected = others.mean(dim=0) if key == "exp_avg_sq" else torch.zeros_like(others[0])
             torch.testing.assert_close(new[0], expected)
             assert (new[1:] == 0).all()
-
-
-def test_a_module_that_grows_starts_an_eight_bit_state_anew(adapted):
-    """As bitsandbytes keeps them: codes of a table, which are not rewritten."""
-    layer = slots.lora_layers(adapted())[PATH]
-    parameters = slots.factors(layer, "default")
-    optimizer = SGD(parameters, lr=RATE)
-    for parameter in parameters:
-        codes = torch.full(parameter.shape, 200, dtype=torch.uint8)
-        optimizer.state[parameter] = {"state1": codes, "qmap1": torch.linspace(-1, 1, 256)}
-    slots.prune(layer, "default", [1], optimizer)
-    assert all((optimizer.state[one]["state1"] == 200).all() for one in parameters)
-    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
-    assert not any(one in optimizer.state for one in parameters)
-
-
-class Restless(SGD):
-    """Moves every weight a little, as optimisers do that round their averages."""
-
-    def step(self, closure=None):
-        super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data += 1e-6
-
-
-def test_dead_slots_are_zeroed_again_and_live_ones_are_not(trained):
-    layer, optimizer = trained(Restless, {}, steps=0)
-    parameters = slots.factors(layer, "default")
-    before = [one.detach().clone() for one in parameters]
-    dead = slots.dead_slots(layer, "default")
-    step(optimizer, parameters, gradients(0, layer))
-    assert slots.live_slots(layer, "default") == [0, 1, 2, 3, 4]
-    slots.prune(layer, "default", dead)
-    assert slots.live_slots(layer, "default") == [0, 1, 2]
-    assert not any(torch.equal(now, old) for now, old in zip(parameters, before, strict=True))

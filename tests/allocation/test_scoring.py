@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import OTHER_LAYERS, VOCABULARY, random_adapter
+from tiny_models import VOCABULARY, random_adapter
 from transformers import FalconConfig, FalconForCausalLM
 
 from gatewise.allocation import slots
@@ -27,28 +27,6 @@ def test_gates_multiply_ranks(adapted):
         for row in range(2):
             torch.testing.assert_close(layer(x)[row], layer.base_layer(x[row]) + 2.0 * ((x[row] @ a.T) * rows[row]) @ b.T)
     assert not layer.lora_B["default"]._forward_pre_hooks
-
-
-@pytest.mark.parametrize("family", OTHER_LAYERS)
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_gates_of_embeddings_are_scaled_rows_of_a(adapted, batch, family, settings):
-    model, data = adapted(family, target_modules=OTHER_LAYERS[family], **settings).eval(), batch(family)
-    inputs = {key: value for key, value in data.items() if key != "labels"}
-    layers = slots.lora_layers(model)
-    gates_of = {path: torch.rand(3) for path in layers}
-    with GateBank(model) as gates, torch.no_grad():
-        open_gates = model(**inputs).logits
-        for path, gate in gates_of.items():
-            gates.gates[path] = gate
-        got = model(**inputs).logits
-        assert not gates.rows_apart(data)
-    torch.testing.assert_close(model(**inputs).logits, open_gates)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            a, _ = slots.factors(layer, "default")
-            a *= gates_of[path][:, None]
-    torch.testing.assert_close(got, model(**inputs).logits)
-    assert not torch.allclose(got, open_gates)
 
 
 def test_gates_that_would_do_nothing_are_refused(adapted):

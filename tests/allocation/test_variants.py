@@ -7,7 +7,7 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.loraga import preprocess_loraga
-from tiny_models import tiny_base
+from tiny_models import load_in_peft, logits_of, tiny_base
 from transformers import Trainer, TrainingArguments
 
 from gatewise import ConstantBudget, RankAllocation, ranks
@@ -51,11 +51,6 @@ def trainer(batch, tmp_path):
     return make
 
 
-def logits(model, data):
-    with torch.no_grad():
-        return model.eval()(**data).logits
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,18 +89,17 @@ def test_starts_and_variants_that_work(trainer, batch, tmp_path, settings):
     data["input_ids"][:, 1] = 7  # aLoRA adapts what follows this token
     if settings.get("init_lora_weights") == "eva":
         initialize_lora_eva_weights(model, [data] * 3, show_progress_bar=False)
-    before = logits(model, data)
+    before = logits_of(model, data)
     running, allocation = trainer(model)
-    assert torch.equal(logits(model, data), before)
+    assert torch.equal(logits_of(model, data), before)
     running.train()
     assert len(allocation.history) == 2
     assert all(one.grown for one in allocation.history)
     assert sum(ranks(model).values()) <= allocation.budget
     model.save_pretrained(tmp_path / "adapter")
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(loaded, data), logits(model, data))
-    assert not torch.allclose(logits(loaded, data), before)
+    loaded = load_in_peft("llama", tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded, data), logits_of(model, data))
+    assert not torch.allclose(logits_of(loaded, data), before)
 
 
 @pytest.mark.parametrize("settings", [{"velora_config": VeloraConfig()}, {"alora_invocation_tokens": [7]}])
@@ -118,13 +112,13 @@ def test_the_gates_of_a_variant_take_a_rank_out(batch, settings):
     data = batch()
     data["input_ids"][:, 1] = 7
     path, layer = next(iter(slots.lora_layers(model).items()))
-    whole = logits(model, data)
+    whole = logits_of(model, data)
     with GateBank(model) as bank:
         bank.gates[path] = torch.tensor([1.0, 1.0, 0.0, 1.0])
-        found = logits(model, data)
+        found = logits_of(model, data)
     with torch.no_grad():
         slots.factors(layer, "default")[1][:, 2] = 0
-    torch.testing.assert_close(found, logits(model, data))
+    torch.testing.assert_close(found, logits_of(model, data))
     assert not torch.allclose(found, whole)
 
 
@@ -141,7 +135,7 @@ def test_a_start_that_changes_the_base_says_that_the_base_must_be_saved(trainer,
     assert f"init_lora_weights='{start}', which changed the base weights" in caplog.text
     running.train()
     data = batch()
-    expected = logits(model, data)
+    expected = logits_of(model, data)
     with pytest.raises(
         GatewiseError, match="takes an adapter's start off it, rank by rank, but its ranks have moved: leave it out"
     ):
@@ -150,4 +144,4 @@ def test_a_start_that_changes_the_base_says_that_the_base_must_be_saved(trainer,
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(logits(loaded, data), expected)
+    assert torch.equal(logits_of(loaded, data), expected)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -185,16 +184,6 @@ def test_every_kind_of_lora_is_written_as_it_was_measured(kind: str, tmp_path: P
     assert set(lora_layers(model, "default")) == modules
 
 
-def test_a_module_that_does_nothing_but_stays_is_counted(tmp_path: Path) -> None:
-    """DoRA keeps its magnitude where B is zero, and PEFT stores a rank with it."""
-    adapter, rows = saved(tmp_path, use_dora=True)
-    scale(adapter, 0, "layers.0.self_attn")
-    found = quick(adapter, rows, tmp_path / "small", Goal("parameters", 1000))
-    kept = [name for name in weights(tmp_path / "small") if ".lora_" in name]
-    assert sum(weights(tmp_path / "small")[name].numel() for name in kept) == found.chosen.size.parameters <= 1000
-    assert len({name.partition(".lora_")[0] for name in kept}) == found.chosen.size.modules == 14
-
-
 def test_experts_are_counted_as_they_are_stored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = tiny_base("mixtral")
@@ -367,20 +356,6 @@ def test_rows_that_show_the_same_count_once(tmp_path: Path) -> None:
     measuring, others = dealt(tmp_path, rows, None)
     assert (len(measuring), len(others)) == (30, 10)
     assert not {row["text"] for row in measuring} & {row["text"] for row in others}
-
-
-def test_a_dataset_of_the_hub_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, rows = saved(tmp_path)
-    train = [json.loads(line) for line in write_rows(tmp_path / "train.jsonl", 40, seed=9).read_text().splitlines()]
-    asked = []
-
-    def load_dataset(path: str, name: str | None = None, *, split: str | None = None) -> datasets.Dataset:
-        asked.append((path, split))
-        return datasets.Dataset.from_list(train)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    quick(adapter, rows, tmp_path / "small", Goal("modules", 3), recovery=Recovery("owner/name", steps=1, split="train"))
-    assert set(asked) == {("owner/name", "train")}
 
 
 # ---------------------------------------------------------------- the folder beside it

@@ -113,26 +113,6 @@ def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batc
     assert all(abs(module.scores[slot]) > 1e-6 for slot in (0, 2))
 
 
-def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Adapted, batch: Batch) -> None:
-    model, rows = adapted(r=2, target_modules=["q_proj", "down_proj"]).eval(), batch()
-    layers = lora_layers(model)
-    columns = {path: factors(layer, "default")[1].detach().clone() for path, layer in layers.items()}
-
-    def loss(keep: Callable[[str, int], bool]) -> float:
-        with torch.no_grad():
-            for path, layer in layers.items():
-                kept = torch.tensor([keep(path, slot) for slot in range(2)])
-                factors(layer, "default")[1].copy_(columns[path] * kept)
-        return mean_loss(model, [rows])
-
-    found = importance_of(model, rows, "ablation", score_options={"mode": "exact"})
-    with_all, with_none = loss(lambda *_: True), loss(lambda *_: False)
-    for module in found.modules:
-        for slot, score in enumerate(module.scores):
-            without, alone = (loss(lambda *rank, on=on: (rank == (module.path, slot)) == on) for on in (False, True))  # noqa: B023
-            assert score == pytest.approx(without - with_all + with_none - alone, abs=2e-6)
-
-
 def test_a_modules_total_does_not_depend_on_how_its_update_is_cut_into_ranks(adapted: Adapted, batch: Batch) -> None:
     model, rows = adapted(), batch()
     before = {module.path: module for module in importance_of(model, rows, "path_integral").modules}

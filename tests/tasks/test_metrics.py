@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,7 +12,7 @@ from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
-from gatewise.tasks.metrics import _judge_texts, _shared_contexts, generation_metrics, scored_candidates, write_texts
+from gatewise.tasks.metrics import _judge_texts, generation_metrics, scored_candidates, write_texts
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
 TEMPLATE = Template("Text: {text}\nLabel:")
@@ -117,23 +115,6 @@ def test_single_token_labels_share_one_forward_and_one_logit_position_a_row(
     evaluate(llama, tokenizer, records, TEMPLATE, batch_size=8, progress=lambda done, total: steps.append((done, total)))
     assert positions == [8, 8, 5]
     assert steps == [(8, 21), (16, 21), (21, 21)]
-
-
-_CANDIDATES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8)
-
-
-@settings(max_examples=60, deadline=None)
-@given(_CANDIDATES.map(tuple))
-def test_shared_contexts_cover_every_candidate_with_as_few_sequences_as_can_be(
-    candidates: tuple[tuple[int, ...], ...],
-) -> None:
-    shared = _shared_contexts(candidates)
-    assert sorted(member for members in shared.values() for member in members) == list(range(len(candidates)))
-    for context, members in shared.items():
-        assert all(context[: len(candidates[member]) - 1] == candidates[member][:-1] for member in members)
-    needed = {candidate[:-1] for candidate in candidates}
-    leaves = [c for c in needed if not any(other != c and other[: len(c)] == c for other in needed)]
-    assert len(shared) == len(leaves)
 
 
 def test_a_choice_that_repeats_the_right_text_counts_as_right(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -41,14 +41,6 @@ def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, lor
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in got.values())
 
 
-def test_where_the_caller_takes_no_gradients(score, adapted, batch):
-    model, data = adapted(target_modules=FEW), batch()
-    expected = score(model, data)
-    with torch.no_grad():
-        got = score(model, data)
-    torch.testing.assert_close(got, expected)
-
-
 @pytest.mark.parametrize("of_batch", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [False, True])
 def test_sounds_are_read_in_the_precision_that_is_scored_in(score, adapted, batch, monkeypatch, kept, of_batch):
@@ -115,12 +107,13 @@ def test_model_and_random_state_are_as_they_were(score, adapted, batch):
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
-def test_scores_of_a_frozen_adapter(score, adapted, batch):
+def test_scores_of_a_frozen_adapter_where_the_caller_takes_no_gradients(score, adapted, batch):
     model = adapted(target_modules=FEW)
     expected = score(model, batch())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    got = score(model, batch())
+    with torch.no_grad():
+        got = score(model, batch())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(got, expected)
 

@@ -1,13 +1,8 @@
 """The scores along a path, the path integral and the moments of its gradients, against their formulas."""
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import ALL_KINDS, OTHER_LAYERS, VOCABULARY, random_adapter
-from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertForMaskedLM
+from tiny_models import ALL_KINDS, OTHER_LAYERS
 
 from gatewise.allocation import slots
 from gatewise.allocation.scores.path_integral import quadrature
@@ -73,35 +68,6 @@ def test_complete(adapted, batch, family, settings):
 
 def total(scores):
     return sum(float(value.double().sum()) for value in scores.values())
-
-
-def test_masked_language_model(batch):
-    """Labels at the positions themselves, not one to the right."""
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )  # fmt: skip
-    model = random_adapter(get_peft_model(BertForMaskedLM(config), LoraConfig(r=3, target_modules=["query", "value", "dense"])))
-    data = batch()
-    scores = path_integral(model, data, 12)
-    logits = model.eval()(data["input_ids"], attention_mask=data["attention_mask"]).logits.detach()
-    with torch.no_grad(), model.disable_adapter():
-        base = model(data["input_ids"], attention_mask=data["attention_mask"]).logits
-    flat = data["labels"].flatten()
-    reduction = cross_entropy(base.flatten(0, 1), flat) - cross_entropy(logits.flatten(0, 1), flat)
-    assert total(scores) == pytest.approx(float(reduction), abs=1e-4)
-
-
-def test_half_precision_is_scored_in_float32_where_it_is_emulated(adapted, batch, monkeypatch):
-    model, data = adapted().to(torch.bfloat16), batch()
-    exact = path_integral(copy.deepcopy(model).float(), data)
-    got = path_integral(model, data)
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    torch.testing.assert_close(got, exact, rtol=0, atol=0)
-    monkeypatch.setattr("gatewise.allocation.scoring.has_bfloat16", lambda device: True)
-    own = path_integral(model, data)
-    everything = torch.cat([own[p] for p in own]), torch.cat([exact[p] for p in exact])
-    assert all(value.dtype == torch.float32 for value in own.values())
-    assert torch.corrcoef(torch.stack(everything))[0, 1] > 0.98
 
 
 def test_progress_counts_points(adapted, batch):
