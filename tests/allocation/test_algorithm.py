@@ -32,11 +32,6 @@ def test_the_papers_example():
     assert spread(8, {"m1": 9, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 3, "m2": 3, "m3": 2}
 
 
-def test_a_full_module_passes_its_share_on():
-    assert spread(8, {"m1": 1, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 1, "m2": 4, "m3": 3}
-    assert spread(8, {"m1": 1, "m2": 2}, {"m1": 3.0, "m2": 2.0}) == {"m1": 1, "m2": 2}
-
-
 def test_spared_ranks_stay():
     assert prune_lowest({"a": [0.1, 0.2], "b": [0.3]}, 2, spared={"a": {0}}) == {"a": [1], "b": [0]}
     plan = plan_round({"a": [0.1, 0.2], "b": [0.3]}, 1, {"a": 4, "b": 4}, 3, spared={"a": {0, 1}})
