@@ -192,6 +192,15 @@ def test_resumed_equals_uninterrupted(run, tmp_path, family, peft):
     torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
 
 
+def test_rounds_of_a_checkpoint_from_before_are_kept(run, tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 4}
+    _, whole, _ = run(training=training)
+    state = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"rounds": [', '"history": ['))
+    _, again, _ = run(training=training, resume=str(state.parent))
+    assert [one.step for one in again.history] == [one.step for one in whole.history]
+
+
 def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path):
     kept = {}
 

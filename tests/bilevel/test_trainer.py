@@ -269,13 +269,15 @@ def test_gates_that_checkpointing_cuts_off_are_refused(tmp_path: Path) -> None:
 
 def test_runs_that_would_move_what_they_should_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"upper_dataset": UPPER, "upper_parameters": PATTERN, "upper_learning_rate": 0.1}
-    model, half = Gated(), arguments(tmp_path)
+    model = Gated()
     with pytest.raises(GatewiseError, match="the Trainer was given a ready optimizer"):
         BilevelTrainer(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), **settings)
-    half.fp16 = True  # of which Accelerate hears nothing: it refuses fp16 on a CPU
-    with pytest.raises(GatewiseError, match="fp16 is on"):
-        bilevel(tmp_path, args=half)
     original = Trainer.create_accelerator_and_postprocess
+    with monkeypatch.context() as patched:  # by the launcher; Accelerate refuses fp16 on a CPU, so it is told nothing
+        make = lambda self: (original(self), setattr(self.args, "mixed_precision", "fp16"))[-1]  # noqa: E731
+        patched.setattr(Trainer, "create_accelerator_and_postprocess", make)
+        with pytest.raises(GatewiseError, match="fp16 is on"):
+            bilevel(tmp_path)
     for flag in ("is_deepspeed_enabled", "is_fsdp_enabled"):
         monkeypatch.setattr(
             Trainer, "create_accelerator_and_postprocess", lambda self, flag=flag: (original(self), setattr(self, flag, True))[-1]

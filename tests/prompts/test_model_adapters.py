@@ -66,6 +66,15 @@ def test_saved_and_loaded(tmp_path, batch, family, layers):
     assert all(".mine" in name for name in trainable)
 
 
+def test_an_adapter_goes_on_no_other_base(tmp_path):
+    prompted("llama", prompt_layers=[1]).save_pretrained(tmp_path)
+    with pytest.raises(GatewiseError, match=r"was made for .*'llama'.*, but the base model is .*'gpt2'"):
+        PeftModel.from_pretrained(prompted_base("gpt2"), tmp_path)
+    config = prompt_config("llama", prompt_layers=[1])
+    for family in ("llama", "gpt2"):  # a new configuration goes on any
+        get_peft_model(prompted_base(family), config)
+
+
 def test_another_adapter_is_active_once_the_active_one_is_deleted(batch):
     model = prompted("llama")
     model.add_adapter("late", prompt_config("llama", prompt_layers=[2], num_prompt_tokens=5))

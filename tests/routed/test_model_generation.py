@@ -260,3 +260,6 @@ def test_ways_of_writing_that_are_refused(routed, prompts):
     ):
         with pytest.raises(GatewiseError, match=message):
             call()
+    model.generation_config.guidance_scale = 1.5
+    with pytest.raises(GatewiseError, match=r"guidance_scale is 1\.5, but routers"):
+        model.generate(ids, **settings(negative_prompt_ids=ids))

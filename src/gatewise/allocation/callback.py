@@ -332,7 +332,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                     "schedule=, or train anew"
                 )
         self.budget = kept.get("budget", self.budget)
-        self.history = [Round(**one) for one in kept.get("rounds", ())]
+        self.history = [Round(**one) for one in kept.get("rounds", kept.get("history", ()))]  # as it was called before
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""

@@ -223,7 +223,7 @@ class BilevelMixin(_AnyTrainer):
     def _check_run(self) -> None:
         if self.optimizer is not None:
             raise GatewiseError("the Trainer was given a ready optimizer, which may have upper parameters: let the Trainer make it")
-        if self.args.fp16:
+        if self.args.mixed_precision == "fp16":  # by the launcher, too
             raise GatewiseError("fp16 is on, whose scaled gradients the upper steps do not undo: take bf16")
         # What is trained stays whole where WholeAdapter keeps it so.
         fsdp = (self.is_fsdp_enabled and not keeps_whole(self.callback_handler.callbacks)) or self.is_fsdp_xla_enabled

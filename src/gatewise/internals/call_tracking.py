@@ -279,7 +279,8 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         """
         tracker = self.call_tracker
         given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        scale = given.get("guidance_scale", getattr(given.get("generation_config"), "guidance_scale", None))
+        settings = given.get("generation_config") or self.generation_config
+        scale = given.get("guidance_scale", getattr(settings, "guidance_scale", None))
         if scale not in (None, 1) and tracker.active():
             raise GatewiseError(
                 f"guidance_scale is {scale}, but {tracker.readers} cannot tell the negative prompt from an answer: leave it out"

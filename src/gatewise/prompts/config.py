@@ -41,7 +41,7 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
             that the first token has in many decoders do not drown the text (reconstructed). False takes them as they are.
         modules_to_save: modules outside the layers to train and save with the adapter; PEFT adds a classifier's head by itself.
         made_for: "model_type", "layers" and "hidden_size" of the base model. They are filled in when the adapter is put on, and
-            saved.
+            saved. A configuration that comes with them, from a file, goes on no other base.
         Others: those of PEFT's ``PeftConfig``, such as ``task_type``.
 
     Raises:
@@ -70,6 +70,7 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("SELECTIVE_PROMPT")
+        self.came_with_base = self.made_for is not None
         for name in ("num_prompt_tokens", "bottleneck"):
             setattr(self, name, _whole(name, getattr(self, name)))
         tau: Any = self.tau

@@ -87,7 +87,12 @@ class SelectivePromptModel(BaseTuner):
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config, base = self._config(adapter_name), self._stack.around[0].config
         layers, width = len(self._blocks), base.get_text_config().hidden_size
-        config.made_for = {"model_type": base.model_type, "layers": layers, "hidden_size": width}
+        made_for = {"model_type": base.model_type, "layers": layers, "hidden_size": width}
+        if config.came_with_base and config.made_for != made_for:
+            raise GatewiseError(
+                f"the adapter was made for {config.made_for}, but the base model is {made_for}: load it on its own base"
+            )
+        config.made_for = made_for
         if config.prompt_layers is not None and config.prompt_layers[-1] >= layers:
             raise GatewiseError(
                 f"prompt_layers names layer {config.prompt_layers[-1]}, but the model has {layers} layers: expected numbers from 0 "
