@@ -1,6 +1,8 @@
 """Pieces of a text as they come: together they are the text, and none of them has half a character or a part of a stop string."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from tiny_run import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from gatewise.serving.server.text import Writing
+from gatewise.serving.server.catalogue import Version, _signature
+from gatewise.serving.server.text import Tokenizers, Writing
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,3 +59,12 @@ def test_stop_strings(seed: int) -> None:
 def test_words_keep_their_spaces_and_special_tokens_are_none() -> None:
     writing = Writing(word_tokenizer(), [5, 6])
     assert [writing.add(7), writing.add(8), writing.add(0), writing.add(9)] == [" w5", " w6", "", " w7"]
+
+
+def test_tokenizers_that_differ_in_one_file_are_two(tmp_path: Path) -> None:
+    for name in ("w1", "w2"):
+        word_tokenizer().save_pretrained(tmp_path / name)
+        (tmp_path / name / "special_tokens_map.json").write_text(json.dumps({"bos_token": name}))
+    versions = [Version(name, tmp_path / name, "plain", _signature(tmp_path / name)) for name in ("w1", "w2")]
+    tokenizers = Tokenizers(word_tokenizer())
+    assert [tokenizers.of(version).bos_token for version in versions] == ["w1", "w2"]

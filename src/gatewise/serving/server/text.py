@@ -43,7 +43,7 @@ class Tokenizers:
             return self._base
         if version.tokenizer is None:
             with version.copy() as folder:
-                files = sorted([*folder.glob("tokenizer*.json"), *folder.glob("chat_template.*")])
+                files = sorted([*folder.glob("*token*.json"), *folder.glob("chat_template.*")])
                 content = hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).digest()
                 version.tokenizer = self._by_content.get(content) or _warmed_up(load_tokenizer(folder))
             self._by_content[content] = version.tokenizer
