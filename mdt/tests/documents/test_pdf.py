@@ -68,6 +68,13 @@ def test_what_stands_at_the_edges_of_pages_is_left_out_with_a_note_unless_it_is_
     assert not any("House" in text or "of 3" in text for text in texts)
 
 
+def test_doses_at_the_edges_of_pages_are_not_taken_for_one_line() -> None:
+    pages = printed(*(f"Give prednisolone {dose} mg daily in adults.\n\n\n{BODY}" for dose in (5, 50)))
+    assert all(f" {dose} mg" in " ".join(block.text for block in pages.blocks) for dose in (5, 50))
+    chapters = printed(*(f"Chapter {number}\n\n\n{BODY}" for number in (1, 2)))
+    assert chapters.notes == ('gout.pdf: "Chapter 1", "Chapter 2", at the top or bottom of 2 pages, was left out',)
+
+
 def test_a_number_at_the_edge_of_a_page_is_left_out_only_if_white_parts_it_from_the_text() -> None:
     alone = printed(f"{BODY}{chr(10) * 50}4")
     assert [block.text for block in alone.blocks] == [" ".join([WHOLE] * 3)]

@@ -135,21 +135,23 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
         for line in page.lines:
             if line.bottom < EDGE * page.height or line.top > (1 - EDGE) * page.height:
                 found.setdefault(_place(line), []).append((page, line))
-    again = {key for key, on in found.items() if len(on) >= max(2, len(pages) // 3) or _PAGE_NUMBER.fullmatch(on[0][1].text)}
+    often = {key for key, on in found.items() if len({page.number for page, _ in on}) >= max(2, len(pages) // 3)}
+    again = {key for key, on in found.items() if key in often or _PAGE_NUMBER.fullmatch(on[0][1].text)}
     first: list[Block] = []
     notes: list[str] = []
     left: set[int] = set()
     for key in (key for key in found if key in again):
         running = [(page, line) for page, line in found[key] if _stands_by_itself(line, page, again)]
-        left |= {id(line) for _, line in running}
-        if not running or _PAGE_NUMBER.fullmatch(running[0][1].text):
-            continue
-        text = running[0][1].text
-        if stands_like_heading(text) and not reads_as_sentence(text):
-            notes.append(f'{name}: "{text}", at the top or bottom of {len(running)} pages, was left out')
-        else:
-            note = f"this stands at the top or bottom of {len(running)} pages"
-            first.append(Block(one_line(text), 0, running[0][0].where, notes=(note,)))
+        texts = Counter(line.text for _, line in running)
+        label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
+        left |= {id(line) for _, line in running if label or texts[line.text] > 1}
+        if not label:  # "Give 5 mg" on one page and "Give 50 mg" on another are two sentences
+            for text, count in texts.items():
+                if count > 1:
+                    where = next(page.where for page, line in running if line.text == text)
+                    first.append(Block(one_line(text), 0, where, notes=(f"this stands at the top or bottom of {count} pages",)))
+        elif texts and not _PAGE_NUMBER.fullmatch(next(iter(texts))):
+            notes.append(f"{name}: {quoted_list(list(texts))}, at the top or bottom of {len(running)} pages, was left out")
     contents = [line for page in pages for line in page.lines if _CONTENTS.search(line.text)]
     if contents:
         notes.append(f"{name}: a table of contents was left out: {quoted_list([line.text for line in contents], most=3)}")
