@@ -137,6 +137,7 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
         ("add", "Cy", "Ada's tree; beside it Ben's tree"),
         ("add", "Cy", "the tree of Ada and Ben"),
         ("add", "Cy", "Ada's tree; there is no other"),
+        ("save", "Cy", None),
     ]
     saved = rows(THIRD)
     assert len(saved) == 1

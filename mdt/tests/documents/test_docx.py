@@ -86,7 +86,8 @@ def test_content_controls_and_text_boxes_are_read_once() -> None:
     box = f"<w:txbxContent><w:p>{run('Never in pregnancy.')}</w:p></w:txbxContent>"
     choice = f'<mc:Choice Requires="wps">{drawing(f"<wps:txbx>{box}</wps:txbx>")}</mc:Choice>'
     fallback = f"<mc:Fallback><w:pict><v:textbox>{box}</v:textbox></w:pict></mc:Fallback>"
-    document = with_paragraph(f"{run('Give it.')}<w:r><mc:AlternateContent>{choice}{fallback}</mc:AlternateContent></w:r>")
+    gone = f"<w:del><w:r><w:pict><v:textbox>{box.replace('Never', 'Deleted')}</v:textbox></w:pict></w:r></w:del>"
+    document = with_paragraph(f"{run('Give it.')}<w:r><mc:AlternateContent>{choice}{fallback}</mc:AlternateContent></w:r>{gone}")
     document.element.body.insert(1, element("sdt", f"<w:sdtContent><w:p>{run('Not in renal failure.')}</w:p></w:sdtContent>"))
     blocks = read(document).blocks
     assert [block.text for block in blocks] == ["Give it.", "Never in pregnancy.", "Not in renal failure."]

@@ -257,3 +257,19 @@ def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
     third = open_guide(guide(tmp_path, PREFACE + GUIDE))
     assert third.passage(3).record().to_json() == {**records(third)[0], "review": "approved"}
     third.close()
+
+
+def test_an_approval_that_another_program_took_out_of_the_file_does_not_come_back(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine")
+    session = Session.open(file)
+    approve(session, 1)
+    session.save()
+    left(session)
+    rewrite(session, record("colchicine"))
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", True)]
+    approve(again, 1)  # not saved
+    left(again)
+    third = Session.open(file)
+    assert shown(third) == [("colchicine", "approved", True)]
+    left(third)

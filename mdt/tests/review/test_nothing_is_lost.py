@@ -310,6 +310,7 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
         ("Ada Müller", "open", None, None),
         ("Ada Müller", "edit", 1, 1),
         ("Ben", "approve", 1, 2),
+        ("Ada Müller", "save", None, None),
         ("Cleo", "open", None, None),
         ("Cleo", "withdraw", 1, 3),
     ]

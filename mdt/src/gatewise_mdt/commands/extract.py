@@ -1,7 +1,7 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -18,9 +18,6 @@ from gatewise_mdt.commands.model import (
 from gatewise_mdt.commands.passages import CharactersOption, PopulationOption
 from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, say
 from gatewise_mdt.relations import Language
-
-if TYPE_CHECKING:
-    pass
 
 
 def extract(

@@ -223,7 +223,7 @@ class _Reading:
 
     def _text_boxes(self, element: Any, where: str) -> Iterator[Block]:
         for box in element.iter(f"{_W}txbxContent"):
-            if not any(outer.tag == _FALLBACK for outer in box.iterancestors()):
+            if not any(outer.tag in (_FALLBACK, *_DELETED) for outer in box.iterancestors()):
                 yield Block(one_line(self._all(box)), 0, f"{where}, a text box")
 
     def _table(self, table: Any) -> Iterator[Block]:

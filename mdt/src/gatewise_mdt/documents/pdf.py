@@ -90,10 +90,14 @@ def read_pdf(content: bytes, name: str) -> Document:
 
 
 def _page(page: Any) -> _Page:
-    turned = "".join(one["text"] for one in page.chars if not one["upright"])
-    large = [one for one in page.images if min(map(int, one["srcsize"])) >= _PICTURE]
-    pictures = {one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)}
-    made = _Page(page.page_number, float(page.height), items_of(page), pictures, turned)
+    large = (one for one in page.images if min(map(int, one["srcsize"])) >= _PICTURE)
+    made = _Page(
+        page.page_number,
+        float(page.height),
+        items_of(page),
+        pictures={one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)},
+        turned="".join(one["text"] for one in page.chars if not one["upright"]),
+    )
     page.close()
     return made
 
@@ -146,10 +150,12 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
         label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
         left |= {id(line) for _, line in running if label or texts[line.text] > 1}
         if not label:  # "Give 5 mg" on one page and "Give 50 mg" on another are two sentences
-            for text, count in texts.items():
-                if count > 1:
-                    where = next(page.where for page, line in running if line.text == text)
-                    first.append(Block(one_line(text), 0, where, notes=(f"this stands at the top or bottom of {count} pages",)))
+            places = {line.text: page.where for page, line in reversed(running)}
+            first += [
+                Block(one_line(text), 0, places[text], notes=(f"this stands at the top or bottom of {count} pages",))
+                for text, count in texts.items()
+                if count > 1
+            ]
         elif texts and not _PAGE_NUMBER.fullmatch(next(iter(texts))):
             notes.append(f"{name}: {quoted_list(list(texts))}, at the top or bottom of {len(running)} pages, was left out")
     contents = [line for page in pages for line in page.lines if _CONTENTS.search(line.text)]

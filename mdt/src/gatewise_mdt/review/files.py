@@ -234,6 +234,8 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
             draft.passages = held = {number: held[number] for number in row["passages"]}
         elif entry.action == "remove":  # of histories of format 3
             held.pop(entry.passage)
+        elif entry.action == "save":
+            draft.passages |= {number: replace(held[number], saved=held[number].kept) for number in row["saved"]}
         elif "now" in row:
             made = held[entry.passage] = _changed(held.get(entry.passage), entry, row)
             draft.seen[entry.passage].append((made.now.nodes, made.now.state))
@@ -250,7 +252,9 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
     past = before.past[:-1] if entry.action == "undo" else before.with_version(now).past
     made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
     beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
-    return replace(made, version=entry.version, beside=beside, extractions=extractions)
+    # What comes in may be what the file of corrections has. Histories of format 3 say so.
+    saved = before.saved if entry.action != "come" else _read_version(row["saved"]) if "saved" in row else now
+    return replace(made, version=entry.version, beside=beside, extractions=extractions, saved=saved)
 
 
 def _read_version(held: dict[str, Any] | None) -> Version | None:

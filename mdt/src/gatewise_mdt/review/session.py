@@ -8,8 +8,10 @@ import getpass
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
@@ -203,10 +205,13 @@ class Session:
     def add(self, passages: Sequence[tuple[Passage, str]], by: By = NOBODY) -> list[Passage]:
         """Adds passages with their trees, and with what the history is to say of each."""
         with self._lock:
-            added = with_ids([*self.passages, *(passage for passage, _ in passages)])[len(self._passages) :]
-            added = self._numbered(added)
-            said = [by._replace(comment=comment) for _, comment in passages]
-            self._keep([(self._entry("add", one, made), passage_row(made)) for one, made in zip(said, added, strict=True)])
+            added = self._numbered(with_ids([*self.passages, *(passage for passage, _ in passages)])[len(self._passages) :])
+            self._keep(
+                [
+                    (self._entry("add", by._replace(comment=comment), made), passage_row(made))
+                    for (_, comment), made in zip(passages, added, strict=True)
+                ]
+            )
             self._passages |= {passage.number: passage for passage in added}
             return added
 
@@ -314,12 +319,9 @@ class Session:
     # ---- the history ----
 
     def _numbered(self, passages: Sequence[Passage]) -> list[Passage]:
-        made = []
-        for passage in passages:
-            if not passage.number:
-                self._last += 1
-                passage = replace(passage, number=self._last)
-            made.append(passage)
+        further = count(self._last + 1)
+        made = [passage if passage.number else replace(passage, number=next(further)) for passage in passages]
+        self._last = next(further) - 1
         return made
 
     def _entry(self, action: str, by: By, passage: Passage | None = None, time: str | None = None) -> Entry:
@@ -351,8 +353,11 @@ class Session:
         with self._lock:
             kept = {passage.number: version for passage in self.passages if (version := passage.kept) is not None}
             self.files.save([self._passages[number].record(version) for number, version in kept.items()])
-            for number, version in kept.items():
-                self._passages[number] = replace(self._passages[number], saved=version)
+            saved = {number: replace(self._passages[number], saved=version) for number, version in kept.items()}
+            changed = [number for number, passage in saved.items() if passage.saved != self._passages[number].saved]
+            self._passages |= saved
+            with suppress(GatewiseError):  # the trees are saved all the same
+                self._keep([(self._entry("save", NOBODY), {"saved": changed})] if changed else [])
             return Saved(self.files.out, len(kept), [one.number for one in self.passages if one.is_unsaved])
 
     def export(self, format: str, which: str | int) -> tuple[str, str]:
