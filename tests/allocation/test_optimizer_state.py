@@ -1,5 +1,6 @@
 """What an optimiser keeps of a rank: grown ranks take steps as large as a new adapter's, and pruned ones stay dead."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from tiny_models import EXPERTS
@@ -145,3 +146,12 @@ def test_an_expert_without_a_live_rank_starts_at_the_mean_of_its_fellows(adapted
             expected = others.mean(dim=0) if key == "exp_avg_sq" else torch.zeros_like(others[0])
             torch.testing.assert_close(new[0], expected)
             assert (new[1:] == 0).all()
+
+
+def test_a_grown_rank_has_nothing_of_a_state_of_two_averages(trained):
+    layer, optimizer = trained(bnb.optim.AdEMAMix, {}, steps=4)
+    slots.prune(layer, "default", [0], optimizer)
+    (slot,) = slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    for of_b, factor in enumerate(slots.factors(layer, "default")):
+        state = optimizer.state.get(factor, {}).get("state1", torch.zeros(2, *factor.shape))
+        assert not state.select(2 if of_b else 1, slot).any()

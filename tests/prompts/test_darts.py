@@ -285,6 +285,8 @@ def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
         torch.testing.assert_close(one, other, msg=name)
     with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
         prompts.retrain(hyper(), prompt_config("bert"), data("bert"), args)
+    with pytest.raises(GatewiseError, match=r"has prompts at layers .*, but now they are at \[1\]"):
+        prompts.retrain(hyper(), prompt_config("bert", prompt_layers=[1]), data("bert"), args, resume_from_checkpoint=True)
 
 
 def test_a_model_whose_prompts_were_taken_off(tmp_path, data):

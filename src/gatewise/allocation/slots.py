@@ -11,8 +11,9 @@ factors of all of them in one A (experts * r_max, d_in) and one B (d_out, r_max 
 A pruned slot's optimiser state is cleared. A grown one starts with a state of zero, as any new parameter does. For SGD, Lion or
 RMSprop that is all. Adam and its relatives also divide their running averages by 1 - beta^t, where t counts the steps of the whole
 parameter, which is old: the slot would move several learning rates a step. So its running average of squares starts at the mean of
-the live slots', and its steps are about as large as theirs. States in 8 bits (bitsandbytes) are not rewritten: a module that grows
-begins them anew, and dead slots, which such an optimiser moves although they have no gradient, are zeroed after each step.
+the live slots', and its steps are about as large as theirs. States in 8 bits (bitsandbytes) or of two averages (AdEMAMix) are not
+rewritten: a module that grows begins them anew, and dead slots, which such an optimiser moves although they have no gradient, are
+zeroed after each step.
 """
 
 import logging
@@ -310,9 +311,11 @@ def _start_in_optimizer(
     for of_b, factor in enumerate(factors(layer, adapter)):
         state = optimizer.state.get(factor, {})
         squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[of_b]) if key in state]
-        in_8_bits = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values())
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        # AdEMAMix stacks two averages in one.
+        unwritten = any(value.dtype == torch.uint8 or value.ndim > factor.ndim for value in tensors)
         # Without a mean to take, the optimiser makes this parameter's state anew.
-        if in_8_bits or (squares and not any(bool(mask.any()) for _, mask in alive)):
+        if unwritten or (squares and not any(bool(mask.any()) for _, mask in alive)):
             del optimizer.state[factor]
             continue
         for key in squares:

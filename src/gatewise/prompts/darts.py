@@ -33,6 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from gatewise.adapters.files import read_config
 from gatewise.bilevel import BilevelMixin, split_in_half
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
@@ -284,16 +285,22 @@ def retrain(
         settings: for the Trainer.
 
     Raises:
-        GatewiseError: the configuration is that of a hyper-network, or a model whose adapter was taken off.
+        GatewiseError: the configuration is that of a hyper-network, a model whose adapter was taken off, or a checkpoint of other
+            layers.
     """
     if config.prompt_layers is None:
         raise GatewiseError(
             "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
         )
+    checkpoint = _checkpoint_in(args, resume_from_checkpoint)
+    if checkpoint is not None and (layers := read_config(Path(checkpoint)).get("prompt_layers")) != config.prompt_layers:
+        raise GatewiseError(
+            f"the checkpoint {checkpoint} has prompts at layers {layers}, but now they are at {config.prompt_layers}: begin anew"
+        )
     adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config, inference_mode=False))
     assert isinstance(adapted, PeftModel)
     trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
-    trainer.train(resume_from_checkpoint=_checkpoint_in(args, resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     return adapted
 
 
