@@ -408,7 +408,9 @@ def read_note(folder: str | Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(content_of(path))
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise GatewiseError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise GatewiseError(f"{path} is not valid JSON ({error}): restore the file") from error
     if not isinstance(content, dict):

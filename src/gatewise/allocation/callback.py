@@ -280,8 +280,8 @@ class RankAllocation(TrainerCallback, ExportableState):
                     "the adapter has %d %s, where the target was %d: not all rounds ran%s",
                     above, self.unit, self.target, why if self.module_pruning else "",
                 )  # fmt: skip
-            slots.compact(model, self._name)
             self._write_beside(model)
+            slots.compact(model, self._name)
             self._compacted = True
             if self._zero is not None:
                 self._zero.adopt(model)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -89,8 +89,11 @@ class GateBank:
         adapter: its name.
         layers: path -> LoRA layer.
         live: path -> (r_max,) bool, the slots that live.
-        gates: path -> gates, (r_max,) for the whole batch, or (b, 1, r_max) with one row for each row of the batch where
-            ``rows_apart`` says so. A module that is not listed has all its gates open.
+        gates: path -> gates, (r_max,) for the whole batch, or (b, 1, r_max) with one row for each row of the batch. A module that
+            is not listed has all its gates open.
+        rows_apart: each module sees one row of hidden states for each row of a batch, so that gates may be (b, 1, r_max). Not so in
+            an LM head that sees labelled positions only, with DoRA, on embeddings and stacked experts. Where a model flattens batch
+            and tokens (OPT, some mixtures of experts), it is found out by the first gates of rows, which then do nothing.
 
     Raises:
         GatewiseError: the adapter is merged into the base weights, or is not the active one, so gates would do nothing.
@@ -102,9 +105,9 @@ class GateBank:
         self.live = {path: live_mask(layer, self.adapter) for path, layer in self.layers.items()}
         self.gates: dict[str, Tensor] = {}
         self._model = model
+        head = cast(Any, model).get_base_model().get_output_embeddings()
         # DoRA computes its weight norm through the same modules.
-        self._plain = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
-        self._shapes: list[torch.Size] = []
+        self.rows_apart = not any(layer is head or carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
         self._undo = ExitStack()
         for path, layer in self.layers.items():
             if layer.merged:
@@ -120,7 +123,7 @@ class GateBank:
             else:
                 hook = layer.lora_B[self.adapter].register_forward_pre_hook(partial(self._gated, path))
                 self._undo.callback(hook.remove)
-        self._plain = self._plain and not in_rows
+        self.rows_apart = self.rows_apart and not in_rows
         for module, paths in in_rows.items():
             embeddings: nn.ParameterDict = module.lora_embedding_A  # type: ignore[assignment]
             linear: nn.ModuleDict = module.lora_A  # type: ignore[assignment]
@@ -140,27 +143,13 @@ class GateBank:
         }
         return dict(self.gates)
 
-    def rows_apart(self, part: Batch) -> bool:
-        """True where each module sees one row of hidden states for each row of a batch, so that gates may be (b, 1, r_max).
-
-        Not so in an LM head that sees labelled positions only, with DoRA, on embeddings and stacked experts, and where a model
-        flattens batch and tokens (OPT, some mixtures of experts): two rows are run to see that.
-        """
-        head, few = base_of(self._model).get_output_embeddings(), rows_of(part, slice(2))
-        if not self._plain or any(layer is head for layer in self.layers.values()):
-            return False
-        self._shapes = []
-        with torch.no_grad():
-            row_losses(self._model, few)
-        return all(len(shape) in (2, 3) and shape[0] == len(few["labels"]) for shape in self._shapes)
-
     @torch.enable_grad()
     def row_gradients(self, part: Batch, value: float, apart: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Gradients of each row's summed loss with respect to the gates, all of which are ``value``.
 
         Args:
             part: a microbatch of b rows.
-            apart: each row has gates of its own, see ``rows_apart``; else the microbatch must be one row.
+            apart: each row has gates of its own; else the microbatch must be one row.
 
         Returns:
             Path -> (b, r_max) gradients, summed losses (b,) in nats, and numbers of labels (b,).
@@ -181,12 +170,14 @@ class GateBank:
     def _gated(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Multiplies what A gives, (b, t, r), or (b, r) of one pooled token a row, by the module's gates."""
         hidden, *more = args
-        self._shapes.append(hidden.shape)
         gate = self.gates.get(path)
         if gate is None:
             return args
-        if gate.ndim == 3 and hidden.ndim == 2:
-            gate = gate[:, 0]
+        if gate.ndim == 3:
+            if hidden.ndim not in (2, 3) or len(hidden) != len(gate):
+                self.rows_apart = False
+                return args
+            gate = gate[:, 0] if hidden.ndim == 2 else gate
         # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
         full = hidden.dtype in (torch.float32, torch.float64)
         return (hidden * gate if full else (hidden.float() * gate).to(hidden.dtype), *more)
@@ -201,8 +192,10 @@ class GateBank:
 
 # ---------------------------------------------------------------- the state in which a model is scored
 
-_being_scored: ContextVar[tuple[nn.Module | None, int | None]] = ContextVar("being_scored", default=(None, None))
-"""The model, and how many rows training takes at once."""
+_being_scored: ContextVar["tuple[nn.Module | None, int | None, list[tuple[Batches, Parts]]]"] = ContextVar(
+    "being_scored", default=(None, None, [])
+)
+"""The model, how many rows training takes at once, and the last batch that was cut into microbatches, for who asks again."""
 
 
 @contextmanager
@@ -222,16 +215,17 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
     if _being_scored.get()[0] is model:
         yield
         return
-    device, half = next(model.parameters()).device, half_precision(model)
+    device = next(model.parameters()).device
+    is_quick, half = has_bfloat16(device), half_precision(model)
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original, wrapped = original_forward(model), model.forward
-    if half and not float32 and has_bfloat16(device):
+    if half and not float32 and is_quick:
         half = [tensor for tensor in half if tensor.dtype == torch.float16]
     if half and is_sharded(model):
         half = []
     # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
     before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
-    token = _being_scored.set((model, rows))
+    token = _being_scored.set((model, rows, []))
     with torch.autocast(device.type, enabled=False), evaluating(model):
         try:
             if original is not None:
@@ -297,6 +291,9 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     Args:
         single_rows: a microbatch is one row.
     """
+    scored, _, kept = _being_scored.get()
+    if scored is model and not single_rows and kept and kept[0][0] is batch:
+        return kept[0][1]
     given, device = as_batches(batch), next(model.parameters()).device
     most_tokens = 1 if single_rows else step_tokens(device, given)
     kind, dtype = loss_kind(model), getattr(base_of(model), "dtype", None)
@@ -314,7 +311,10 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         at = [len(part["labels"]) for part in parts].index(rows)
         parts[at : at + 1] = [rows_of(parts[at], slice(rows // 2)), rows_of(parts[at], slice(rows // 2, None))]
     own, copies = own_share(parts, even=is_sharded(model)) if n > 1 else (parts, 1)
-    return Parts(own, n, copies, device)
+    found = Parts(own, n, copies, device)
+    if scored is model and not single_rows:
+        kept[:] = [(batch, found)]
+    return found
 
 
 def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:

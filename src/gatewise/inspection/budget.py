@@ -76,6 +76,13 @@ class BudgetMap:
         """The sum over modules of a field of ``ModuleBudget``; of norms the root of the sum of squares."""
         return _total(self.modules, value) or 0
 
+    def notes(self, title: str) -> tuple[str, str]:
+        """Two lines below the title of a picture: what its numbers are and whose, and the totals."""
+        return (
+            f"{title} by layer and kind · {self.base_model or self.adapter_type}",
+            f"total rank {self.rank:,} · {self.parameters:,} parameters",
+        )
+
     def grid(self, value: Value = "rank") -> Grid:
         """The budget as layers x kinds, with totals at the margins.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gatewise.inspection.importance import Importance
     from gatewise.inspection.routing import RoutingMap
 
+BUDGET_TITLE = "Where the budget went"
 _INK, _FAINT, _BAR, _ABSENT, _REST = "#1b2733", "#5c6b7a", "#9fb4c7", "#eceff2", "#c3cfda"
 
 # One hue from light to dark: it keeps its order in every kind of colour vision and in grey print.
@@ -73,11 +74,7 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank") -> Path:
         GatewiseError: another suffix, a path that cannot be written, or matplotlib is not installed.
     """
     grid = budget.grid(value)
-    notes = (
-        f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
-        f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
-    )
-    return heatmap(grid, "Where the budget went", notes, out)
+    return heatmap(grid, BUDGET_TITLE, budget.notes(grid.title), out)
 
 
 def plot_importance(importance: "Importance", out: str | Path) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gatewise.adapters.files import peft_type, stored_numbers
 from gatewise.inspection.budget import read_budget
-from gatewise.inspection.plotting import plot, plot_prompts, plot_routing
+from gatewise.inspection.plotting import BUDGET_TITLE, heatmap, plot_prompts, plot_routing
 from gatewise.inspection.prompts import read_prompts
 from gatewise.inspection.text import grid_table, prompts_table, routing_json
 from gatewise.parts import Report, Run
@@ -25,8 +25,9 @@ def report_of(adapter: Path) -> Report:
     if kind not in ("LORA", "ROUTED_LORA", "ADALORA"):
         return Report(stored_numbers(adapter))
     budget = read_budget(adapter)
-    stored, draw = budget.parameters + budget.other_parameters, partial(plot, budget)
-    return Report(stored, {"ranks": budget.ranks}, partial(grid_table, budget.grid()), {"ranks.png": draw})
+    grid, stored = budget.grid(), budget.parameters + budget.other_parameters
+    draw = partial(heatmap, grid, BUDGET_TITLE, budget.notes(grid.title))
+    return Report(stored, {"ranks": budget.ranks}, partial(grid_table, grid), {"ranks.png": draw})
 
 
 def study_of(run: Run, model: Any) -> Report:

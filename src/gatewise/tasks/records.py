@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.files import content_of
 
 Kind = Literal["label", "choice", "generation", "number"]
 Row = dict[str, Any]
@@ -133,12 +132,16 @@ def check_labels(records: Records, advice: str) -> None:
 
 
 def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
-    content = path.read_bytes() if name.startswith(SAMPLE_PREFIX) else content_of(path)
     try:
+        content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise GatewiseError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from error
+    except FileNotFoundError:
+        raise GatewiseError(f"{name}: there is no such file") from None
+    except OSError as error:
+        raise GatewiseError(f"{name} cannot be read: {error.strerror}") from error
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):

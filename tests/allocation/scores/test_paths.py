@@ -112,7 +112,7 @@ def test_rows_that_cannot_have_gates_of_their_own(adapted, batch, monkeypatch):
     """As with DoRA, or where a model flattens batch and tokens: every example runs alone, and the numbers are the same."""
     model, data = adapted(), batch()
     expected = path_moments(model, data)
-    monkeypatch.setattr(GateBank, "rows_apart", lambda self, part: False)
+    monkeypatch.setattr(GateBank, "rows_apart", property(lambda self: False, lambda self, value: None), raising=False)
     got = path_moments(model, data)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gatewise.allocation.scoring import Batches, GateBank, Score, Scores, parts_of, scoring
+from gatewise.allocation.scoring import Batches, GateBank, Parts, Score, Scores, parts_of, scoring
 
 NODES = ((2 / 3, 3 / 4), (1.0, 1 / 4))
 """Points of the path and their weights: the two of Gauss-Radau in [1/2, 1], of which the last is the end of the path."""
@@ -61,24 +61,11 @@ def path_moments(
     """
     with scoring(model, float32=False), GateBank(model, adapter) as gates:
         parts = parts_of(model, batch)
-        apart = not parts.own or gates.rows_apart(parts.own[0])
-        if not apart:
+        if gates.rows_apart:
+            first, second, loss = _sums(gates, parts, True, progress)
+        if not gates.rows_apart:  # as may have been found out meanwhile
             parts = parts_of(model, batch, single_rows=True)
-        first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
-        second = {path: torch.zeros_like(gate) for path, gate in first.items()}
-        loss = torch.zeros(2, dtype=torch.float32 if parts.device.type == "mps" else torch.float64)  # summed, and labels
-        for done, part in enumerate(parts.own, start=1):
-            own: dict[str, Tensor] = {}
-            for node, weight in NODES:
-                gradients, sums, counts = gates.row_gradients(part, node, apart)
-                for path, gradient in gradients.items():
-                    own[path] = own[path] - weight * gradient if path in own else -weight * gradient
-            loss += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=loss.dtype)  # of the last node, which is 1
-            for path, value in own.items():
-                first[path] += value.sum(dim=0)
-                second[path] += value.square().sum(dim=0)
-            if progress:
-                progress(done, len(parts.own))
+            first, second, loss = _sums(gates, parts, False, progress)
         (loss,) = parts.total(loss)
         totals = parts.total(*(torch.stack([first[path], second[path]]) for path in first))
         moments = gates.live_only(dict(zip(first, totals, strict=True)))
@@ -88,3 +75,27 @@ def path_moments(
     # The spread over all ranks; 1 where they are all the same and there is nothing to weigh.
     of_mean, of_size = (float(torch.cat(list(one.values())).double().std(correction=0)) or 1.0 for one in (mean, size))
     return {path: mean[path] / of_mean + size[path] / of_size for path in mean}
+
+
+def _sums(
+    gates: GateBank, parts: Parts, apart: bool, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Sums over the examples of this process of a_e and of its square, path -> (r_max,), and (summed loss, number of labels)."""
+    first = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
+    second = {path: torch.zeros_like(gate) for path, gate in first.items()}
+    loss = torch.zeros(2, dtype=torch.float32 if parts.device.type == "mps" else torch.float64)
+    for done, part in enumerate(parts.own, start=1):
+        own: dict[str, Tensor] = {}
+        for node, weight in NODES:
+            gradients, sums, counts = gates.row_gradients(part, node, apart)
+            if apart and not gates.rows_apart:
+                return first, second, loss
+            for path, gradient in gradients.items():
+                own[path] = own[path] - weight * gradient if path in own else -weight * gradient
+        loss += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=loss.dtype)  # of the last node, which is 1
+        for path, value in own.items():
+            first[path] += value.sum(dim=0)
+            second[path] += value.square().sum(dim=0)
+        if progress:
+            progress(done, len(parts.own))
+    return first, second, loss
