@@ -45,6 +45,8 @@ def test_what_is_not_known_stops_the_walk_only_where_it_matters() -> None:
         tree.decide({KIDNEY: True})
     with pytest.raises(GatewiseError, match="'maybe', expected true or false"):
         tree.decide({FLARE: "maybe"})  # type: ignore[dict-item]
+    with pytest.raises(GatewiseError, match="as true and as false"):
+        tree.decide({FLARE: True, (POPULATION, "clinical manifestation", "Acute  flare"): False})
 
 
 def test_a_fact_of_no_relation_is_refused() -> None:

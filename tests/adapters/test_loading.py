@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import IDS, adapter_of, bert_config, llama_config, saved, tiny_tokenizer
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_adapter
 from gatewise.errors import GatewiseError
 from gatewise.models import load_model
@@ -119,3 +120,9 @@ def test_numbers_that_are_not_finite_are_refused(routed: bool, bad: float, llama
     said = rf"adapter_model\.safetensors is damaged: {re.escape(key)} has numbers that are not finite"
     with pytest.raises(GatewiseError, match=said):
         load_adapter(damaged)
+
+
+def test_an_option_that_is_an_empty_text_is_refused():
+    """As an unset variable of a shell script gives it: the run's own prompt would be taken without a word."""
+    with pytest.raises(GatewiseError, match="prompt is an empty text"):
+        DataOptions(prompt="")

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import TorchAoConfig
 
 from gatewise import ConstantBudget, RankAllocation, ranks, scores
 from gatewise.allocation.scoring import scoring
+from gatewise.errors import GatewiseError
 
 FOUR_BITS = {
     "nf4": {"bnb_4bit_quant_type": "nf4"},
@@ -66,6 +67,8 @@ def base(float_base):
             how = BitsAndBytesConfig(load_in_8bit=True)
         elif kind == "torchao int8":
             how = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+        elif kind == "torchao dynamic int8":
+            how = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8DynamicActivationInt8WeightConfig())
         model = AutoModelForCausalLM.from_pretrained(float_base, dtype=dtype, quantization_config=how)
         if kind == "torchao int4":  # Transformers trains no model that it has loaded in 4 bits of torchao
             ao = pytest.importorskip("torchao.quantization")
@@ -213,6 +216,14 @@ def plain(quantised):
     made = torch.nn.Linear(values.shape[1], values.shape[0], bias=False)
     made.weight = torch.nn.Parameter(values.detach().float(), requires_grad=False)
     return made
+
+
+def test_a_base_that_passes_no_gradient_is_refused(base, rows, held_out, tmp_path):
+    model = with_lora(base("torchao dynamic int8"))
+    allocation = RankAllocation(validation_batch=held_out)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(GatewiseError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantised .* no gradient passes"):
+        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
 
 
 def test_trls_sft_trainer_that_makes_the_adapter_itself(base, held_out, tmp_path):

@@ -8,6 +8,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from gatewise.errors import GatewiseError
 
@@ -63,3 +64,11 @@ def test_replicas_are_refused(routed, batch):
     replica = copy.copy(routed("llama").get_base_model())
     with pytest.raises(GatewiseError, match=r"do not run in replicas \(nn.DataParallel\)"):
         replica(**batch())
+
+
+def test_shared_layers_are_refused(batch):
+    sizes = {"vocab_size": 60, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 24}
+    config = AlbertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
+    model = get_peft_model(AlbertForSequenceClassification(config), routed_config("bert"))
+    with pytest.raises(GatewiseError, match="more than once in a forward"):
+        model(**batch("bert"))

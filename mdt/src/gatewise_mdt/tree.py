@@ -196,10 +196,14 @@ class DecisionTree:
                 bool, or to None where it does not know.
 
         Raises:
-            GatewiseError: a fact that is needed on the way is not known, a fact is no bool, or its relation none of the six.
+            GatewiseError: a fact that is needed on the way is not known, a fact is no bool, its relation none of the six, or two
+                facts contradict each other.
         """
         if not callable(facts):
-            by_key = {Triple(*triple).key: value for triple, value in facts.items()}
+            by_key: dict[tuple[str, ...], bool] = {}
+            for fact, given in facts.items():
+                if by_key.setdefault(Triple(*fact).key, given) != given:
+                    raise GatewiseError(f"the fact {fact} is given as true and as false, perhaps in other words: give it once")
             known: Callable[[Triple], bool | None] = lambda triple: by_key.get(triple.key)  # noqa: E731
         else:
             known = facts

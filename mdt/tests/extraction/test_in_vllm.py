@@ -1,9 +1,11 @@
 """The constraint of trees in the real vLLM's server: `make test-serve`, which makes an environment for it."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from gatewise_mdt import Extraction, Extractor, sample
-from gatewise_mdt.extraction.extractor import Text
+from gatewise_mdt.extraction.course import ARGUMENT
 from gatewise_mdt.extraction.served import ServedExtractor
 from tiny_run import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,14 +88,19 @@ def test_requests_were_set_aside_meanwhile(url: str) -> None:
 
 
 def test_a_course_that_cannot_be_read_is_refused(url: str) -> None:
-    found = ServedExtractor(url, "trees").extract([Text("a", "fr")])[0]  # type: ignore[arg-type]
-    assert "not told as gatewise tells it" in str(found)
+    asked = {"model": "trees", "prompt": "a", "max_tokens": 4, "vllm_xargs": {ARGUMENT: "{}"}}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert "not told as gatewise tells it" in refused.value.read().decode()
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_at_the_start() -> None:
     """With the first request it would end the engine."""
     code = """
-from types import SimpleNamespacefrom gatewise_mdt.extraction import in_vllm
+from types import SimpleNamespace
+from gatewise.errors import GatewiseError
+from gatewise_mdt.extraction import in_vllm
 in_vllm.cached_tokenizer_from_config = lambda model: type("Tokenizer", (), {"eos_token_id": 1})()
 nothing = SimpleNamespace(max_num_seqs=1, get_vocab_size=lambda: 9)
 config = SimpleNamespace(model_config=nothing, scheduler_config=nothing)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gatewise.errors import GatewiseError
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -22,3 +24,8 @@ class DataOptions:
     labels: str | None = None
     limit: int | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("base", "split", "prompt", "labels"):
+            if getattr(self, name) == "":  # as an unset variable of a shell script gives it
+                raise GatewiseError(f"{name} is an empty text: give a value, or leave it out")

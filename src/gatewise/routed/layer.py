@@ -104,6 +104,12 @@ class LayerRouting:
                 f"layer {self.path} was run outside the forward of its model, so there is no prompt to route it by: call the model "
                 "(old model code whose gradient checkpointing calls layers again by itself is not supported)"
             )
+        if not running.is_settled:
+            if self.path in running.seen:
+                raise GatewiseError(
+                    f"layer {self.path} runs more than once in a forward: models that share layers cannot be routed"
+                )
+            running.seen.add(self.path)
         return running
 
     # Traced with what follows it, modules would not find what they are to run: torch.compile keeps that back until the layer ends.

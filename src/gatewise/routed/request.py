@@ -87,12 +87,14 @@ class Pass:
         is_inference: in evaluation mode and without gradients.
         is_settled: all that any module runs is known, so that layers have nothing to do.
         runs: what each module runs.
+        seen: paths of the layers that were entered.
     """
 
     def __init__(self, request: Request, batch: int, continues: bool, is_inference: bool) -> None:
         self.request, self.batch, self.continues, self.is_inference = request, batch, continues, is_inference
         self.is_settled = not request.groups or (is_inference and request.complete)
         self.runs = request.runs if is_inference else {}
+        self.seen: set[str] = set()
 
 
 class RequestTracker(CallTracker):

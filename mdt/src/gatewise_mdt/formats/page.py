@@ -7,10 +7,10 @@ their hashes, so that a browser runs and applies nothing else, whatever the text
 import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from importlib import resources
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.svg import drawing_of, name_of
@@ -19,15 +19,22 @@ from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree
 from gatewise_mdt.tree import DecisionTree
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
 
 def page_of(records: Sequence[TreeRecord]) -> str:
     """A page with one article a record. Everything that comes from the records is escaped."""
     words, several = words_for(records[0].tree.language), len(records) > 1
     style, script = content_of(__package__, "page.css"), content_of(__package__, "marking.js")
-    return template_of(content_of(__package__, "page.html")).render(
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    pages = Environment(
+        loader=FunctionLoader(partial(content_of, __package__)),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return pages.get_template("page.html").render(
         words=words,
         several=several,
         title=words.title if several else f"{words.title}: {name_of(records[0])}",
@@ -37,22 +44,6 @@ def page_of(records: Sequence[TreeRecord]) -> str:
         script_hash=source_of_policy(script),
         articles=[{**_article(record), "id": f"record-{i}"} for i, record in enumerate(records, start=1)],
     )
-
-
-@cache
-def template_of(content: str) -> "Template":
-    """A Jinja2 template in which everything is escaped that does not say otherwise. It may include "head.html" of this room."""
-    from jinja2 import DictLoader, Environment, StrictUndefined
-
-    environment = Environment(
-        loader=DictLoader({"head.html": content_of(__package__, "head.html")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.from_string(content)
 
 
 def content_of(room: str, name: str) -> str:
