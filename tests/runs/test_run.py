@@ -470,7 +470,7 @@ def test_a_classifier_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("method", "fails"),
     [
-        ("lora", "gatewise.inspection.report.plot"),
+        ("lora", "gatewise.inspection.report.heatmap"),
         ("milora", "gatewise.inspection.routing.routing_of_rows"),
         ("milora", "gatewise.inspection.report.plot_routing"),
     ],

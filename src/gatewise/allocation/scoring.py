@@ -152,7 +152,8 @@ class GateBank:
             apart: each row has gates of its own; else the microbatch must be one row.
 
         Returns:
-            Path -> (b, r_max) gradients, summed losses (b,) in nats, and numbers of labels (b,).
+            Path -> (b, r_max) gradients, summed losses (b,) in nats, and numbers of labels (b,). No gradients where ``rows_apart``
+            is found to be false on the way.
         """
         leaves = self.fill(value, requires_grad=not apart)
         if apart:
@@ -160,6 +161,8 @@ class GateBank:
             leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
             self.gates = dict(leaves)
         sums, counts = row_losses(self._model, part)
+        if apart and not self.rows_apart:
+            return {}, sums.detach(), counts
         gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return {path: g.reshape(-1, g.shape[-1]) for path, g in zip(leaves, gradients, strict=True)}, sums.detach(), counts
 
