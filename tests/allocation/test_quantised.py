@@ -67,8 +67,6 @@ def base(float_base):
             how = BitsAndBytesConfig(load_in_8bit=True)
         elif kind == "torchao int8":
             how = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
-        elif kind == "torchao dynamic int8":
-            how = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8DynamicActivationInt8WeightConfig())
         model = AutoModelForCausalLM.from_pretrained(float_base, dtype=dtype, quantization_config=how)
         if kind == "torchao int4":  # Transformers trains no model that it has loaded in 4 bits of torchao
             ao = pytest.importorskip("torchao.quantization")
@@ -218,12 +216,29 @@ def plain(quantised):
     return made
 
 
+class Dynamic(torch.nn.Module):
+    """As torchao's layers with dynamic activations: integers, and a product that no gradient passes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", linear.weight.detach().round().to(torch.int8))
+
+    @torch.no_grad()
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T
+
+
 def test_a_base_that_passes_no_gradient_is_refused(base, rows, held_out, tmp_path):
-    model = with_lora(base("torchao dynamic int8"))
-    allocation = RankAllocation(validation_batch=held_out)
+    model = with_lora(base("plain"))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    settings = {"args": arguments, "train_dataset": rows}
+    Trainer(model=model, callbacks=[RankAllocation(validation_batch=held_out)], **settings)
+    model = with_lora(base("plain"))
+    layer = next(one for path, one in model.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
+    layer.base_layer = Dynamic(layer.base_layer)
     with pytest.raises(GatewiseError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantised .* no gradient passes"):
-        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
+        Trainer(model=model, callbacks=[RankAllocation(validation_batch=held_out)], **settings)
 
 
 def test_trls_sft_trainer_that_makes_the_adapter_itself(base, held_out, tmp_path):

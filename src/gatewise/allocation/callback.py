@@ -33,7 +33,7 @@ from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import Batches, Score
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
-from gatewise.internals.quantised import never_pack
+from gatewise.internals.quantised import check_gradients, never_pack
 from gatewise.internals.zero import Zero
 from gatewise.processes import is_sharded
 
@@ -160,6 +160,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 f"not {name!r}: turn it off, or make the adapter under that name"
             )
         never_pack(model)  # or an evaluation would break the training that follows it
+        check_gradients(model, name)
         slots.check_movable(model, name)
         layers = slots.layers_of(model, name)
         start = slots.live_ranks(layers, name)

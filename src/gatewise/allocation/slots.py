@@ -31,8 +31,6 @@ from torch.optim import Optimizer
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.lora import active_adapter, alphas, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
-from gatewise.internals.quantised import is_quantised
-from gatewise.processes import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +117,7 @@ def left_alone(model: nn.Module, adapter: str) -> list[str]:
 
 
 def check_movable(model: nn.Module, name: str) -> None:
-    """Refuses an adapter of a variant of LoRA that was not tried, on a base that passes no gradient, or with shared ranks.
+    """Refuses an adapter of a variant of LoRA that was not tried, and one whose layers share their ranks.
 
     Raises:
         GatewiseError: there is such a layer.
@@ -131,31 +129,13 @@ def check_movable(model: nn.Module, name: str) -> None:
                 f"{path} has LoRA of the variant {variant}, whose ranks cannot be moved: leave it out of the LoraConfig"
             )
     owners: dict[int, str] = {}
-    looked_at: set[tuple[type, type]] = set()
     for path, layer in _holders(model, name).items():
-        base = layer.get_base_layer()
-        kinds = type(base), type(getattr(base, "weight", None))
-        if kinds not in looked_at and is_quantised(base) and not is_sharded(model):
-            looked_at.add(kinds)
-            if not _passes_gradients(base, layer.in_features, getattr(model, "dtype", torch.float32)):
-                raise GatewiseError(
-                    f"{path} is quantised so ({kinds[0].__name__}, {kinds[1].__name__}) that no gradient passes to the "
-                    "layers below, which would neither learn nor be scored: take weight-only quantisation, not evaluated before"
-                )
         for factor in factors(layer, name):
             if factor.device.type != "meta" and owners.setdefault(factor.data_ptr(), path) != path:
                 raise GatewiseError(
                     f"{path} and {owners[factor.data_ptr()]} share their LoRA factors (ensure_weight_tying), whose ranks cannot be "
                     "moved apart: leave ensure_weight_tying out, or one of the two out of target_modules"
                 )
-
-
-def _passes_gradients(base: Any, width: Any, dtype: torch.dtype) -> bool:
-    device = next((tensor.device for tensor in [*base.parameters(), *base.buffers()]), torch.device("cpu"))
-    if device.type == "meta":  # offloaded: Accelerate brings the weights when the layer runs
-        return True
-    with torch.enable_grad():
-        return bool(base(torch.ones(1, 1, width, dtype=dtype, device=device, requires_grad=True)).requires_grad)
 
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:

@@ -17,8 +17,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gatewise.errors import GatewiseError
+from gatewise.processes import is_sharded
 
 _PACKED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 _COMPUTE_BY_MODE = ("bitsandbytes.nn", "gptqmodel.nn_modules")
@@ -41,6 +45,37 @@ def never_pack(model: nn.Module) -> None:
         _unpack(layer)
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def check_gradients(model: nn.Module, adapter: str) -> None:
+    """Refuses quantised base layers of an adapter's linear LoRA through which no gradient passes.
+
+    Raises:
+        GatewiseError: there is such a layer.
+    """
+    looked_at: set[tuple[type, type]] = set()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+            continue
+        base = layer.get_base_layer()
+        kinds = type(base), type(getattr(base, "weight", None))
+        if kinds in looked_at or not is_quantised(base) or is_sharded(model):
+            continue
+        looked_at.add(kinds)
+        if not _passes_gradients(base, layer.in_features, getattr(model, "dtype", torch.float32)):
+            raise GatewiseError(
+                f"{path.removeprefix('base_model.model.')} is quantised so ({kinds[0].__name__}, {kinds[1].__name__}) that no "
+                "gradient passes to the layers below, which would neither learn nor be scored: take weight-only quantisation, and "
+                "do not evaluate the model before"
+            )
+
+
+def _passes_gradients(base: Any, width: Any, dtype: torch.dtype) -> bool:
+    device = next((tensor.device for tensor in [*base.parameters(), *base.buffers()]), torch.device("cpu"))
+    if device.type == "meta":  # offloaded: Accelerate brings the weights when the layer runs
+        return True
+    with torch.enable_grad():
+        return bool(base(torch.ones(1, 1, width, dtype=dtype, device=device, requires_grad=True)).requires_grad)
 
 
 @contextmanager
