@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -53,6 +52,9 @@ def check_gradients(model: nn.Module, adapter: str) -> None:
     Raises:
         GatewiseError: there is such a layer.
     """
+    # Not at the top: this file is read while PEFT itself is being imported (see registry.py).
+    from peft.tuners.lora import LoraLayer
+
     looked_at: set[tuple[type, type]] = set()
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
