@@ -10,7 +10,7 @@ import torch
 
 from gatewise.errors import GatewiseError
 from gatewise.models import device
-from gatewise.models.device import pick_device, pick_dtype, random_state_kept
+from gatewise.models.device import pick_device, pick_dtype
 
 
 @pytest.fixture
@@ -94,10 +94,3 @@ def test_a_processor_that_is_kept_from_its_instructions_has_none() -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["torch.float32"]
-
-
-def test_the_random_state_is_as_it_was() -> None:
-    before = torch.get_rng_state()
-    with random_state_kept(torch.device("cpu")):
-        torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -5,8 +5,7 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -86,12 +85,3 @@ def cpu_has_bfloat16() -> bool:
     from gatewise.internals.cpu_features import multiplies_bfloat16
 
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and multiplies_bfloat16()
-
-
-@contextmanager
-def random_state_kept(device: "torch.device") -> Iterator[None]:
-    """Puts the random state of the CPU, and of a CUDA device, back at the end, and touches no other device's."""
-    import torch
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
