@@ -43,20 +43,21 @@ def _answer(feature: dict[str, list[int]]) -> list[int]:
 
 def test_prompt_and_answer_are_tokenised_apart(tokenizer: PreTrainedTokenizerFast) -> None:
     for feature, row in zip(encode(LABELS, tokenizer, TEMPLATE), LABELS.rows, strict=True):
-        answer = tokenizer(" " + row["label"])["input_ids"]
+        answer = [*tokenizer(" " + row["label"])["input_ids"], tokenizer.eos_token_id]
         assert feature["input_ids"] == tokenizer(TEMPLATE.render(row))["input_ids"] + answer
         assert _answer(feature) == answer
         assert feature["labels"][-len(answer) :] == answer
-        assert tokenizer.decode(feature["input_ids"]) == f"Text: {row['text']}\nLabel: {row['label']}"
+        assert tokenizer.decode(feature["input_ids"]) == f"Text: {row['text']}\nLabel: {row['label']}</s>"
 
 
-def test_generation_and_number_answers_end_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_answer_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     for kind, row in (
+        ("choice", {"question": "what", "choices": ["a lamp", "4"], "answer": 1}),
         ("generation", {"source": "灯", "target": "a lamp"}),
         ("number", {"question": "how many", "answer": "#### 4"}),
     ):
         (feature,) = encode(Records(kind, [row], None, "rows"), tokenizer, None)  # type: ignore[arg-type]
-        text = row.get("target") or row["answer"]
+        text = row.get("target") or ("4" if kind == "choice" else row["answer"])
         assert _answer(feature) == [*tokenizer(" " + text)["input_ids"], tokenizer.eos_token_id]
 
 
@@ -65,11 +66,11 @@ def test_a_long_prompt_loses_its_beginning_and_keeps_the_answer_and_bos(bos_toke
     (whole,) = encode(records, bos_tokenizer, TEMPLATE)
     (cut,) = encode(records, bos_tokenizer, TEMPLATE, max_length=30)
     assert whole["input_ids"][0] == cut["input_ids"][0] == bos_tokenizer.bos_token_id
-    assert bos_tokenizer.eos_token_id not in whole["input_ids"]
+    assert bos_tokenizer.eos_token_id not in whole["input_ids"][:-1]
     assert _answer(cut) == _answer(whole)
     # There is room for the longest label, which evaluation needs, though the right one here is the shorter.
     longest = len(bos_tokenizer(" very bad indeed", add_special_tokens=False)["input_ids"])
-    assert len(cut["input_ids"]) == 30 - longest + len(_answer(cut))
+    assert len(cut["input_ids"]) == 30 - 1 - longest + len(_answer(cut))
     assert cut["input_ids"][1:] == whole["input_ids"][1 - len(cut["input_ids"]) :]
 
 

@@ -131,7 +131,7 @@ def test_long_prompts_are_cut_to_what_the_model_takes(llama: LlamaForCausalLM, t
     )
     evaluate(llama, tokenizer, records, TEMPLATE)
     evaluate(llama, tokenizer, records, TEMPLATE, max_length=20)
-    assert widths == [127, 19]
+    assert widths == [126, 18]  # the last of 128 or 20 tokens are a label of one token, and the end
 
 
 def test_training_mode_and_random_state_are_left_as_they_were(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -349,6 +349,7 @@ def test_candidates_of_a_routed_adapter_are_scored_as_trained(
     metrics = evaluate(routed, tokenizer, records, template, batch_size=batch_size)
     assert metrics == pytest.approx(_slow_metrics(routed, tokenizer, records, template)[0], abs=1e-5)
     data = PadCollator(tokenizer)(encode(records, tokenizer, template))
+    data["labels"][data["labels"] == tokenizer.eos_token_id] = -100  # candidates are compared without their ends
     counts = (data["labels"] != -100).sum(dim=1)
     with torch.no_grad():
         assert metrics["loss"] == pytest.approx(float(routed(**data).loss), abs=1e-4)

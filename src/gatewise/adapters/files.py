@@ -4,7 +4,7 @@ The folder of an adapter, as PEFT saves it and gatewise adds to it:
 
     adapter_config.json        PEFT's configuration                          read_config
     adapter_model.safetensors  the weights                                   read_lora, tensor_shapes
-    gatewise.json              the note: how the run wrote its prompts       read_note
+    gatewise.json              the note: how the run wrote its prompts       read_note, chat_template_of
     allocation.json            the rounds of ALoRA and PI-LoRA               read_allocation
     search.json                the layers that a search chose for prompts    read_selection
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -401,6 +402,63 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere."""
     path = Path(folder) / NOTE_FILE
     return _read_json(path) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How the messages of a chat become the prompt that an adapter was trained on.
+
+    Attributes:
+        text: Jinja, as tokenizers have it: it reads ``messages``.
+        special_tokens: the tokenizer's own, such as bos, go before what it writes, as before any text. Otherwise it writes them.
+    """
+
+    text: str
+    special_tokens: bool = False
+
+
+def chat_template_of(folder: str | Path) -> ChatTemplate | None:
+    """The note's ``chat_template``, or one made of its ``template``, whose field the message of a user fills.
+
+    The one that is made refuses what the adapter was not trained on: all but one message, which is a user's, and any chat if there
+    are several fields.
+
+    Returns:
+        None where nothing is noted, such as for an adapter from elsewhere: its tokenizer's chat template is then the best guess.
+
+    Raises:
+        GatewiseError: the note is damaged.
+    """
+    note = read_note(folder)
+    chat, prompt = note.get("chat_template"), note.get("template")
+    if isinstance(chat, str):
+        return ChatTemplate(chat)
+    if not isinstance(prompt, str):
+        return None
+    try:
+        parts = [(literal, field) for literal, field, *_ in Formatter().parse(prompt)]
+    except ValueError as error:
+        raise GatewiseError(f"{Path(folder) / NOTE_FILE}: template has unmatched braces ({error}): restore the file") from error
+    fields = dict.fromkeys(field for _, field in parts if field is not None)
+    if len(fields) != 1:
+        shown = ", ".join(fields) or "none"
+        said = f"this model was trained on prompts with the fields {shown}: send the whole prompt to /v1/completions, as {prompt!r}"
+        return ChatTemplate(f"{{{{ raise_exception({_jinja(said)}) }}}}", special_tokens=True)
+    said = "this model was trained on single texts: send one message, which has the role user, and no others"
+    written = " ~ ".join(_jinja(literal) + (" ~ text" if field is not None else "") for literal, field in parts)
+    return ChatTemplate(
+        "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+        f"{{{{ raise_exception({_jinja(said)}) }}}}"
+        "{%- endif -%}"
+        "{%- set text = messages[0]['content'] -%}"
+        f"{{{{ ({written}).rstrip(' ') }}}}",
+        special_tokens=True,
+    )
+
+
+def _jinja(text: str) -> str:
+    """A text as Jinja writes one; JSON's escapes are among its own."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- JSON

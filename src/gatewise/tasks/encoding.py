@@ -119,7 +119,7 @@ def encode(
     """Prompt and answer of every row, for a causal model.
 
     The two are tokenised apart, so that training and evaluation see the same tokens. A prompt that is too long loses
-    its beginning. Generation and number answers end with the end-of-text token.
+    its beginning. Every answer ends with the end-of-text token, so that the model learns to stop.
 
     Returns:
         One dict a row: ``input_ids``, and ``labels`` with -100 on the prompt.
@@ -129,18 +129,17 @@ def encode(
             has no end-of-text token.
     """
     template = template or default_template(records)
+    if tokenizer.eos_token_id is None:
+        raise GatewiseError("the tokenizer has no end-of-text token (eos_token), which answers have to end with")
     if records.kind in ("label", "choice"):
         candidates = candidate_ids(records, tokenizer, template)
-        answers = [list(row[gold]) for row, gold in zip(candidates, records.gold, strict=True)]
-        # Room for the longest candidate, not for the gold one: evaluation cuts the prompt so too.
-        room = [max(map(len, row)) for row in candidates]
+        texts = [list(row[gold]) for row, gold in zip(candidates, records.gold, strict=True)]
+        room = room_for(candidates, max_length)
     else:
-        if tokenizer.eos_token_id is None:
-            raise GatewiseError("the tokenizer has no end-of-text token (eos_token), which generated answers have to end with")
-        texts = [template.target(records, row) for row in records.rows]
-        answers = [[*ids, int(tokenizer.eos_token_id)] for ids in token_ids(tokenizer, texts)]
-        room = [len(answer) for answer in answers]
-    prompts = prompt_ids(records, tokenizer, template, [max_length - length for length in room], max_length)
+        texts = token_ids(tokenizer, [template.target(records, row) for row in records.rows])
+        room = room_for([[text] for text in texts], max_length)
+    answers = [[*text, int(tokenizer.eos_token_id)] for text in texts]
+    prompts = prompt_ids(records, tokenizer, template, room, max_length)
     return [
         {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -236,8 +235,8 @@ def candidate_ids(records: Records, tokenizer: PreTrainedTokenizerBase, template
     """Token ids of every candidate of every row (kinds "label" and "choice").
 
     Raises:
-        GatewiseError: a choice has no tokens, or one label's are the beginning of another's: as labels are written without an
-            end, the longer one would never be likelier.
+        GatewiseError: a choice has no tokens, or one label's are the beginning of another's: as candidates are compared without
+            their ends, the longer one would never be likelier.
     """
     if records.labels is None:
         rows = [tuple(map(tuple, token_ids(tokenizer, template.candidates(records, row)))) for row in records.rows]
@@ -255,6 +254,14 @@ def candidate_ids(records: Records, tokenizer: PreTrainedTokenizerBase, template
     return [tokens] * len(records.rows)
 
 
+def room_for(candidates: Sequence[Sequence[Sequence[int]]], max_length: int) -> list[int]:
+    """Tokens of each prompt at most: after it have to fit the longest of its candidates and the end of the text.
+
+    Training and evaluation both cut a prompt to this, so that they read the same.
+    """
+    return [max_length - 1 - max(map(len, row)) for row in candidates]
+
+
 def prompt_ids(
     records: Records,
     tokenizer: PreTrainedTokenizerBase,
@@ -269,7 +276,7 @@ def prompt_ids(
     """
     template.check(records)
     texts = [template.render(row) for row in records.rows]
-    prefix = _text_prefix(tokenizer)
+    prefix = text_prefix(tokenizer)
     prompts = []
     for text, ids, space in zip(texts, token_ids(tokenizer, texts), room, strict=True):
         left = space - len(prefix)
@@ -282,7 +289,7 @@ def prompt_ids(
     return prompts
 
 
-def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text. Those after it are left out: the answer follows there."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]

@@ -33,6 +33,7 @@ from gatewise.tasks.encoding import (
     pad,
     prompt_ids,
     references,
+    room_for,
     token_ids,
 )
 from gatewise.tasks.records import Records, final_number
@@ -78,7 +79,8 @@ def evaluate(
     Returns:
         By kind of records, always with ``n``, the number of rows:
 
-        - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers;
+        - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers, of which
+          the end of the text is none;
         - choice: these, and ``accuracy_norm``, by log-likelihood per token. By the sum, a choice that is the beginning of another
           one, such as "1" of "10", is always the likelier of the two;
         - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
@@ -270,8 +272,7 @@ def _evaluate_candidates(
     progress: Progress | None,
 ) -> tuple[Metrics, Answers]:
     candidates = candidate_ids(records, tokenizer, template)
-    room = [max_length - max(map(len, row)) for row in candidates]
-    prompts = prompt_ids(records, tokenizer, template, room, max_length)
+    prompts = prompt_ids(records, tokenizer, template, room_for(candidates, max_length), max_length)
     scored = scored_candidates(model, tokenizer, prompts, candidates, batch_size, progress)
     found: Answers = []
     norm_hits = gold_tokens = 0

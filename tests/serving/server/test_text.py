@@ -9,10 +9,14 @@ import pytest
 from tiny_models import word_tokenizer
 from tiny_run import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from gatewise.adapters.files import chat_template_of
+from gatewise.errors import GatewiseError
 from gatewise.serving.server.catalogue import Version, _signature
-from gatewise.serving.server.text import Tokenizers, Writing
+from gatewise.serving.server.text import Tokenizers, Writing, chat_ids
+from gatewise.tasks import Records, Template, encode
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -68,3 +72,41 @@ def test_tokenizers_that_differ_in_one_file_are_two(tmp_path: Path) -> None:
     versions = [Version(name, tmp_path / name, "plain", _signature(tmp_path / name)) for name in ("w1", "w2")]
     tokenizers = Tokenizers(word_tokenizer())
     assert [tokenizers.of(version).bos_token for version in versions] == ["w1", "w2"]
+
+
+@pytest.mark.parametrize("has_bos", [False, True])
+@pytest.mark.parametrize("prompt", ['Say {{{{ it }}}}: {text}\n"{{%}}\\ 🙂\nLabel:', "{text}"])
+def test_a_chat_becomes_the_prompt_of_training(tmp_path: Path, prompt: str, has_bos: bool) -> None:
+    """Token by token; a message of a user takes the place of the one field."""
+    tokenizer = byte_tokenizer()
+    if has_bos:  # and what it puts behind a text has no place in a prompt
+        ends = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    (tmp_path / "gatewise.json").write_text(json.dumps({"template": prompt}))
+    chat, text = chat_template_of(tmp_path), "{{ messages }} é{% if"
+    (row,) = encode(Records("label", [{"text": text + "  ", "label": "a"}], ["a", "b"], "rows"), tokenizer, Template(prompt))
+    trained = [one for one, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+    assert chat_ids(tokenizer, [{"role": "user", "content": text + "  "}], chat) == trained
+    assert (trained[0] == tokenizer.bos_token_id) == has_bos
+
+
+def test_a_chat_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+    def asked(note: dict[str, Any], *roles: str) -> list[int]:
+        (tmp_path / "gatewise.json").write_text(json.dumps(note))
+        return chat_ids(byte_tokenizer(), [{"role": role, "content": "a"} for role in roles], chat_template_of(tmp_path))
+
+    for roles in (("system", "user"), ("user", "assistant", "user"), ("assistant",)):
+        with pytest.raises(
+            GatewiseError, match="trained on single texts: send one message, which has the role user, and no others"
+        ):
+            asked({"template": "A: {text}\nB:"}, *roles)
+    with pytest.raises(
+        GatewiseError, match=r"the fields premise, hypothesis: send the whole prompt to /v1/completions, as '\{premise\}"
+    ):
+        asked({"template": "{premise} {hypothesis}"}, "user")
+    with pytest.raises(GatewiseError, match="has no chat template: ask /v1/completions"):
+        asked({}, "user")
+    with pytest.raises(GatewiseError, match=r"gatewise\.json: template has unmatched braces .*: restore the file"):
+        asked({"template": "{text"}, "user")
+    whole = asked({"template": None, "chat_template": "{% for m in messages %}{{ m.role }}{% endfor %}!"}, "system", "user")
+    assert byte_tokenizer().decode(whole) == "systemuser!"

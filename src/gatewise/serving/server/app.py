@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,11 +26,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError, reason_of
+from gatewise.errors import GatewiseError
 from gatewise.serving.server.bodies import Body, Chat, Completion, RefusedError, read
 from gatewise.serving.server.catalogue import Version
 from gatewise.serving.server.engine import Answer, Limit, Piece
 from gatewise.serving.server.guard import Guard
+from gatewise.serving.server.text import chat_ids
 
 if TYPE_CHECKING:
     from gatewise.serving.server.running import AdapterServer
@@ -136,7 +136,7 @@ def _answers(server: "AdapterServer", body: Chat | Completion, version: Version 
         if version is not None:
             server.catalogue.note(version.folder, str(error))
         raise RefusedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log", 500, "model") from error
-    prompts: list[Any] = [_chat_ids(tokenizer, body)] if isinstance(body, Chat) else body.prompt
+    prompts: list[Any] = [_chat_ids(tokenizer, body, version)] if isinstance(body, Chat) else body.prompt
     answers: list[Answer] = []
     for prompt in prompts:
         ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if isinstance(prompt, str) else prompt
@@ -151,15 +151,12 @@ def _answers(server: "AdapterServer", body: Chat | Completion, version: Version 
     return answers
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise RefusedError(f"the tokenizer of {body.model!r} has no chat template: ask /v1/completions", param="messages")
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat, version: Version | None) -> list[int]:
     messages = [one.model_dump(include={"role", "content"}) for one in body.messages]
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise RefusedError(f"the chat template does not take these messages: {reason_of(error)}", param="messages") from error
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return chat_ids(tokenizer, messages, None if version is None else version.chat)
+    except GatewiseError as error:
+        raise RefusedError(f"{body.model!r}: {error}", param="messages") from error
 
 
 def _most_tokens(ids: Sequence[int], body: Chat | Completion, server: "AdapterServer") -> int:

@@ -24,7 +24,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
+from gatewise.adapters.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ChatTemplate,
+    chat_template_of,
+    read_config,
+    tensor_shapes,
+    weights_of,
+)
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.bodies import RefusedError
@@ -54,6 +62,7 @@ class Version:
         name: by which clients ask for it.
         kind: with what it can share a batch.
         is_named: the user named the folder itself.
+        chat: how it was trained to read a chat; None where nothing is noted.
         key: its name in the model, which no other version ever has.
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
@@ -66,6 +75,7 @@ class Version:
     kind: Kind
     signature: Signature
     is_named: bool = False
+    chat: ChatTemplate | None = None
     # All of one length: PEFT takes the weights of "version23" for missing ones of "version2".
     key: str = field(default_factory=lambda: f"version{next(_numbers):012}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -239,7 +249,7 @@ class Catalogue:
         newest = max((max(one[2], one[3]) for one in signature), default=0) / 1e9
         if abs(time.time() - newest) < self._settled:  # the clock of another machine may be far ahead
             return None
-        version = Version(name, folder, kind_of(folder), signature, is_named)
+        version = Version(name, folder, kind_of(folder), signature, is_named, chat_template_of(folder))
         self._said.pop(folder, None)
         return version
 

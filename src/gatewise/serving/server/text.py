@@ -1,16 +1,19 @@
 """Texts to tokens and back: the tokenizer of each adapter, and the text of an answer while its tokens come."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError
+from gatewise.adapters.files import ChatTemplate
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.models.loading import load_tokenizer
 from gatewise.serving.server.catalogue import Version
+from gatewise.tasks.encoding import text_prefix
 
 _MOST_TOKENS = 4  # of a character
 _HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
@@ -59,6 +62,29 @@ def _warmed_up(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         )
     tokenizer("a", verbose=False)
     return tokenizer
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], chat: ChatTemplate | None) -> list[int]:
+    """The token ids of the prompt that the messages of a chat make, as an adapter was trained on it.
+
+    Args:
+        messages: with ``role`` and ``content``.
+        chat: how it was; None takes the tokenizer's own template.
+
+    Raises:
+        GatewiseError: there is no template, or it does not take these messages.
+    """
+    if chat is None and not getattr(tokenizer, "chat_template", None):
+        raise GatewiseError("its tokenizer has no chat template: ask /v1/completions")
+    template = None if chat is None else chat.text
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            [dict(one) for one in messages], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise GatewiseError(f"the chat template does not take these messages: {reason_of(error)}") from error
+    first = text_prefix(tokenizer) if chat is not None and chat.special_tokens else []
+    return [*first, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 class Writing:
