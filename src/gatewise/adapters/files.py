@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, write_json
+from gatewise.models.embedded import EMBEDDED
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -462,6 +463,17 @@ def _jinja(text: str) -> str:
 
 
 # ---------------------------------------------------------------- JSON
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The base model that an adapter names. One that was trained on an embedded model names it as the hub does, for everybody
+    else, and its note says whose weights they were.
+
+    Raises:
+        GatewiseError: those of ``read_config``; a note that is damaged.
+    """
+    named, noted = read_config(folder).get("base_model_name_or_path"), read_note(folder).get("base")
+    return noted if noted in EMBEDDED and EMBEDDED[noted].hub == named else named or None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_note, read_tensors, tensor_shapes, weights_of
+from gatewise.adapters.files import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    base_of,
+    read_config,
+    read_note,
+    read_tensors,
+    tensor_shapes,
+    weights_of,
+)
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import HEADS, Task, class_names, load_model, load_tokenizer, pad_as
@@ -97,7 +106,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
             names = list(given)
     records = load_records(data, split=options.split, limit=options.limit, labels=names)
     if not causal and names is None and records.labels is not None:
-        base = options.base or config.base_model_name_or_path
+        base = options.base or base_of(adapter)
         known = class_names(base) if base else None
         if known is None or not set(records.labels) <= set(known):
             told = f" ({', '.join(known)})" if known else ""
@@ -166,7 +175,7 @@ def load_adapter(
     """
     folder = Path(adapter_dir).expanduser()
     config, weights = _peft_config(folder), weights_of(folder)
-    base_name = str(base or config.base_model_name_or_path or "")
+    base_name = str(base or base_of(folder) or "")
     if not base_name:
         raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
     task = "encoder" if around else _task_of(config, folder)

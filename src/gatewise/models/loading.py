@@ -1,11 +1,13 @@
 """Loads base models and tokenizers by the name that a user gives. What is wrong with them is said in one sentence."""
 
+import sys
 from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,7 +22,7 @@ from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
 from gatewise.losses import text_positions
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.embedded import EMBEDDED, fetch, nearest
+from gatewise.models.embedded import EMBEDDED, EmbeddedModel, fetch, fetched, hub_name, nearest
 from gatewise.progress import quiet
 
 Task = Literal["causal", "classification", "encoder"]
@@ -39,19 +41,50 @@ HEADS = ("classifier", "score")
 def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: Callable[[str], None] | None = None) -> str:
     """Turns what a user wrote for a base model into what Transformers loads.
 
-    An embedded name is fetched and becomes its folder; an existing folder stays as it is; anything else is taken for a hub id.
+    An embedded name is fetched and becomes its folder; an existing folder stays as it is; anything else is taken for a hub id, and
+    becomes the folder of its embedded model where there is one and the hub is out of reach.
 
     Raises:
         GatewiseError: for a plain name that is nearly an embedded one.
     """
     text = str(name_or_path)
-    if text in EMBEDDED:
-        return str(fetch(text, accept_terms=accept_terms, progress=progress))
+    if model := embedded_for(text):
+        return str(fetch(model.name, accept_terms=accept_terms, progress=progress))
     if text and Path(text).expanduser().is_dir():
         return str(Path(text).expanduser())
     if "/" not in text and (near := nearest(text)):
         raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
     return text
+
+
+def embedded_for(name_or_path: str | Path) -> EmbeddedModel | None:
+    """The embedded model whose weights a name means: its own name, or the hub's where the hub is out of reach."""
+    text = str(name_or_path)
+    if text in EMBEDDED:
+        return EMBEDDED[text]
+    model = next((one for one in EMBEDDED.values() if one.hub == text), None)
+    if model is None or Path(text).is_dir() or not (model.terms is None or fetched(model.name)) or _is_on_hub(text):
+        return None
+    return model
+
+
+@cache
+def _is_on_hub(name: str) -> bool:
+    """Whether a model can be had by its hub id, from the hub or its cache. Asked once, and told once if not."""
+    weights = "model.safetensors"
+    if all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", weights)):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, weights), timeout=5)
+    except Exception as error:  # its libraries raise their own kinds: no network, offline mode, a gate
+        model = next(one for one in EMBEDDED.values() if one.hub == name)
+        how = f", which is quantised to {model.quantised}" if model.quantised else ""
+        print(
+            f"note: {name} cannot be had from the hub ({reason_of(error)}): the embedded {model.name}{how}, is taken",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def folder_of(name_or_path: str | Path) -> Path | None:
@@ -98,11 +131,11 @@ def load_model(
     `dtype` "auto" is bfloat16 where `device` computes in it by itself, else float32; a classifier, whose new head is trained in
     full, is then in float32. See `gatewise.models.device`.
 
-    An embedded model keeps its name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
-    base that can be found on any machine. With task "classification" a classifier of `num_labels` outputs is drawn
-    afresh unless the model has one of that size; other weights may only be missing in modules that are `brought`: an adapter
-    has them as a whole (PEFT's `modules_to_save`), or is to. `model.trained_whole` names those. With task "encoder" it comes
-    without a head.
+    An embedded model gets the hub's name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
+    base that can be found on any machine, with gatewise or without. With task "classification" a classifier of `num_labels` outputs
+    is drawn afresh unless the model has one of that size; other weights may only be missing in modules that are `brought`: an
+    adapter has them as a whole (PEFT's `modules_to_save`), or is to. `model.trained_whole` names those. With task "encoder" it
+    comes without a head.
 
     Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
     """
@@ -148,7 +181,7 @@ def load_model(
     if model.config.pad_token_id is None:  # a guess, for callers without the tokenizer: see pad_as
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
-    set_model_name(model, str(name_or_path))
+    set_model_name(model, hub_name(str(name_or_path)))
     return model.eval() if device == "cpu" else model.to(pick_device(device)).eval()
 
 

@@ -38,7 +38,7 @@ from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection.report import report_of, study_of
 from gatewise.internals.sharding import join, reshard
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.loading import load_tokenizer, most_tokens
+from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
 from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe, load_recipe, recipe_as_yaml
@@ -275,7 +275,8 @@ def _prepared(
         steps_per_epoch=recipe.training.steps_per_epoch(len(train)),
         note={
             "format": 1,
-            "base": recipe.model,
+            "base": embedded.name if (embedded := embedded_for(recipe.model)) else recipe.model,
+            "base_quantised": embedded.quantised if embedded else None,
             "task": recipe.task,
             "dtype": recipe.dtype,
             "trained_in": str(dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, read_config
+from gatewise.adapters.files import CONFIG_FILE, base_of
 from gatewise.adapters.loading import load_adapter, read_data
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.models.loading import load_config, load_tokenizer
@@ -192,7 +192,7 @@ def _match(model: PeftModel, prompts: Sequence[list[int]], answers: Sequence[Wri
 def _common_base(folders: Sequence[Path], given: str | None) -> str:
     if given is not None:
         return given
-    bases = [read_config(folder).get("base_model_name_or_path") for folder in folders]
+    bases = [base_of(folder) for folder in folders]
     for folder, base in zip(folders, bases, strict=True):
         if not base:
             raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
