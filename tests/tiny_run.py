@@ -82,18 +82,23 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
     tree: dict[str, Any] = {
         "method": method,
         "model": family,
-        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "max_length": 64},
+        "data": {
+            "train": "train.jsonl",
+            "dev": "dev.jsonl",
+            "held_out": 0 if method == "spt" else 6,
+            "max_length": 64,
+        },
         "peft": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
         "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "log_every": 2, "save_every": 2},
     }
     if family != "llama":
         tree["task"] = "classification"
     if method in ("alora", "pi-lora"):
-        tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6}
+        tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3}
     if method == "adalora":
         tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 2}
     if method == "milora":
-        tree["routing"] = {"top_k": 2, "validation_rows": 6, "activation_every": 2, "activation_learning_rate": 0.01}
+        tree["routing"] = {"top_k": 2, "activation_every": 2, "activation_learning_rate": 0.01}
     if method in ("spt", "prompt-tuning", "prefix-tuning"):
         del tree["peft"]
         tree["prompts"] = {"num_prompt_tokens": 3}

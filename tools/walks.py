@@ -257,9 +257,9 @@ def write_recipe(folder: Path) -> Path:
     recipe = {
         "method": "alora",
         "model": "base",
-        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "max_length": 64},
+        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "held_out": 6, "max_length": 64},
         "peft": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
-        "allocation": {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6},
+        "allocation": {"rounds": 2, "first_round": 3, "recover": 3},
         "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "log_every": 2, "save_every": 2},
     }
     path = folder / "alora.yaml"

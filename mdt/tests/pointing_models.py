@@ -80,17 +80,17 @@ def write_pointing(folder: Path, method: str = "lora", family: str = "llama", **
         "task": "text2mdt",
         "model": family,
         "dtype": "float32",
-        "data": {"train": "train.json", "dev": "dev.json"},
+        "data": {"train": "train.json", "dev": "dev.json", "held_out": 2},
         "pointing": {"swapped": 0, "width": 16, "longest": 8, "dropout": 0.1},
         "peft": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
         "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "save_every": 2},
     }
     if method in ("alora", "pi-lora"):
-        tree["allocation"] = {"rounds": 1, "first_round": 2, "recover": 1, "validation_rows": 2}
+        tree["allocation"] = {"rounds": 1, "first_round": 2, "recover": 1}
     if method == "adalora":
         tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 1}
     if method == "milora":
-        tree["routing"] = {"top_k": 2, "validation_rows": 2, "activation_every": 2, "activation_learning_rate": 0.01}
+        tree["routing"] = {"top_k": 2, "activation_every": 2, "activation_learning_rate": 0.01}
     if method == "spt":
         del tree["peft"]
         tree["prompts"] = {"num_prompt_tokens": 3, "bottleneck": 4}

@@ -18,7 +18,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gatewise.errors import GatewiseError, reason_of
 
@@ -48,12 +48,27 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _source(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    raise ValueError("expected a file or another source of rows, and no part of data.train: this task does not split its rows")
+
+
+Source = Annotated[str, BeforeValidator(_source)]
+
+
 class DataSection(Section):
-    """Where the rows come from: a JSONL, JSON or CSV file, or another source that the task knows. ``max_length`` is in tokens."""
+    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, or another source that the task knows.
+
+    Training, early stopping and choice see ``train`` and ``dev`` alone: ``test`` is measured before and after, and nothing else.
+    ``held_out`` rows of ``train``, at most a quarter, are not trained on by any method, so that all methods train on the same rows;
+    methods that score ranks, or learn in two levels, do it with them. ``max_length`` is in tokens.
+    """
 
     train: str
-    dev: str
-    test: str | None = None
+    dev: Source
+    test: Source | None = None
+    held_out: Annotated[int, Field(ge=0)] = 32
     limit_train: Count | None = None
     limit_dev: Count | None = None
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -73,7 +88,7 @@ class Run:
         collate: makes encoded rows a batch.
         fresh_base: loads the base model once more, with the head that a task gives it drawn anew from torch's random state.
         base_parameters: how many numbers the base model has.
-        train, dev: rows as the task encoded them. aside: those of train that the method wanted for itself.
+        train, dev: rows as the task encoded them. held_out: those of ``data.held_out``, which are not among train.
         steps: optimiser steps of the training. steps_per_epoch: of one pass over ``train``.
         note: what is written beside the adapter and into every checkpoint, as ``gatewise.json``.
         model: the base model with its adapter.
@@ -97,7 +112,7 @@ class Run:
     max_length: int
     train: Features
     dev: Features
-    aside: Features
+    held_out: Features
     steps: int
     steps_per_epoch: int
     note: dict[str, Any]
@@ -221,7 +236,6 @@ class Method(Part):
         stage: the name of a stage of its own before the training, if it has one: that has its checkpoints in ``checkpoints/STAGE``,
             and ``STAGE.json`` in the run's folder says that it is done.
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
-        rows_aside: how many rows of the training data the method wants for itself, at most.
         prompt_tokens: positions of the model that it takes from the text.
         untrained: (model) -> a context manager that yields the model to call for what the base model computes: with a fresh LoRA,
             which changes nothing, itself.
@@ -232,7 +246,6 @@ class Method(Part):
     files: tuple[str, ...] = ()
     stage: str | None = None
     trains_whole = True
-    rows_aside = 0
     prompt_tokens = 0
     untrained: Any = staticmethod(nullcontext)
     loss_term: Any = None

@@ -22,7 +22,7 @@ from gatewise.errors import GatewiseError
 from gatewise.runs.launch import environment
 from gatewise.runs.recipe import LaunchSection
 
-ALLOCATION = {"score": "path_moments", "rounds": 2, "first_round": 2, "recover": 2, "validation_rows": 2}
+ALLOCATION = {"score": "path_moments", "rounds": 2, "first_round": 2, "recover": 2}
 LONGER = ("--set", "training.max_steps=40")
 
 

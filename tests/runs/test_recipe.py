@@ -117,6 +117,10 @@ def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, m
         ("peft: {lora_alfa: 3}", "my.yaml: peft.lora_alfa is not a known key (given 3); did you mean lora_alpha?"),
         ("learning_rate: 1e-4", "learning_rate is not a known key (given 0.0001); known here: method, model, task"),
         ("training: {report_to: none}", "training.report_to is not a known key (given 'none'); known here: max_steps"),
+        (
+            "allocation: {validation_rows: 8}",
+            "allocation.validation_rows is now data.held_out, the same for every method (given 8)",
+        ),
         ("zzz:", "zzz is not a known key (given None)"),
         ("adalora: {beta1: 0.9}", "adalora is not a known key"),
         ("peft: {r: eight}", "my.yaml: peft.r: Input should be a valid integer, got 'eight'"),
@@ -154,6 +158,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             (),
             "training.save_every is 6, expected training.eval_every (4) or nothing",
         ),
+        ("", ("data.held_out=0",), "data.held_out is 0, but method alora scores ranks on rows held out of data.train: give 32"),
         ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected auto or float32"),
         ("allocation: {init_r: 12}", (), "allocation.init_r is for the other schedule"),
         ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),

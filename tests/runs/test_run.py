@@ -21,6 +21,7 @@ from gatewise.adapters.loading import load_as_trained
 from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import read_budget
+from gatewise.parts import METHODS
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
@@ -62,9 +63,32 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
         assert [one["step"] for one in first["rounds"]] == [3, 6]
 
 
+def test_every_method_trains_on_the_same_rows_in_as_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recipe with ``--set method=...``: rows that one method scores ranks on are not trained on by the others either."""
+    seen: dict[str, Any] = {}
+
+    def begins(self: Any, **_: Any) -> None:
+        seen["rows"], seen["steps"] = [row["input_ids"] for row in self.train_dataset], self.args.max_steps
+        raise KeyboardInterrupt
+
+    recipe = write_recipe(tmp_path, peft=None, training={"epochs": 3, "batch_size": 4})
+    monkeypatch.setattr(RecipeTrainer, "train", begins)
+    monkeypatch.setattr(run, "_measured", lambda *_: {})
+    found = {}
+    for method in METHODS:
+        more = ("prompts.prompt_layers=[0]",) if method == "spt" else ()
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / method, f"method={method}", *more)
+        found[method] = dict(seen)
+        seen.clear()
+    assert len(found["lora"]["rows"]) == 20
+    assert found["lora"]["steps"] == 15
+    assert {name: one == found["lora"] for name, one in found.items()} == dict.fromkeys(METHODS, True)
+
+
 def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
     """Twice the ranks at the start, those of plain LoRA and LoRA's scale at the end."""
-    section = {"schedule": "cubic", "init_r": 4, "rounds": 3, "first_round": 2, "recover": 2, "validation_rows": 6}
+    section = {"schedule": "cubic", "init_r": 4, "rounds": 3, "first_round": 2, "recover": 2}
     recipe = write_recipe(tmp_path, "pi-lora", allocation=section)
     plain = train(write_recipe(tmp_path), tmp_path / "plain").parameters["adapter"]
     cheaper = train(recipe, tmp_path / "parameters")
@@ -183,7 +207,7 @@ def test_a_base_that_is_a_classifier_of_these_labels_keeps_their_order(tmp_path:
 
 def test_rows_of_tensors_are_compared_in_full(tmp_path: Path) -> None:
     values = torch.zeros(2000)
-    made = SimpleNamespace(train=[{"values": values}], aside=[], dev=[], output=tmp_path)
+    made = SimpleNamespace(train=[{"values": values}], held_out=[], dev=[], output=tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(run._fingerprints(made, resume=False)))
     run._fingerprints(made, resume=True)
     values[1000] = 1

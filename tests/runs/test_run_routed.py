@@ -80,7 +80,7 @@ def test_the_activation_learns_on_rows_of_its_own(tmp_path: Path, monkeypatch: p
     own = [tuple(row["input_ids"]) for row in trainer.upper_dataset]
     assert len(own) == 6
     assert not set(own) & {tuple(row["input_ids"]) for row in trainer.train_dataset}
-    train(recipe, tmp_path / "one", "routing.validation_rows=0")
+    train(recipe, tmp_path / "one", "data.held_out=0")
     assert len(seen) == 4
     start = numbers(tmp_path / "two" / "checkpoints" / "checkpoint-6", "numerator")
     assert not torch.equal(*(numbers(tmp_path / name / "adapter", "numerator").popitem()[1] for name in ("two", "one")))
@@ -106,7 +106,7 @@ def test_the_balance_joins_the_loss_of_a_step(tmp_path: Path, monkeypatch: pytes
         return loss
 
     monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
-    more = ("routing.validation_rows=0", "routing.balance_weight=3.0", "peft.lora_dropout=0.0", "training.max_steps=2")
+    more = ("data.held_out=0", "routing.balance_weight=3.0", "peft.lora_dropout=0.0", "training.max_steps=2")
     train(write_recipe(tmp_path, "milora"), tmp_path / "out", *more, "training.gradient_accumulation=2")
     assert len(terms) == 4
     assert all(added == pytest.approx(expected, rel=1e-4) for added, expected, _ in terms)

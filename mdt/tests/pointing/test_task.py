@@ -279,11 +279,11 @@ def test_what_is_left_out_is_counted_as_all_is() -> None:
 
 
 @pytest.mark.parametrize("swapped", [0, 3])
-def test_what_is_set_aside_has_no_copy_in_training(swapped: int) -> None:
+def test_what_is_held_out_has_no_copy_in_training(swapped: int) -> None:
     tokenizer = byte_tokenizer()
     limits: dict[str, Any] = {"longest": 8, "max_length": 512, "say": lambda _: None}
     rows = training_rows(sample(), tokenizer, swapped=swapped, **limits)
-    kept, held = run._set_aside(rows, 10, 0)
+    kept, held = run._hold_out(rows, 10, 0)
     assert len(held) == 10
     assert len(kept) == len(rows) - 10 * (1 + swapped)
     assert not {row["group"] for row in kept} & {row["group"] for row in held}

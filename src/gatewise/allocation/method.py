@@ -53,7 +53,6 @@ class AllocationSection(Section):
     init_r: Count | None = None
     module_pruning: bool = False
     grace_rounds: Annotated[int, Field(ge=0)] = 0
-    validation_rows: Count = 32
     score_options: dict[str, Any] = Field(default_factory=dict)
     rule: str | None = None
 
@@ -71,18 +70,15 @@ class ALora(Lora):
     allocation: AllocationSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Ranks that leave no room, and keys of another schedule or budget."""
+        """Ranks that leave no room, keys of another schedule or budget, and no rows to score on."""
         section, r = self.allocation, self.peft.r
         for name in ("r_max", "grace_rounds") if section.schedule == "cubic" else ("init_r",):
             if getattr(section, name):
                 yield f"allocation.{name}", f"is for the other schedule, but schedule is {section.schedule}: remove the key"
+        if not self.recipe.data.held_out:
+            yield "data.held_out", f"is 0, but method {self.recipe.method} scores ranks on rows held out of data.train: give 32"
         if section.init_r is not None and section.init_r <= r:
             yield "allocation.init_r", f"is {section.init_r}, expected more than peft.r ({r}), the mean rank to come down to"
-
-    @property
-    def rows_aside(self) -> int:  # type: ignore[override]
-        """Rows that ranks are scored on: dev only measures."""
-        return self.allocation.validation_rows
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Plain LoRA; where ranks only come down, with more of them at the start and the scale of those wanted at the end."""
@@ -123,7 +119,7 @@ class ALora(Lora):
             section.score,
             schedule,
             **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
-            validation_batch=run.collate(run.aside),
+            validation_batch=run.collate(run.held_out),
             seed=self.recipe.seed,
             on_round=lambda done: run.progress.say(_line(done)),
         )

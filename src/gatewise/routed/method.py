@@ -1,9 +1,8 @@
 """MiLoRA as a part of a recipe: LoRA modules that each prompt picks once, see ``RoutedLoraConfig``."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
@@ -17,9 +16,9 @@ from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig
 class RoutingSection(Section):
     """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``.
 
-    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of rate
-    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0 rows they
-    learn with the rest.
+    The coefficients of the rational activation learn on the rows of ``data.held_out``, one step of rate
+    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); without such rows
+    they learn with the rest.
     """
 
     top_k: Count = 3
@@ -29,7 +28,6 @@ class RoutingSection(Section):
     normalize_gates: bool = True
     normalize_states: bool = True
     center_states: bool = True
-    validation_rows: Annotated[int, Field(ge=0)] = 64
     activation_learning_rate: Positive = 1e-6
     activation_every: Count = 4
 
@@ -40,14 +38,9 @@ class RoutedLora(Lora):
     files = (*Lora.files, "routing.png")
     routing: RoutingSection
 
-    @property
-    def rows_aside(self) -> int:  # type: ignore[override]
-        """Rows that the activation learns on, where it has any coefficients."""
-        return self.routing.validation_rows if self.routing.activation == "rational" else 0
-
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Routed LoRA."""
-        own = self.routing.model_dump(exclude={"validation_rows", "activation_learning_rate", "activation_every"})
+        own = self.routing.model_dump(exclude={"activation_learning_rate", "activation_every"})
         return RoutedLoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **own, **self.settings(run, base))
 
     def loss_term(self, model: nn.Module, share: float | Tensor) -> Tensor:
@@ -56,12 +49,12 @@ class RoutedLora(Lora):
         return share * adapted.base_model.balance_loss()
 
     def trainer(self, run: Run) -> Trainer:
-        """One with a second level, if the activation learns on rows of its own."""
+        """One with a second level, if the activation has coefficients and rows of its own to learn on."""
         upper: dict[str, Any] = {}
-        if self.rows_aside:
+        if run.held_out and self.routing.activation == "rational":
             upper = {
                 "mixin": BilevelMixin,
-                "upper_dataset": run.aside,
+                "upper_dataset": run.held_out,
                 "upper_parameters": ACTIVATION_PARAMETERS,
                 "upper_learning_rate": self.routing.activation_learning_rate,
                 "upper_every": min(self.routing.activation_every, run.steps),

@@ -253,9 +253,7 @@ def _prepared(
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
     dev = task.encode(task.measured["dev"], tokenizer, max_length, key="data.dev", say=progress.say)
     collate = task.collator(tokenizer)
-    aside: Features = []
-    if method.rows_aside:
-        train, aside = _set_aside(train, method.rows_aside, recipe.seed)
+    train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
     whole = tuple(f"{name}." for name in getattr(base, "trained_whole", ()))
     run = Run(
         recipe=recipe,
@@ -270,7 +268,7 @@ def _prepared(
         max_length=max_length,
         train=train,
         dev=dev,
-        aside=aside,
+        held_out=held_out,
         steps=recipe.training.total_steps(len(train)),
         steps_per_epoch=recipe.training.steps_per_epoch(len(train)),
         note={
@@ -294,11 +292,13 @@ def _prepared(
     return run
 
 
-def _set_aside(rows: Features, count: int, seed: int) -> tuple[Features, Features]:
-    """The rows to train on, and at most ``count`` (and a quarter) of them that the method has for itself: dev only measures.
+def _hold_out(rows: Features, count: int, seed: int) -> tuple[Features, Features]:
+    """The rows to train on, the same for every method, and at most ``count`` of them (and a quarter) held out.
 
-    Of rows that are copies of each other, which have the same ``group``, the first is set aside and the others are not trained on.
+    Of rows that are copies of each other, which have the same ``group``, the first is held out and the others are not trained on.
     """
+    if not count:
+        return rows, []
     groups: dict[int, Features] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.get("group", i), []).append(row)
@@ -319,7 +319,7 @@ def _fingerprints(run: Run, resume: bool) -> dict[str, str]:
     def content(value: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else str(value)  # str leaves out most of a large tensor
 
-    rows = {"data.train": [*run.train, *run.aside], "data.dev": run.dev}
+    rows = {"data.train": [*run.train, *run.held_out], "data.dev": run.dev}
     found = {key: hashlib.sha256(json.dumps(one, default=content).encode()).hexdigest() for key, one in rows.items()}
     path = run.output / ROWS
     before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else found
