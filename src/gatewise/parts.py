@@ -38,7 +38,7 @@ Counting = Callable[[int, int], None]
 class Section(BaseModel):
     """One mapping of the recipe: no unknown keys, no silent conversions, not changed once read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 Count = Annotated[int, Field(gt=0)]
@@ -171,6 +171,7 @@ class Task(Part):
         loads: what ``gatewise.models.load_model`` is asked for.
         collator: (tokenizer) -> what makes encoded rows a batch, such as ``gatewise.tasks.PadCollator``.
         in_float32: the base model is trained in float32 whatever ``dtype`` says.
+        metrics: what ``measure`` gives beside the loss, for rows that were read. lower_is_better: those of which less is better.
         elsewhere: of adapters that ``gatewise eval``, ``inspect --scores`` and ``compress`` cannot run: what one does, and where to
             give it instead.
         train: rows to train on. measured: rows to measure on, by name ("dev", "test"). Both are set by ``read``.
@@ -180,6 +181,8 @@ class Task(Part):
     loads = "causal"
     collator: Any
     in_float32 = False
+    metrics: Sequence[str] = ()
+    lower_is_better: Sequence[str] = ()
     elsewhere: str | None = None
     data: DataSection
     train: Any

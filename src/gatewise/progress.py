@@ -40,7 +40,8 @@ class ConsoleProgress(TrainerCallback):
         """Says what the Trainer logs."""
         logs = kwargs["logs"]
         if "eval_loss" in logs:
-            self.say(f"step {state.global_step}: loss on dev {logs['eval_loss']:.4f}")
+            others = [(name.removeprefix("eval_"), value) for name, value in logs.items() if name.startswith("eval_")]
+            self.say(f"step {state.global_step}: on dev {', '.join(f'{name} {value:.4f}' for name, value in others)}")
         elif "loss" in logs:
             rate = logs.get("learning_rate", 0.0)
             self.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, learning rate {rate:.2e}")

@@ -21,6 +21,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from gatewise import ConstantBudget, Cubic, RankAllocation, scores
 from gatewise.allocation import scoring, slots
@@ -248,6 +249,26 @@ def test_a_best_checkpoint_that_has_gone_leaves_the_last_weights_and_their_histo
     model, allocation, _ = run(training=BEST, callbacks=[Move()])
     assert [one.step for one in allocation.history] == [3, 5, 7]
     assert slots.ranks(model) == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}
+
+
+def test_what_a_trainer_reports_to_is_told_of_rounds(run, monkeypatch):
+    """Reporters stand before all other callbacks. The log of the loss, due at the same step, comes too."""
+    told = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            told.append((state.global_step, logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
+    _, allocation, trainer = run(training={"report_to": "tensorboard", "logging_steps": 1})
+    rounds = [(step, logs) for step, logs in told if "allocation/round" in logs]
+    assert [step for step, logs in told if "loss" in logs] == list(range(1, 11))
+    for (step, logs), one in zip(rounds, allocation.history, strict=True):
+        scores = sorted(score for own in one.scores.values() for score in own)
+        assert (step, logs["allocation/loss_after"], logs["allocation/score_lowest"]) == (one.step, one.loss_after, scores[0])
+        assert {path: logs[f"ranks/{path}"] for path in one.ranks} == one.ranks
+        assert 0 < logs["allocation/budget_used"] <= 1
+        assert {**logs, "step": step} in trainer.state.log_history
 
 
 @pytest.mark.parametrize(("family", "score"), [("llama", "path_moments"), ("t5", "ablation")])

@@ -15,6 +15,8 @@ from rich.console import Console
 from several_processes import launched
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.adapters.loading import load_as_trained
@@ -162,6 +164,41 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: p
     assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
 
 
+def test_the_best_checkpoint_may_be_that_of_the_tasks_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.5, 0.2, 0.4, 0.3])
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
+    original, found = rows.evaluate, iter([0.1, 0.5, 0.6, 0.9, 0.7, 0.8])  # before training, four times meanwhile, after it
+    monkeypatch.setattr(rows, "evaluate", lambda *args, **more: original(*args, **more) | {"accuracy": next(found)})
+    settings = ("training.load_best=true", "training.eval_every=2", "training.save_every=2", "training.best_by=accuracy")
+    result = train(write_recipe(tmp_path), tmp_path / "out", *settings)
+    assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-6")
+    log = [entry for entry in json.loads(result.metrics_file.read_text())["log"] if "eval_loss" in entry]
+    assert [(entry["eval_loss"], entry["eval_accuracy"]) for entry in log] == [(0.5, 0.5), (0.2, 0.6), (0.4, 0.9), (0.3, 0.7)]
+
+
+def test_reporters_are_given_everything_under_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Reporter(TensorBoardCallback):
+        def __init__(self) -> None:
+            self.logging_dir = self.tb_writer = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen["where"] = args.run_name, self.logging_dir
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.update(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
+    monkeypatch.setattr(run, "find_spec", {"tensorboard": "there"}.get)
+    result = train(write_recipe(tmp_path, "alora"), tmp_path / "mine", "training.report_to=tensorboard", "training.eval_every=4")
+    assert seen["where"] == ("mine", str(tmp_path / "mine" / "tensorboard"))
+    assert {"loss", "eval_loss", "eval_accuracy", "allocation/loss_before"} <= seen.keys()
+    with pytest.raises(GatewiseError, match="report_to names wandb, which is not installed: pip install wandb"):
+        train(tmp_path / "alora.yaml", tmp_path / "mine", "training.report_to=[tensorboard, wandb]", overwrite=True)
+    assert result.adapter.is_dir()
+
+
 def test_written_answers_are_as_long_as_the_recipe_says(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     rows = [{"source": f"{number} q", "target": "x"} for number in range(8)]
@@ -252,7 +289,12 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path,
     """Killed while it measured, with the checkpoint of its last step written."""
     losses = itertools.count(1)
     monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: float(next(losses)))
-    settings = ("training.eval_every=2", "training.save_every=2", "training.early_stopping_patience=1")
+    settings = (
+        "training.eval_every=2",
+        "training.save_every=2",
+        "training.early_stopping_patience=1",
+        "training.eval_metric=false",
+    )
     recipe = write_recipe(tmp_path)
     whole = train(recipe, tmp_path / "whole", *settings)
     original, calls = rows.evaluate, []

@@ -180,6 +180,10 @@ def test_under_deepspeed_the_norm_of_the_gradient_tells(adapted: Callable[..., P
 
 def test_early_stopping_counts_evaluations_without_progress() -> None:
     losses = (1.0, 0.8, 0.9, 0.79, 0.8, 0.8)
-    log = [{"eval_loss": loss} for loss in losses]
-    assert [has_stopped_early(log[:count], 2) for count in range(1, 7)] == [False, False, False, False, False, True]
-    assert not has_stopped_early(log, None)
+    log = [{"eval_loss": loss, "eval_accuracy": 1 - loss} for loss in losses]
+    by_loss, by_accuracy = (
+        SimpleNamespace(metric_for_best_model=f"eval_{name}", greater_is_better=name != "loss") for name in ("loss", "accuracy")
+    )
+    for args in (by_loss, by_accuracy):
+        assert [has_stopped_early(log[:count], 2, args) for count in range(1, 7)] == [False, False, False, False, False, True]
+    assert not has_stopped_early(log, None, by_loss)

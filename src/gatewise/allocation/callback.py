@@ -9,6 +9,7 @@ ranks, whatever the size of their module; by default gatewise counts what the us
 import inspect
 import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import Batches, Score
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
+from gatewise.internals import callback_handler
 from gatewise.internals.quantised import check_gradients, never_pack
 from gatewise.internals.zero import Zero
 from gatewise.processes import is_sharded
@@ -47,7 +49,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     widens every LoRA layer to ``r_max`` slots when the Trainer is made (the added ones dead), runs the rounds during training,
     and at the end compacts the adapter to its true ranks. ``model.save_pretrained`` then writes an ordinary LoRA adapter with
     ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds. One
-    Trainer takes one ``RankAllocation``.
+    Trainer takes one ``RankAllocation``. What the Trainer reports to (``report_to``) is told of each round: losses, scores and
+    every module's rank.
 
     Args:
         score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
@@ -241,6 +244,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             slots.prune(layer, self._name, dead)
         if state.global_step in self._steps[len(self.history) :]:
             self._run_round(kwargs["model"], kwargs.get("optimizer"), state.global_step)
+            callback_handler.log(self, args, state, control, self._logs(self.history[-1]), **kwargs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
@@ -398,6 +402,25 @@ class RankAllocation(TrainerCallback, ExportableState):
         )  # fmt: skip
         if self.on_round:
             self.on_round(one)
+
+    def _logs(self, one: Round) -> dict[str, float]:
+        """What reporters are told of a round."""
+        scores = [score for own in one.scores.values() for score in own]
+        numbers = {
+            "round": one.round,
+            "ranks": sum(one.ranks.values()),
+            "ranks_pruned": sum(map(len, one.pruned.values())),
+            "ranks_grown": sum(map(len, one.grown.values())),
+            "budget_used": cost_of(one.ranks, self._costs) / self.budget,
+            "loss_before": one.loss_before,
+            "loss_after": one.loss_after,
+            "score_lowest": min(scores),
+            "score_median": statistics.median(scores),
+            "score_highest": max(scores),
+            "seconds": one.seconds,
+        }
+        ranks = {f"ranks/{path}": rank for path, rank in one.ranks.items()}
+        return {**{f"allocation/{name}": value for name, value in numbers.items()}, **ranks}
 
     def _factors(self, layers: Mapping[str, LoraLinear]) -> list[torch.nn.Parameter]:
         """A and B of all layers, each once: experts share theirs."""

@@ -34,10 +34,13 @@ class LaunchSection(Section):
     shard the optimiser's state, zero3 the base model too. Other keys are settings of ``accelerate launch``, by its own names.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     processes: Count = 1
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+
+
+Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class TrainingSection(Section):
@@ -62,8 +65,19 @@ class TrainingSection(Section):
     save_every: Count | None = None
     early_stopping_patience: Count | None = None
     load_best: bool = False
+    eval_metric: bool = True
+    """An evaluation on dev also measures what the task is measured by (accuracy, BLEU, ...), not the loss alone."""
+    best_by: str = "loss"
+    """What load_best and early_stopping_patience go by: loss, or a metric of the task such as accuracy."""
     log_every: Count = 10
+    report_to: Reporter | list[Reporter] = Field(default_factory=list)
+    """Where losses, metrics and rounds are shown while the run trains. The run has its folder's name there."""
     group_by_length: bool = False
+
+    @property
+    def reporters(self) -> list[str]:
+        """``report_to`` as a list."""
+        return [self.report_to] if isinstance(self.report_to, str) else [*self.report_to]
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps of the whole run over ``rows`` training rows."""
@@ -80,6 +94,11 @@ class TrainingSection(Section):
         if self.eval_every is None and (self.load_best or self.early_stopping_patience is not None):
             key = "load_best" if self.load_best else "early_stopping_patience"
             yield f"training.{key}", "needs training.eval_every, the steps between two evaluations on dev"
+        if self.best_by != "loss" and not self.eval_metric:
+            yield (
+                "training.best_by",
+                f"is {self.best_by}, but training.eval_metric is false, which measures the loss alone: leave one out",
+            )
         if self.load_best and self.save_every not in (None, self.eval_every):
             yield (
                 "training.save_every",

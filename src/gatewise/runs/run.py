@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
 from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe, load_recipe, recipe_as_yaml
-from gatewise.runs.trainer import arguments_of, has_stopped_early, trainer_of
+from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, ROWS = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "rows.json"
@@ -50,7 +51,7 @@ WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder,
 LOCK = ".gatewise.lock"
 
 # What trains nothing: a run whose measuring ran out of memory can be resumed with smaller batches.
-_FREE_TO_CHANGE = ("device", "training.log_every", "training.eval_batch_size", "data.max_new_tokens")
+_FREE_TO_CHANGE = ("device", "training.log_every", "training.report_to", "training.eval_batch_size", "data.max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def train(
         GatewiseError: anything in recipe, data or folder that a user can put right, or a loss that is not finite.
     """
     started, output = time.monotonic(), Path(output)
+    check_services(recipe)
     task, method = TASKS[recipe.task](recipe), METHODS[recipe.method](recipe)
     slow: list[str] = []
     device = pick_device(recipe.device)
@@ -169,6 +171,17 @@ def train(
 
 
 # Before training ------------------------------------------------------------------------------------------------------
+
+
+def check_services(recipe: Recipe) -> None:
+    """Looks for what a run needs beside its rows and its model, before anything is done.
+
+    Raises:
+        GatewiseError: it is not there.
+    """
+    for name in recipe.training.reporters:
+        if find_spec(name) is None:
+            raise GatewiseError(f"training.report_to names {name}, which is not installed: pip install {name}, or take it out")
 
 
 def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: bool, overwrite: bool) -> Path | None:
@@ -239,6 +252,10 @@ def _prepared(
 ) -> Run:
     """Everything a run needs, loaded and checked."""
     task.read(None if checkpoint is None else read_note(checkpoint))
+    if (best_by := recipe.training.best_by) not in (known := ("loss", *task.metrics)):
+        raise GatewiseError(
+            f"training.best_by is {best_by!r}: expected one of {', '.join(known)}, by which these rows are measured"
+        )
     tokenizer = load_tokenizer(recipe.model, progress.say)
     # What some encoders pool with is in no file.
     fresh_base = partial(task.base, dtype, tokenizer, ("pooler",) if method.trains_whole else ())
@@ -338,7 +355,8 @@ def _with_steps_to_go(run: Run) -> Path | None:
     if checkpoint is None:
         return None
     step, state = checkpoint_step(checkpoint), TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if step < run.steps and not has_stopped_early(state.log_history, run.recipe.training.early_stopping_patience):
+    patience = run.recipe.training.early_stopping_patience
+    if step < run.steps and not has_stopped_early(state.log_history, patience, run.arguments(run.steps)):
         return checkpoint
     earlier = checkpoint_before(run.output / CHECKPOINTS, step)
     begins = f"from step {checkpoint_step(earlier)}" if earlier else "from the start"
@@ -391,7 +409,7 @@ def _remove_run(output: Path) -> None:
     """Removes what a run of any method writes, and nothing else that may lie in the folder."""
     for name in (METRICS, RECIPE, ROWS, *(name for method in METHODS.values() for name in method.files)):
         (output / name).unlink(missing_ok=True)
-    for name in (ADAPTER, CHECKPOINTS):
+    for name in (ADAPTER, CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(output / name, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gatewise.adapters.checkpoints import DIVERGED_FILE, complete_checkpoints
@@ -31,6 +33,7 @@ from gatewise.processes import count, is_sharded, own_share
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
 _BATCHES_A_CHUNK = 32
+TENSORBOARD = "tensorboard"  # folder of a run's event files
 LossTerm = Callable[[Any, Any], Tensor]
 
 
@@ -41,8 +44,9 @@ class RecipeTrainer(Trainer):
         note: what ``gatewise eval`` needs to know of the run, written into every checkpoint as ``gatewise.json``.
         loss_term: what a batch's loss gains while training, see ``gatewise.parts.Method.loss_term``.
         group_by_length: draw batches of rows of like length.
-        patience: end the run after so many evaluations without a new lowest loss on dev. It reads the log, which checkpoints keep,
-            so a resumed run stops where an uninterrupted one does.
+        patience: end the run after so many evaluations that are no better than an earlier one, by ``args.metric_for_best_model``.
+            It reads the log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
+        measure: (model) -> what an evaluation gives beside the loss, by name.
         Others: as for ``Trainer``; datasets are lists of features for ``collator``.
 
     Raises:
@@ -61,6 +65,7 @@ class RecipeTrainer(Trainer):
         loss_term: LossTerm | None = None,
         group_by_length: bool = False,
         patience: int | None = None,
+        measure: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -77,6 +82,7 @@ class RecipeTrainer(Trainer):
         self.loss_term = loss_term
         self.group_by_length = group_by_length
         self.patience = patience
+        self.measure = measure
 
     def compute_loss(
         self,
@@ -106,7 +112,7 @@ class RecipeTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss over all labels of the dev rows, as ``eval_loss``. Draws no random numbers."""
+        """The mean loss over all labels of the dev rows, as ``eval_loss``, and what ``measure`` gives. Draws no random numbers."""
         rows = sorted(self.eval_dataset, key=_length)  # type: ignore[arg-type]
         size = self.args.per_device_eval_batch_size
         model: Any = self.model
@@ -115,10 +121,11 @@ class RecipeTrainer(Trainer):
         loss = mean_loss(model.eval(), batches, over_all=True)
         if not math.isfinite(loss):
             self._stop_diverged(f"the loss on dev is {loss} after step {self.state.global_step}")
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        found = {"loss": loss, **(self.measure(model) if self.measure is not None else {})}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if has_stopped_early(self.state.log_history, self.patience):
+        if has_stopped_early(self.state.log_history, self.patience, self.args):
             self.control.should_training_stop = True
         return metrics
 
@@ -304,10 +311,12 @@ class RowOrder(Sampler[int]):
         return iter([row for batch in [*batches, *last] for row in batch])
 
 
-def has_stopped_early(log: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-    """True where a log ends with ``patience`` evaluations without a new lowest loss on dev."""
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+def has_stopped_early(log: Sequence[Mapping[str, Any]], patience: int | None, args: TrainingArguments) -> bool:
+    """True where a log ends with ``patience`` evaluations that are no better than an earlier one, by ``metric_for_best_model``."""
+    name = args.metric_for_best_model or "eval_loss"
+    values = [entry[name] for entry in log if name in entry]
+    best = max if args.greater_is_better else min
+    return patience is not None and bool(values) and len(values) - 1 - values.index(best(values)) >= patience
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -349,10 +358,11 @@ def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArgume
             save_steps=training.save_every or (eval_every if load_best else None) or max(1, math.ceil(steps / 5)),
             save_total_limit=2,
             load_best_model_at_end=load_best,
-            metric_for_best_model="eval_loss" if eval_every else None,
-            greater_is_better=False,
+            metric_for_best_model=f"eval_{training.best_by}" if eval_every else None,
+            greater_is_better=training.best_by not in ("loss", *run.task.lower_is_better),
             seed=run.recipe.seed,
-            report_to="none",
+            report_to=training.reporters if evaluates else [],
+            run_name=run.output.resolve().name,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -386,7 +396,7 @@ def trainer_of(
         recompute_activations(given["model"])
     kind: Any = ShardedTrainer if "LOCAL_RANK" in os.environ else RecipeTrainer  # which every launcher sets
     kind = kind if mixin is None else type(mixin.__name__, (mixin, kind), {})
-    return kind(
+    trainer: RecipeTrainer = kind(
         args=given.pop("args", None) or arguments_of(run, run.steps),
         collator=run.collate,
         note=run.note,
@@ -394,8 +404,20 @@ def trainer_of(
         loss_term=loss_term,
         group_by_length=training.group_by_length,
         patience=training.early_stopping_patience,
+        measure=partial(_measured, run) if training.eval_metric else None,
         **given,
     )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(run.output / TENSORBOARD)
+    return trainer
+
+
+def _measured(run: Run, model: Any) -> dict[str, float | int]:
+    """What the task measures on dev beside the loss."""
+    with run.progress.counting("measuring on dev") as counting:
+        metrics, _ = run.task.measure(run, model, run.task.measured["dev"], counting)
+    return {name: metrics[name] for name in run.task.metrics}
 
 
 def recompute_activations(model: PeftModel) -> None:

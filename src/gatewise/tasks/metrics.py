@@ -42,6 +42,8 @@ Progress = Callable[[int, int], None]
 Metrics = dict[str, float | int]
 Answers = list[dict[str, Any]]
 Candidates = tuple[tuple[int, ...], ...]
+METRICS = {"label": ("accuracy",), "choice": ("accuracy", "accuracy_norm"), "generation": ("bleu", "rougeL"), "number": ("exact",)}
+"""What ``evaluate`` gives of a kind of rows beside loss and n."""
 
 
 # Logits kept at once: 2**26 of them are 256 MB in float32.

@@ -12,7 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
 from gatewise.tasks.encoding import PadCollator, Template, default_template, encode, encode_classification
-from gatewise.tasks.metrics import cut_line, evaluate
+from gatewise.tasks.metrics import METRICS, cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
@@ -69,6 +69,11 @@ class Rows(Task):
                     f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({self.train.source}) holds "
                     f"{self.train.kind} rows: expected the same kind"
                 )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the rows' kind."""
+        return METRICS.get(self.train.kind, ())
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """Labels, in the order of the classes."""

@@ -110,6 +110,8 @@ class Text2Mdt(Task):
     task_type = "FEATURE_EXTRACTION"
     elsewhere = "points at the phrases of decision trees: give it to `gatewise mdt extract`, `evaluate` or `review`"
     collator = PointingCollator
+    metrics = METRICS[:-1]
+    lower_is_better = ("ter",)
     data: DataSection
     pointing: PointingSection
 
