@@ -257,6 +257,23 @@ def test_files_that_change_under_a_loaded_adapter(folder: Path) -> None:
     reference.check(rows_of(behind, plain), found[6])
 
 
+def test_an_adapter_that_is_removed_while_its_requests_wait(folder: Path) -> None:
+    """vLLM keeps one adapter in memory here, and loads the others again in the steps that have requests for them."""
+    adapters = {name: Path(shutil.copytree(folder / name, folder / f"gone-{name}")) for name in ("one", "plain")}
+    rows = rows_of(prompts_of(5, 9, 12), *adapters.values())
+    steps = [
+        *({"do": "load", "folder": str(gone)} for gone in adapters.values()),
+        *({"do": "replace", "folder": str(gone), "by": None} for gone in adapters.values()),
+        {"do": "answer", "rows": rows, "tokens": 6},
+        {"do": "unload", "folder": str(adapters["plain"])},
+        {"do": "load", "folder": str(adapters["plain"])},
+    ]
+    found = run(folder, steps, "--max-loras", "1", "--max-cpu-loras", "1", IN_ONE_PIECE, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    reference = InPeft(folder)
+    reference.check(rows_of(prompts_of(5, 9, 12), folder / "one", folder / "plain"), found[4])
+    assert "No adapter found" in found[6]["error"]  # what nobody has any more is refused where it is asked for
+
+
 @pytest.mark.parametrize("runner", ["V1 ahead", "V2 ahead"])
 def test_rows_come_and_go(folder: Path, runner: str) -> None:
     """Answers end at different tokens, nobody knows at which before, and others begin in their rows."""

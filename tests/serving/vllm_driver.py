@@ -86,10 +86,11 @@ class Engine:
         worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         return sorted(worker.model_runner.lora_manager._adapter_manager.gatewise_routing.requests)
 
-    def replace(self, folder: str, by: str) -> None:
-        """Puts other files into a folder."""
+    def replace(self, folder: str, by: str | None) -> None:
+        """Puts other files into a folder, or removes it."""
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(by, folder)
+        if by is not None:
+            shutil.copytree(by, folder)
 
     def load(self, folder: str) -> None:
         """As vLLM's server does before it serves an adapter."""

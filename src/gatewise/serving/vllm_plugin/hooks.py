@@ -2,12 +2,14 @@
 
     front end    a request is refused before it is queued
     engine       keys and values of routed requests are nobody else's
-    worker       routers are loaded with their adapter; a step says which tokens are whose; modules multiply gates between A and B
+    worker       routers are loaded with their adapter, and an adapter again as it was; a step says which tokens are whose; modules
+                 multiply gates between A and B
 
 All of it was read in the versions of ``TESTED``. In others nothing is changed, and vLLM itself refuses the routers of an adapter.
 Each function here whose first argument is ``theirs`` stands in for the one of vLLM's of this name, and gets that one to call.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import CPU_LORA, ROUTER
 from gatewise.serving.server.vllm_server import client_name
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
+from gatewise.serving.vllm_plugin.held import Held, OpenFiles
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
@@ -30,8 +33,8 @@ TESTED = "0.32."
 """How the versions of vLLM begin that ``make test-serve`` was run with."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _OWN = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "own")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _OWN, _HELD, _IN_STEP = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "own", "held", "in_step")
 )
 _numbers = count()  # of this process's requests
 _is_installed = False
@@ -59,8 +62,10 @@ def _install_all() -> None:
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -71,8 +76,12 @@ def _install_all() -> None:
         _replace(mixin, "beam_search", beam_search)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
         _replace(module, "generate_block_hash_extra_keys", generate_block_hash_extra_keys)
+    for engine in (AsyncLLM, EngineCore):
+        _replace(engine, "add_lora", add_lora_request)
     _replace(WorkerLoRAManager, "__init__", keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", load_adapter)
+    _replace(LRUCacheWorkerLoRAManager, "_apply_adapters", apply_adapters)
+    _replace(WorkerLoRAManager, "remove_adapter", remove_adapter)
     _replace(LoRAModelManager, "activate_adapter", activate_adapter)
     _replace(Worker, "execute_model", execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
@@ -102,6 +111,11 @@ def _asks_routed(lora_request: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _is_routed(number: int, path: str) -> bool:
     return is_routed(_folder(path))
+
+
+def add_lora_request(theirs: Any, self: Any, lora_request: Any) -> Any:
+    _asks_routed(lora_request)  # while its folder is there
+    return theirs(self, lora_request)
 
 
 def _folder(path: str) -> str:
@@ -161,12 +175,50 @@ def keep_config(theirs: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
     setattr(self, _CONFIG, vllm_config)
 
 
+def apply_adapters(theirs: Any, self: Any, lora_requests: Any) -> None:
+    """A step loads the adapters of its requests that were put aside."""
+    setattr(self, _IN_STEP, True)
+    try:
+        theirs(self, lora_requests)
+    finally:
+        setattr(self, _IN_STEP, False)
+
+
+def remove_adapter(theirs: Any, self: Any, adapter_id: int) -> Any:
+    self.__dict__.get(_HELD, Held()).let_go(adapter_id)
+    return theirs(self, adapter_id)
+
+
 def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
-    path = lora_request.lora_path
-    routed = is_routed(_folder(path))
-    if routed != _asks_routed(lora_request):  # requests and keys of the prefix cache count on what it was
+    held, number = self.__dict__.setdefault(_HELD, Held()), lora_request.lora_int_id
+    if self.__dict__.get(_IN_STEP) and number in held:  # an error here would end the engine
+        with held[number].as_folder() as folder:
+            from_held = copy.copy(lora_request)
+            from_held.lora_path = folder
+            return _loaded(theirs, self, from_held, asked=lora_request)
+    files = OpenFiles(_folder(lora_request.lora_path))
+    try:
+        lora = _loaded(theirs, self, lora_request, asked=lora_request)
+    except BaseException:
+        files.close()
+        raise
+    if files:
+        held.keep(number, files)
+    return lora
+
+
+def _loaded(theirs: Any, self: Any, lora_request: Any, asked: Any) -> Any:
+    """An adapter with its routers.
+
+    Args:
+        asked: the request as it came, whose path may be another.
+    """
+    path = asked.lora_path
+    folder = _folder(lora_request.lora_path)
+    routed = is_routed(folder)
+    if routed != _asks_routed(asked):  # requests and keys of the prefix cache count on what it was
         raise GatewiseError(
-            f"the adapter {client_name(lora_request.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
+            f"the adapter {client_name(asked.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
             "asked for by its number before: load it under another name"
         )
     if not routed:
@@ -174,7 +226,7 @@ def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
     config, manager = getattr(self, _CONFIG), self._adapter_manager
     if why := _refusal(config):
         raise GatewiseError(f"the routed adapter {path} cannot be served, for routed adapters {why}")
-    adapter = read_routed(_folder(path), config.model_config.get_hidden_size())
+    adapter = read_routed(folder, config.model_config.get_hidden_size())
     model = manager.model
     before = getattr(model, "lora_skip_prefixes", None)
     model.lora_skip_prefixes = [*(before or []), f"{ROUTER}."]
