@@ -7,7 +7,7 @@ Shapes: b batch, t tokens (the decoder's where there is an encoder too), d hidde
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -211,7 +211,7 @@ def _read_by_decoder(model: Any, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
-def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Batch], over_all: bool = False) -> float:
     """The mean cross-entropy over all labels of the batches, without gradients.
 
     Args:

@@ -240,6 +240,7 @@ class Method(Part):
             and ``STAGE.json`` in the run's folder says that it is done.
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         prompt_tokens: positions of the model that it takes from the text.
+        reads_prompt: the adapter decides by the prompt, once for the whole answer.
         untrained: (model) -> a context manager that yields the model to call for what the base model computes: with a fresh LoRA,
             which changes nothing, itself.
         loss_term: (model, share) -> what the loss of a batch gains while training. ``share`` is the batch's share in the labels of
@@ -250,6 +251,7 @@ class Method(Part):
     stage: str | None = None
     trains_whole = True
     prompt_tokens = 0
+    reads_prompt = False
     untrained: Any = staticmethod(nullcontext)
     loss_term: Any = None
 

@@ -25,7 +25,7 @@ from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import HEADS, Task, class_names, load_model, load_tokenizer, pad_as
 from gatewise.parts import TASKS
 from gatewise.progress import quiet
-from gatewise.tasks import Records, Template, default_template
+from gatewise.tasks import ChatFormat, Prompting, Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_records
 
 _BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
@@ -39,7 +39,7 @@ class Loaded:
 
     Attributes:
         base: the base model's name.
-        template: None for a classifier, which reads the text itself.
+        template: how rows become prompts; None for a classifier, which reads the text itself.
         max_length: most tokens of a sequence in that run.
     """
 
@@ -47,7 +47,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     base: str
     records: Records
-    template: Template | None
+    template: Prompting | None
     max_length: int
 
 
@@ -77,7 +77,7 @@ def load_with_data(
     return Loaded(model, tokenizer, base_name, records, template, max_length)
 
 
-def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Template | None, int]:
+def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Prompting | None, int]:
     """The part of ``load_with_data`` that needs no model.
 
     Returns:
@@ -116,6 +116,12 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
             )
         records = replace(records, labels=known)
     check_labels(records, "give --labels with all of them")
+    if causal and records.kind == "chat":
+        if prompt := options.prompt or note.get("template"):
+            raise GatewiseError(
+                f"{data} holds conversations, but prompts are to be written as {prompt!r}: give rows with its fields"
+            )
+        return records, ChatFormat(note.get("chat_template"), note.get("assistant") or "all"), length
     if causal:
         return records, Template(options.prompt or note.get("template") or default_template(records).prompt, words), length
     if options.prompt:

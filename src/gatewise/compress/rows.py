@@ -12,9 +12,11 @@ from gatewise.compress.quality import LEAST_ROWS, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind
-from gatewise.tasks import Records, Template
+from gatewise.tasks import Prompting, Records
 from gatewise.tasks.metrics import check_classes
 from gatewise.tasks.records import Row, load_records
+
+FREE_TEXT = ("generation", "chat")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def rows_for(
     records, template, train = loaded.records, loaded.template, None
     if loss_kind(loaded.model) == "rows":
         check_classes(loaded.model, records)
-    measure = measure or ("loss" if records.kind == "generation" else "right")
-    if measure == "right" and records.kind == "generation":
+    measure = measure or ("loss" if records.kind in FREE_TEXT else "right")
+    if measure == "right" and records.kind in FREE_TEXT:
         raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
     held_out = _without_repeats(records, template, say)
     if recovery is None:
@@ -64,7 +66,7 @@ def rows_for(
     return Rows(held_out, scored, train, measure)
 
 
-def _shown_text(records: Records, template: Template | None) -> list[str]:
+def _shown_text(records: Records, template: Prompting | None) -> list[str]:
     """What a model is shown of each row, whatever the spacing: its text and the choices it has, but not an id or the answer."""
     found = []
     for row in records.rows:
@@ -75,7 +77,7 @@ def _shown_text(records: Records, template: Template | None) -> list[str]:
 
 
 def _without_repeats(
-    records: Records, template: Template | None, say: Callable[[str], None], elsewhere: Collection[str] = ()
+    records: Records, template: Prompting | None, say: Callable[[str], None], elsewhere: Collection[str] = ()
 ) -> Records:
     """The first of the rows that show the same; of what rows ``elsewhere`` show, none.
 

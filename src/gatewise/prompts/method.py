@@ -75,6 +75,7 @@ class SelectivePrompts(Method):
 
     files = (SEARCH_FILE, "layers.png")
     stage = SEARCH_FOLDER
+    reads_prompt = True
     untrained = staticmethod(without_prompts)  # prompts change the function from the start
     prompts: PromptsSection
     search: SearchSection

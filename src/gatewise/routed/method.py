@@ -36,6 +36,7 @@ class RoutedLora(Lora):
     """MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035)."""
 
     files = (*Lora.files, "routing.png")
+    reads_prompt = True
     routing: RoutingSection
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:

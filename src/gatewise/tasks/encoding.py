@@ -3,7 +3,7 @@
 Shapes: b batch, t tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from string import Formatter
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED
+from gatewise.tasks.chat import ChatFormat, chat_prompts, encode_chat
 from gatewise.tasks.records import Records, Row
 
 Features = dict[str, list[int]]
 
 # What the model is asked for, by kind: a prompt that showed it would give the answer away.
-_ANSWERS = {"label": ("label",), "choice": ("answer",), "number": ("answer",), "generation": ("target", "targets")}
+_ANSWERS = {"label": ("label",), "choice": ("answer",), "number": ("answer",), "generation": ("target", "targets"), "chat": ()}
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Template:
         return " " + references(row)[0].strip()
 
 
+Prompting = Template | ChatFormat
+"""How a row becomes what the model reads: by its fields, or by its messages."""
+
+
 def default_template(records: Records) -> Template:
     """A plain template for records of this shape."""
     if records.kind == "label":
@@ -108,18 +113,50 @@ def default_template(records: Records) -> Template:
     return Template("Question: {question}\nAnswer:")
 
 
+def chat_format(records: Records, template: Prompting | None) -> ChatFormat:
+    """How conversations are written: as given, or as the tokenizer has it.
+
+    Raises:
+        GatewiseError: a prompt for rows with fields.
+    """
+    if isinstance(template, Template):
+        raise GatewiseError(f"{records.source} holds conversations, which a chat template writes: leave the prompt out")
+    return template or ChatFormat()
+
+
+def fields_template(records: Records, template: Prompting | None) -> Template:
+    """How rows with fields are written: as given, or plainly.
+
+    Raises:
+        GatewiseError: a chat template.
+    """
+    if isinstance(template, ChatFormat):
+        raise GatewiseError(f"{records.source} holds {records.kind} rows, and a chat template writes conversations: give messages")
+    return template or default_template(records)
+
+
 def references(row: Row) -> list[str]:
-    """All the right texts of a generation row."""
+    """All the right texts of a generation row, or the last answer of a conversation."""
+    if "messages" in row:
+        return [row["messages"][-1]["content"]]
     return list(row.get("targets") or [row["target"]])
 
 
 def encode(
-    records: Records, tokenizer: PreTrainedTokenizerBase, template: Template | None, *, max_length: int = 512
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Prompting | None,
+    *,
+    max_length: int = 512,
+    say: Callable[[str], None] | None = None,
 ) -> list[Features]:
     """Prompt and answer of every row, for a causal model.
 
     The two are tokenised apart, so that training and evaluation see the same tokens. A prompt that is too long loses
-    its beginning. Every answer ends with the end-of-text token, so that the model learns to stop.
+    its beginning. Every answer ends with the end-of-text token, so that the model learns to stop. Conversations: see ``chat.py``.
+
+    Args:
+        say: told how many conversations were cut.
 
     Returns:
         One dict a row: ``input_ids``, and ``labels`` with -100 on the prompt.
@@ -128,7 +165,9 @@ def encode(
         GatewiseError: the template does not fit the records, an answer does not fit in ``max_length``, or the tokenizer
             has no end-of-text token.
     """
-    template = template or default_template(records)
+    if records.kind == "chat":
+        return encode_chat(records.source, records.rows, tokenizer, chat_format(records, template), max_length, say)
+    template = fields_template(records, template)
     if tokenizer.eos_token_id is None:
         raise GatewiseError("the tokenizer has no end-of-text token (eos_token), which answers have to end with")
     if records.kind in ("label", "choice"):
@@ -203,7 +242,7 @@ class PadCollator:
 def score_batch(
     records: Records,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template | None,
+    template: Prompting | None,
     n: int = 32,
     seed: int = 0,
     *,
@@ -265,15 +304,20 @@ def room_for(candidates: Sequence[Sequence[Sequence[int]]], max_length: int) -> 
 def prompt_ids(
     records: Records,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: Prompting,
     room: Iterable[int],
     max_length: int,
 ) -> list[list[int]]:
     """Token ids of every prompt, cut on the left to its ``room``; what the tokenizer puts first (such as bos) stays.
 
+    The prompt of a conversation is all that its last answer is written to, and is cut between turns to the least room.
+
     Raises:
         GatewiseError: the template does not fit the records, or there is no room for one token of the prompt.
     """
+    if records.kind == "chat":
+        return chat_prompts(records.source, records.rows, tokenizer, chat_format(records, template), min(room))
+    template = fields_template(records, template)
     template.check(records)
     texts = [template.render(row) for row in records.rows]
     prefix = text_prefix(tokenizer)

@@ -22,14 +22,16 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from gatewise.errors import GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import generate_after
-from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length, text_positions
+from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, mean_loss, prompt_length, text_positions
 from gatewise.tasks.encoding import (
     PadCollator,
+    Prompting,
     Template,
     candidate_ids,
-    default_template,
+    chat_format,
     encode,
     encode_classification,
+    fields_template,
     pad,
     prompt_ids,
     references,
@@ -42,7 +44,13 @@ Progress = Callable[[int, int], None]
 Metrics = dict[str, float | int]
 Answers = list[dict[str, Any]]
 Candidates = tuple[tuple[int, ...], ...]
-METRICS = {"label": ("accuracy",), "choice": ("accuracy", "accuracy_norm"), "generation": ("bleu", "rougeL"), "number": ("exact",)}
+METRICS = {
+    "label": ("accuracy",),
+    "choice": ("accuracy", "accuracy_norm"),
+    "number": ("exact",),
+    "generation": ("bleu", "rougeL"),
+    "chat": ("bleu", "rougeL"),
+}
 """What ``evaluate`` gives of a kind of rows beside loss and n."""
 
 
@@ -55,7 +63,7 @@ def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     records: Records,
-    template: Template | None = None,
+    template: Prompting | None = None,
     *,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
@@ -67,7 +75,8 @@ def evaluate(
 
     Args:
         model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
-        template: for causal models; None takes `default_template`. Classifiers read the text itself.
+        template: for causal models; None takes `default_template`, and the tokenizer's own for conversations. Classifiers read the
+            text itself.
         batch_size: sequences in one forward. The result does not depend on it.
         max_new_tokens: the most tokens written for a generation or number row; None takes 16 more than the longest right answer
             has, and 64 at least, but no more than half of the model's positions.
@@ -87,6 +96,7 @@ def evaluate(
           one, such as "1" of "10", is always the likelier of the two;
         - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
           If no reference has several lines, only the first line of what was written counts;
+        - chat: ``loss``, the mean over the assistant's tokens that are trained, and ``bleu`` and ``rougeL`` of the last answer;
         - number: ``exact`` (0 to 1), the share of rows whose final number is right.
 
     Raises:
@@ -98,21 +108,24 @@ def evaluate(
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
         )
-    template = template or default_template(records)
     with measuring(model):
         if kind == "rows":
             metrics, found = _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress)
         elif records.kind in ("label", "choice"):
-            metrics, found = _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
+            chosen = fields_template(records, template)
+            metrics, found = _evaluate_candidates(model, tokenizer, records, chosen, batch_size, max_length, progress)
         else:
             if max_new_tokens is None:
                 right = [[row["answer"]] if records.kind == "number" else references(row) for row in records.rows]
                 longest = max(map(len, token_ids(tokenizer, [text.strip() for texts in right for text in texts])))
                 max_new_tokens = min(max(64, longest + 16), positions // 2)
             room = min(max_length, positions - max_new_tokens)
-            prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), positions)
+            how: Prompting = chat_format(records, template) if records.kind == "chat" else fields_template(records, template)
+            prompts = prompt_ids(records, tokenizer, how, [room] * len(records.rows), positions)
+            loss = _loss(model, tokenizer, records, template, batch_size, max_length) if records.kind == "chat" else {}
             written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
             metrics, found = _judge_texts(records, written)
+            metrics = {**loss, **metrics}
     if answers is not None:
         answers += found
     return metrics
@@ -123,15 +136,30 @@ def evaluate(
 
 def _judge_texts(records: Records, written: Sequence[tuple[str, bool]]) -> tuple[Metrics, Answers]:
     found: Answers = [{"predicted": text, **({} if ended else {"cut": True})} for text, ended in written]
-    if records.kind == "generation":
+    if records.kind in ("generation", "chat"):
         return generation_metrics(records, [text for text, _ in written]), found
     for answer, row in zip(found, records.rows, strict=True):
         answer["right"] = final_number(answer["predicted"]) == final_number(row["answer"])
     return {"exact": sum(answer["right"] for answer in found) / len(found), "n": len(found)}, found
 
 
+def _loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    template: Prompting | None,
+    batch_size: int,
+    max_length: int,
+) -> Metrics:
+    """The mean cross-entropy (nats) over the tokens that are trained."""
+    rows = sorted(encode(records, tokenizer, template, max_length=max_length), key=lambda row: -len(row["input_ids"]))
+    collate, device = PadCollator(tokenizer), _device(model)
+    batches = (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    return {"loss": mean_loss(model, ({key: value.to(device) for key, value in one.items()} for one in batches))}
+
+
 def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
-    """``bleu``, ``rougeL`` and ``n`` of texts written for generation records.
+    """``bleu``, ``rougeL`` and ``n`` of texts written for generation records, or as last answers of conversations.
 
     Chinese is split into characters for both measures, other text as sacrebleu's 13a and rouge-score do, except that
     letters outside a-z count as letters for ROUGE.
@@ -342,7 +370,7 @@ def _evaluate_classifier(
 
 
 def encoded(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Records, template: Template | None, max_length: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Records, template: Prompting | None, max_length: int
 ) -> list[dict[str, Any]]:
     """Rows with their labels as the model trains on them, cut to its positions.
 

@@ -6,6 +6,7 @@
 | choice     | ``question``, ``choices`` (a list), ``answer`` (an index into it) |
 | number     | ``question``, ``answer`` (text that ends in ``#### n``)        |
 | generation | ``source``, ``target``; or ``source``, ``targets`` (a list)    |
+| chat       | ``messages``; or ``prompt``, ``completion``: see ``chat.py``     |
 
 A label may be a whole number. A row may have more fields; a template can write them into its prompt. Lists cannot be read from CSV.
 """
@@ -25,8 +26,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.tasks.chat import conversation, is_conversation
 
-Kind = Literal["label", "choice", "generation", "number"]
+Kind = Literal["label", "choice", "generation", "number", "chat"]
 Row = dict[str, Any]
 Fields = dict[str, TypeAdapter[Any]]
 """What each field of a row must be."""
@@ -106,7 +108,7 @@ def load_records(
             kind, fields = _shape_of(row, where)
         if kind == "generation":  # each row may have one right answer or several
             fields = _TARGETS if row.get("targets") else _TARGET
-        rows.append(_checked(row, fields, where))
+        rows.append(_with_messages(row, where) if kind == "chat" else _checked(row, fields, where))
         if kind == "label" and labels is not None and rows[-1]["label"] not in labels:
             raise GatewiseError(f"{where}: the label is {rows[-1]['label']!r}, expected one of {', '.join(labels)}")
     if kind is None:
@@ -278,11 +280,21 @@ _SHAPES: tuple[tuple[Kind, Fields], ...] = (
 
 def _shape_of(row: Row, where: str) -> tuple[Kind, Fields]:
     """The kind of a file by its first row, and what each field of such a row must be."""
+    if is_conversation(row):
+        return "chat", {}
     for kind, fields in _SHAPES:
         if fields.keys() <= row.keys():
             return kind, fields
     known = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
+    known += "; or messages; or prompt, completion"
     raise GatewiseError(f"{where}: the fields are {', '.join(map(str, row)) or 'none'}; expected {known}")
+
+
+def _with_messages(row: Row, where: str) -> Row:
+    try:
+        return {**row, "messages": conversation(row)}
+    except GatewiseError as error:
+        raise GatewiseError(f"{where}: {error}") from error
 
 
 def _checked(row: Row, fields: Fields, where: str) -> Row:

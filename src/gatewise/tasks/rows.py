@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
-from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
-from gatewise.tasks.encoding import PadCollator, Template, default_template, encode, encode_classification
+from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Run, Section, Task
+from gatewise.tasks.chat import Answers, ChatFormat
+from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
 
@@ -31,16 +32,23 @@ class RowsSection(DataSection):
 class AnsweredRowsSection(RowsSection):
     """Rows to which a model writes answers.
 
+    ``assistant``: which turns of a conversation are trained, all of the assistant's or the last. Left out: all, and the last with
+    methods whose adapter reads the prompt, which is only then the prompt that it is used with.
     ``max_new_tokens``: of an answer where it is measured, see ``gatewise.tasks.evaluate``.
     """
 
     max_new_tokens: Count | None = None
+    assistant: Answers | None = None
 
 
 class TemplateSection(Section):
-    """How a row becomes a prompt: ``{field}`` stands for a field of the row; ``labels`` has a word for each label."""
+    """How a row becomes a prompt: ``{field}`` stands for a field of the row; ``labels`` has a word for each label.
+
+    ``chat``: the Jinja template of conversations, if not the base model's own.
+    """
 
     prompt: str | None = None
+    chat: str | None = None
     labels: Annotated[dict[Label, str], Field(min_length=2)] | None = None
 
 
@@ -51,7 +59,7 @@ class Rows(Task):
     data: RowsSection
     train: Records
     measured: dict[str, Records]
-    prompt: Template | None = None
+    prompt: Prompting | None = None
     """How a row becomes a prompt; None where the model reads the row's own text."""
 
     def read(self, noted: Mapping[str, Any] | None) -> None:
@@ -102,23 +110,51 @@ class Causal(Rows):
     data: AnsweredRowsSection
     template: TemplateSection
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Answers before which another prompt was read than the adapter is used with."""
+        if self.data.assistant == "all" and METHODS[self.recipe.method].reads_prompt:
+            yield (
+                "data.assistant",
+                f"is all, but what {self.recipe.method} trains decides by the prompt, everything before an answer: take last, "
+                "or leave it out",
+            )
+
     def read(self, noted: Mapping[str, Any] | None) -> None:
         """Rows, and the template that writes them."""
         super().read(noted)
+        given = self.template.model_dump(exclude_none=True).keys()
+        is_chat = self.train.kind == "chat"
+        if wrong := sorted(given - {"chat"} if is_chat else given & {"chat"}):
+            what = "conversations, which the chat template writes" if is_chat else f"{self.train.kind} rows, which have no messages"
+            raise GatewiseError(f"template.{wrong[0]} was given, but {self.train.source} holds {what}: leave it out")
+        if is_chat:
+            default: Answers = "last" if METHODS[self.recipe.method].reads_prompt else "all"
+            self.prompt = ChatFormat(self.template.chat, self.data.assistant or default)
+            return
         self.prompt = Template(self.template.prompt or default_template(self.train).prompt, self.template.labels)
         for records in (self.train, *self.measured.values()):
             self.prompt.check(records)
 
+    def base(self, dtype: Any, tokenizer: PreTrainedTokenizerBase, brought: Any) -> PreTrainedModel:
+        """The base model, once it is known that its tokenizer can write the rows."""
+        if isinstance(self.prompt, ChatFormat):
+            self.prompt = self.prompt.of(tokenizer)
+        return super().base(dtype, tokenizer, brought)
+
     def encode(
         self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
     ) -> Features:
-        """Prompt and answer."""
-        return list(encode(rows, tokenizer, self.prompt, max_length=max_length))
+        """Prompt and answer, or a conversation."""
+        return list(encode(rows, tokenizer, self.prompt, max_length=max_length, say=say))
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """Labels and how prompts and answers are written."""
         assert self.prompt is not None
-        words = {"template": self.prompt.prompt, "label_words": self.prompt.labels}
+        words: dict[str, Any]
+        if isinstance(self.prompt, ChatFormat):
+            words = {"template": None, "chat_template": self.prompt.text, "assistant": self.prompt.assistant}
+        else:
+            words = {"template": self.prompt.prompt, "label_words": self.prompt.labels}
         return {**super().note(base), **words, "max_new_tokens": self.data.max_new_tokens}
 
 

@@ -1,0 +1,187 @@
+"""Conversations: rows of every writing, and the mask of the assistant's tokens, made the slow obvious way."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gatewise.errors import GatewiseError
+from gatewise.tasks import ChatFormat, Records, Template, encode, evaluate, load_records, score_batch
+
+HEADER = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+PLAIN = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}" + HEADER
+MARKED = (
+    "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>{% endif %}{{ '\\n' }}{% endfor %}" + HEADER
+)
+# The first marks the words alone; in the second nothing ends a turn; in the third the last answer has what earlier ones have lost.
+HALF_MARKED = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>")
+ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+THINKING = PLAIN.replace("{{ m.content }}", "{{ '(hm) ' if loop.last and m.role == 'assistant' else '' }}{{ m.content }}")
+
+TALK = [
+    {"role": "system", "content": "be good"},
+    {"role": "user", "content": "where is the parcel"},
+    {"role": "assistant", "content": "the parcel is late"},
+    {"role": "user", "content": "and the bill"},
+    {"role": "assistant", "content": "the bill is wrong"},
+]
+
+
+def talks(*rows: list[dict[str, str]]) -> Records:
+    return Records("chat", [{"messages": list(row)} for row in rows], None, "talks")
+
+
+def by_hand(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], trained: list[int]) -> dict[str, list[int]]:
+    """One message after the other: the header, the words, the end; a label for words and end of the messages ``trained``."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for number, message in enumerate(messages):
+        header = [tokenizer.bos_token_id, *tokenizer(f"{message['role']}\n")["input_ids"]]
+        words = [*tokenizer(message["content"])["input_ids"], tokenizer.eos_token_id]
+        line = tokenizer("\n")["input_ids"]
+        ids += [*header, *words, *line]
+        labels += [-100] * len(header) + (words if number in trained else [-100] * len(words)) + [-100] * len(line)
+    end = max(at for at, label in enumerate(labels) if label != -100) + 1  # nobody reads what stands behind the last answer
+    return {"input_ids": ids[:end], "labels": labels[:end]}
+
+
+@pytest.mark.parametrize("text", [PLAIN, MARKED, HALF_MARKED])
+def test_the_assistants_words_and_their_end_are_trained(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert encode(talks(TALK), tokenizer, ChatFormat(text)) == [by_hand(tokenizer, TALK, [2, 4])]
+    assert encode(talks(TALK), tokenizer, ChatFormat(text, "last")) == [by_hand(tokenizer, TALK, [4])]
+    (batch,) = (score_batch(talks(TALK), tokenizer, ChatFormat(text))["labels"],)
+    assert batch.tolist() == [by_hand(tokenizer, TALK, [2, 4])["labels"]]
+
+
+def test_where_the_template_ends_no_turn_the_last_answer_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = encode(talks(TALK), tokenizer, ChatFormat(ENDLESS))
+    trained = [label for label in row["labels"] if label != -100]
+    assert trained == [*tokenizer(" the parcel is late\n the bill is wrong\n")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_template_whose_prefix_is_no_prefix(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        GatewiseError, match="talks, conversation 1: the chat template writes the first 3 messages otherwise when more"
+    ):
+        encode(talks(TALK), tokenizer, ChatFormat(THINKING))
+    (row,) = encode(talks(TALK), tokenizer, ChatFormat(THINKING, "last"))  # which needs no more than the text before it
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "(hm) the bill is wrong</s>"
+
+
+def test_a_long_conversation_loses_turns_and_keeps_what_the_system_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = [*TALK, *TALK[1:3], *TALK[3:5]]
+    room = len(by_hand(tokenizer, TALK, [2, 4])["input_ids"]) + 3
+    said: list[str] = []
+    assert (
+        encode(talks(long, TALK), tokenizer, ChatFormat(PLAIN), max_length=room, say=said.append)
+        == [by_hand(tokenizer, TALK, [2, 4])] * 2
+    )
+    assert said == [f"1 of 2 conversations of talks are longer than {room} tokens and lose their last turns"]
+    kept = encode(talks([TALK[0], *TALK[3:], *TALK[1:]]), tokenizer, ChatFormat(PLAIN, "last"), max_length=room)
+    assert kept == [by_hand(tokenizer, TALK, [4])]
+    with pytest.raises(
+        GatewiseError, match=r"2 of 2 conversations of talks do not fit into 9 tokens even with a single turn, which"
+    ):
+        encode(talks(long, TALK), tokenizer, ChatFormat(PLAIN), max_length=9)
+
+
+def test_the_last_turn_is_written_and_compared(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    llama.eval()
+    rows, template = talks(TALK, TALK[:3]), ChatFormat(PLAIN)
+    answers: list[dict[str, Any]] = []
+    metrics = evaluate(llama, tokenizer, rows, template, max_new_tokens=6, batch_size=2, answers=answers)
+    losses = []
+    for messages, trained, answer in ((TALK, [2, 4], answers[0]), (TALK[:3], [2], answers[1])):
+        row = by_hand(tokenizer, messages, trained)
+        with torch.no_grad():
+            logits = llama(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        losses += [-float(logits[at, label]) for at, label in enumerate(row["labels"][1:]) if label != -100]
+        text = tokenizer.apply_chat_template(messages[:-1], chat_template=PLAIN, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, return_tensors="pt")
+        written = llama.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert answer["predicted"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert metrics.keys() == {"loss", "bleu", "rougeL", "n"}
+    with pytest.raises(GatewiseError, match="talks holds conversations, which a chat template writes: leave the prompt out"):
+        evaluate(llama, tokenizer, rows, Template("{text}"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"messages": [*TALK, {"role": "user", "content": "thanks"}], "tools": None},
+        {"system": "be good", "messages": TALK[1:]},
+        {"system": "be good", "prompt": TALK[1:4], "completion": TALK[4:]},
+        {"prompt": TALK[:4], "completion": "the bill is wrong"},
+        {
+            "conversations": [
+                {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], "system"), "value": m["content"]} for m in TALK
+            ]
+        },
+        {"messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}], "tool_calls": None} for m in TALK]},
+    ],
+)
+def test_rows_of_every_writing_are_the_same_conversation(write: Callable[..., Path], row: dict[str, Any]) -> None:
+    records = load_records(write([row]))
+    assert (records.kind, records.rows[0]["messages"]) == ("chat", TALK)
+
+
+def test_prompt_and_completion_as_texts_come_from_csv_too(write: Callable[..., Path]) -> None:
+    records = load_records(write("prompt,completion\nwhere is it,late\n", "rows.csv"))
+    assert records.rows[0]["messages"] == [{"role": "user", "content": "where is it"}, {"role": "assistant", "content": "late"}]
+
+
+def said(role: str, content: Any = "words", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASKED = said("user")
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"messages": [said("assistant")]}, "line 2: the conversation begins with the assistant: expected a message of the user"),
+        (
+            {"messages": [ASKED, said("asistant")]},
+            "line 2: message 2 has the role 'asistant', expected one of system, developer, user",
+        ),
+        ({"messages": [ASKED]}, "line 2: there is no message of the role assistant"),
+        ({"messages": "hello"}, "line 2: expected 'messages', a list of objects with 'role' and 'content'"),
+        ({"messages": ["hello"]}, "line 2: message 1: expected an object with 'role' and 'content'"),
+        ({"messages": [ASKED, said("assistant", None, tool_calls=[{}])]}, "line 2: message 2 is of a tool or calls one"),
+        ({"messages": [ASKED, said("tool"), said("assistant")]}, "line 2: message 2 is of a tool or calls one"),
+        ({"messages": TALK, "tools": [{"name": "search"}]}, "line 2: it has tools"),
+        (
+            {"messages": [said("user", [{"type": "image"}])]},
+            "line 2: message 1 has a part of type 'image', and only text is trained",
+        ),
+        ({"messages": [ASKED, said("assistant", " ")]}, r"line 2: message 2 \(assistant\) has no text"),
+        ({"messages": TALK, "system": "more"}, "line 2: it has 'system' and a first message of the role system"),
+        ({"text": "words", "label": "x"}, "line 2: expected 'messages', a list of objects"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(write: Callable[..., Path], row: dict[str, Any], sentence: str) -> None:
+    path = write("".join(json.dumps(one) + "\n" for one in ({"messages": TALK}, row)))
+    with pytest.raises(GatewiseError, match=sentence):
+        load_records(path)
+
+
+def test_what_the_template_does_not_take_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+    deaf = PLAIN.replace("<s>", "{% if m.role == 'system' %}{% continue %}{% endif %}<s>", 1)
+    for text, sentence in (
+        (strict, "talks, conversation 1: the chat template does not take these messages: System role not supported"),
+        (deaf, "talks, conversation 1: the chat template does not know the role 'system': it leaves such messages out"),
+        ("{% generation %}{% endgeneration %}" + PLAIN, "has {% generation %}, but marks no answer of this conversation"),
+    ):
+        with pytest.raises(GatewiseError, match=sentence):
+            encode(talks(TALK), tokenizer, ChatFormat(text))
+    with pytest.raises(GatewiseError, match=r"the rows are conversations, but the tokenizer of .* has no chat template"):
+        encode(talks(TALK), tokenizer, None)
