@@ -119,7 +119,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     if causal and records.kind == "chat":
         if prompt := options.prompt or note.get("template"):
             raise GatewiseError(
-                f"{data} holds conversations, but prompts are to be written as {prompt!r}: give rows with its fields"
+                f"{data} holds conversations, but prompts are written as {prompt!r}: give rows with its fields"
             )
         return records, ChatFormat(note.get("chat_template"), note.get("assistant") or "all"), length
     if causal:
