@@ -118,9 +118,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     check_labels(records, "give --labels with all of them")
     if causal and records.kind == "chat":
         if prompt := options.prompt or note.get("template"):
-            raise GatewiseError(
-                f"{data} holds conversations, but prompts are written as {prompt!r}: give rows with its fields"
-            )
+            raise GatewiseError(f"{data} holds conversations, but prompts are written as {prompt!r}: give rows with its fields")
         return records, ChatFormat(note.get("chat_template"), note.get("assistant") or "all"), length
     if causal:
         return records, Template(options.prompt or note.get("template") or default_template(records).prompt, words), length
