@@ -23,7 +23,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(folder, training={"max_steps": 100, "batch_size": 8, "learning_rate": 0.02})
     write_rows(folder / "train.jsonl", 200, seed=1)
     write_rows(folder / "rows.jsonl", 240, seed=3)
-    train(load_recipe(recipe), folder / "run")
+    train(load_recipe(recipe, ["data.held_out=0"]), folder / "run")
     return folder
 
 

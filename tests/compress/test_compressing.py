@@ -37,7 +37,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     recipe = write_recipe(folder, family=request.param, training={"max_steps": 120, "batch_size": 8, "learning_rate": 0.02})
     write_rows(folder / "train.jsonl", 200, seed=1)
     write_rows(folder / "rows.jsonl", 240, seed=3)
-    train(load_recipe(recipe), folder / "run")
+    train(load_recipe(recipe, ["data.held_out=0"]), folder / "run")
     shutil.copytree(folder / "run" / "adapter", folder / "adapter")
     scale(folder / "adapter", 1e-6, "q_proj", "query")
     return folder
