@@ -117,7 +117,7 @@ def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check
     shutil.copytree(saved / "one", tmp_path / "odd")
     config = json.loads((saved / "one" / "adapter_config.json").read_text())
     (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}), encoding="utf-8")
-    assert "vLLM does not serve the adapter" in fails(tmp_path / "odd")
+    assert "which vLLM does not serve" in fails(tmp_path / "odd")
     write_base(tmp_path / "other")
     write_adapter(tmp_path / "far", tmp_path / "other")
     assert "give adapters of one base" in fails(saved / "one", tmp_path / "far")

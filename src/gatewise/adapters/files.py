@@ -229,6 +229,21 @@ def read_lora(folder: str | Path) -> LoraAdapter:
     return LoraAdapter(config, modules, others, metadata)
 
 
+def lora_sizes(folder: str | Path) -> dict[str, tuple[int, int]]:
+    """Module path -> (inputs, outputs) of each pair of matrices A and B, from the header of the file alone.
+
+    Raises:
+        GatewiseError: there is no such file, or it is damaged.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, shape in tensor_shapes(weights_of(folder)).items():
+        match = _KEY.match(name)
+        factor = match and match["leaf"] != "bias" and _FACTORS.get(match["part"])
+        if match and factor in ("A", "B") and len(shape) == 2:
+            found.setdefault(match["path"].replace(".base_layer", ""), {})[factor] = shape[factor == "A"]
+    return {path: (sizes["A"], sizes["B"]) for path, sizes in found.items() if len(sizes) == 2}
+
+
 def _stacked_experts(rows: Mapping[str, int], settings: "_Settings", where: str) -> dict[str, tuple[str, int]]:
     """The parameters that ``target_parameters`` names: path in the file -> (path of the parameter, its experts).
 
@@ -412,10 +427,12 @@ class ChatTemplate:
     Attributes:
         text: Jinja, as tokenizers have it: it reads ``messages``.
         special_tokens: the tokenizer's own, such as bos, go before what it writes, as before any text. Otherwise it writes them.
+        shown: what prompts have to look like, in words.
     """
 
     text: str
     special_tokens: bool = False
+    shown: str = "prompts are chats, as /v1/chat/completions writes them"
 
 
 def chat_template_of(folder: str | Path) -> ChatTemplate | None:
@@ -440,11 +457,11 @@ def chat_template_of(folder: str | Path) -> ChatTemplate | None:
         parts = [(literal, field) for literal, field, *_ in Formatter().parse(prompt)]
     except ValueError as error:
         raise GatewiseError(f"{Path(folder) / NOTE_FILE}: template has unmatched braces ({error}): restore the file") from error
-    fields = dict.fromkeys(field for _, field in parts if field is not None)
+    fields, looks = dict.fromkeys(field for _, field in parts if field is not None), f"prompts look like {prompt!r}"
     if len(fields) != 1:
         shown = ", ".join(fields) or "none"
         said = f"this model was trained on prompts with the fields {shown}: send the whole prompt to /v1/completions, as {prompt!r}"
-        return ChatTemplate(f"{{{{ raise_exception({_jinja(said)}) }}}}", special_tokens=True)
+        return ChatTemplate(f"{{{{ raise_exception({_jinja(said)}) }}}}", True, looks)
     said = "this model was trained on single texts: send one message, which has the role user, and no others"
     written = " ~ ".join(_jinja(literal) + (" ~ text" if field is not None else "") for literal, field in parts)
     return ChatTemplate(
@@ -453,7 +470,8 @@ def chat_template_of(folder: str | Path) -> ChatTemplate | None:
         "{%- endif -%}"
         "{%- set text = messages[0]['content'] -%}"
         f"{{{{ ({written}).rstrip(' ') }}}}",
-        special_tokens=True,
+        True,
+        looks,
     )
 
 

@@ -209,6 +209,20 @@ def load_config(name_or_path: str | Path) -> Any:
         raise _not_loaded("model", name_or_path, error) from error
 
 
+def weight_shapes(name_or_path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a causal model, made of its configuration alone; none where Transformers has no such model.
+
+    Raises GatewiseError when there is no configuration or it cannot be read.
+    """
+    config = load_config(name_or_path)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # of a class that Transformers lacks, a want of a library: whoever loads the model says so
+        return {}
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
 def class_names(name_or_path: str | Path) -> list[str] | None:
     """What a model's configuration calls the classes of a classifier, in order; None where it only counts them.
 

@@ -14,7 +14,7 @@ import pytest
 from served_models import adapter_folder, base_folder
 
 from gatewise.errors import GatewiseError
-from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version, kind_of, name_of
+from gatewise.serving.server.catalogue import Catalogue, Fit, ReplacedError, Version, kind_of, name_of
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,45 @@ def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:
         assert kind_of(folder) == kind
 
 
+def test_what_does_not_fit_the_base_model_is_not_listed(made: Path, tmp_path: Path) -> None:
+    """Of many in a watched folder one line tells; one that was named is an error."""
+    fit = Fit(str(made / "base"))
+
+    def found(*places: Any, **settings: Any) -> Catalogue:
+        return catalogue(*places, check=lambda folder, kind: fit.check(folder), **settings)
+
+    adapter_folder(made / "base", tmp_path / "prompts", "prompts")
+    adapter_folder(made / "base", tmp_path / "words", target_modules=["embed_tokens", "q_proj"])
+    other = base_folder(tmp_path / "other" / "base", hidden_size=32)
+    longer = base_folder(tmp_path / "longer" / "base", num_hidden_layers=3)
+    gpt2 = base_folder(tmp_path / "gpt2" / "base", "gpt2")
+    adapter_folder(other, tmp_path / "of_other")
+    adapter_folder(other, tmp_path / "of_other_routed", "routed")
+    adapter_folder(longer, tmp_path / "of_longer")
+    adapter_folder(longer, tmp_path / "prompts_of_longer", "prompts")
+    adapter_folder(gpt2, tmp_path / "of_gpt2")
+    shutil.copytree(made / "one", tmp_path / "classifier")
+    config = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
+    (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    assert names(found(tmp_path, say=said.append)) == ["prompts", "words"]
+    (line,) = said
+    assert line.startswith("note: not served are ")
+    assert f"{tmp_path / 'classifier'} (is for SEQ_CLS: expected one that writes text (CAUSAL_LM))" in line
+    assert f"does not fit the base model '{made / 'base'}': it has model.layers.0" in line
+    assert f"{tmp_path / 'of_other'}, {tmp_path / 'of_other_routed'} (" in line
+    for name, why in (
+        ("of_other", r"with 24 inputs and 32 outputs; there it has 16 and 24$"),
+        ("of_longer", r"it has model\.layers\.2\.\S+ with \d+ inputs and \d+ outputs, which is not there$"),
+        ("prompts_of_longer", "it was made for .*'layers': 3"),
+        ("of_gpt2", r"it has transformer\.h\.0\.\S+ with"),
+        ("classifier", "is for SEQ_CLS"),
+    ):
+        with pytest.raises(GatewiseError, match=why):
+            found(tmp_path / name)
+    assert names(catalogue(tmp_path / "of_gpt2", check=lambda folder, kind: Fit(str(gpt2)).check(folder))) == ["of_gpt2"]
+
+
 def test_a_name_stays_with_the_folder_that_is_served(made: Path, tmp_path: Path) -> None:
     """Whichever folder is looked at first, and while the one that is served is broken: its last whole version stays."""
     said: list[str] = []
@@ -98,8 +137,9 @@ def test_a_name_stays_with_the_folder_that_is_served(made: Path, tmp_path: Path)
         found.scan()
         assert found.versions["x"] is before
         assert not before.gone
-    assert ["two adapters are called 'x'" in one for one in said] == [True, False]
-    assert "damaged or cut short" in said[1]
+    (line,) = said
+    assert "two adapters are called 'x'" in line
+    assert "damaged or cut short" in line
     shutil.rmtree(first)
     found.scan()
     assert found.versions["x"].folder == second
@@ -158,9 +198,9 @@ def test_whatever_is_in_a_folder_ends_no_look_at_the_others(made: Path, tmp_path
     for _ in range(2):
         found.scan()
     assert names(found) == ["one"]
-    assert len(said) == 2  # each once
-    assert "deep/adapter_config.json is not valid JSON (maximum recursion depth" in said[0]
-    assert said[1] == f"note: the adapter {tmp_path / 'odd'} cannot be read or copied (AssertionError: a fault of ours)"
+    (line,) = said  # both in one, once
+    assert "deep/adapter_config.json is not valid JSON (maximum recursion depth" in line
+    assert f"; {tmp_path / 'odd'} (cannot be read or copied (AssertionError: a fault of ours))" in line
 
 
 @pytest.fixture

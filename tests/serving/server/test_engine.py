@@ -1,6 +1,7 @@
 """Adapters that come and go under requests, room that runs out, and keys."""
 
 import errno
+import math
 import shutil
 import threading
 import time
@@ -136,15 +137,21 @@ def test_an_adapter_that_does_not_fit_harms_no_other(made: dict[str, Path], tmp_
         pass
     shutil.copytree(made["a"], tmp_path / "a")
     shutil.copytree(made["misfit"], tmp_path / "misfit")
+    damaged = (
+        shutil.copytree(made["a"], tmp_path / "damaged") / "adapter_model.safetensors"
+    )  # which is not seen before it is loaded
+    save_file({name: value * math.nan for name, value in load_file(damaged).items()}, damaged)
     said: list[str] = []
     with serving(made["base"], tmp_path, say=said.append) as server:
+        assert [one.id for one in client(server).models.list()] == ["tiny", "a", "damaged"]
         for _ in range(2):
-            with pytest.raises(openai.InternalServerError, match="'misfit' cannot be loaded: see the server's log") as told:
-                ask(server, "misfit")
+            with pytest.raises(openai.InternalServerError, match="'damaged' cannot be loaded: see the server's log") as told:
+                ask(server, "damaged")
             assert str(tmp_path) not in str(told.value)
             assert ask(server, "a").choices[0].text == text(made, "a")
             assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
-    assert "".join(said).count(f"the adapter {tmp_path / 'misfit'} does not fit") == 1
+    for line in (f"the adapter {tmp_path / 'misfit'} does not fit", f"{damaged} is damaged"):
+        assert "".join(said).count(line) == 1
 
 
 @pytest.mark.parametrize("place", ["copyfile", "load_adapter"])

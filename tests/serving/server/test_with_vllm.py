@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,13 +87,13 @@ def test_the_users_own_arguments_for_vllm_count(made: Path) -> None:
 
 
 def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"vLLM does not serve the adapter .*dora, which has more than A and B"):
+    with pytest.raises(GatewiseError, match=r"the adapter .*dora has more than A and B .*, which vLLM does not serve: take --eng"):
         VllmServer(str(made / "base"), [str(made / "dora")], port=0)
     said: list[str] = []
     shutil.copytree(made / "dora", tmp_path / "dora")
     server = VllmServer(str(made / "base"), [str(tmp_path)], port=0, say=said.append, settled=0.0)
     assert len(said) == 1
-    assert "note: vLLM does not serve the adapter" in said[0]
+    assert re.match(r"note: the adapter .*dora has more than A and B", said[0])
     assert server.names == []
 
 
@@ -116,7 +117,9 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
         server.catalogue.scan()
 
     assert (told(), told()) == ([True], [])
-    put(made / "dora")  # which vLLM does not serve
+    put(made / "dora")  # which vLLM does not serve: what was served before stays
+    assert (told(), server.names) == ([], ["x"])
+    put(made / "adapters" / "two")  # of a rank that this vLLM was not started for
     assert (told(), server.names, told()) == ([False], [], [])
     put(made / "adapters" / "one")
     assert (told(), server.names) == ([True], ["x"])

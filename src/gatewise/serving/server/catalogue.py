@@ -9,6 +9,7 @@ served as ever. Only JSON, templates of chats and safetensors are read.
 import glob
 import itertools
 import os
+import re
 import shutil
 import stat
 import sys
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,11 +31,13 @@ from gatewise.adapters.files import (
     WEIGHTS_FILE,
     ChatTemplate,
     chat_template_of,
+    lora_sizes,
     read_config,
     tensor_shapes,
     weights_of,
 )
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.models.loading import load_config, weight_shapes
 from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.bodies import RefusedError
 from gatewise.serving.server.lanes import Kind
@@ -125,7 +129,8 @@ class Catalogue:
             folder called "adapter" is called by the one that holds it.
         taken: names that no adapter may have, such as the base model's.
         settled: seconds in which the files of a folder must not have changed.
-        say: called with a line about each folder that is not served.
+        check: raises GatewiseError where the server cannot serve an adapter of this folder and kind.
+        say: called with a line about folders that are not served, and about the prompts of those that are.
 
     Attributes:
         versions: those that are served now, by name.
@@ -135,12 +140,18 @@ class Catalogue:
     """
 
     def __init__(
-        self, places: Sequence[str], taken: Sequence[str] = (), say: Callable[[str], None] | None = None, settled: float = SETTLED
+        self,
+        places: Sequence[str],
+        taken: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+        settled: float = SETTLED,
+        check: Callable[[Path, Kind], None] = lambda folder, kind: None,
     ) -> None:
         self._places, self._taken, self._settled = list(places), set(taken), settled
-        self._say = say or (lambda text: print(text, file=sys.stderr))
+        self._say, self._check = say or (lambda text: print(text, file=sys.stderr)), check
         self.versions: dict[str, Version] = {}
         self._said: dict[Path, str] = {}
+        self._refused: dict[Path, str] = {}
         self._ended = threading.Event()
         self._is_starting = True
         for _ in range(20):
@@ -194,6 +205,8 @@ class Catalogue:
                 there[name] = version
             version.gone = there.get(name) is not version
         self.versions = dict(sorted(there.items()))
+        self._tell(self._refused)
+        self._refused.clear()
         return is_late
 
     def _refused_name(self, name: str, folder: Path, there: dict[str, Version]) -> str | None:
@@ -209,13 +222,23 @@ class Catalogue:
     def _refuse(self, folder: Path, problem: str, is_fatal: bool, error: Exception | None = None) -> None:
         if is_fatal and self._is_starting:
             raise GatewiseError(problem) from error
-        self.note(folder, problem)
+        self._refused[folder] = problem
 
     def note(self, folder: Path, text: str) -> None:
         """Prints what is wrong with a folder, once: the same is found at every look."""
-        if self._said.get(folder) != text:
-            self._said[folder] = text
-            self._say(f"note: {text}")
+        self._tell({folder: text})
+
+    def _tell(self, problems: dict[Path, str]) -> None:
+        """Prints what is newly wrong with folders, in one line."""
+        fresh = {folder: problem for folder, problem in problems.items() if self._said.get(folder) != problem}
+        self._said |= fresh
+        alike: dict[str, list[str]] = {}
+        for folder, problem in fresh.items():
+            alike.setdefault(problem.removeprefix(f"the adapter {folder} "), []).append(str(folder))
+        if len(fresh) > 1:
+            self._say("note: not served are " + "; ".join(f"{', '.join(folders)} ({why})" for why, folders in alike.items()))
+        elif fresh:
+            self._say(f"note: {problem}")
 
     def _folders(self) -> dict[Path, tuple[str, bool]]:
         """The folder of each adapter -> its name, and whether the user named the very folder."""
@@ -249,9 +272,62 @@ class Catalogue:
         newest = max((max(one[2], one[3]) for one in signature), default=0) / 1e9
         if abs(time.time() - newest) < self._settled:  # the clock of another machine may be far ahead
             return None
-        version = Version(name, folder, kind_of(folder), signature, is_named, chat_template_of(folder))
+        kind = kind_of(folder)
+        self._check(folder, kind)
+        version = Version(name, folder, kind, signature, is_named, chat_template_of(folder))
         self._said.pop(folder, None)
+        if version.chat is not None:
+            self._say(f"{name}: {version.chat.shown}")
         return version
+
+
+class Fit:
+    """Whether adapters fit a base model, which is known by its configuration alone.
+
+    Args:
+        base: its name.
+
+    Raises:
+        GatewiseError: it has none.
+    """
+
+    def __init__(self, base: str) -> None:
+        self._base, config = base, load_config(base)
+        text = config.get_text_config()
+        sizes = {"layers": "num_hidden_layers", "hidden_size": "hidden_size"}
+        self._made_for = {"model_type": config.model_type, **{name: getattr(text, size, None) for name, size in sizes.items()}}
+        self._sizes: dict[str, list[list[int]]] = {}
+        for name, shape in weight_shapes(base).items():
+            self._sizes.setdefault(_within_model(name.removesuffix(".weight")), []).append(sorted(shape))
+
+    def check(self, folder: Path) -> None:
+        """Compares what an adapter's file says of its modules.
+
+        Raises:
+            GatewiseError: it was made for another base model.
+        """
+        problem = None
+        made_for: Any = read_config(folder).get("made_for")
+        if made_for is not None and made_for != self._made_for:
+            problem = f"it was made for {made_for}"
+        for path, pair in lora_sizes(folder).items() if self._sizes else ():
+            there = self._sizes.get(_within_model(path), [])
+            if not any(len(one) != 2 or one == sorted(pair) for one in there) and not self._has_within(path):
+                has = f"; there it has {there[0][0]} and {there[0][1]}" if there else ", which is not there"
+                problem = f"it has {path} with {pair[0]} inputs and {pair[1]} outputs{has}"
+                break
+        if problem is not None:
+            raise GatewiseError(f"the adapter {folder} does not fit the base model {self._base!r}: {problem}")
+
+    def _has_within(self, path: str) -> bool:
+        """Whether there is something in a module, as in one whose parameters are experts."""
+        return any(name.startswith(f"{_within_model(path)}.") for name in self._sizes)
+
+
+def _within_model(path: str) -> str:
+    """A module's path from its layer on: what is before differs where a model is a part of a larger one."""
+    found = re.search(r"\w+\.\d+\..+", path)
+    return found[0] if found else path.rpartition(".")[2]
 
 
 def kind_of(folder: Path) -> Kind:
@@ -262,15 +338,17 @@ def kind_of(folder: Path) -> Kind:
     """
     config, shapes = read_config(folder), tensor_shapes(weights_of(folder))
     peft_type = str(config.get("peft_type"))
-    if peft_type == "ROUTED_LORA":
-        return "routed"
-    if peft_type == "SELECTIVE_PROMPT":
-        return "alone"
-    if peft_type != "LORA":
+    if peft_type not in ("LORA", "ROUTED_LORA", "SELECTIVE_PROMPT"):
         hint = ": write it as plain LoRA with gatewise export" if peft_type == "ADALORA" else ""
         raise GatewiseError(
             f"the adapter {folder} is of type {peft_type}: expected LORA, ROUTED_LORA or SELECTIVE_PROMPT to be served{hint}"
         )
+    base_class = str((config.get("auto_mapping") or {}).get("base_model_class"))  # noted where no type of task is
+    task = config.get("task_type") or ("SEQ_CLS" if base_class.endswith("ForSequenceClassification") else "CAUSAL_LM")
+    if task != "CAUSAL_LM":
+        raise GatewiseError(f"the adapter {folder} is for {task}: expected one that writes text (CAUSAL_LM)")
+    if peft_type != "LORA":
+        return "routed" if peft_type == "ROUTED_LORA" else "alone"
     if config.get("bias") not in (None, "none"):
         raise GatewiseError(
             f"the adapter {folder} was trained with bias={config['bias']!r}, which changes the base model that all adapters share"

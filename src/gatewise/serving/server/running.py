@@ -13,7 +13,7 @@ from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_model, load_tokenizer
 from gatewise.serving.constraints import Constraint
 from gatewise.serving.server.app import app
-from gatewise.serving.server.catalogue import SETTLED, Catalogue
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
@@ -79,7 +79,8 @@ class AdapterServer:
         self.port: int = self.socket.getsockname()[1]
         try:
             self.name = name or base
-            self.catalogue = Catalogue(adapters, [self.name], say, settled)
+            fit = Fit(base)
+            self.catalogue = Catalogue(adapters, [self.name], say, settled, lambda folder, _: fit.check(folder))
             place = pick_device(device)
             precision = pick_dtype(dtype, place, say)
             say(f"loading {base} in {str(precision).removeprefix('torch.')} on {place}")

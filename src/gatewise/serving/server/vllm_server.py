@@ -3,10 +3,12 @@
     python vllm_server.py ARGUMENT...
 
 The arguments are those of ``vllm serve``. Standard input has a JSON object a line: {"name": ..., "path": ...} has the adapter of a
-folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. The
-process leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
+folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. Under
+"chat" may be a ``ChatTemplate`` of gatewise's, which writes the chats with this adapter; vLLM has one template for all. The process
+leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest`` and ``init_app_state`` in the launcher of its server.
+Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``OnlineRenderer.preprocess_chat`` and ``init_app_state`` in the
+launcher of its server.
 """
 
 import asyncio
@@ -39,6 +41,7 @@ class Adapters:
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
+        self._chats: dict[str, dict[str, Any] | None] = {}
         self._task: asyncio.Task[None] | None = None
 
     def listen(self) -> None:
@@ -49,9 +52,9 @@ class Adapters:
             self._lines.extend(lines)
         os.killpg(0, signal.SIGKILL)
 
-    async def begin(self, models: Any) -> None:
+    async def begin(self, models: Any, renderer: Any) -> None:
         """Loads the adapters that were named so far, before the first request, and follows standard input from then on."""
-        name_of, list_all = models.model_name, models.show_available_models
+        name_of, list_all, write_chat = models.model_name, models.show_available_models, renderer.preprocess_chat
 
         async def show_available_models() -> Any:
             found = await list_all()
@@ -59,6 +62,16 @@ class Adapters:
                 card.id = client_name(card.id)
             return found
 
+        async def preprocess_chat(request: Any, *given: Any, **more: Any) -> Any:
+            """Of every address that takes messages, after templates that clients bring along were refused."""
+            chat = self._chats.get(request.model)
+            if chat is not None:
+                more["default_template"] = chat["text"]
+                if "add_special_tokens" in type(request).model_fields:  # else vLLM adds them
+                    request.add_special_tokens = chat["special_tokens"]
+            return await write_chat(request, *given, **more)
+
+        renderer.preprocess_chat = preprocess_chat
         models.model_name = lambda *given, **more: client_name(name_of(*given, **more))
         models.show_available_models = show_available_models
         await self._read(models)
@@ -72,13 +85,14 @@ class Adapters:
     async def _read(self, models: Any) -> None:
         while self._lines:
             one = json.loads(self._lines.popleft())
-            await self._change(models, one["name"], one.get("path"))
+            await self._change(models, one["name"], one.get("path"), one.get("chat"))
 
-    async def _change(self, models: Any, name: str, path: str | None) -> None:
+    async def _change(self, models: Any, name: str, path: str | None, chat: dict[str, Any] | None) -> None:
         from vllm.lora.request import LoRARequest
 
         if path is None:
             models.lora_requests.pop(name, None)
+            self._chats.pop(name, None)
             return
         # A number of its own, so that requests that run go on with the adapter that they began with.
         number = models.lora_id_counter.inc(1)
@@ -90,6 +104,7 @@ class Adapters:
             models.lora_requests.pop(name, None)
         else:
             models.lora_requests[name] = made
+            self._chats[name] = chat
 
 
 def run(adapters: Adapters) -> None:
@@ -101,7 +116,7 @@ def run(adapters: Adapters) -> None:
 
     async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
         await init(engine, state, *given, **more)
-        await adapters.begin(state.openai_serving_models)
+        await adapters.begin(state.openai_serving_models, state.online_renderer)
 
     entry.init_app_state = init_app_state
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

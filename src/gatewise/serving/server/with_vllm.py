@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,8 @@ from gatewise.models.loading import load_config, resolve
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, keeps_lora, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, describe_fault
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit, ReplacedError, Version, describe_fault
+from gatewise.serving.server.lanes import Kind
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 
 MOST_IN_BATCH = 8
@@ -73,13 +74,17 @@ def settings_of(version: Version, model_type: str | None, folder: Path | None = 
     Raises:
         GatewiseError: vLLM does not serve it.
     """
-    settings = None if version.kind == "alone" else serving_settings(read_lora(folder or version.folder), model_type)
-    if settings is None or settings["vllm"] is None:
-        raise GatewiseError(
-            f"vLLM does not serve the adapter {version.folder}, which has more than A and B or a rank above {VLLM_RANKS[-1]}: "
-            "take --engine transformers"
-        )
+    settings = serving_settings(read_lora(folder or version.folder), model_type)
+    if settings["vllm"] is None:
+        raise _not_in_vllm(version.folder)
     return settings
+
+
+def _not_in_vllm(folder: Path) -> GatewiseError:
+    most = VLLM_RANKS[-1]
+    return GatewiseError(
+        f"the adapter {folder} has more than A and B or a rank above {most}, which vLLM does not serve: take --engine transformers"
+    )
 
 
 def arguments_for(
@@ -158,7 +163,14 @@ class VllmServer:
         with listen(host, port) as free:  # so that a taken port is an error here, and not deep in vLLM's log
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
-        self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
+        fit = Fit(base)
+
+        def check(folder: Path, kind: Kind) -> None:
+            fit.check(folder)
+            if kind == "alone":
+                raise _not_in_vllm(folder)
+
+        self.catalogue = Catalogue(adapters, [self.name], self._say, settled, check)
         config = load_config(base)
         self._model_type = config.model_type
         self._arguments = [
@@ -312,10 +324,10 @@ class VllmServer:
         before = self._served.pop(name, None)
         if before is not None:
             self._retired.append((time.monotonic() + _KEPT, copies / before.key))
-        told = {"name": name}
+        told: dict[str, Any] = {"name": name}
         if version is not None:
             self._served[name] = version
-            told["path"] = str(copies / version.key)
+            told |= {"path": str(copies / version.key)} | ({"chat": asdict(version.chat)} if version.chat is not None else {})
         assert process.stdin is not None
         with suppress(OSError):  # it has ended, which ``run`` sees in a moment
             process.stdin.write(json.dumps(told).encode() + b"\n")
