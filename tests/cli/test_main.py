@@ -218,6 +218,12 @@ def test_the_version(gatewise: Gatewise) -> None:
     assert gatewise("--version").stdout.startswith("gatewise 0.")
 
 
+def test_a_shell_completes_commands(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_GATEWISE_COMPLETE": "complete_bash", "COMP_WORDS": "gatewise sch", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert CliRunner().invoke(app, [], prog_name="gatewise").stdout.strip() == "schema"
+
+
 def test_commands_of_a_broken_package_do_not_take_the_others_along(tmp_path: Path) -> None:
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()

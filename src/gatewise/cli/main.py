@@ -63,7 +63,7 @@ def _wait_for_others(is_one_of_several: bool) -> None:
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
-app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -271,6 +271,22 @@ app.command()(serve)
 
 
 app.command()(export)
+
+
+@app.command()
+def schema(
+    method: Annotated[str | None, typer.Option(help="Of recipes with this method alone.", show_default="any")] = None,
+    task: Annotated[str | None, typer.Option(help="Of recipes with this task alone.", show_default="any")] = None,
+) -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them.
+
+    \b
+    Example:
+      gatewise schema > recipe.schema.json
+    """
+    from gatewise.runs.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(method, task), indent=1, ensure_ascii=False))
 
 
 @models_app.callback()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +16,7 @@ from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_te
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
 
-Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
 
 

@@ -1,0 +1,67 @@
+"""The JSON schema of recipes, by which an editor completes and checks them while they are written.
+
+It is that of the very models that read a recipe: which sections there are depends on its method and its task.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Part
+from gatewise.runs.recipe import Recipe, recipe_class
+
+
+def recipe_schema(method: str | None = None, task: str | None = None) -> dict[str, Any]:
+    """JSON schema (draft 7) of recipes with this method and this task, or with any that is installed.
+
+    Raises:
+        GatewiseError: a method or a task that there is not.
+    """
+    recipe_class(method or "lora", task or DEFAULT_TASK)
+    tables: dict[str, dict[str, type[Part]]] = {
+        "method": {name: METHODS[name] for name in sorted(METHODS) if method in (None, name)},
+        "task": {name: TASKS[name] for name in sorted(TASKS) if task in (None, name)},
+    }
+    kinds = {kind for table in tables.values() for part in table.values() for kind in part.sections().values()}
+    models: list[Any] = [Recipe, *sorted(kinds, key=lambda kind: kind.__qualname__)]
+    refs, made = models_json_schema([(one, "validation") for one in models], ref_template="#/definitions/{model}")
+    definitions = _without_titles(made["$defs"])
+    own = definitions.pop("Recipe")
+    properties = {name: _section(one) if "$ref" in one else one for name, one in own["properties"].items()}
+    conditions = []
+    for key, table in tables.items():
+        first_lines = (f"{name}: {inspect.getdoc(part).splitlines()[0]}" for name, part in table.items())  # type: ignore[union-attr]
+        properties[key] = {"enum": [*table], "description": "\n".join(first_lines)}
+        names = sorted({name for part in table.values() for name in part.sections()})
+        properties |= dict.fromkeys(names, True)
+        for value, part in table.items():
+            sections = part.sections()
+            allowed = {name: _section(refs[sections[name], "validation"]) if name in sections else False for name in names}
+            # A recipe without the key is of the default task.
+            found = {"properties": {key: {"const": value}}, **({} if value == DEFAULT_TASK else {"required": [key]})}
+            conditions.append({"if": found, "then": {"properties": allowed}})
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "A recipe of gatewise",
+        "description": own["description"],
+        "type": "object",
+        "properties": properties,
+        "required": own["required"],
+        "additionalProperties": False,
+        "allOf": conditions,
+        "definitions": definitions,
+    }
+
+
+def _section(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """A section, which has its defaults where it is there without keys."""
+    return {"anyOf": [{"$ref": reference["$ref"]}, {"type": "null"}]}
+
+
+def _without_titles(value: Any) -> Any:
+    """Without pydantic's titles, which repeat the names of keys."""
+    if isinstance(value, dict):
+        return {key: _without_titles(one) for key, one in value.items() if key != "title" or not isinstance(one, str)}
+    return [_without_titles(one) for one in value] if isinstance(value, list) else value
