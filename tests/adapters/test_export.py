@@ -59,7 +59,8 @@ def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, fami
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if source == "folder":
         model.save_pretrained(tmp_path / "saved")
-    out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out", padded=padded)
+    plain = not settings.keys() & {"use_dora", "lora_bias"}  # else magnitudes and biases would have to become LoRA
+    out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out", padded=padded, plain=plain)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded = assert_loads(out, family, data, expected)
     config = json.loads((out / "adapter_config.json").read_text())
@@ -86,7 +87,7 @@ def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):
     torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     expected = logits_of(model, batch())
     for padded in (False, True):
-        out = to_lora(model, tmp_path / str(padded), padded=padded)
+        out = to_lora(model, tmp_path / str(padded), padded=padded, plain=False)
         assert_loads(out, "llama", batch(), expected)
 
 
@@ -161,7 +162,7 @@ def test_refusals_leave_nothing(adapted, tmp_path):
 
     def refused(message, source=saved, target=out):
         with pytest.raises(GatewiseError, match=message):
-            to_lora(source, target)
+            to_lora(source, target, plain=False)
         assert not out.exists()
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -200,7 +201,7 @@ def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, 
     model.save_pretrained(tmp_path / "saved")
     out = tmp_path / "saved"
     if source != "compacted":
-        out = to_lora(model if source == "model" else out, tmp_path / "out")
+        out = to_lora(model if source == "model" else out, tmp_path / "out", plain=False)
     assert_loads(out, "gpt2", data, expected)
 
 

@@ -310,7 +310,7 @@ def test_inspect_and_export(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, args)
         assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
     for one in (result.adapter, soft.adapter):
-        with pytest.raises(GatewiseError, match=r"is of peft_type '.*', expected 'LORA'"):
+        with pytest.raises(GatewiseError, match=r"_(PROMPT|TUNING): it adds prompt tokens, not weights, so it cannot be LoRA"):
             to_lora(one, tmp_path / "exported")
     (result.adapter / "adapter_model.safetensors").write_bytes(b"no")
     refused = CliRunner().invoke(app, ["inspect", adapter])

@@ -1,9 +1,10 @@
 """Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
 
+import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gatewise.adapters.difference import plain_lora
 from gatewise.adapters.files import (
     ALLOCATION_FILE,
     CONFIG_FILE,
@@ -27,8 +29,9 @@ from gatewise.adapters.files import (
 )
 from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_folder, write_json
+from gatewise.files import check_new_folder, whole_folder, write_json
 
+EXPORT_FILE = "export.json"
 _LAYER = re.compile(r"\.\d+\.")
 _MORE_THAN_LORA = ("kasa_config", "monteclora_config")  # they keep more numbers of each rank, or change the base model by the rank
 
@@ -39,27 +42,52 @@ def to_lora(
     padded: bool = False,
     adapter: str | None = None,
     rank: int | None = None,
+    *,
+    plain: bool = True,
+    keep: float | None = None,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes an adapter as plain LoRA at its true ranks. Works for any LoRA adapter and for checkpoints in mid-training.
+    """Writes an adapter of any kind as plain LoRA at its true ranks. Works for checkpoints in mid-training, too.
+
+    LoRA (rank-stabilised, with patterns) and AdaLoRA are written as they are, without the base model. Of other kinds the difference
+    that they make to the base model's weights is written: see ``gatewise.adapters.difference``. ``export.json`` in the new folder
+    then says for each module which share of its difference is lost.
 
     Args:
-        model_or_dir: a ``PeftModel`` (left as it is), or the folder of a saved adapter; the base model is not needed.
+        model_or_dir: a ``PeftModel`` (left as it is), or the folder of a saved adapter.
         out: the folder to write; it must not exist or be empty.
         padded: fold each module's scaling into its B and pad all modules to the largest rank with ``r = lora_alpha``, for
             engines that reject or ignore ``rank_pattern`` and ``alpha_pattern``.
         adapter: which adapter of a ``PeftModel``; None for the active one.
-        rank: pad to this rank, and write modules that rounds have left without ranks as zeros, so that adapters of different
-            allocations have the same shapes: for hotswapping and weighted merging. Implies ``padded``.
+        rank: cut differences to this rank, pad to it, and write modules that rounds have left without ranks as zeros, so that
+            adapters of different allocations have the same shapes: for hotswapping and weighted merging. Implies ``padded``.
+        plain: False takes dead ranks away and nothing else, and refuses what is not LoRA: DoRA's magnitudes, biases, and modules
+            that were trained as a whole stay, which PEFT loads and other engines do not.
+        keep: the share of the energy (the sum of squares) of each module's difference that is kept, such as 0.999. Without it and
+            ``rank``, a difference keeps at most 64 ranks.
+        base: the base model, if not the one that the adapter names.
+        device: where differences are taken: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        say: told in a line what happens, and what is lost.
 
     Returns:
         The folder written.
 
     Raises:
-        GatewiseError: not a LoRA adapter, damaged files, no rank left, a ``rank`` that is too small, or ``out`` cannot be written.
+        GatewiseError: the adapter cannot be plain LoRA, damaged files, no rank left, a ``rank`` that is too small, or ``out``
+            cannot be written.
     """
-    with _folder_of(model_or_dir, adapter) as folder:
-        check_plain_lora(folder)
-        file = read_lora(folder)
+    check_new_folder(out)
+    with _folder_of(model_or_dir, adapter, any_kind=plain) as folder:
+        if plain:
+            found = plain_lora(
+                folder, _copied(model_or_dir, adapter), base=base, device=device, rank=rank, keep=keep, say=say
+            )  # fmt: skip
+            file, lost = found.file, found.lost
+        else:
+            check_plain_lora(folder)
+            file, lost = read_lora(folder), {}
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
         if all(module.experts and not module.live().any() for module in modules):
             raise GatewiseError("the adapter has no live rank")
@@ -77,19 +105,42 @@ def to_lora(
         with whole_folder(out) as part:
             save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
             write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks))
-            for name in (NOTE_FILE, ALLOCATION_FILE):
+            if lost:
+                ranks = {module.path: module.rank for module in modules}
+                told = {path: {"rank": ranks[path], "lost": one} for path, one in lost.items() if path in ranks}
+                write_json(part / EXPORT_FILE, {"format": 1, "from": str(read_config(folder)["peft_type"]), "modules": told})
+            # The ranks that rounds have left are not those of a difference.
+            for name in (NOTE_FILE, *(() if lost else (ALLOCATION_FILE,))):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, part / name)
             copy_tokenizer(folder, part)
+        if say and lost:
+            worst = max(lost, key=lambda path: lost[path])
+            more = " (for less, give more ranks, with --rank or --keep)" if lost[worst] > 0.01 else ""
+            say(f"largest share of a difference that is lost: {lost[worst]:.2g}, in {worst}{more}; {EXPORT_FILE} has them all")
     return Path(out)
 
 
+def _copied(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Callable[[], PeftModel] | None:
+    """Makes a copy of a model that is to stay as it is, with an adapter active; None for a folder."""
+    if not isinstance(model_or_dir, PeftModel):
+        return None
+    model = model_or_dir
+
+    def make() -> PeftModel:
+        copied = copy.deepcopy(model)
+        copied.set_adapter(adapter or copied.active_adapter)
+        return copied
+
+    return make
+
+
 @contextmanager
-def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Iterator[Path]:
+def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None, any_kind: bool) -> Iterator[Path]:
     if not isinstance(model_or_dir, PeftModel):
         yield Path(model_or_dir)
         return
-    name = active_adapter(model_or_dir, adapter)
+    name = active_adapter(model_or_dir, adapter, any_kind)
     with tempfile.TemporaryDirectory() as folder:
         model_or_dir.save_pretrained(folder, selected_adapters=[name])
         yield Path(folder) / ("" if name == "default" else name)

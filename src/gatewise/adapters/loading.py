@@ -178,24 +178,36 @@ def load_adapter(
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(adapter_dir).expanduser()
-    config, weights = _peft_config(folder), weights_of(folder)
-    base_name = str(base or base_of(folder) or "")
-    if not base_name:
-        raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
-    task = "encoder" if around else _task_of(config, folder)
-    num_labels = _count_labels(weights) if task == "classification" else None
-    place = pick_device(device)
-    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
-    brought = getattr(config, "modules_to_save", None) or ()
-    model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought)
+    config = _peft_config(folder)
+    model, base_name = load_base(folder, base=base, dtype=dtype, device=device, headless=around is not None)
     model = around(model) if around else model
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
-    if task == "classification":
+    if around is None and _task_of(config, folder) == "classification":
         pad_as(model, tokenizer)
     adapted = _put(model, config, folder, "default", base_name, trainable)
     if not trainable:  # PEFT leaves soft prompts and biases free
         adapted.requires_grad_(False)
-    return adapted.to(place).eval(), tokenizer, base_name
+    return adapted.to(pick_device(device)).eval(), tokenizer, base_name
+
+
+def load_base(
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    headless: bool = False,
+) -> tuple[PreTrainedModel, str]:
+    """The base model of an adapter, on the CPU: (model, its name). Arguments and errors are those of ``load_adapter``."""
+    config, weights = _peft_config(folder), weights_of(folder)
+    base_name = str(base or base_of(folder) or "")
+    if not base_name:
+        raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
+    task = "encoder" if headless else _task_of(config, folder)
+    num_labels = _count_labels(weights) if task == "classification" else None
+    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, pick_device(device))
+    brought = getattr(config, "modules_to_save", None) or ()
+    return load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought), base_name
 
 
 def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PeftModel:

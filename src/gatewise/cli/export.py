@@ -1,9 +1,14 @@
-"""The ``export`` command: an adapter as plain LoRA, at its true ranks."""
+"""The ``export`` command: an adapter of any kind as plain LoRA, at its true ranks."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gatewise.adapters.data_options import DataOptions
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption
+from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption
 
 
 def export(
@@ -15,16 +20,49 @@ def export(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Pad to this rank, and modules without ranks as zeros, so that adapters can be swapped and merged.", min=1
+            help="One rank: differences are cut to it, others padded, modules without ranks zeros (to swap and merge adapters).",
+            min=1,
         ),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of the energy of each module's difference, such as 0.999. [default: at most 64 ranks]"),
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option(help="With --no-plain only dead ranks go: DoRA, biases and whole modules stay, for PEFT alone.")
+    ] = True,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows to compare logits and loss on: a .jsonl, .json or .csv file, sample:NAME, or a data set."),
+    ] = None,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    prompt: PromptOption = None,
+    labels: LabelsOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Write an adapter as plain LoRA at its true ranks.
+    """Write an adapter of any kind as plain LoRA, which vLLM, SGLang and llama.cpp load.
+
+    LoRA and AdaLoRA are written as they are. For other kinds (DoRA, LoHa, OFT, PiSSA, whole modules, trained tokens ...) the base
+    model is loaded, and the difference of its weights becomes LoRA by singular values. What is lost is told; --data measures it.
 
     \b
-    Example:
+    Examples:
       gatewise export runs/quickstart/adapter for-serving --padded
+      gatewise export runs/dora-support/adapter plain --rank 32 --data sample:support-dev
     """
+    from gatewise.adapters.difference import compare
     from gatewise.adapters.export import to_lora
 
-    typer.echo(f"written: {to_lora(adapter, out, padded=padded, rank=rank)}")
+    options = DataOptions(base, split, prompt, labels, limit, device)
+    if data is None and (split or prompt or labels or limit):
+        raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
+    to_lora(
+        adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device,
+        say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+    typer.echo(f"written: {out}")
+    if data is not None:
+        found = compare(adapter, out, data, options)
+        typer.echo(f"largest difference of a logit: {found.logits:.2g}; loss {found.before:.4f} before, {found.after:.4f} after")

@@ -157,7 +157,7 @@ def _write(search: Search, order: str, out: Path, source: Path) -> Compressed:
             save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata=search.metadata)
             for name in filter(lambda name: (source / name).is_file(), (CONFIG_FILE, NOTE_FILE)):
                 shutil.copyfile(source / name, Path(folder) / name)
-            to_lora(folder, part)
+            to_lora(folder, part, plain=False)
         copy_tokenizer(source, part)
         result = Compressed(
             chosen=chosen, whole_size=search.sizes[0], whole_quality=float(search.whole_rows.mean()),

@@ -69,7 +69,7 @@ def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "of type IA3"),
         ({"peft_type": "ADALORA"}, "gatewise export"),
         ({"bias": "all"}, "bias='all'"),
-        ({"init_lora_weights": "pissa"}, "path_initial_model"),
+        ({"init_lora_weights": "pissa"}, "adapters share: write it as plain LoRA"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ):
         folder = shutil.copytree(made / "one", tmp_path / "bad" / "changed", dirs_exist_ok=True)

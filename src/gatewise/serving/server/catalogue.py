@@ -339,9 +339,9 @@ def kind_of(folder: Path) -> Kind:
     config, shapes = read_config(folder), tensor_shapes(weights_of(folder))
     peft_type = str(config.get("peft_type"))
     if peft_type not in ("LORA", "ROUTED_LORA", "SELECTIVE_PROMPT"):
-        hint = ": write it as plain LoRA with gatewise export" if peft_type == "ADALORA" else ""
         raise GatewiseError(
-            f"the adapter {folder} is of type {peft_type}: expected LORA, ROUTED_LORA or SELECTIVE_PROMPT to be served{hint}"
+            f"the adapter {folder} is of type {peft_type}: expected LORA, ROUTED_LORA or SELECTIVE_PROMPT to be served. "
+            "gatewise export writes what changes weights as plain LoRA"
         )
     base_class = str((config.get("auto_mapping") or {}).get("base_model_class"))  # noted where no type of task is
     task = config.get("task_type") or ("SEQ_CLS" if base_class.endswith("ForSequenceClassification") else "CAUSAL_LM")
@@ -356,7 +356,7 @@ def kind_of(folder: Path) -> Kind:
     if config.get("init_lora_weights") not in _STARTS:
         raise GatewiseError(
             f"the adapter {folder} has init_lora_weights={config['init_lora_weights']!r}, which changes the base model that all "
-            "adapters share: save it with path_initial_model_for_weight_conversion"
+            "adapters share: write it as plain LoRA with gatewise export"
         )
     for name in (*NOT_SERVED, "ensure_weight_tying"):
         if config.get(name):
