@@ -172,6 +172,7 @@ class Task(Part):
         collator: (tokenizer) -> what makes encoded rows a batch, such as ``gatewise.tasks.PadCollator``.
         in_float32: the base model is trained in float32 whatever ``dtype`` says.
         metrics: what ``measure`` gives beside the loss, for rows that were read. lower_is_better: those of which less is better.
+        quantises: ``base`` gives the base model that the recipe's ``quantization`` asks for.
         elsewhere: of adapters that ``gatewise eval``, ``inspect --scores`` and ``compress`` cannot run: what one does, and where to
             give it instead.
         train: rows to train on. measured: rows to measure on, by name ("dev", "test"). Both are set by ``read``.
@@ -183,6 +184,7 @@ class Task(Part):
     in_float32 = False
     metrics: Sequence[str] = ()
     lower_is_better: Sequence[str] = ()
+    quantises = False
     elsewhere: str | None = None
     data: DataSection
     train: Any
@@ -204,7 +206,9 @@ class Task(Part):
         """
         from gatewise.models.loading import load_model
 
-        return load_model(self.recipe.model, task=self.loads, dtype=dtype)  # type: ignore[arg-type]
+        how = self.recipe.quantization
+        where = {"quantization": how, "device": self.recipe.device} if how else {}
+        return load_model(self.recipe.model, task=self.loads, dtype=dtype, **where)  # type: ignore[arg-type]
 
     def encode(
         self, rows: Any, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, key: str, say: Callable[[str], None]
@@ -238,6 +242,8 @@ class Method(Part):
         files: what it writes into the run's folder beside the adapter, by name.
         stage: the name of a stage of its own before the training, if it has one: that has its checkpoints in ``checkpoints/STAGE``,
             and ``STAGE.json`` in the run's folder says that it is done.
+        is_lora: what it trains are LoRA's A and B, which may have rates of their own (``training.lora_plus_ratio``).
+        changes_base: the base model is another one while it trains, so that each process needs it whole.
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         prompt_tokens: positions of the model that it takes from the text.
         reads_prompt: the adapter decides by the prompt, once for the whole answer.
@@ -249,6 +255,8 @@ class Method(Part):
 
     files: tuple[str, ...] = ()
     stage: str | None = None
+    is_lora = False
+    changes_base = False
     trains_whole = True
     prompt_tokens = 0
     reads_prompt = False

@@ -1,5 +1,6 @@
 """Shows the progress of long work as lines and bars on a console, and keeps Transformers quiet meanwhile."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,10 +50,11 @@ class ConsoleProgress(TrainerCallback):
 
 @contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keeps Transformers from printing notes and warnings and, unless ``bars``, progress bars."""
-    log = transformers.utils.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    """Keeps Transformers and bitsandbytes from printing notes and warnings and, unless ``bars``, progress bars."""
+    log, other = transformers.utils.logging, logging.getLogger("bitsandbytes")  # which speaks at every product
+    verbosity, had_bars, level = log.get_verbosity(), log.is_progress_bar_enabled(), other.level
     log.set_verbosity_error()
+    other.setLevel(logging.ERROR)
     if not bars:
         log.disable_progress_bar()
     try:
@@ -61,5 +63,6 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(verbosity)
+        other.setLevel(level)
         if had_bars and not bars:
             log.enable_progress_bar()

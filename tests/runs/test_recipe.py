@@ -1,5 +1,6 @@
 """The recipe: what is accepted, what is refused, and in which words."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, m
         ("training: {bf16: yes}", "training.bf16: Input should be a valid boolean, got 'yes'"),
         ("training: {learning_rate: .nan}", "training.learning_rate: Input should be a finite number"),
         ("training: 3", "training: Input should be a valid dictionary"),
+        ("training: {optim: schedule_free_adamw}", "training.optim: Input should be 'adamw_torch', 'adamw_torch_fused', 'sgd'"),
+        ("training: {lora_plus_ratio: 0.5}", "training.lora_plus_ratio: Input should be greater than or equal to 1, got 0.5"),
+        ("quantization: fp4", "quantization: Input should be 'nf4' or 'int8', got 'fp4'"),
         ("device: gpu", "device: String should match pattern '^(auto|cpu|cuda"),
         ("task: clasification", "task is 'clasification', expected one of "),
         ("peft: {target_modules: []}", "peft.target_modules: expected 'all-linear' or a list of module names"),
@@ -180,11 +184,23 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             ("method=prefix-tuning",),
             "training.gradient_checkpointing is true, but prefix",
         ),
+        ("task: classification\nquantization: nf4", (), "quantization is nf4, but task classification trains on the weights as"),
+        ("quantization: int8", ("method=dora",), "quantization is int8, with which PEFT's DoRA does not run: take nf4"),
+        ("quantization: int8", ("method=adalora",), "quantization is int8, with which PEFT's AdaLoRA does not run: take nf4"),
+        ("training: {lora_plus_ratio: 4}", ("method=spt",), "training.lora_plus_ratio is for LoRA, which method spt is not"),
         ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
     ],
 )
 def test_keys_that_contradict_each_other(file: Path, more: str, overrides: tuple[str, ...], expected: str) -> None:
     assert expected in refusal(file, more, overrides)
+
+
+@pytest.mark.parametrize("setting", ["quantization=nf4", "training.optim=paged_adamw_8bit"])
+def test_without_bitsandbytes_what_needs_it_is_refused(file: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_recipe(file, [setting])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    key, value = setting.split("=")
+    assert refusal(file, "", (setting,)).endswith(f"{key} is {value}, which needs bitsandbytes: pip install 'gatewise[quant]'")
 
 
 def test_every_fault_has_a_line(file: Path) -> None:

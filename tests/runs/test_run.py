@@ -24,6 +24,7 @@ from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import read_budget
 from gatewise.parts import METHODS
+from gatewise.progress import ConsoleProgress
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
@@ -116,6 +117,34 @@ def test_the_adapter_is_plain_lora_that_peft_loads(method: str, tmp_path: Path) 
     assert (len(set(result.ranks.values())) > 1) == (method != "lora")
     stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert result.parameters == {"base": model.get_base_model().num_parameters() - stored, "adapter": stored}
+
+
+@pytest.mark.parametrize(("method", "how", "kind"), [("alora", "nf4", "Linear4bit"), ("milora", "int8", "Linear8bitLt")])
+def test_a_quantised_base_is_loaded_the_same_wherever_the_adapter_goes(method: str, how: str, kind: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, method, training={"max_steps": 5, "batch_size": 4, "optim": "paged_adamw_8bit"})
+    write_base(tmp_path / "llama", hidden_size=64, intermediate_size=128)
+    result = train(recipe, tmp_path / "out", f"quantization={how}")
+    assert measure_adapter(result.adapter, str(tmp_path / "dev.jsonl"), console=SILENT) == result.metrics["dev"]["after"]
+    model, *_ = load_as_trained(result.adapter)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert type(getattr(layer, "base_layer", layer)).__name__ == kind
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert result.parameters["base"] == plain.num_parameters()
+
+
+@pytest.mark.parametrize("method", ["dora", "pi-lora", "milora"])
+def test_with_lora_plus_only_the_rate_of_b_is_higher(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, float] = {}
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        names = {id(one): name for name, one in kwargs["model"].named_parameters()}
+        seen.update({names[id(one)]: group["lr"] for group in optimizer.param_groups for one in group["params"]})
+
+    monkeypatch.setattr(ConsoleProgress, "on_step_end", on_step_end)
+    train(write_recipe(tmp_path, method), tmp_path / "out", "training.lora_plus_ratio=8", "training.scheduler=constant")
+    assert {rate for name, rate in seen.items() if "lora_A" in name} == {0.01}
+    assert {rate for name, rate in seen.items() if "lora_B" in name} == {0.08}
 
 
 def test_what_is_written_down(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -21,7 +22,7 @@ from gatewise.adapters.files import (
     weights_of,
 )
 from gatewise.errors import GatewiseError, reason_of, some
-from gatewise.models.device import DTYPES, pick_device, pick_dtype
+from gatewise.models.device import DTYPES, Quantization, pick_device, pick_dtype
 from gatewise.models.loading import HEADS, Task, class_names, load_model, load_tokenizer, pad_as
 from gatewise.parts import TASKS
 from gatewise.progress import quiet
@@ -145,14 +146,17 @@ def load_as_trained(
     say: Callable[[str], None] | None = None,
     around: Around | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
-    """``load_adapter`` in the precision that the adapter's recipe asked for; "auto" is decided for this device."""
+    """``load_adapter`` in the precision that the adapter's recipe asked for, quantised if it was; "auto" is for this device."""
     device = pick_device(device)
-    asked = read_note(Path(adapter)).get("dtype")
+    note = read_note(Path(adapter))
+    asked, quantization = note.get("dtype"), note.get("quantization")
     classifier = around is None and _task_of(_peft_config(Path(adapter)), Path(adapter)) == "classification"
     dtype = torch.float32 if classifier else pick_dtype(asked if asked in DTYPES else "auto", device, say)
     if say:
-        say(f"loading {adapter} in {str(dtype).removeprefix('torch.')} on {device}")
-    return load_adapter(adapter, base=base, dtype=dtype, device=device, trainable=trainable, around=around)
+        say(f"loading {adapter} in {quantization or str(dtype).removeprefix('torch.')} on {device}")
+    return load_adapter(
+        adapter, base=base, dtype=dtype, device=device, trainable=trainable, around=around, quantization=quantization
+    )
 
 
 # The last linear of a sequence classifier: BERT and kin, decoders, RoBERTa and kin.
@@ -167,19 +171,22 @@ def load_adapter(
     device: torch.device | str = "cpu",
     trainable: bool = False,
     around: Around | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """An adapter on its base model: (model in evaluation mode, tokenizer, name of the base).
 
     `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
     A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
-    but the adapter's. `dtype` and `device` are those of `load_model`. `around` puts another model around the base,
+    but the adapter's. `dtype`, `device` and `quantization` are those of `load_model`. `around` puts another model around the base,
     which is then loaded without a head.
 
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(adapter_dir).expanduser()
     config = _peft_config(folder)
-    model, base_name = load_base(folder, base=base, dtype=dtype, device=device, headless=around is not None)
+    model, base_name = load_base(
+        folder, base=base, dtype=dtype, device=device, headless=around is not None, quantization=quantization
+    )
     model = around(model) if around else model
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
     if around is None and _task_of(config, folder) == "classification":
@@ -197,17 +204,24 @@ def load_base(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     headless: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, str]:
-    """The base model of an adapter, on the CPU: (model, its name). Arguments and errors are those of ``load_adapter``."""
+    """The base model of an adapter: (model, its name). Arguments and errors are those of ``load_adapter``.
+
+    It is on the CPU or, quantised, on the device.
+    """
     config, weights = _peft_config(folder), weights_of(folder)
     base_name = str(base or base_of(folder) or "")
     if not base_name:
         raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
     task = "encoder" if headless else _task_of(config, folder)
     num_labels = _count_labels(weights) if task == "classification" else None
-    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, pick_device(device))
-    brought = getattr(config, "modules_to_save", None) or ()
-    return load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought), base_name
+    place = pick_device(device)
+    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
+    settings: dict[str, Any] = {"brought": getattr(config, "modules_to_save", None) or ()}
+    if quantization is not None:
+        settings |= {"quantization": quantization, "device": place}
+    return load_model(base_name, task=task, num_labels=num_labels, dtype=precision, **settings), base_name
 
 
 def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PeftModel:

@@ -1,5 +1,6 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
@@ -34,6 +35,7 @@ class Lora(Method):
     """LoRA (Hu et al., arXiv 2106.09685), as PEFT has it."""
 
     files: tuple[str, ...] = ("ranks.png",)
+    is_lora = True
     peft: PeftSection
 
     def settings(self, run: Run, base: PreTrainedModel) -> dict[str, Any]:
@@ -64,6 +66,12 @@ class Lora(Method):
 
 class Dora(Lora):
     """DoRA (Liu et al., arXiv 2402.09353), as PEFT has it."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """8 bits."""
+        yield from super().contradictions()
+        if self.recipe.quantization == "int8":  # PEFT takes the norms of weights that bitsandbytes then no longer has
+            yield "quantization", "is int8, with which PEFT's DoRA does not run: take nf4"
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """LoRA with magnitudes."""

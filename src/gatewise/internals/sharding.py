@@ -76,6 +76,13 @@ def _classes_to_wrap(model: nn.Module, names: Sequence[str] | None) -> list[str]
     return [name for name in names or getattr(model, "_no_split_modules", None) or () if name not in around]
 
 
+def shared_by() -> str | None:
+    """What the launcher of this process has share out the model or the optimiser's state, by name; None for neither."""
+    if zero.is_asked_for():
+        return "DeepSpeed"
+    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None
+
+
 def join(device: torch.device) -> None:
     """Joins the other processes, where a launcher started several: what follows may speak with them."""
     deepspeed, on_cpu = zero.is_asked_for(), device.type == "cpu"
@@ -87,7 +94,7 @@ def join(device: torch.device) -> None:
         zero.without_compiling()
         PartialState(backend="gloo")
         return
-    if on_cpu and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if on_cpu and shared_by() == "FSDP":
         share_cpu_models()
     PartialState(cpu=on_cpu and not deepspeed)
 

@@ -7,7 +7,7 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gatewise.errors import GatewiseError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 DTYPES = ("auto", "float32", "bfloat16")
+Quantization = Literal["nf4", "int8"]
+"""How bitsandbytes keeps the weights of a base model's linear layers: in 4 bits as QLoRA has them, or in 8."""
 
 
 def pick_device(name: "str | torch.device" = "auto") -> "torch.device":

@@ -14,14 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from gatewise.errors import GatewiseError, reason_of, some
+from gatewise.errors import GatewiseError, needs, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
+from gatewise.internals.quantised import never_pack
 from gatewise.losses import text_positions
-from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.device import Quantization, pick_device, pick_dtype
 from gatewise.models.embedded import EMBEDDED, EmbeddedModel, fetch, fetched, hub_name, nearest
 from gatewise.progress import quiet
 
@@ -125,6 +127,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     brought: Collection[str] = (),
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """A base model in evaluation mode.
 
@@ -135,12 +138,15 @@ def load_model(
     base that can be found on any machine, with gatewise or without. With task "classification" a classifier of `num_labels` outputs
     is drawn afresh unless the model has one of that size; other weights may only be missing in modules that are `brought`: an
     adapter has them as a whole (PEFT's `modules_to_save`), or is to. `model.trained_whole` names those. With task "encoder" it
-    comes without a head.
+    comes without a head. With `quantization` its linear layers are quantised as they are read, and compute in `dtype`.
 
-    Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
+    Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task, or when
+    bitsandbytes, which quantises it, is not installed.
     """
     if dtype == "auto" and task == "classification":
         dtype = torch.float32
+    dtype = pick_dtype(dtype, device)
+    quantised = {} if quantization is None else _quantised(quantization, dtype, pick_device(device))
     source = resolve(name_or_path)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
@@ -155,11 +161,12 @@ def load_model(
             model, notes = _AUTO[task].from_pretrained(
                 source,
                 config=config,
-                dtype=dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device),
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=task == "classification",  # a classifier of another size: see the check below
+                **quantised,
             )
     except GatewiseError:
         raise
@@ -182,7 +189,24 @@ def load_model(
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, hub_name(str(name_or_path)))
+    if quantised:  # where they are to run: bitsandbytes' layers are not moved
+        never_pack(model)
+        return model.eval()
     return model.eval() if device == "cpu" else model.to(pick_device(device)).eval()
+
+
+def _quantised(how: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What Transformers is asked for, to load a quantised model on a device."""
+    with needs("quant", f"quantization {how}"):
+        import bitsandbytes  # noqa: F401
+    if how == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=how, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    place = torch.cuda.current_device() if device == torch.device("cuda") else device  # of several processes, each has its own
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def _within(key: str, names: tuple[str, ...]) -> bool:

@@ -46,6 +46,7 @@ class AdaloraSection(Section):
 class AdaLora(Lora):
     """AdaLoRA, which ends as plain LoRA."""
 
+    is_lora = False
     adalora: AdaloraSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -55,6 +56,8 @@ class AdaLora(Lora):
                 "adalora.init_r",
                 f"is {self.adalora.init_r}, expected more than peft.r ({self.peft.r}), the mean rank to come down to",
             )
+        if self.recipe.quantization == "int8":  # PEFT's layer gives a bfloat16 model float32
+            yield "quantization", "is int8, with which PEFT's AdaLoRA does not run: take nf4"
         if self.peft.use_rslora:
             yield "peft.use_rslora", "is true, but AdaLoRA scales by lora_alpha / init_r: remove the key"
         if self.peft.init_lora_weights is not True:

@@ -11,8 +11,9 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from ruamel.yaml import YAML, YAMLError
@@ -21,7 +22,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.models.device import DEVICES
+from gatewise.models.device import DEVICES, Quantization
 from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Count, DataSection, Method, NotNegative, Positive, Section, Share, Task
 
 # The sections ---------------------------------------------------------------------------------------------------------
@@ -41,12 +42,21 @@ class LaunchSection(Section):
 
 
 Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TorchOptimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"]
+BitsAndBytesOptimizer = Literal[
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+]  # fmt: skip
 
 
 class TrainingSection(Section):
     """The training run. ``max_steps`` or ``epochs``; all other counts are in optimiser steps.
 
     ``batch_size`` is of all processes together: the same recipe trains the same adapter, whatever the number of processes.
+    ``optim`` is a name of Transformers' ``OptimizerNames``, of those in which ranks can be moved. With ``lora_plus_ratio`` LoRA's
+    B learns so many times faster than its A (LoRA+, Hayou et al., arXiv 2402.12354).
     """
 
     max_steps: Count | None = None
@@ -54,7 +64,9 @@ class TrainingSection(Section):
     batch_size: Count = 8
     eval_batch_size: Count = 16
     gradient_accumulation: Count = 1
+    optim: Literal[TorchOptimizer, "adafactor", BitsAndBytesOptimizer] = "adamw_torch_fused"
     learning_rate: Positive = 2e-4
+    lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     warmup_ratio: Share = 0.06
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: NotNegative = 0.0
@@ -105,12 +117,15 @@ class TrainingSection(Section):
                 f"is {self.save_every}, expected training.eval_every ({self.eval_every}) or nothing: training.load_best can only "
                 "load a checkpoint that was evaluated, and the best evaluation must have one",
             )
+        if self.optim in get_args(BitsAndBytesOptimizer) and find_spec("bitsandbytes") is None:
+            yield "training.optim", f"is {self.optim}, which needs bitsandbytes: pip install 'gatewise[quant]'"
 
 
 class Recipe(Section):
     """What every recipe has. Paths in it are absolute once it was read by ``load_recipe``.
 
     ``dtype`` is that of the base model's weights; auto is bfloat16 where the device computes in it by itself, else float32.
+    ``quantization`` keeps those of its linear layers in 4 bits (nf4) or 8 (int8), by bitsandbytes; they compute in ``dtype``.
     ``device`` is auto, cpu, cuda, cuda:1 or mps.
     """
 
@@ -118,6 +133,7 @@ class Recipe(Section):
     model: str
     task: str = DEFAULT_TASK
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Quantization | None = None
     device: Annotated[str, Field(pattern=DEVICES)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection
@@ -127,6 +143,21 @@ class Recipe(Section):
     def parts(self) -> tuple[Task, Method]:
         """The recipe's task and method, for one run."""
         return TASKS[self.task](self), METHODS[self.method](self)
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """What does not go together in the whole recipe."""
+        task, method = self.parts()
+        yield from self.training.contradictions()
+        if self.quantization and not task.quantises:
+            yield "quantization", f"is {self.quantization}, but task {self.task} trains on the weights as they are: remove the key"
+        if self.quantization and find_spec("bitsandbytes") is None:
+            yield "quantization", f"is {self.quantization}, which needs bitsandbytes: pip install 'gatewise[quant]'"
+        if self.quantization and method.changes_base:
+            yield "quantization", f"is {self.quantization}, but peft.init_lora_weights changes the base's weights: leave one out"
+        if self.training.lora_plus_ratio is not None and not method.is_lora:
+            yield "training.lora_plus_ratio", f"is for LoRA, which method {self.method} is not: remove the key"
+        for part in (task, method):
+            yield from part.contradictions()
 
 
 @lru_cache
@@ -159,8 +190,7 @@ def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """
     try:
         recipe = _validated(tree)
-        found = [*recipe.training.contradictions(), *(one for part in recipe.parts() for one in part.contradictions())]
-        for key, problem in found:
+        for key, problem in recipe.contradictions():
             raise GatewiseError(f"{key} {problem}")
     except GatewiseError as error:
         raise GatewiseError(f"{source}: {error}") from None

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -37,12 +37,12 @@ from gatewise.adapters.files import NOTE_FILE, read_note
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection.report import report_of, study_of
-from gatewise.internals.sharding import join, reshard
+from gatewise.internals.sharding import join, reshard, shared_by
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
 from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.runs.recipe import Recipe, load_recipe, recipe_as_yaml
+from gatewise.runs.recipe import Recipe, TorchOptimizer, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
 
@@ -129,11 +129,13 @@ def train(
     device = pick_device(recipe.device)
     dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, slow.append)
     join(device)
+    _check_sharing(recipe, method)
     is_main, count = processes.is_main(), processes.count()
     checkpoint = processes.by_main(_checkpoint_to_resume, output, recipe, method, resume, overwrite)
     progress = ConsoleProgress((console or Console(stderr=True)) if is_main else Console(quiet=True))
     where = f"{device}, {count} processes" if count > 1 else str(device)
-    for line in (*slow, f"loading {recipe.model} in {str(dtype).removeprefix('torch.')} on {where}"):
+    in_what = recipe.quantization or str(dtype).removeprefix("torch.")
+    for line in (*slow, f"loading {recipe.model} in {in_what} on {where}"):
         progress.say(line)
     if resume:
         method.resume(output)
@@ -182,6 +184,21 @@ def check_services(recipe: Recipe) -> None:
     for name in recipe.training.reporters:
         if find_spec(name) is None:
             raise GatewiseError(f"training.report_to names {name}, which is not installed: pip install {name}, or take it out")
+
+
+def _check_sharing(recipe: Recipe, method: Method) -> None:
+    """Refuses what cannot be trained where processes share out the base model or what the optimiser keeps."""
+    by, training = shared_by(), recipe.training
+    torch_alone = by == "DeepSpeed" and training.optim not in get_args(TorchOptimizer)
+    wants = {
+        f"quantization {recipe.quantization}": recipe.quantization is not None,
+        "peft.init_lora_weights that changes the base model": method.changes_base,
+        "training.lora_plus_ratio": training.lora_plus_ratio is not None,
+        f"training.optim {training.optim}": torch_alone,
+    }
+    for what, is_wanted in wants.items():
+        if by and is_wanted:
+            raise GatewiseError(f"{what} does not go with {by}: take launch.strategy ddp, or leave it out")
 
 
 def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: bool, overwrite: bool) -> Path | None:
@@ -281,7 +298,7 @@ def _prepared(
         tokenizer=tokenizer,
         collate=collate,
         fresh_base=fresh_base,
-        base_parameters=sum(p.numel() for name, p in base.named_parameters() if not name.startswith(whole)),
+        base_parameters=base.num_parameters() - sum(p.numel() for name, p in base.named_parameters() if name.startswith(whole)),
         max_length=max_length,
         train=train,
         dev=dev,
@@ -294,6 +311,7 @@ def _prepared(
             "base_quantised": embedded.quantised if embedded else None,
             "task": recipe.task,
             "dtype": recipe.dtype,
+            "quantization": recipe.quantization,
             "trained_in": str(dtype).removeprefix("torch."),
             "max_length": max_length,
             "training": recipe.training.model_dump(

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -44,6 +45,7 @@ class RecipeTrainer(Trainer):
         note: what ``gatewise eval`` needs to know of the run, written into every checkpoint as ``gatewise.json``.
         loss_term: what a batch's loss gains while training, see ``gatewise.parts.Method.loss_term``.
         group_by_length: draw batches of rows of like length.
+        lora_plus_ratio: how many times faster LoRA's B learns than all else; None for the same rate.
         patience: end the run after so many evaluations that are no better than an earlier one, by ``args.metric_for_best_model``.
             It reads the log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
         measure: (model) -> what an evaluation gives beside the loss, by name.
@@ -64,6 +66,7 @@ class RecipeTrainer(Trainer):
         callbacks: list[TrainerCallback],
         loss_term: LossTerm | None = None,
         group_by_length: bool = False,
+        lora_plus_ratio: float | None = None,
         patience: int | None = None,
         measure: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> None:
@@ -81,6 +84,7 @@ class RecipeTrainer(Trainer):
         self.note = dict(note)
         self.loss_term = loss_term
         self.group_by_length = group_by_length
+        self.lora_plus_ratio = lora_plus_ratio
         self.patience = patience
         self.measure = measure
 
@@ -128,6 +132,16 @@ class RecipeTrainer(Trainer):
         if has_stopped_early(self.state.log_history, self.patience, self.args):
             self.control.should_training_stop = True
         return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, or with ``lora_plus_ratio`` PEFT's of the same kind."""
+        if self.lora_plus_ratio is not None and self.optimizer is None:
+            adapted, (kind, settings) = cast(Any, model or self.model), self.get_optimizer_cls_and_kwargs(self.args)
+            decay, ratio = self.args.weight_decay, self.lora_plus_ratio
+            self.optimizer = create_loraplus_optimizer(
+                adapted, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **settings
+            )
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that depends on seed and epoch alone: a resumed run goes on with the same rows."""
@@ -342,6 +356,7 @@ def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArgume
             per_device_train_batch_size=training.batch_size // processes,
             per_device_eval_batch_size=training.eval_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
+            optim=training.optim,
             learning_rate=training.learning_rate,
             warmup_steps=min(math.ceil(training.warmup_ratio * steps), steps - 1),  # the first has the rate zero
             lr_scheduler_type=training.scheduler,
@@ -403,6 +418,7 @@ def trainer_of(
         callbacks=[*callbacks, run.progress],
         loss_term=loss_term,
         group_by_length=training.group_by_length,
+        lora_plus_ratio=training.lora_plus_ratio,
         patience=training.early_stopping_patience,
         measure=partial(_measured, run) if training.eval_metric else None,
         **given,

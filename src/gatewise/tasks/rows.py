@@ -107,6 +107,7 @@ class Rows(Task):
 class Causal(Rows):
     """A decoder that reads a prompt and writes the answer after it."""
 
+    quantises = True
     data: AnsweredRowsSection
     template: TemplateSection
 
