@@ -124,6 +124,13 @@ def test_what_does_not_fit_the_base_model_is_not_listed(made: Path, tmp_path: Pa
     assert names(catalogue(tmp_path / "of_gpt2", check=lambda folder, kind: Fit(str(gpt2)).check(folder))) == ["of_gpt2"]
 
 
+def test_an_adapter_of_a_quantised_base_is_served_and_said(made: Path, tmp_path: Path) -> None:
+    folder, said = Path(shutil.copytree(made / "one", tmp_path / "one")), []
+    (folder / "gatewise.json").write_text('{"quantization": "nf4"}')
+    assert names(catalogue(folder, say=said.append)) == ["one"]
+    assert said == ["one: trained on the base model in nf4, served on it as it is here"]
+
+
 def test_a_name_stays_with_the_folder_that_is_served(made: Path, tmp_path: Path) -> None:
     """Whichever folder is looked at first, and while the one that is served is broken: its last whole version stays."""
     said: list[str] = []

@@ -33,6 +33,7 @@ from gatewise.adapters.files import (
     chat_template_of,
     lora_sizes,
     read_config,
+    read_note,
     tensor_shapes,
     weights_of,
 )
@@ -278,6 +279,8 @@ class Catalogue:
         self._said.pop(folder, None)
         if version.chat is not None:
             self._say(f"{name}: {version.chat.shown}")
+        if how := read_note(folder).get("quantization"):
+            self._say(f"{name}: trained on the base model in {how}, served on it as it is here")
         return version
 
 
