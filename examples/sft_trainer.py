@@ -16,13 +16,13 @@ from gatewise.tasks import load_records
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/example-sft"
 tokenizer = load_tokenizer("smollm2-135m-instruct")
-rows = load_records("sample:reminder-train").rows
-data = Dataset.from_list([{"prompt": f"{row['source']}\nReminder:", "completion": f" {row['target']}"} for row in rows])
+rows = load_records("sample:chat-train").rows
+data = Dataset.from_list([{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows])
 
-held_out = tokenizer([f"{row['source']}\nReminder: {row['target']}" for row in rows[:8]], padding=True, return_tensors="pt")
-held_out["labels"] = held_out["input_ids"].masked_fill(held_out["attention_mask"] == 0, -100)
+# Ranks are scored on rows that nothing is trained on, by the last answer of each, which is the completion.
+data, held_out = gatewise.hold_out(data, tokenizer, n=8, assistant="last")
 schedule = gatewise.ConstantBudget(rounds=2, first_round=4, recover=3)
-allocation = gatewise.RankAllocation(schedule=schedule, validation_batch=dict(held_out))
+allocation = gatewise.RankAllocation(schedule=schedule, validation_batch=held_out)
 
 trainer = SFTTrainer(
     model=load_model("smollm2-135m-instruct"),
@@ -37,7 +37,7 @@ trainer = SFTTrainer(
         bf16=torch.cuda.is_available(),  # TRL switches bf16 on by default, which fails on a CPU
         use_cpu=not torch.cuda.is_available(),
     ),
-    train_dataset=data.select(range(8, len(data))),
+    train_dataset=data,
     processing_class=tokenizer,
     peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[allocation],

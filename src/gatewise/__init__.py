@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gatewise.prompts import SelectivePromptConfig
     from gatewise.routed import RoutedLoraConfig
     from gatewise.serving.lora import fast_lora
+    from gatewise.tasks.held_out import hold_out
 
 __version__ = "0.1.0"
 # Public name -> where it is: a module, or (module, name).
@@ -38,6 +39,7 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "budget": "gatewise.allocation.algorithm",
     "export": "gatewise.adapters.export",
     "fast_lora": ("gatewise.serving.lora", "fast_lora"),
+    "hold_out": ("gatewise.tasks.held_out", "hold_out"),
     "importance": "gatewise.inspection.importance",
     "models": "gatewise.models",
     "prompts": "gatewise.prompts",
@@ -59,6 +61,7 @@ __all__ = [
     "budget",
     "export",
     "fast_lora",
+    "hold_out",
     "importance",
     "models",
     "prompts",

@@ -1,6 +1,8 @@
 """lm-evaluation-harness on adapters: the same numbers as ``gatewise eval``, and as one call of the model for each continuation."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -115,6 +117,20 @@ def test_choices_are_scored_as_by_eval(adapter: str, folder: Path, evaluated: Ca
         by_letter = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
         assert by_row[number]["acc_norm"] == (by_letter.index(max(by_letter)) == row["answer"])
     assert "own_choices" in evaluated(adapter, *words[:-1]).stdout
+
+
+def test_an_adapter_of_conversations_is_asked_in_its_chat_template(
+    folder: Path, evaluated: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    shutil.copytree(folder / "plain", tmp_path / "chat")
+    (tmp_path / "chat" / "gatewise.json").write_text(json.dumps({"chat_template": text}))
+    words = ("--harness", "own_writing", "--harness-tasks", folder / "tasks", "--limit", "1", "--out", tmp_path / "said.jsonl")
+    result = evaluated(tmp_path / "chat", *words, "--harness-shots", "1")
+    assert result.exit_code == 0, result.output
+    asked = lines(tmp_path / "said.jsonl")[0]["arguments"][0][0]
+    last = re.escape(f"<user>Question: {QUESTIONS[0][0]}\nAnswer:<assistant>")
+    assert re.fullmatch(rf"<user>Question: .*<assistant>.*{last}", asked, re.DOTALL)
 
 
 @pytest.mark.parametrize("adapter", ["plain", "routed", "prompts"])

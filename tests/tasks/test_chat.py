@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import gatewise
 from gatewise.errors import GatewiseError
 from gatewise.tasks import ChatFormat, Records, Template, encode, evaluate, load_records, score_batch
 
@@ -185,3 +187,52 @@ def test_what_the_template_does_not_take_is_refused(tokenizer: PreTrainedTokeniz
             encode(talks(TALK), tokenizer, ChatFormat(text))
     with pytest.raises(GatewiseError, match=r"the rows are conversations, but the tokenizer of .* has no chat template"):
         encode(talks(TALK), tokenizer, None)
+
+
+# ---- rows held out in a script ----
+
+NUMBERED = [[*TALK[:1], {"role": "user", "content": f"lamp {number}"}, *TALK[2:]] for number in range(12)]
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    own.chat_template = PLAIN
+    return own
+
+
+def labels_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    return [[label for label in row if label != -100] for row in batch["labels"].tolist()]
+
+
+@pytest.mark.parametrize("as_dataset", [True, False])
+def test_conversations_are_trained_on_or_held_out(chat_tokenizer: PreTrainedTokenizerFast, as_dataset: bool) -> None:
+    rows: Any = [{"messages": one} for one in NUMBERED]
+    rows = Dataset.from_list(rows) if as_dataset else rows
+    before = torch.random.get_rng_state()
+    rest, batch = gatewise.hold_out(rows, chat_tokenizer, n=8, seed=1)  # no more than a quarter, three
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert isinstance(rest, type(rows))
+    held = [row for row in NUMBERED if row not in [one["messages"] for one in rest]]
+    assert (len(rest), len(held)) == (9, 3)
+    expected = [by_hand(chat_tokenizer, row, [2, 4]) for row in held]
+    for ids, labels, own in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), expected, strict=True):
+        assert (ids[: len(own["input_ids"])], labels[: len(own["labels"])]) == (own["input_ids"], own["labels"])
+
+
+def test_other_rows_of_trainers(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = chat_tokenizer("the lamp is good")["input_ids"]
+    end = chat_tokenizer.eos_token_id
+    for row, expected in (
+        ({"prompt": TALK[:4], "completion": TALK[4:]}, [*chat_tokenizer("the bill is wrong")["input_ids"], end]),
+        ({"prompt": "the lamp", "completion": " is good"}, [*tokens[-2:], end]),  # as TRL joins texts
+        ({"text": "the lamp is good"}, [*tokens, end]),
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [6, 7]),
+        ({"input_ids": [5, 6, 7]}, [5, 6, 7]),
+    ):
+        _, batch = gatewise.hold_out([row] * 4, chat_tokenizer, assistant="last")
+        assert labels_of(batch) == [expected]
+    with pytest.raises(GatewiseError, match="row 0 has question: expected messages, prompt and completion, text, or input_ids"):
+        gatewise.hold_out([{"question": "x"}] * 2, chat_tokenizer)
+    with pytest.raises(GatewiseError, match="1 of 1 rows cannot be held out"):
+        gatewise.hold_out([{"text": "x"}], chat_tokenizer, n=1)

@@ -3,7 +3,7 @@
 The harness gives texts and does the counting, and tokens are made by its rules, so that numbers compare with published ones. What
 the model does with them is ``gatewise.tasks.metrics``. The harness's own class for Transformers models would not do: it runs
 context and continuation in one call without saying where one ends, and an adapter that decides by its prompt must read the context
-alone.
+alone. An adapter that was trained on conversations is asked in its chat template, as lm_eval's ``--apply_chat_template`` does.
 """
 
 import json
@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.adapters.files import read_note
 from gatewise.adapters.loading import load_as_trained
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import check_new_file, finite, write_json_lines
@@ -76,11 +77,21 @@ def measure_with_harness(
             raise GatewiseError(f"lm_eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
         names = manager.match_tasks(list(tasks))
         model, tokenizer, _ = load_as_trained(adapter, base=base, device=device, say=progress.say)
+        is_chat = bool(chat := read_note(adapter).get("chat_template"))
+        if is_chat:
+            tokenizer.chat_template = chat
+            progress.say("questions are written as conversations, by the chat template that the adapter was trained with")
         with progress.counting("measuring") as count, measuring(model):
             asked: Any = HarnessModel(model, tokenizer, batch_size, count)
             try:
                 found: Any = simple_evaluate(
-                    asked, tasks=names, num_fewshot=shots, limit=limit, log_samples=out is not None, task_manager=manager
+                    asked,
+                    tasks=names,
+                    num_fewshot=shots,
+                    limit=limit,
+                    log_samples=out is not None,
+                    task_manager=manager,
+                    apply_chat_template=is_chat,
                 )
             except (OSError, ValueError) as error:  # of the hub, of datasets, or a task that gatewise does not do
                 raise GatewiseError(f"{', '.join(names)} cannot be measured: {reason_of(error)}") from error
@@ -116,6 +127,7 @@ class HarnessModel(TemplateLM):
             raise GatewiseError(f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
         positions = most_positions(model)
+        self.is_chat = False
         self.max_length = positions if positions < 2**30 else _UNTOLD
 
     @property
@@ -129,10 +141,29 @@ class HarnessModel(TemplateLM):
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the tokenizer that has the chat template."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as text, with the header of an answer, or with an answer that is begun at their end."""
+        self.is_chat = True
+        text: Any = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the tokenizer's own special tokens unless the text begins with the first of them already."""
+        """Token ids, with the tokenizer's own special tokens unless the text begins with the first of them already.
+
+        A chat template writes them itself.
+        """
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
+            add_special_tokens = not self.is_chat and not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
