@@ -39,10 +39,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to serve at: 0.0.0.0 for all, which needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve at; 0 takes a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
+            metavar="KEY",
             envvar="GATEWISE_API_KEY",
-            help="What clients have to send. Better in the variable: others see arguments.",
+            help="What clients have to send; repeatable. Better in the variable, blanks between: others see arguments.",
             show_default=False,
             show_envvar=True,
         ),
@@ -69,6 +70,9 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Write a line on stderr for each request: who answered, how much, how long.")
+    ] = False,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the folders.", min=0.1)] = 2.0,
 ) -> None:
     """Serve a base model and its adapters to OpenAI's clients, each by the name of its folder.
@@ -91,16 +95,17 @@ def serve(
         if is_given:
             raise GatewiseError(f"{name} does not go with --engine {engine}: leave it out, or take the other engine")
     settings: dict[str, Any] = {
-        "name": served_model_name, "host": host, "port": port, "key": api_key, "dtype": dtype, "most_tokens": max_model_len,
-        "most_loaded": max_loaded, "most_running": max_running, "every": poll, "say": _say,
+        "name": served_model_name, "host": host, "port": port, "keys": api_key or (), "dtype": dtype, "most_tokens": max_model_len,
+        "most_loaded": max_loaded, "most_running": max_running, "every": poll, "log_requests": log_requests, "say": _say,
     }  # fmt: skip
+    # As an interrupt: answers end in order, nothing of vLLM is left behind, and what stopped the server sees that it did as told.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from gatewise.serving.constraints import find_constraints
 
         if engine == "vllm":
             from gatewise.serving.server.with_vllm import VllmServer
 
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing of vLLM is to be left behind
             kept_to = find_constraints(constraint or ())
             in_vllm = VllmServer(
                 base, adapters or (), python=python or sys.executable, rest=vllm or (), constraints=kept_to, **settings

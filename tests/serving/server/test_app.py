@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,8 @@ import pytest
 from served_models import POSITIONS, TEMPLATE, client, model_of, text_of, words, writes
 from tiny_models import word_tokenizer
 
-from gatewise.serving.server.bodies import Chat, Completion, RefusedError, read
+import gatewise
+from gatewise.serving.server.bodies import Chat, Completion, RefusedError, Tokenize, read
 from gatewise.serving.server.running import AdapterServer
 
 NAMES = ["tiny", "plain", "stable", "routed", "other", "dora", "prompts"]
@@ -136,6 +138,7 @@ def test_sampling(server: AdapterServer, folders: Folders) -> None:
 # ---- what is refused ----
 
 GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,10 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"max_completion_tokens": 5}, 400, "max_completion_tokens", "not served here"),
         ({"top_logprobs": 3}, 400, "top_logprobs", "not served here"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
+        ({"stream": True, "stream_options": {"usage": True}}, 400, "stream_options", "usage is not served here"),
+        ({"temprature": 0.5}, 400, "temprature", "temprature is not served here"),
+        ({"temprature": [], "x" * 9999: 1}, 400, "temprature", "leave it out"),
+        ({"prompt": "w1 " * 200}, 400, "prompt", "the prompt has 600 characters, more than 480: shorten it"),
     ],
 )
 def test_what_makes_no_sense_is_told(server: AdapterServer, change: Any, status: int, param: str, said: str) -> None:
@@ -193,11 +200,89 @@ def test_what_makes_no_sense_is_told(server: AdapterServer, change: Any, status:
     ],
 )
 def test_what_would_change_an_answer_is_refused(name: str, value: Any, neutral: Any, is_chat: bool) -> None:
-    body: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": "w1"}], "prompt": "w1"}
     kind = Chat if is_chat else Completion
+    body = {"model": "plain", **({"messages": [{"role": "user", "content": "w1"}]} if is_chat else {"prompt": "w1"})}
     with pytest.raises(RefusedError, match=f"{name} is not served here, or not with this value: leave it out"):
         read(kind, json.dumps({**body, name: value}).encode())
     read(kind, json.dumps({**body, name: neutral}).encode())
+
+
+def test_too_much_is_refused_before_anything_is_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, change, said in (
+        (Completion, {"prompt": ["a"] * 20000, "n": 8}, "160000 answers were asked for at once: expected at most 256"),
+        (Completion, {"prompt": [[]] * 300}, "300 answers"),
+        (Chat, {"messages": [{}] * 9000}, "there are 9000 messages, more than the 8192 tokens"),
+        (Chat, {"messages": [], **{f"field{number}": None for number in range(9)}, "other": 1}, "other is not served here"),
+    ):
+        content = json.dumps({"model": "plain", **change}).encode()
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "model_validate", None)
+            with pytest.raises(RefusedError, match=said):
+                read(kind, content, 256, 8192)
+    with pytest.raises(RefusedError, match=r"messages\.0\.role"):  # and of many faults one is told
+        read(Chat, json.dumps({"model": "plain", "messages": [{}] * 8000}).encode())
+    for kind in (Chat, Tokenize):
+        told = [{"role": "user", "content": "a", "refusal": None, "tool_calls": [], "name": "she", "image": "b"}]
+        with pytest.raises(RefusedError, match="messages: image is not served here"):
+            read(kind, json.dumps({"model": "plain", "messages": told}).encode())
+
+
+def test_what_clients_send_of_themselves_is_passed_over(server: AdapterServer) -> None:
+    more: dict[str, Any] = {
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s", "tool_choice": "none",
+        "prompt_cache_key": "k", "parallel_tool_calls": False, "logprobs": False, "presence_penalty": 0, "stream": False,
+    }  # fmt: skip
+    messages: Any = [{"role": "w5", "content": "w9"}]
+    assert client(server).chat.completions.create(model="plain", messages=messages, max_tokens=2, **more).choices
+
+
+def test_a_client_that_is_gone_before_its_turn_costs_nothing(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And bodies that are short do not wait for those that are long."""
+    seen, may_go = list[int](), threading.Event()
+
+    def slowly(kind: Any, content: bytes, *given: Any) -> Any:
+        seen.append(len(content))
+        if len(content) > 2**16:
+            may_go.wait(20)
+        return read(kind, content, *given)
+
+    monkeypatch.setattr("gatewise.serving.server.app.read", slowly)
+    long = [json.dumps({**GOOD, "prompt": "w" * (2**17 + number)}).encode() for number in range(3)]
+    with ThreadPoolExecutor(2) as threads:
+        first = [threads.submit(post, server, one) for one in long[:2]]
+        while len(seen) < 2:
+            time.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/completions", long[2], JSON), timeout=0.1)
+        assert post(server, json.dumps(GOOD).encode())[0] == 200
+        may_go.set()
+        assert {one.result()[0] for one in first} == {400}
+    assert post(server, long[0])[0] == 400
+    assert sorted(seen)[1:] == sorted(map(len, (*long[:2], long[0])))
+
+
+def test_tokens_and_texts(server: AdapterServer) -> None:
+    for change, ids in (
+        ({"prompt": "w5 w9"}, [7, 11]),
+        ({"model": "routed", "prompt": "w5 w9", "add_special_tokens": False}, [7, 11]),
+        ({"messages": [{"role": "w5", "content": "w9"}], "return_token_strs": True}, [7, 11, 3]),
+    ):
+        status, answer = fetch(server, "/tokenize", json.dumps(change).encode(), **JSON)
+        assert status == 200, answer
+        found = json.loads(answer)
+        strings = ["w5", "w9", "w1"] if "messages" in change else None
+        assert found == {"count": len(ids), "max_model_len": POSITIONS, "tokens": ids, "token_strs": strings}
+    assert json.loads(fetch(server, "/detokenize", b'{"tokens": [7, 11]}', **JSON)[1]) == {"prompt": "w5 w9"}
+    assert json.loads(fetch(server, "/version")[1]) == {"version": gatewise.__version__}
+    for path, body, status in (
+        ("/tokenize", b'{"prompt": "w1", "messages": []}', 200),
+        ("/tokenize", b'{"model": "plain"}', 400),
+        ("/tokenize", b'{"model": "none", "prompt": "w1"}', 404),
+        ("/tokenize", b'{"prompt": "%s"}' % (b"w" * 500), 400),
+        ("/detokenize", b'{"tokens": [60]}', 400),
+        ("/detokenize", b'{"tokens": ["7"]}', 400),
+    ):
+        assert fetch(server, path, body, **JSON)[0] == status
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,49 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
 
 
 @pytest.mark.usefixtures("slow")
+def test_the_base_model_does_not_wait_for_an_adapter_that_has_no_room(made: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("a", "b", "misfit"):
+        shutil.copytree(made[name], tmp_path / name)
+    with serving(made["base"], tmp_path, most_loaded=1) as server, ThreadPoolExecutor(9) as threads:
+        long = threads.submit(ask, server, "a", 40, extra_body={"ignore_eos": True})
+        soon(lambda: gauge(server, "gatewise_running") == 1)
+        others = [threads.submit(ask, server, name) for name in ("b", "misfit", "a")]
+        soon(lambda: gauge(server, "gatewise_waiting") == 3)
+        assert ask(server, "tiny", 2).choices
+        assert not long.done()
+        assert gauge(server, "gatewise_waiting") == 3  # also the last, or the others would wait for ever
+        assert [others[number].result().choices[0].text for number in (0, 2)] == [text(made, "b"), text(made, "a")]
+        with pytest.raises(openai.InternalServerError, match="cannot be loaded"):
+            others[1].result()
+
+
+def test_one_adapter_is_loaded_between_two_steps(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that base requests wait for one attempt at most, however many adapters are asked for that cannot be loaded."""
+    order: list[str] = []
+    load, read = Lane.load, Lane.read
+
+    def slowly(self: Lane, folder: Path, name: str, base_name: str) -> None:
+        order.append("load")
+        time.sleep(0.2)
+        load(self, folder, name, base_name)
+
+    def noted(self: Lane, ids: Any, name: str) -> Any:
+        order.append("read")
+        return read(self, ids, name)
+
+    monkeypatch.setattr(Lane, "load", slowly)
+    monkeypatch.setattr(Lane, "read", noted)
+    for number in range(4):
+        shutil.copytree(made["misfit"], tmp_path / f"misfit{number}")
+    with serving(made["base"], tmp_path) as server, ThreadPoolExecutor(4) as threads:
+        broken = [threads.submit(ask, server, f"misfit{number}") for number in range(4)]
+        soon(lambda: gauge(server, "gatewise_waiting") >= 3)
+        assert ask(server, "tiny", 1).choices
+        assert order[-1] == "read" or order.count("load") < 4
+        assert {type(one.exception()) for one in broken} == {openai.InternalServerError}
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_long_answer_keeps_nobody_waiting(made: dict[str, Path]) -> None:
     with serving(made["base"], made["a"], made["routed"]) as server:
         stream = iter(ask(server, "a", POSITIONS - len(PROMPT), stream=True, extra_body={"ignore_eos": True}))

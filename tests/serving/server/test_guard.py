@@ -24,7 +24,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
         await Response(str(len(await Request(scope, receive).body())))(scope, receive, send)
 
     def make(**given: str) -> TestClient:
-        for name in (guard.HOSTS, guard.KEY):
+        for name in (guard.HOSTS, guard.KEYS, guard.VLLM_KEY):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
@@ -53,13 +53,14 @@ def test_names_and_sizes(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, host
 
 
 def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:
-    asked = guarded(VLLM_API_KEY="secret")
+    asked = guarded(GATEWISE_API_KEY="other secret", VLLM_API_KEY="third")
     for method, path in (("POST", "/invocations"), ("GET", "/metrics"), ("GET", "/v1")):
-        for key in ("", "secret", "Bearer Secret", "Bearer secret2", "Basic secret"):
+        for key in ("", "secret", "Bearer Secret", "Bearer secret2", "Basic secret", "Bearer other secret", "Bearer third"):
             answer = asked.request(method, path, headers={"Authorization": key} if key else {})
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-        assert asked.request(method, path, headers={"Authorization": "Bearer secret"}).is_success
+        for key in ("other", "secret"):
+            assert asked.request(method, path, headers={"Authorization": f"Bearer {key}"}).is_success
         assert asked.request(method, path, headers={"Authorization": "bearer secret", "Origin": "http://a.example"}).is_success
     assert asked.get("/health").is_success
     assert asked.get("/health/x").status_code == 401
@@ -68,17 +69,18 @@ def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:
     assert asked.options("/v1/completions", headers=first).is_success
     assert asked.options("/v1/completions").status_code == 401
     assert asked.post("/v1/completions", headers=first).status_code == 401
+    assert guarded(VLLM_API_KEY="third").get("/metrics").status_code == 401
     assert guarded(VLLM_API_KEY="").get("/metrics").is_success  # which vLLM takes for none, too
 
 
 def test_nobody_else_is_let_in_without_a_key() -> None:
-    assert check_reach("127.0.0.1", None) == {"127.0.0.1", "localhost", "[::1]"}
-    assert check_reach("0.0.0.0", "a secret") is None
+    assert check_reach("127.0.0.1", ()) == {"127.0.0.1", "localhost", "[::1]"}
+    assert check_reach("0.0.0.0", ["one", "two"]) is None
     with pytest.raises(GatewiseError, match="lets other machines in: give a key"):
-        check_reach("0.0.0.0", None)
-    for key in ("", " ", "a\nb", "é", " secret", "secret "):  # HTTP takes blanks off, and nobody would be let in
-        with pytest.raises(GatewiseError, match="the API key is empty"):
-            check_reach("127.0.0.1", key)
+        check_reach("0.0.0.0", ())
+    for key in ("", " ", "a\nb", "é", " secret", "secret ", "a secret"):  # HTTP takes blanks off, and nobody would be let in
+        with pytest.raises(GatewiseError, match="an API key is empty, or has a blank"):
+            check_reach("127.0.0.1", ["good", key])
 
 
 def test_there_are_no_sockets(guarded: Guarded) -> None:

@@ -198,11 +198,11 @@ def is_there(process: int) -> bool:
 
 def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
     """vLLM's engine is a process of its own, which must go too; and the key is no argument, which others see."""
-    script = f'echo "$VLLM_API_KEY $GATEWISE_CPU_LORA" > {tmp_path}/key; '
+    script = f'echo "$GATEWISE_API_KEY $GATEWISE_CPU_LORA" > {tmp_path}/key; '
     script += f'echo "$@" > {tmp_path}/arguments; sleep 1; sleep 100 & echo $! > {tmp_path}/engine; wait'
     command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--engine", "vllm", "--port", "0"]
-    command += ["--python", str(fake(tmp_path, script)), "--", "--seed", "3"]
-    process = subprocess.Popen(command, env={**os.environ, "GATEWISE_API_KEY": "secret"}, stderr=subprocess.PIPE, text=True)
+    command += ["--log-requests", "--python", str(fake(tmp_path, script)), "--", "--seed", "3"]
+    process = subprocess.Popen(command, env={**os.environ, "GATEWISE_API_KEY": "secret other"}, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
     while not (tmp_path / "engine").exists() or not (tmp_path / "engine").read_text().strip():
         assert time.monotonic() < limit
@@ -218,10 +218,11 @@ def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
     while is_there(engine):  # the system takes a moment to end what was killed
         assert time.monotonic() < limit
         time.sleep(0.05)
-    assert (tmp_path / "key").read_text() == "secret 1\n"
+    assert (tmp_path / "key").read_text() == "secret other 1\n"
     told = (tmp_path / "arguments").read_text()
     assert "secret" not in told
-    assert told.endswith(" --middleware gatewise_guard.GuardByEnvironment --seed 3\n")
+    logged = "--enable-log-requests --enable-request-id-headers --max-log-len 0"
+    assert told.endswith(f" --middleware gatewise_guard.GuardByEnvironment {logged} --seed 3\n")
 
 
 def test_constraints_are_classes_of_vllms(made: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The HTTP side of a server: OpenAI's addresses, answers and errors, as vLLM has them. A Starlette app.
 
-    GET  /v1/models, /v1/models/NAME        GET /health    GET /metrics
-    POST /v1/completions, /v1/chat/completions
+    GET  /v1/models, /v1/models/NAME        GET /health, /metrics, /version
+    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
 
-Who may ask is settled before, by guard.py. A POST has to come as JSON, which no form of another page can send.
+Who may ask is settled before, by guard.py. A POST has to come as JSON, which no form of another page can send. Bodies are read, and
+prompts encoded, by threads beside that of the connections.
 """
 
 import asyncio
@@ -12,7 +13,6 @@ import secrets
 import sys
 import time
 import traceback
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,14 +23,16 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+import gatewise
 from gatewise.errors import GatewiseError
-from gatewise.serving.server.bodies import Body, Chat, Completion, RefusedError, read
+from gatewise.serving.server.bodies import Body, Chat, Completion, Detokenize, Message, RefusedError, Tokenize, read
 from gatewise.serving.server.catalogue import Version
 from gatewise.serving.server.engine import Answer, Limit, Piece
 from gatewise.serving.server.guard import Guard
+from gatewise.serving.server.log import TOLD, RequestLog
 from gatewise.serving.server.text import chat_ids
 
 if TYPE_CHECKING:
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 
 _TYPES = {404: "NotFoundError", 415: "UnsupportedMediaTypeError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 _Made = TypeVar("_Made")
+_LONG = 2**16  # bytes of a body. One with more keeps only its like waiting while it is read and encoded
 
 
-def app(server: "AdapterServer") -> Starlette:
+def app(server: "AdapterServer") -> ASGIApp:
     """The app of a server whose engine runs."""
     created = int(time.time())
 
@@ -55,14 +58,6 @@ def app(server: "AdapterServer") -> Starlette:
             "max_model_len": server.length,
         }
 
-    def version_of(name: str) -> Version | None:
-        if name == server.name:
-            return None
-        version = server.catalogue.versions.get(name)
-        if version is None:
-            raise RefusedError(f"The model {name!r} does not exist.", 404, "model")
-        return version
-
     async def health(request: Request) -> Response:
         return Response(status_code=200 if server.engine.is_alive else 503)
 
@@ -75,71 +70,132 @@ def app(server: "AdapterServer") -> Starlette:
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        return _json(card(name, version_of(name)))
+        return _json(card(name, server.version_of(name)))
 
-    async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
+    async def version(request: Request) -> Response:
+        return _json({"version": gatewise.__version__})
+
+    async def in_thread(request: Request, call: Callable[[bytes], _Made]) -> _Made:
+        """What a call makes of a body, in a thread; nothing, if the client is gone before its turn."""
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError("expected a body of type application/json", 415)
-        body: Chat | Completion = read(kind, await request.body())
-        version = version_of(body.model)
-        count = body.n * (len(body.prompt) if isinstance(body, Completion) else 1)
-        if count > server.engine.most_waiting:
-            said = f"{count} answers were asked for at once: expected at most {server.engine.most_waiting}"
-            raise RefusedError(said, param="n")
-        loop = asyncio.get_running_loop()
+        content = await request.body()
+        threads = server.long_bodies if len(content) > _LONG else server.bodies
+        return await _while_connected(request, asyncio.get_running_loop().run_in_executor(threads, call, content))
+
+    async def tokenize(request: Request) -> Response:
+        return _json(await in_thread(request, partial(_tokens, server)))
+
+    async def detokenize(request: Request) -> Response:
+        return _json(await in_thread(request, partial(_text, server)))
+
+    async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
+        loop, told = asyncio.get_running_loop(), request.scope[TOLD]
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
         def send_piece(number: int, piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-        answers = await loop.run_in_executor(server.encoding, _answers, server, body, version, send_piece)
-        server.engine.ask(answers)
-        writing = _Writing(body, answers, pieces)
+        def end() -> None:
+            server.open.discard(pieces)
+            server.engine.cancel(answers)
+            told.update(generated_tokens=writing.tokens, finish=writing.finish)
+
+        body, answers = await in_thread(request, partial(_asked, server, kind, told, send_piece))
+        server.open.add(pieces)
+        writing = _Writing(body, answers, pieces, told["id"])
+        told["prompt_tokens"] = writing.read
         try:
+            server.engine.ask(answers)
             if not body.stream:
-                return _json(await _while_connected(request, writing.whole()))
+                answer = _json(await _while_connected(request, writing.whole()))
+                end()
+                return answer
             events = writing.events()
             first = await _while_connected(request, anext(events))  # an error until then is an answer with its own status
         except BaseException:
-            server.engine.cancel(answers)
+            end()
             raise
-        return _Stream(_lines(first, events), lambda: server.engine.cancel(answers))
+        return _Stream(_lines(first, events), end)
 
     made = Starlette(
         routes=[
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
+            Route("/version", version, methods=["GET"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", model, methods=["GET"]),
             Route("/v1/completions", partial(answer_request, kind=Completion), methods=["POST"]),
             Route("/v1/chat/completions", partial(answer_request, kind=Chat), methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, hosts=server.hosts, key=server.key)],
+        middleware=[Middleware(Guard, hosts=server.hosts, keys=server.keys)],
         exception_handlers={HTTPException: _known_error, RefusedError: _known_error, Exception: _unknown_error},
     )
     made.router.redirect_slashes = False
-    return made
+    return RequestLog(made, server.log)
 
 
 # ---- what is asked ----
 
 
-def _answers(server: "AdapterServer", body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
-    """The answers that a request asks for, in the thread of the tokenizers.
+def _asked(
+    server: "AdapterServer", kind: type[Chat] | type[Completion], told: dict[str, Any], send_piece: Any, content: bytes
+) -> tuple[Chat | Completion, list[Answer]]:
+    """A request for answers, and these.
 
     Args:
+        told: gets what the log is to say of it.
         send_piece: called with the number of an answer, and a piece of it.
     """
+    body: Chat | Completion = read(kind, content, server.engine.most_waiting, server.length)
+    told["model"] = body.model
+    version = server.version_of(body.model)
+    return body, _answers(server, body, version, send_piece)
+
+
+def _tokenizer_of(server: "AdapterServer", name: str, version: Version | None) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = server.tokenizers.of(version)
+        return server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
             server.catalogue.note(version.folder, str(error))
-        raise RefusedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log", 500, "model") from error
-    prompts: list[Any] = [_chat_ids(tokenizer, body, version)] if isinstance(body, Chat) else body.prompt
+        raise RefusedError(f"the tokenizer of {name!r} cannot be loaded: see the server's log", 500, "model") from error
+
+
+def _tokens(server: "AdapterServer", content: bytes) -> dict[str, Any]:
+    """The answer to /tokenize."""
+    body = read(Tokenize, content, most_tokens=server.length)
+    name = body.model or server.name
+    version = server.version_of(name)
+    tokenizer = _tokenizer_of(server, name, version)
+    if body.prompt is None:
+        ids = _chat_ids(tokenizer, name, body.messages, version, server)
+    else:
+        ids = _text_ids(tokenizer, body.prompt, server, body.add_special_tokens is not False)
+    strings = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": server.length, "tokens": ids, "token_strs": strings}
+
+
+def _text(server: "AdapterServer", content: bytes) -> dict[str, Any]:
+    """The answer to /detokenize."""
+    body = read(Detokenize, content)
+    name = body.model or server.name
+    tokenizer = _tokenizer_of(server, name, server.version_of(name))
+    _check_ids(body.tokens, server, "tokens")
+    return {"prompt": tokenizer.decode(body.tokens)}
+
+
+def _answers(server: "AdapterServer", body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
+    """The answers that a request asks for."""
+    tokenizer = _tokenizer_of(server, body.model, version)
+    prompts: list[Any] = (
+        [_chat_ids(tokenizer, body.model, body.messages, version, server)] if isinstance(body, Chat) else body.prompt
+    )
     answers: list[Answer] = []
     for prompt in prompts:
-        ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if isinstance(prompt, str) else prompt
+        ids = _text_ids(tokenizer, prompt, server) if isinstance(prompt, str) else prompt
         if not ids:
             raise RefusedError("prompt has no token: expected a text that is not empty", param="prompt")
         most = _most_tokens(ids, body, server)
@@ -151,18 +207,30 @@ def _answers(server: "AdapterServer", body: Chat | Completion, version: Version 
     return answers
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat, version: Version | None) -> list[int]:
-    messages = [one.model_dump(include={"role", "content"}) for one in body.messages]
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, server: "AdapterServer", special_tokens: bool = True) -> list[int]:
+    server.tokenizers.check_length(tokenizer, len(text), server.length, "prompt")
+    return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, name: str, chat: Sequence[Message], version: Version | None, server: "AdapterServer"
+) -> list[int]:
+    server.tokenizers.check_length(tokenizer, sum(len(one.role) + len(one.content) for one in chat), server.length, "messages")
+    messages = [one.model_dump(include={"role", "content"}) for one in chat]
     try:
         return chat_ids(tokenizer, messages, None if version is None else version.chat)
     except GatewiseError as error:
-        raise RefusedError(f"{body.model!r}: {error}", param="messages") from error
+        raise RefusedError(f"{name!r}: {error}", param="messages") from error
+
+
+def _check_ids(ids: Sequence[int], server: "AdapterServer", param: str) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < server.vocabulary:
+        raise RefusedError(f"{param} has token ids outside of the model's vocabulary of {server.vocabulary}", param=param)
 
 
 def _most_tokens(ids: Sequence[int], body: Chat | Completion, server: "AdapterServer") -> int:
     """The most tokens of the answer to a prompt, which has to fit."""
-    if not all(0 <= one < server.vocabulary for one in ids):
-        raise RefusedError(f"prompt has token ids outside of the model's vocabulary of {server.vocabulary}", param="prompt")
+    _check_ids(ids, server, "prompt")
     room = server.length - len(ids)
     asked = body.max_tokens
     if room < (asked or 1):
@@ -193,13 +261,21 @@ def _limit(body: Body, server: "AdapterServer", tokenizer: PreTrainedTokenizerBa
 
 
 class _Writing:
-    """The answers to one request as OpenAI writes them."""
+    """The answers to one request as OpenAI writes them.
 
-    def __init__(self, body: Chat | Completion, answers: Sequence[Answer], pieces: "asyncio.Queue[tuple[int, Piece]]") -> None:
-        self._body, self._answers, self._pieces = body, answers, pieces
+    Attributes:
+        read, tokens: of the prompts, and of the answers until now.
+        finish: how all of it ended.
+    """
+
+    def __init__(
+        self, body: Chat | Completion, answers: Sequence[Answer], pieces: "asyncio.Queue[tuple[int, Piece]]", name: str
+    ) -> None:
+        self._body, self._pieces, self._left = body, pieces, len(answers)
         self._is_chat = isinstance(body, Chat)
-        self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created, self._tokens = int(time.time()), 0
+        self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{name}"
+        self._created = int(time.time())
+        self.read, self.tokens, self.finish = sum(len(one.prompt) for one in answers) // body.n, 0, "cancelled"
 
     async def _each(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers, to the last one.
@@ -207,18 +283,22 @@ class _Writing:
         Raises:
             Exception: what ended an answer before its time.
         """
-        left = len(self._answers)
+        left, ends = self._left, set[str]()
         while left:
             number, piece = await self._pieces.get()
             if piece.problem is not None:
+                self.finish = "failed"
                 raise piece.problem
-            self._tokens += piece.tokens
-            left -= piece.finish is not None
+            self.tokens += piece.tokens
+            if piece.finish is not None:
+                left -= 1
+                ends.add(piece.finish)
+                self.finish = self.finish if left else "+".join(sorted(ends))
             yield number, piece
 
     async def whole(self) -> dict[str, Any]:
         """The answer to a request that is no stream."""
-        texts, ends = [""] * len(self._answers), [""] * len(self._answers)
+        texts, ends = [""] * self._left, [""] * self._left
         async for number, piece in self._each():
             texts[number] += piece.text
             ends[number] = piece.finish or ""
@@ -232,7 +312,7 @@ class _Writing:
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream."""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        usage = self._body.stream_options.get("include_usage", False)
+        usage = self._body.stream_options.include_usage
         started: set[int] = set()
         async for number, piece in self._each():
             content: dict[str, Any] = {"text": piece.text}
@@ -250,8 +330,7 @@ class _Writing:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._body.model}
 
     def _usage(self) -> dict[str, int]:
-        read = sum(len(one.prompt) for one in self._answers) // self._body.n
-        return {"prompt_tokens": read, "completion_tokens": self._tokens, "total_tokens": read + self._tokens}
+        return {"prompt_tokens": self.read, "completion_tokens": self.tokens, "total_tokens": self.read + self.tokens}
 
 
 async def _while_connected(request: Request, made: Awaitable[_Made]) -> _Made:
@@ -265,7 +344,7 @@ async def _while_connected(request: Request, made: Awaitable[_Made]) -> _Made:
     try:
         await asyncio.wait((making, going), return_when=asyncio.FIRST_COMPLETED)
         if not making.done():
-            raise RefusedError("the client is gone")
+            raise RefusedError("the client is gone", 499)
         return making.result()
     finally:
         going.cancel()

@@ -46,12 +46,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "priority": (0,),
 }
-# These change no answer here, whatever they say: who asks, what OpenAI keeps or caches, how tools are called that there are none of.
+# These change no answer here, whatever they say: who asks, what OpenAI keeps or caches, how tools are called where there are none.
 _HARMLESS = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options")
-    + ("prompt_cache_retention", "parallel_tool_calls", "request_id", "session_id", "cache_salt", "include_reasoning")
-)
-
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "parallel_tool_calls", "request_id", "session_id", "cache_salt", "include_reasoning",
+    }
+)  # fmt: skip
 
 MOST_COPIES = 128
 """Answers to one prompt."""
@@ -88,11 +89,19 @@ class StreamOptions(BaseModel):
         return given
 
 
-class Body(BaseModel):
-    """What requests for texts and for chats have in common. A field that is null is one that was left out."""
+class Asked(BaseModel):
+    """A body. A field that is null is one that was left out.
+
+    Attributes:
+        only: fields that are not served, with the values that change nothing.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")  # ``read`` refuses what is not known
-    only: ClassVar[dict[str, tuple[Any, ...]]]
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class Body(Asked):
+    """What requests for texts and for chats have in common."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -178,13 +187,12 @@ class Chat(Body):
         return self
 
 
-class Tokenize(BaseModel):
+class Tokenize(Asked):
     """The body of ``/tokenize``: a text, or the messages of a chat. Without a model it is the base model's tokenizer."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-    only: ClassVar[dict[str, tuple[Any, ...]]] = {
-        name: _ONLY[name] for name in ("tools", "chat_template_kwargs", "mm_processor_kwargs", "continue_final_message")
-    } | {"add_generation_prompt": (True,)}
+    only = {name: _ONLY[name] for name in ("tools", "chat_template_kwargs", "mm_processor_kwargs", "continue_final_message")} | {
+        "add_generation_prompt": (True,)
+    }
 
     model: str | None = None
     prompt: str | None = None
@@ -199,22 +207,18 @@ class Tokenize(BaseModel):
         return self
 
 
-class Detokenize(BaseModel):
+class Detokenize(Asked):
     """The body of ``/detokenize``."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    only: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: str | None = None
     tokens: Annotated[list[int], FailFast()]
 
 
-Asked = Body | Tokenize | Detokenize
 AnyBody = TypeVar("AnyBody", bound=Asked)
 
 
 def read(kind: type[AnyBody], content: bytes, most_answers: int = 2**31, most_tokens: int = 2**31) -> AnyBody:
-    """A body of JSON. A field that is null is one that was left out.
+    """A body of JSON.
 
     Args:
         most_answers: that may be asked for at once.

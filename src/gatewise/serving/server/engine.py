@@ -81,7 +81,8 @@ class Answer:
     asked: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def begin(self) -> None:
+        """What only an answer that is being written needs."""
         self.writing = Writing(self.tokenizer, self.prompt, self.body.stop)
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -159,9 +160,11 @@ class Engine:
         with self._news:
             for one in answers:
                 one.cancelled = True
-                if one in self._waiting:
-                    self._waiting.remove(one)
-                    self._ended(one, "cancelled")
+            dropped = [one for one in self._waiting if one.cancelled]
+            if dropped:
+                self._waiting = deque(one for one in self._waiting if not one.cancelled)
+            for one in dropped:
+                self._ended(one, "cancelled")
 
     def load(self, version: Version) -> None:
         """Loads an adapter; other threads may call this only before ``start``.
@@ -221,23 +224,36 @@ class Engine:
             return not self._is_ending
 
     def _admit(self) -> None:
-        """New answers begin, in order, as far as there is room: each prompt is read, and the first token written."""
-        tokens = 0
-        while self._waiting and tokens < PROMPT_TOKENS and sum(map(len, self._running.values())) < self._most_running:
-            with self._news:
-                if not self._waiting:
-                    return
-                one = self._waiting.popleft()
+        """New answers begin, in order, as far as there is room: each prompt is read, and the first token written.
+
+        At most one adapter is loaded, and then those who write have their turn. Where there is no room for an adapter until one in
+        use is free, the requests for adapters behind it wait too, or it would never have its turn. The base model's need not.
+        """
+        tokens, loads, has_room = 0, 0, True
+        with self._news:
+            waiting = list(self._waiting)
+        for one in waiting:
+            if tokens >= PROMPT_TOKENS or sum(map(len, self._running.values())) >= self._most_running:
+                return
+            version = one.version
+            is_there = version is None or version in self._loaded
+            if not (has_room or version is None) or (loads and not is_there):
+                continue
             try:
-                lane = self._lane_of(one.version)
-                if lane is None:  # until an adapter in use makes room
-                    with self._news:
-                        self._waiting.appendleft(one)
-                    return
-                prompt = lane.read(one.prompt, BASE if one.version is None else one.version.key)
+                loads += version is not None and not is_there and not version.is_given_up
+                lane = self._lane_of(version)
+                if lane is None:
+                    has_room = False
+                    continue
+                if self._take(one):
+                    one.begin()
+                    prompt = lane.read(one.prompt, BASE if version is None else version.key)
             except Exception as error:
+                self._take(one)
                 self._fail(one, error)
                 self._print(error)
+                continue
+            if one.is_done:
                 continue
             tokens += len(one.prompt)
             self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.body.model)
@@ -245,6 +261,14 @@ class Engine:
             self._try(lane, lane.join, prompt)
             if not one.is_done:
                 self._write(lane, [one], prompt.logits)
+
+    def _take(self, one: Answer) -> bool:
+        """Takes an answer out of those that wait; false if it is cancelled."""
+        with self._news:
+            if one in self._waiting:
+                self._waiting.remove(one)
+                return True
+            return False
 
     # ---- adapters ----
 

@@ -1,4 +1,4 @@
-"""Stands before a server: refuses those without its key, pages of other sites, and bodies that are too large. Needs no library.
+"""Stands before a server: refuses those without a key, pages of other sites, and bodies that are too large. Needs no library.
 
 Other pages in the browser of the same machine can reach the port too. So a server without a key answers under its own names only
 (against DNS rebinding), and no page of another site. One with a key answers nobody else, but for ``/health``. Both engines have it:
@@ -13,8 +13,10 @@ from typing import Any
 
 HOSTS = "GATEWISE_HOSTS"
 """The environment variable with what may stand in ``Host``, commas between; anything where there is none."""
-KEY = "VLLM_API_KEY"
-"""vLLM's own environment variable: arguments can be seen by others."""
+KEYS = "GATEWISE_API_KEY"
+"""The environment variable with the keys, blanks between: arguments can be seen by others."""
+VLLM_KEY = "VLLM_API_KEY"
+"""vLLM's own, of which it knows one alone, for some of its addresses; here it counts where there is no other."""
 MOST_BYTES = 8 * 2**20
 """Of a request's body."""
 
@@ -24,11 +26,11 @@ class Guard:
 
     Args:
         hosts: what may stand in ``Host``; None for anything.
-        key: what has to stand in ``Authorization: Bearer``; None for nothing.
+        keys: one of which has to stand in ``Authorization: Bearer``; none for nothing.
     """
 
-    def __init__(self, app: Any, hosts: Collection[str] | None, key: str | None) -> None:
-        self._app, self._hosts, self._key = app, hosts, key
+    def __init__(self, app: Any, hosts: Collection[str] | None, keys: Collection[str]) -> None:
+        self._app, self._hosts, self._keys = app, hosts, [one.encode() for one in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -67,20 +69,22 @@ class Guard:
             return 403, "PermissionDeniedError", "a page of another site asked: start the server with a key for that"
         # A browser asks first what it may ask, and cannot send a key then. vLLM's CORS answers it.
         asks_first = scope.get("method") == "OPTIONS" and headers.keys() >= {b"origin", b"access-control-request-method"}
-        if self._key is None or scope["path"] == "/health" or asks_first:
+        if not self._keys or scope["path"] == "/health" or asks_first:
             return None
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
-        if hmac.compare_digest(given.strip().encode(), self._key.encode()) and scheme.lower() == "bearer":
+        matches = [hmac.compare_digest(given.strip().encode(), one) for one in self._keys]  # as long for a wrong one as for any
+        if any(matches) and scheme.lower() == "bearer":
             return None
         return 401, "AuthenticationError", "the key is missing or wrong: send it as Authorization: Bearer KEY"
 
 
 class GuardByEnvironment(Guard):
-    """Reads hosts and key from the environment: vLLM's --middleware takes the name of a class, and no arguments."""
+    """Reads hosts and keys from the environment: vLLM's --middleware takes the name of a class, and no arguments."""
 
     def __init__(self, app: Any) -> None:
         hosts = os.environ.get(HOSTS)
-        super().__init__(app, None if hosts is None else hosts.split(","), os.environ.get(KEY) or None)
+        keys = os.environ.get(KEYS, "").split() or [key for key in [os.environ.get(VLLM_KEY)] if key]
+        super().__init__(app, None if hosts is None else hosts.split(","), keys)
 
 
 async def read_body(receive: Any) -> bytes | None:

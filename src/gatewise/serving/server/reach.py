@@ -1,6 +1,7 @@
 """Where a server is found, and whom it lets in."""
 
 import socket
+from collections.abc import Sequence
 
 from gatewise.errors import GatewiseError, reason_of
 
@@ -23,15 +24,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise GatewiseError(said) from error
 
 
-def check_reach(host: str, key: str | None) -> frozenset[str] | None:
+def check_reach(host: str, keys: Sequence[str]) -> frozenset[str] | None:
     """Refuses to let everybody in. Returns what may stand in ``Host``: without a key this machine's names, with one anything.
 
     Raises:
         GatewiseError: other machines could reach it, and there is no key; or no client could send the key.
     """
-    if key is not None:
-        if not key.strip() or key != key.strip() or not key.isascii() or not key.isprintable():
-            raise GatewiseError("the API key is empty, has a blank at an end, or has other than printable ASCII: give another one")
+    if any(not one.isascii() or not one.isprintable() or one.split() != [one] for one in keys):
+        raise GatewiseError("an API key is empty, or has a blank or other than printable ASCII: give another one")
+    if keys:
         return None
     if host not in (HOST, "localhost", "::1"):
         raise GatewiseError(f"--host {host} lets other machines in: give a key, in GATEWISE_API_KEY or with --api-key")

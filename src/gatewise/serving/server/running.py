@@ -1,8 +1,13 @@
 """A server of one base model and many adapters, with PEFT and gatewise alone."""
 
+import asyncio
+import os
+import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -13,13 +18,15 @@ from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_model, load_tokenizer
 from gatewise.serving.constraints import Constraint
 from gatewise.serving.server.app import app
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit
-from gatewise.serving.server.engine import Engine
+from gatewise.serving.server.bodies import RefusedError
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit, Version
+from gatewise.serving.server.engine import Engine, Piece
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 from gatewise.serving.server.text import Tokenizers
 
+_GRACE = 5  # seconds that answers under way have when the server ends
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
 
@@ -32,12 +39,13 @@ class AdapterServer:
         name: of the base model as clients say it; by default ``base``.
         host: a name or an address of this machine; one that other machines can reach only with a key.
         port: 0 takes a free one.
-        key: that clients have to send.
+        keys: of which clients have to send one.
         device, dtype: of the base model.
         most_tokens: of prompt and answer together; by default the model's positions.
         most_loaded, most_running, most_waiting: see :class:`Engine`.
         constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
         every, settled: seconds between two looks at the folders, and in which a folder must not have changed.
+        log_requests: say of each request, in a line, how it ended.
         say: told in a line what happens.
 
     Attributes:
@@ -47,7 +55,8 @@ class AdapterServer:
         length: the most tokens of prompt and answer together.
         vocabulary: token ids are below it.
         hosts: what may stand in ``Host``, None for anything.
-        encoding: the one thread of the tokenizers, which are not for several; a long prompt then keeps nobody from being heard.
+        bodies, long_bodies: threads that read bodies and encode prompts. Long ones are among themselves, and keep no other waiting.
+        open: where the pieces of answers come that clients wait for.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -61,7 +70,7 @@ class AdapterServer:
         name: str | None = None,
         host: str = HOST,
         port: int = PORT,
-        key: str | None = None,
+        keys: Sequence[str] = (),
         device: str = "auto",
         dtype: str = "auto",
         most_tokens: int | None = None,
@@ -71,10 +80,12 @@ class AdapterServer:
         constraints: Mapping[str, Constraint] | None = None,
         every: float = 2.0,
         settled: float = SETTLED,
+        log_requests: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         say = say or (lambda text: print(text, file=sys.stderr))
-        self.hosts, self.key, self.constraints = check_reach(host, key), key, constraints or {}
+        self.hosts, self.keys, self.constraints = check_reach(host, keys), keys, constraints or {}
+        self.log = say if log_requests else None
         self.socket = listen(host, port)
         self.port: int = self.socket.getsockname()[1]
         try:
@@ -111,9 +122,14 @@ class AdapterServer:
         embeddings: Any = model.get_input_embeddings()
         self.vocabulary = int(embeddings.weight.shape[0])
         self._every = every
-        self.encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
+        self.bodies = ThreadPoolExecutor(2, thread_name_prefix="gatewise-encode")
+        self.long_bodies = ThreadPoolExecutor(2, thread_name_prefix="gatewise-encode-long")
+        # One text a thread: with threads of its own beside ours, the tokenizers library has texts wait for each other.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.open: set[asyncio.Queue[tuple[int, Piece]]] = set()
         self.url = url_of(host, self.port)
-        self._server = uvicorn.Server(
+        self._server = _Listener(
+            self._end_answers,
             uvicorn.Config(
                 app(self),
                 http="h11",
@@ -127,8 +143,8 @@ class AdapterServer:
                 server_header=False,
                 limit_concurrency=512,  # connections; requests of further ones get status 503
                 timeout_keep_alive=60,
-                timeout_graceful_shutdown=5,
-            )
+                timeout_graceful_shutdown=_GRACE + 3,
+            ),
         )
 
     @property
@@ -137,7 +153,9 @@ class AdapterServer:
         return list(self.catalogue.versions)
 
     def run(self) -> None:
-        """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds.
+        """Serves until :meth:`end`, or until SIGINT or SIGTERM, which is raised again when the answers under way have ended.
+
+        They have some seconds for that, and end with an error then. A second signal ends the process at once.
 
         Raises:
             GatewiseError: a fault has ended the engine. Whatever started the server may start it again.
@@ -149,9 +167,27 @@ class AdapterServer:
         finally:
             self.catalogue.end()
             self.engine.end()
-            self.encoding.shutdown(wait=False, cancel_futures=True)
+            for threads in (self.bodies, self.long_bodies):
+                threads.shutdown(wait=False, cancel_futures=True)
         if self.engine.is_broken:
             raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
+
+    def version_of(self, name: str) -> Version | None:
+        """The adapter of a name, None for the base model.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        if name == self.name:
+            return None
+        version = self.catalogue.versions.get(name)
+        if version is None:
+            raise RefusedError(f"The model {name[:200]!r} does not exist.", 404, "model")
+        return version
+
+    def _end_answers(self) -> None:
+        for pieces in self.open:
+            pieces.put_nowait((0, Piece(problem=RefusedError("the server is ending", 503))))
 
     def end(self) -> None:
         """Ends :meth:`run`, from another thread."""
@@ -162,3 +198,25 @@ class AdapterServer:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
+
+
+class _Listener(uvicorn.Server):
+    """Ends in order.
+
+    Args:
+        end_answers: ends answers that have had their time.
+    """
+
+    def __init__(self, end_answers: Callable[[], None], config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._end_answers = end_answers
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_GRACE, self._end_answers)
+        await super().shutdown(sockets)

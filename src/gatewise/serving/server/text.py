@@ -1,9 +1,10 @@
 """Texts to tokens and back: the tokenizer of each adapter, and the text of an answer while its tokens come."""
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gatewise.adapters.files import ChatTemplate
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.models.loading import load_tokenizer
+from gatewise.serving.server.bodies import RefusedError
 from gatewise.serving.server.catalogue import Version
 from gatewise.tasks.encoding import text_prefix
 
@@ -22,7 +24,7 @@ _HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
 class Tokenizers:
     """The tokenizer of each adapter: its own where its folder has one, else the base model's. Equal ones are kept once.
 
-    For one thread at a time; the engine's may decode with what it gives.
+    For several threads at a time: a tokenizer that has encoded a first text changes nothing of itself when it encodes and decodes.
 
     Args:
         base: the base model's tokenizer.
@@ -34,6 +36,8 @@ class Tokenizers:
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
         self._base = _warmed_up(base)
         self._by_content: WeakValueDictionary[bytes, PreTrainedTokenizerBase] = WeakValueDictionary()
+        self._longest: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
+        self._loading = threading.Lock()
 
     def of(self, version: Version | None) -> PreTrainedTokenizerBase:
         """A version's, None for the base model's.
@@ -44,13 +48,32 @@ class Tokenizers:
         """
         if version is None or not {"tokenizer.json", "tokenizer_config.json"} <= {name for name, *_ in version.signature}:
             return self._base
-        if version.tokenizer is None:
-            with version.copy() as folder:
-                files = sorted([*folder.glob("*token*.json"), *folder.glob("chat_template.*")])
-                content = hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).digest()
-                version.tokenizer = self._by_content.get(content) or _warmed_up(load_tokenizer(folder))
-            self._by_content[content] = version.tokenizer
-        return version.tokenizer
+        with self._loading:
+            if version.tokenizer is None:
+                with version.copy() as folder:
+                    files = sorted([*folder.glob("*token*.json"), *folder.glob("chat_template.*")])
+                    content = hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).digest()
+                    version.tokenizer = self._by_content.get(content) or _warmed_up(load_tokenizer(folder))
+                self._by_content[content] = version.tokenizer
+            return version.tokenizer
+
+    def check_length(self, tokenizer: PreTrainedTokenizerBase, characters: int, tokens: int, param: str) -> None:
+        """Refuses a text that cannot fit, before it is encoded: a token stands for as many characters as its name has, at most.
+
+        Some tokenizers leave characters out, blanks for instance: no text of more is taken there either.
+
+        Raises:
+            RefusedError: it has too many characters.
+        """
+        if tokenizer not in self._longest:
+            self._longest[tokenizer] = max(map(len, tokenizer.get_vocab()))
+        most = tokens * self._longest[tokenizer]
+        if characters > most:
+            raise RefusedError(
+                f"This model's maximum context length is {tokens} tokens of at most {self._longest[tokenizer]} characters, but the "
+                f"{param} has {characters} characters, more than {most}: shorten it",
+                param=param,
+            )
 
 
 def _warmed_up(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -142,7 +142,7 @@ class VllmServer:
         name: str | None = None,
         host: str = HOST,
         port: int = PORT,
-        key: str | None = None,
+        keys: Sequence[str] = (),
         dtype: str = "auto",
         most_tokens: int | None = None,
         most_loaded: int = 32,
@@ -151,15 +151,16 @@ class VllmServer:
         settled: float = SETTLED,
         rest: Sequence[str] = (),
         constraints: Mapping[str, Constraint] | None = None,
+        log_requests: bool = False,
         environment: Mapping[str, str] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
-        self._python, self._every, self._key, self._constraints = str(python), every, key, constraints or {}
+        self._python, self._every, self._keys, self._constraints = str(python), every, keys, constraints or {}
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1", **(environment or {})}
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
-        self._hosts = check_reach(host, key)
+        self._hosts = check_reach(host, keys)
         with listen(host, port) as free:  # so that a taken port is an error here, and not deep in vLLM's log
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
@@ -179,6 +180,8 @@ class VllmServer:
             *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
         ]  # fmt: skip
+        if log_requests:  # at its level INFO without prompts, and with --max-log-len at no other
+            self._arguments += ["--enable-log-requests", "--enable-request-id-headers", "--max-log-len", "0"]
         self._room: Room | None = None
         if adapters:
             positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
@@ -232,8 +235,10 @@ class VllmServer:
         environment = dict(self._environment)
         if self._hosts is not None:
             environment[guard.HOSTS] = ",".join(sorted(self._hosts))
-        if self._key is not None:
-            environment[guard.KEY] = self._key
+        environment.pop(guard.KEYS, None)
+        if self._keys:
+            environment[guard.KEYS] = " ".join(self._keys)
+            environment.pop(guard.VLLM_KEY, None)  # or vLLM would ask for that one besides
         if self._constraints:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # logits processors were tried with the first alone
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
