@@ -36,6 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     weights = load_file(folders["misfit"] / "adapter_model.safetensors")
     last = max(name for name in weights if "up_proj.lora_A" in name)
     save_file({**weights, last: torch.ones(3, 5)}, folders["misfit"] / "adapter_model.safetensors")
+    folders["damaged"] = shutil.copytree(folders["a"], root / "damaged")  # which is not seen before it is loaded
+    save_file({name: value * math.nan for name, value in weights.items()}, folders["damaged"] / "adapter_model.safetensors")
     return folders
 
 
@@ -137,10 +139,7 @@ def test_an_adapter_that_does_not_fit_harms_no_other(made: dict[str, Path], tmp_
         pass
     shutil.copytree(made["a"], tmp_path / "a")
     shutil.copytree(made["misfit"], tmp_path / "misfit")
-    damaged = (
-        shutil.copytree(made["a"], tmp_path / "damaged") / "adapter_model.safetensors"
-    )  # which is not seen before it is loaded
-    save_file({name: value * math.nan for name, value in load_file(damaged).items()}, damaged)
+    shutil.copytree(made["damaged"], tmp_path / "damaged")
     said: list[str] = []
     with serving(made["base"], tmp_path, say=said.append) as server:
         assert [one.id for one in client(server).models.list()] == ["tiny", "a", "damaged"]
@@ -150,7 +149,10 @@ def test_an_adapter_that_does_not_fit_harms_no_other(made: dict[str, Path], tmp_
             assert str(tmp_path) not in str(told.value)
             assert ask(server, "a").choices[0].text == text(made, "a")
             assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
-    for line in (f"the adapter {tmp_path / 'misfit'} does not fit", f"{damaged} is damaged"):
+    for line in (
+        f"the adapter {tmp_path / 'misfit'} does not fit",
+        f"{tmp_path / 'damaged' / 'adapter_model.safetensors'} is damaged",
+    ):
         assert "".join(said).count(line) == 1
 
 
@@ -199,12 +201,12 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_the_base_model_does_not_wait_for_an_adapter_that_has_no_room(made: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("a", "b", "misfit"):
+    for name in ("a", "b", "damaged"):
         shutil.copytree(made[name], tmp_path / name)
     with serving(made["base"], tmp_path, most_loaded=1) as server, ThreadPoolExecutor(9) as threads:
         long = threads.submit(ask, server, "a", 40, extra_body={"ignore_eos": True})
         soon(lambda: gauge(server, "gatewise_running") == 1)
-        others = [threads.submit(ask, server, name) for name in ("b", "misfit", "a")]
+        others = [threads.submit(ask, server, name) for name in ("b", "damaged", "a")]
         soon(lambda: gauge(server, "gatewise_waiting") == 3)
         assert ask(server, "tiny", 2).choices
         assert not long.done()
@@ -231,9 +233,9 @@ def test_one_adapter_is_loaded_between_two_steps(made: dict[str, Path], tmp_path
     monkeypatch.setattr(Lane, "load", slowly)
     monkeypatch.setattr(Lane, "read", noted)
     for number in range(4):
-        shutil.copytree(made["misfit"], tmp_path / f"misfit{number}")
+        shutil.copytree(made["damaged"], tmp_path / f"damaged{number}")
     with serving(made["base"], tmp_path) as server, ThreadPoolExecutor(4) as threads:
-        broken = [threads.submit(ask, server, f"misfit{number}") for number in range(4)]
+        broken = [threads.submit(ask, server, f"damaged{number}") for number in range(4)]
         soon(lambda: gauge(server, "gatewise_waiting") >= 3)
         assert ask(server, "tiny", 1).choices
         assert order[-1] == "read" or order.count("load") < 4

@@ -60,7 +60,7 @@ def test_under_load_every_answer_is_right_and_nothing_is_left(soak: Any, tmp_pat
     assert material.distinct > 0.8  # or the comparison would tell nothing
     room = {"most_loaded": 4, "most_running": 6, "most_waiting": 12}
     before = threading.active_count()
-    settings = {"name": soak.BASE, "key": soak.KEY, "every": 0.1, "settled": 0.3, **room}
+    settings = {"name": soak.BASE, "keys": [soak.KEY], "every": 0.1, "settled": 0.3, **room}
     with serving(Path(material.base), material.served, **settings) as server:
         load = soak.Soak(server.url, material, seed=1, grace=8.0, settled=0.3)
         load.start(10, 0.2)

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -288,26 +289,31 @@ class Fit:
     """Whether adapters fit a base model, which is known by its configuration alone.
 
     Args:
-        base: its name.
-
-    Raises:
-        GatewiseError: it has none.
+        base: its name, which is looked up once there is an adapter.
     """
 
     def __init__(self, base: str) -> None:
-        self._base, config = base, load_config(base)
+        self._base = base
+
+    @cached_property
+    def _made_for(self) -> dict[str, Any]:
+        config = load_config(self._base)
         text = config.get_text_config()
         sizes = {"layers": "num_hidden_layers", "hidden_size": "hidden_size"}
-        self._made_for = {"model_type": config.model_type, **{name: getattr(text, size, None) for name, size in sizes.items()}}
-        self._sizes: dict[str, list[list[int]]] = {}
-        for name, shape in weight_shapes(base).items():
-            self._sizes.setdefault(_within_model(name.removesuffix(".weight")), []).append(sorted(shape))
+        return {"model_type": config.model_type, **{name: getattr(text, size, None) for name, size in sizes.items()}}
+
+    @cached_property
+    def _sizes(self) -> dict[str, list[list[int]]]:
+        found: dict[str, list[list[int]]] = {}
+        for name, shape in weight_shapes(self._base).items():
+            found.setdefault(_within_model(name.removesuffix(".weight")), []).append(sorted(shape))
+        return found
 
     def check(self, folder: Path) -> None:
         """Compares what an adapter's file says of its modules.
 
         Raises:
-            GatewiseError: it was made for another base model.
+            GatewiseError: it was made for another base model, or this one cannot be had.
         """
         problem = None
         made_for: Any = read_config(folder).get("made_for")
