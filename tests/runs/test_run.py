@@ -228,6 +228,48 @@ def test_reporters_are_given_everything_under_the_folders_name(tmp_path: Path, m
     assert result.adapter.is_dir()
 
 
+def test_a_finished_adapter_is_uploaded_and_nothing_is_lost_where_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Hub:
+        role, fails = "write", False
+
+        def whoami(self) -> Any:
+            return {"name": "ada", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": self.role}}}
+
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+            calls.append((repository, private, exist_ok))
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, folder_path: Path, **_: Any) -> None:
+            if self.fails:
+                raise OSError("the line\nis dead")
+            calls.append({path.name for path in folder_path.iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    told = Console(file=io.StringIO(), width=200)
+    recipe, out = write_recipe(tmp_path, training={"max_steps": 1}), tmp_path / "out"
+    run.train(load_recipe(recipe, ("push_to_hub=lab/mine",)), out, console=told)
+    assert calls[0] == ("lab/mine", True, True)
+    assert calls[1] >= {"adapter_model.safetensors", "gatewise.json"}
+    assert "uploaded to https://hub/lab/mine" in told.file.getvalue()
+    Hub.fails = True
+    run.train(load_recipe(recipe, ("push_to_hub=ada/mine", "hub_private=false")), out, console=told, overwrite=True)
+    assert "could not be uploaded (the line is dead)" in told.file.getvalue()
+    assert f"this uploads it: hf upload ada/mine {out}/adapter\n" in told.file.getvalue()
+    with pytest.raises(GatewiseError, match="your token writes for ada, lab: expected one of these names"):
+        train(recipe, out, "push_to_hub=bob/mine", overwrite=True)
+    Hub.role = "read"
+    with pytest.raises(GatewiseError, match="your token may only read"):
+        train(recipe, out, "push_to_hub=ada/mine", overwrite=True)
+    monkeypatch.setattr(Hub, "whoami", lambda self: 1 / 0)
+    with pytest.raises(GatewiseError, match=r"the hub does not say who you are \(division by zero\): log in with `hf auth login`"):
+        train(recipe, out, "push_to_hub=ada/mine", overwrite=True)
+    assert (out / "metrics.json").is_file()
+
+
 def test_written_answers_are_as_long_as_the_recipe_says(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     rows = [{"source": f"{number} q", "target": "x"} for number in range(8)]

@@ -126,6 +126,9 @@ def train(
     count: Annotated[
         int | None, typer.Option("--processes", help="Train in so many processes, one a GPU. [default: the recipe's, or 1]", min=1)
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show rows, prompts, size, steps, time and memory, and write nothing.")
+    ] = False,
     strategy: Annotated[
         str | None, typer.Option(help="How they share the model: ddp, fsdp2, zero2 or zero3. [default: the recipe's, or ddp]")
     ] = None,
@@ -138,12 +141,19 @@ def train(
       gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
       gatewise train my.yaml --output runs/slower --resume
       gatewise train my.yaml --processes 2 --strategy fsdp2
+      gatewise train my.yaml --dry-run
     """
     from gatewise.runs.recipe import load_recipe
 
     flags = {"device": device, "launch.processes": count, "launch.strategy": strategy}
     checked = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     folder = output or Path("runs") / recipe.stem
+
+    if dry:
+        from gatewise.runs.dry_run import dry_run
+
+        dry_run(checked, folder, Console(), Console(stderr=True))
+        return
 
     from gatewise import processes
     from gatewise.runs import launch

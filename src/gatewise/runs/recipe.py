@@ -136,6 +136,10 @@ class Recipe(Section):
     quantization: Quantization | None = None
     device: Annotated[str, Field(pattern=DEVICES)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """Where the finished adapter is uploaded on the Hugging Face Hub: NAME/REPOSITORY."""
+    hub_private: bool = True
+    """Whether that repository, where it is new, is for its owner alone."""
     data: DataSection
     launch: LaunchSection = LaunchSection()
     training: TrainingSection = TrainingSection()

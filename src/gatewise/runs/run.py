@@ -42,6 +42,7 @@ from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
 from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
+from gatewise.runs.hub import check_upload, upload
 from gatewise.runs.recipe import Recipe, TorchOptimizer, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
@@ -51,7 +52,10 @@ WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder,
 LOCK = ".gatewise.lock"
 
 # What trains nothing: a run whose measuring ran out of memory can be resumed with smaller batches.
-_FREE_TO_CHANGE = ("device", "training.log_every", "training.report_to", "training.eval_batch_size", "data.max_new_tokens")
+_FREE_TO_CHANGE = (
+    *("device", "push_to_hub", "hub_private", "training.log_every", "training.report_to", "training.eval_batch_size"),
+    "data.max_new_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def train(
     if resume:
         method.resume(output)
     with quiet(bars=True):
-        run = _prepared(recipe, task, method, output, device, dtype, checkpoint, progress)
+        run = prepared(recipe, task, method, output, device, dtype, checkpoint, progress)
         rows = _fingerprints(run, resume)
         run.checkpoint = _with_steps_to_go(run)
         if overwrite:
@@ -169,6 +173,8 @@ def train(
                 study = study_of(run, model)
             if is_main:
                 result = _drawn(run, result, study, trainer.state)
+    if is_main and recipe.push_to_hub:
+        upload(result.adapter, recipe.push_to_hub, recipe.hub_private, progress.say)
     return result
 
 
@@ -184,6 +190,8 @@ def check_services(recipe: Recipe) -> None:
     for name in recipe.training.reporters:
         if find_spec(name) is None:
             raise GatewiseError(f"training.report_to names {name}, which is not installed: pip install {name}, or take it out")
+    if recipe.push_to_hub:
+        check_upload(recipe.push_to_hub)
 
 
 def _check_sharing(recipe: Recipe, method: Method) -> None:
@@ -257,7 +265,7 @@ def what_is_kept(output: Path, method: Method) -> str | None:
     return f"step {checkpoint_step(kept[-1])} of the {method.stage}" if kept else None
 
 
-def _prepared(
+def prepared(
     recipe: Recipe,
     task: Task,
     method: Method,
