@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from adapter_folders import random_factors, write_folder
@@ -62,6 +63,28 @@ def test_scores_are_shown_by_layer_and_module(inspect: Inspect, saved: Path, dat
     assert f"could go: {len(found.useless)} modules" in result.stdout
     assert "scoring on 12 rows with path_integral" in result.stderr
     assert "suggestion" not in result.stdout
+
+
+def test_an_adapter_on_the_hub_is_fetched_and_needs_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache, without a network. What else lies in such a place is not fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "models--somebody--small"
+    write_folder(kept / "snapshots" / "abc", random_factors("model.layers.0.q_proj"), base_model_name_or_path="no/base")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "gatewise.adapters.files.snapshot_download",
+        lambda *names, **chosen: asked.append(chosen) or huggingface_hub.snapshot_download(*names, **chosen),
+    )
+    result = CliRunner().invoke(app, ["inspect", "somebody/small"])
+    assert "total rank: 4" in result.stdout
+    files = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "checkpoint-5/a.json"]
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **asked[0])) == files[:2]
+    refused = CliRunner().invoke(app, ["inspect", "somebody/else"])
+    assert refused.exit_code == 2
+    assert "error: somebody/else is no folder here, and cannot be had from the hub (" in refused.stderr
 
 
 def test_every_setting_reaches_the_score(inspect: Inspect, saved: Path, data: Path, tmp_path: Path) -> None:

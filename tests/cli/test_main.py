@@ -72,6 +72,24 @@ def test_eval_repeats_the_runs_own_measurement(gatewise: Gatewise, trained: Path
     assert f"{expected['loss']:.4f}" in table.stdout
 
 
+def test_the_adapter_of_a_run_has_a_card_that_travels_with_it(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    card = (trained / "adapter" / "README.md").read_text()
+    accuracy = json.loads((trained / "metrics.json").read_text())["metrics"]["dev"]["after"]["accuracy"]
+    for text in (
+        f"value: {round(accuracy, 4)}",
+        "- alora",
+        "`train.jsonl`",
+        "method: alora",
+        "![ranks](ranks.png)",
+        "## How a prompt",
+    ):
+        assert text in card
+    assert str(trained.parent) not in card
+    assert (trained / "adapter" / "ranks.png").read_bytes() == (trained / "ranks.png").read_bytes()
+    assert gatewise("export", trained / "adapter", "out", "--padded").exit_code == 0
+    assert "`gatewise export` wrote it as plain LoRA." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_eval_writes_what_was_answered(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
     words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--json", "--out")
     metrics = json.loads(gatewise(*words, tmp_path / "new" / "answers.jsonl").stdout)

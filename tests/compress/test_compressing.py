@@ -224,6 +224,7 @@ def test_the_configuration_names_what_the_whole_adapter_names(tmp_path: Path) ->
     now = read_config(tmp_path / "small")
     assert now["base_model_name_or_path"] == str(tmp_path / "base")
     assert now["modules_to_save"] == ["classifier", "score"]
+    assert "`gatewise compress` left" in (tmp_path / "small" / "README.md").read_text()
 
 
 # ---------------------------------------------------------------- what is refused

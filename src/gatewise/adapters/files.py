@@ -8,8 +8,8 @@ The folder of an adapter, as PEFT saves it and gatewise adds to it:
     allocation.json            the rounds of ALoRA and PI-LoRA               read_allocation
     search.json                the layers that a search chose for prompts    read_selection
 
-What the contents mean is told where they are used: export, loading, ``gatewise.inspection``. A file that is missing or damaged is a
-``GatewiseError`` that names it.
+An adapter may also be named by its id on the hub: ``local_folder``. What the contents mean is told where they are used: export,
+loading, ``gatewise.inspection``. A file that is missing or damaged is a ``GatewiseError`` that names it.
 """
 
 import hashlib
@@ -24,10 +24,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of, write_json
 from gatewise.models.embedded import EMBEDDED
 
@@ -39,6 +40,34 @@ SEARCH_FILE = "search.json"
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the base model."""
+
+
+# ---------------------------------------------------------------- the folder
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def local_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter that is named by its folder, or by its id on the hub ("user/adapter"), from which it is fetched.
+
+    Only JSON, the adapter's safetensors and chat templates are fetched, and neither checkpoints nor the base model.
+
+    Raises:
+        GatewiseError: it is no folder here, and no adapter that can be had from the hub.
+    """
+    name = str(adapter)
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return Path(name)
+    try:
+        found = Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS_FILE, "*.jinja"], ignore_patterns=["*/*"]))
+        if not (found / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"it has no {CONFIG_FILE} there")
+    except Exception as error:  # its libraries raise their own kinds: no network, no such id, a gate
+        reason = reason_of(error.__cause__ or error, 160)  # without what the hub's library advises for its own functions
+        advice = "give the folder of an adapter, or its id on the hub"
+        raise GatewiseError(f"{name} is no folder here, and cannot be had from the hub ({reason}): {advice}") from error
+    return found
 
 
 # ---------------------------------------------------------------- adapter_config.json

@@ -7,13 +7,15 @@ import typer
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, print_table
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 
 def compress(
-    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(callback=at_hand, help="Any LoRA adapter: its folder, or its id on the hub.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="Rows that measure: a file, sample:NAME or a data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write, new or empty.", show_default=False)],
     base: BaseOption = None,

@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter or checkpoint.", show_default=False)],
+    adapter: Annotated[
+        Path,
+        typer.Argument(callback=at_hand, help="The folder of an adapter or checkpoint, or an id on the hub.", show_default=False),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", show_default=False)],
     padded: Annotated[
         bool, typer.Option("--padded", help="One rank for all modules, for engines that ignore rank patterns.")
@@ -54,15 +57,22 @@ def export(
     """
     from gatewise.adapters.difference import compare
     from gatewise.adapters.export import to_lora
+    from gatewise.inspection.card import carry_card
 
     options = DataOptions(base, split, prompt, labels, limit, device)
     if data is None and (split or prompt or labels or limit):
         raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
-    to_lora(
-        adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device,
-        say=lambda text: typer.echo(text, err=True),
-    )  # fmt: skip
+    told = ["`gatewise export` wrote it as plain LoRA." if plain else "`gatewise export` wrote it at its true ranks."]
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+        told.append(f"- {text}")
+
+    to_lora(adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device, say=say)
     typer.echo(f"written: {out}")
     if data is not None:
         found = compare(adapter, out, data, options)
-        typer.echo(f"largest difference of a logit: {found.logits:.2g}; loss {found.before:.4f} before, {found.after:.4f} after")
+        line = f"largest difference of a logit: {found.logits:.2g}; loss {found.before:.4f} before, {found.after:.4f} after"
+        typer.echo(line)
+        told.append(f"- {line}")
+    carry_card(adapter, out, "Exported", "\n".join(told))

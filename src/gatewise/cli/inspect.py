@@ -14,7 +14,7 @@ from rich.table import Table
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
-from gatewise.cli.options import LabelsOption, PromptOption, SplitOption
+from gatewise.cli.options import LabelsOption, PromptOption, SplitOption, at_hand
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
@@ -23,7 +23,12 @@ Value = Literal["rank", "norm", "parameters"]
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            callback=at_hand, help="Any LoRA adapter, or one of method spt: its folder, or its id on the hub.", show_default=False
+        ),
+    ],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
@@ -61,6 +66,7 @@ def inspect(
     \b
     Examples:
       gatewise inspect runs/quickstart/adapter --plot ranks.png
+      gatewise inspect somebody/an-adapter --value norm
       gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 2.4M --out pattern.json
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """

@@ -22,7 +22,7 @@ from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, print_table
+from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError, needs, reason_of
@@ -186,7 +186,9 @@ def train(
 
 @app.command("eval")
 def eval_(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(callback=at_hand, help="The adapter's folder, or its id on the hub.", show_default=False)
+    ],
     data: Annotated[
         str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
     ] = None,

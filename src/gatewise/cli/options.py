@@ -1,6 +1,7 @@
 """What several commands share: the options by which rows are read with a saved adapter (see ``DataOptions``), and tables."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,13 @@ PromptOption = Annotated[
 ]
 LabelsOption = Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")]
 LimitOption = Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)]
+
+
+def at_hand(adapter: Path) -> Path:
+    """The folder of an adapter that is named by its folder or its id on the hub, for an argument's ``callback``."""
+    from gatewise.adapters.files import local_folder  # brings torch
+
+    return local_folder(adapter)
 
 
 def print_table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gatewise.cli.options import at_hand
 from gatewise.errors import GatewiseError
 from gatewise.flags import DeviceOption
 
@@ -28,7 +29,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="PLACE",
-            help="An adapter, a folder of adapters, a pattern such as 'runs/*/adapter', or NAME=FOLDER; repeatable.",
+            help="An adapter, a folder of adapters, a pattern ('runs/*/adapter'), an id on the hub, or NAME=ADAPTER; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -94,6 +95,7 @@ def serve(
     for name, is_given in ignored.items():
         if is_given:
             raise GatewiseError(f"{name} does not go with --engine {engine}: leave it out, or take the other engine")
+    places = [_at_hand(place) for place in adapters or ()]
     settings: dict[str, Any] = {
         "name": served_model_name, "host": host, "port": port, "keys": api_key or (), "dtype": dtype, "most_tokens": max_model_len,
         "most_loaded": max_loaded, "most_running": max_running, "every": poll, "log_requests": log_requests, "say": _say,
@@ -107,15 +109,13 @@ def serve(
             from gatewise.serving.server.with_vllm import VllmServer
 
             kept_to = find_constraints(constraint or ())
-            in_vllm = VllmServer(
-                base, adapters or (), python=python or sys.executable, rest=vllm or (), constraints=kept_to, **settings
-            )
+            in_vllm = VllmServer(base, places, python=python or sys.executable, rest=vllm or (), constraints=kept_to, **settings)
             in_vllm.run(ready=lambda: _ready(in_vllm))
         else:
             from gatewise.serving.server.running import AdapterServer
 
             settings |= {"device": device, "most_waiting": max_waiting or 256, "constraints": find_constraints(constraint)}
-            with AdapterServer(base, adapters or (), **settings) as server:
+            with AdapterServer(base, places, **settings) as server:
                 _ready(server)
                 server.run()
     except ModuleNotFoundError as error:
@@ -123,6 +123,13 @@ def serve(
         raise GatewiseError(f"serve needs {missing}, which is not installed: pip install 'gatewise[server]'") from error
     except KeyboardInterrupt:
         _say("serving ended")
+
+
+def _at_hand(place: str) -> str:
+    """A place of adapters; of an id on the hub the folder that was fetched, with the name that clients call it by."""
+    name, _, path = place.rpartition("=")
+    folder = at_hand(Path(path))
+    return place if folder == Path(path) else f"{name or path.rpartition('/')[2]}={folder}"
 
 
 def _ready(server: "AdapterServer | VllmServer") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import LabelsOption, PromptOption, SplitOption
+from gatewise.cli.options import LabelsOption, PromptOption, SplitOption, at_hand
 from gatewise.files import finite
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
@@ -51,7 +51,7 @@ def serving_check(
 
     options = DataOptions(base, split, prompt, labels, device=device)
     found = check_in_vllm(
-        adapters, data, options=options, python=python or sys.executable, prompts=prompts, tokens=tokens,
+        [at_hand(one) for one in adapters], data, options=options, python=python or sys.executable, prompts=prompts, tokens=tokens,
         dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     if as_json:

@@ -34,6 +34,7 @@ from gatewise.compress.rows import Rows, rows_for
 from gatewise.compress.search import Candidate, Goal, Search, Size, Work
 from gatewise.errors import GatewiseError, some
 from gatewise.files import check_new_folder, finite, whole_folder, write_json
+from gatewise.inspection.card import carry_card
 from gatewise.losses import scored
 from gatewise.models.loading import folder_of
 from gatewise.progress import ConsoleProgress, quiet
@@ -166,7 +167,19 @@ def _write(search: Search, order: str, out: Path, source: Path) -> Compressed:
         )  # fmt: skip
         write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(search.loaded.model)))
         write_json(part / REPORT_FILE, {"format": 1, **finite(asdict(result))})
+        carry_card(source, part, "Compressed", _told(result))
     return result
+
+
+def _told(result: Compressed) -> str:
+    """What was done, for the model card."""
+    size, whole, unit = result.chosen.size, result.whole_size, "right answers" if result.measure == "right" else "loss"
+    base, before, now = (f"{abs(one):.4f}" for one in (result.base_quality, result.whole_quality, result.chosen.quality))
+    return (
+        f"`gatewise compress` left {size.parameters:,} of {whole.parameters:,} parameters, {size.modules} of {whole.modules} "
+        f"modules{', and trained them on' if result.chosen.recovered else ''}. On rows that valued no rank, {unit}: base model "
+        f"{base}, whole adapter {before}, this one {now}. Numbers and pictures above are of the whole adapter."
+    )
 
 
 def _deviation(search: Search, folder: Path) -> float:

@@ -2,7 +2,7 @@
 
 It knows no method and no task: their verbs are in ``gatewise/parts.py``. What a run leaves in its folder:
 
-    adapter/        what was trained, as PEFT saves it, with gatewise.json; more beside it from some methods
+    adapter/        what was trained, as PEFT saves it, with gatewise.json and a model card; more beside it from some methods
     metrics.json    metrics before and after, parameters, seconds, and the method's numbers
     *.png           the method's pictures: ranks, layers, routing
     recipe.yaml     the recipe with every default written out
@@ -42,6 +42,7 @@ from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
 from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
+from gatewise.runs.card import write_card_of
 from gatewise.runs.hub import check_upload, upload
 from gatewise.runs.recipe import Recipe, TorchOptimizer, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
@@ -515,4 +516,6 @@ def _drawn(run: Run, result: RunResult, study: Report, state: TrainerState) -> R
         with _may_fail(name, run.progress):
             draw(run.output / name)
             result.pictures[name] = run.output / name
+    with _may_fail("the model card", run.progress):
+        write_card_of(run, run.output / ADAPTER, result)
     return result

@@ -1,0 +1,163 @@
+"""The model card of an adapter, ``README.md`` in its folder: what the hub reads at its head, and what a reader wants to know.
+
+PEFT writes a form there that nobody fills in. What the adapter's own files say (its base, its kind, how a prompt is written, how it
+is loaded) is written here for any adapter; data, method and metrics come from whoever made it.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from gatewise import __version__
+from gatewise.adapters.files import read_config, read_lora, read_note
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+from gatewise.models.embedded import EMBEDDED
+from gatewise.parts import TASKS
+from gatewise.serving.engines import serving_settings
+
+CARD_FILE = "README.md"
+PICTURES = ("ranks.png", "layers.png", "routing.png")
+_FORM = "[More Information Needed]"
+_KINDS = {
+    "LORA": "LoRA", "ADALORA": "AdaLoRA", "ROUTED_LORA": "routed LoRA (MiLoRA)", "SELECTIVE_PROMPT": "selective prompts (SPT)",
+    "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning",
+}  # fmt: skip
+_OWN = ("ROUTED_LORA", "SELECTIVE_PROMPT")  # types of PEFT's that gatewise adds
+
+
+def write_card(
+    folder: str | Path,
+    name: str,
+    *,
+    sections: Mapping[str, str] | None = None,
+    results: Sequence[EvalResult] = (),
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> Path:
+    """Writes the card of an adapter over the one that is there.
+
+    Args:
+        folder: of the adapter; the pictures of ``PICTURES`` that lie in it are shown.
+        name: what to call it.
+        sections: heading -> text, for what no file of the adapter says.
+        results: metrics, for the head of the card.
+        datasets: those of the hub that it was trained on.
+
+    Raises:
+        GatewiseError: the folder is no adapter.
+    """
+    folder = Path(folder)
+    config, note = read_config(folder), read_note(folder)
+    base, kind = str(config.get("base_model_name_or_path") or ""), str(config.get("peft_type"))
+    on_hub = bool(base) and not Path(base).exists() and not Path(base).is_absolute()
+    base = base if on_hub else Path(base).name
+    task = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}.get(str(config.get("task_type")))
+    head = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft",
+        pipeline_tag=task,
+        datasets=list(datasets) or None,
+        tags=sorted({*([f"base_model:adapter:{base}"] if on_hub else []), kind.lower(), "gatewise", "transformers", *tags}),
+        model_name=name if results else None,
+        eval_results=list(results) or None,
+    )
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
+    told = [f"# {name}", f"An adapter ({_KINDS.get(kind, kind)}) for {link}, made with gatewise {__version__}."]
+    if quantised := note.get("base_quantised"):
+        told.append(
+            f"It was trained on `{note['base']}`, the same model with its weights quantised to {quantised}: on the hub's weights "
+            "its answers may differ a little."
+        )
+    told += [f"## {heading}\n\n{text}" for heading, text in (sections or {}).items()]
+    told += [f"![{Path(one).stem}]({one})" for one in PICTURES if (folder / one).is_file()]
+    told += [
+        f"## How a prompt is written\n\n{_prompt(note, task)}",
+        f"## How to load it\n\n{_usage(folder, config, note, base, name)}",
+    ]
+    with whole_file(folder / CARD_FILE) as part:
+        part.write_text(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(told) + "\n", encoding="utf-8")
+    return folder / CARD_FILE
+
+
+def carry_card(source: str | Path, folder: str | Path, heading: str, text: str) -> None:
+    """Gives an adapter that was made from another one the card of that one, with what was done to it at the end.
+
+    Where that has none that is filled in, a card is written. Metrics stay those of the other one, under their heading.
+
+    Args:
+        source, folder: of the adapter that there was, and of the one that was made.
+    """
+    source, folder = Path(source), Path(folder)
+    try:
+        card = ModelCard((source / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is damaged
+        card = None
+    if card is None or _FORM in card.text:
+        resolved = source.resolve()
+        write_card(folder, resolved.parent.name if resolved.name == "adapter" else resolved.name, sections={heading: text})
+        return
+    card.data.eval_results = None  # which the adapter may not have any more
+    for name in filter(lambda one: (source / one).is_file(), PICTURES):
+        shutil.copyfile(source / name, folder / name)
+    with whole_file(folder / CARD_FILE) as part:
+        part.write_text(f"{str(card).rstrip()}\n\n## {heading}\n\n{text}\n", encoding="utf-8")
+
+
+def _prompt(note: Mapping[str, Any], task: str | None) -> str:
+    """How the run that made the adapter wrote its prompts."""
+    labels, words = note.get("labels") or [], note.get("label_words") or {}
+    if task == "text-classification":
+        return f"The text itself is classified. The classes, in order: {', '.join(f'`{one}`' for one in labels) or 'not noted'}."
+    answers = f"\n\nThe answer is one of: {', '.join(f'`{words.get(one, one)}`' for one in labels)}." if labels else ""
+    if note.get("chat_template"):
+        return f"As messages, by the chat template that is noted in `gatewise.json` (`chat_template`).{answers}"
+    if note.get("template"):
+        return f"With the text of a row in place of its field:\n\n{_fenced(note['template'])}{answers}"
+    return "Nothing is noted of it."
+
+
+def _usage(folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], base: str, name: str) -> str:
+    """How PEFT, gatewise and vLLM load the adapter."""
+    if (task := note.get("task")) in TASKS and TASKS[task].elsewhere:
+        return f"This adapter {TASKS[task].elsewhere}."
+    classes = len(note.get("labels") or ()) if config.get("task_type") == "SEQ_CLS" else 0
+    auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
+    loaded = f'{auto}.from_pretrained("{base}"{f", num_labels={classes}" if classes else ""})'
+    lines = ["import gatewise  # knows this type of adapter"] if config.get("peft_type") in _OWN else []
+    lines += [
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained({loaded}, "ADAPTER")  # this folder, or its name on the hub',
+    ]
+    known = note.get("base") if note.get("base") in EMBEDDED else base
+    told = [_fenced("\n".join(lines), "python"), "With gatewise:"]
+    commands = ["gatewise eval ADAPTER --data rows.jsonl"]
+    told.append(_fenced("\n".join([*commands, *([] if classes else [f"gatewise serve {known} --adapters {name}=ADAPTER"])])))
+    try:
+        vllm = None if classes else serving_settings(read_lora(folder), None)["vllm"]
+    except GatewiseError:  # it is not of LoRA's kind
+        vllm = None
+    if vllm:
+        arguments = vllm["arguments"][: vllm["arguments"].index("--lora-target-modules")]
+        extra = ", with gatewise installed beside it" if config.get("peft_type") in _OWN else ""
+        told += [f"With vLLM{extra}:", _fenced(f"vllm serve {base} {' '.join(arguments)} --lora-modules {name}=ADAPTER")]
+    return "\n\n".join(told)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A block of text as it is, whatever stands in it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table_of(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
