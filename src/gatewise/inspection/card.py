@@ -100,7 +100,7 @@ def carry_card(source: str | Path, folder: str | Path, heading: str, text: str) 
         resolved = source.resolve()
         write_card(folder, resolved.parent.name if resolved.name == "adapter" else resolved.name, sections={heading: text})
         return
-    card.data.eval_results = None  # which the adapter may not have any more
+    card.data["eval_results"] = None  # which the adapter may not have any more
     for name in filter(lambda one: (source / one).is_file(), PICTURES):
         shutil.copyfile(source / name, folder / name)
     with whole_file(folder / CARD_FILE) as part:
@@ -122,7 +122,8 @@ def _prompt(note: Mapping[str, Any], task: str | None) -> str:
 
 def _usage(folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], base: str, name: str) -> str:
     """How PEFT, gatewise and vLLM load the adapter."""
-    if (task := note.get("task")) in TASKS and TASKS[task].elsewhere:
+    task = str(note.get("task"))
+    if task in TASKS and TASKS[task].elsewhere:
         return f"This adapter {TASKS[task].elsewhere}."
     classes = len(note.get("labels") or ()) if config.get("task_type") == "SEQ_CLS" else 0
     auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"

@@ -25,7 +25,7 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
         shutil.copyfile(result.pictures[name], adapter / name)
     recipe: Recipe = without_paths(run.recipe)
     data, parameters = recipe.data.model_dump(), result.parameters
-    hub = [name for key in ("train", "dev", "test") if (name := data.get(key)) and _is_hub(getattr(run.recipe.data, key))]
+    hub = [str(data[key]) for key in ("train", "dev", "test") if data.get(key) and _is_hub(getattr(run.recipe.data, key))]
     rows = [
         [f"{key} {name}", format_metric(name, both["before"][name]), format_metric(name, value)]
         for key, both in result.metrics.items()
