@@ -87,7 +87,7 @@ def test_the_adapter_of_a_run_has_a_card_that_travels_with_it(gatewise: Gatewise
     assert str(trained.parent) not in card
     assert (trained / "adapter" / "ranks.png").read_bytes() == (trained / "ranks.png").read_bytes()
     assert gatewise("export", trained / "adapter", "out", "--padded").exit_code == 0
-    assert "`gatewise export` wrote it as plain LoRA." in (tmp_path / "out" / "README.md").read_text()
+    assert "`gatewise export` wrote it as plain LoRA.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_eval_writes_what_was_answered(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:

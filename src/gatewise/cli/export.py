@@ -56,23 +56,23 @@ def export(
       gatewise export runs/dora-support/adapter plain --rank 32 --data sample:support-dev
     """
     from gatewise.adapters.difference import compare
-    from gatewise.adapters.export import to_lora
+    from gatewise.adapters.export import EXPORT_FILE, to_lora
     from gatewise.inspection.card import carry_card
 
     options = DataOptions(base, split, prompt, labels, limit, device)
     if data is None and (split or prompt or labels or limit):
         raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
-    told = ["`gatewise export` wrote it as plain LoRA." if plain else "`gatewise export` wrote it at its true ranks."]
-
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
-        told.append(f"- {text}")
-
-    to_lora(adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device, say=say)
+    to_lora(
+        adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device,
+        say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
     typer.echo(f"written: {out}")
+    told = "`gatewise export` wrote it as plain LoRA" if plain else "`gatewise export` wrote it at its true ranks"
+    if (out / EXPORT_FILE).is_file():
+        told += f"; what was lost of each module's difference is in `{EXPORT_FILE}`"
     if data is not None:
         found = compare(adapter, out, data, options)
-        line = f"largest difference of a logit: {found.logits:.2g}; loss {found.before:.4f} before, {found.after:.4f} after"
-        typer.echo(line)
-        told.append(f"- {line}")
-    carry_card(adapter, out, "Exported", "\n".join(told))
+        lost = f"largest difference of a logit: {found.logits:.2g}; loss {found.before:.4f} before, {found.after:.4f} after"
+        typer.echo(lost)
+        told += f". On some rows, {lost}"
+    carry_card(adapter, out, "Exported", f"{told}.")
