@@ -123,11 +123,13 @@ def tiny_base(family: str) -> Any:
     return BertForSequenceClassification(config)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Of the vocabulary of the tiny models: padding, the end of a text, and the words w0, w1, ..."""
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+def word_tokenizer(text: str | None = None) -> PreTrainedTokenizerFast:
+    """Of the vocabulary of the tiny models: padding, the end of a text, and the words w0, w1, ... or those of a text."""
+    inner = Tokenizer(WordLevel())
     inner.pre_tokenizer = Whitespace()
+    text = " ".join(f"w{i}" for i in range(VOCABULARY - 2)) if text is None else text
+    words = ["<pad>", "<eos>", *dict.fromkeys(word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text))]
+    inner.model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 

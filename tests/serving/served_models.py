@@ -1,5 +1,7 @@
 """A tiny base model and adapters of every kind that can be served, as folders, what each writes alone, and a server of them."""
 
+import json
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from routed_models import routed_config, trained_routers
@@ -104,7 +107,7 @@ def run(server: AdapterServer) -> None:
 
 
 @contextmanager
-def serving(base: Path, *adapters: Path | str, **settings: Any) -> Iterator[AdapterServer]:
+def serving(base: Path | str, *adapters: Path | str, **settings: Any) -> Iterator[AdapterServer]:
     """A server that runs in a thread until the block ends; its base model is called "tiny"."""
     given = {"name": "tiny", "port": 0, "device": "cpu", "dtype": "float32", "say": lambda text: None, "settled": 0.1, **settings}
     with AdapterServer(str(base), [str(one) for one in adapters], **given) as server:
@@ -116,6 +119,25 @@ def serving(base: Path, *adapters: Path | str, **settings: Any) -> Iterator[Adap
             server.end()
             thread.join(30)
         assert not thread.is_alive()
+
+
+def ask_quickstart(url: str) -> None:
+    """Asks the adapter of the quickstart as the first commands of docs/serving.md do: it names the department, and stops."""
+    told = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    curls = [shlex.split(line) for line in told.splitlines() if line.startswith("    curl localhost:8000/v1/")][:2]
+    chat, text = (json.loads(words[words.index("-d") + 1]) for words in curls)
+    assert [words[1].rpartition("/v1/")[2] for words in curls] == ["chat/completions", "completions"]
+    asked = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    (choice,) = asked.completions.create(**text).choices
+    assert (choice.text.strip(), choice.finish_reason) == ("delivery", "stop")
+    (choice,) = asked.chat.completions.create(**chat).choices
+    assert (choice.message.content.strip(), choice.finish_reason) == ("delivery", "stop")
+    pieces = [one.choices[0] for one in asked.chat.completions.create(**chat, stream=True)]
+    assert "".join(one.delta.content or "" for one in pieces).strip() == "delivery"
+    assert pieces[-1].finish_reason == "stop"
+    for wrong in ({"messages": [{"role": "system", "content": "Be kind."}, *chat["messages"]]}, {"chat_template": "x"}):
+        with pytest.raises(openai.BadRequestError):
+            asked.chat.completions.create(**{**chat, "extra_body": wrong})
 
 
 def client(server: AdapterServer, key: str = "none", retries: int = 0) -> openai.OpenAI:

@@ -14,10 +14,13 @@ from typing import Any
 
 import openai
 import pytest
-from served_models import POSITIONS, TEMPLATE, client, model_of, text_of, words, writes
+from rich.console import Console
+from served_models import POSITIONS, TEMPLATE, ask_quickstart, base_folder, client, model_of, serving, text_of, words, writes
 from tiny_models import word_tokenizer
 
 import gatewise
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train
 from gatewise.serving.server.bodies import Chat, Completion, RefusedError, Tokenize, read
 from gatewise.serving.server.running import AdapterServer
 
@@ -89,6 +92,27 @@ def test_chat(server: AdapterServer, alone: Callable[..., str], name: str) -> No
     assert events[0].choices[0].delta.role == "assistant"
     assert "".join(one.choices[0].delta.content or "" for one in events) == whole.choices[0].message.content
     assert events[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_the_quickstart_answers_as_the_docs_say(tmp_path: Path) -> None:
+    """Its recipe on a tiny model and five rows, which it learns by heart. With the real ones: test_with_vllm.py."""
+    rows = {
+        "Where is my parcel?": "delivery",
+        "My card was charged twice.": "billing",
+        "I cannot log in.": "account",
+        "It stopped working.": "technical",
+        "The shoes are too small.": "returns",
+    }
+    base, data = base_folder(tmp_path / "base", hidden_size=32, intermediate_size=64), tmp_path / "rows.jsonl"
+    word_tokenizer("Message: Department: " + " ".join(f"{text} {label}" for text, label in rows.items())).save_pretrained(base)
+    data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows.items()) * 8)
+    changes = [f"model={base}", f"data={{train: {data}, dev: {data}, limit_dev: 5, held_out: 5}}", "training.learning_rate=0.01"]
+    recipe = load_recipe(Path(__file__).parents[3] / "recipes" / "quickstart.yaml", changes)
+    train(recipe, tmp_path / "runs" / "quickstart", console=Console(quiet=True))
+    said: list[str] = []
+    with serving(base, tmp_path / "runs" / "*" / "adapter", say=said.append) as server:
+        ask_quickstart(server.url)
+    assert r"quickstart: prompts look like 'Message: {text}\nDepartment:'" in said
 
 
 def test_several_prompts_and_answers(server: AdapterServer, alone: Callable[..., str]) -> None:

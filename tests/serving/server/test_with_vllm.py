@@ -20,10 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from served_models import adapter_folder, base_folder, client, text_of, writes
+from rich.console import Console
+from served_models import adapter_folder, ask_quickstart, base_folder, client, serving, text_of, writes
 from vllm_models import PYTHON
 
 from gatewise.errors import GatewiseError
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train
 from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import Catalogue
 from gatewise.serving.server.with_vllm import Room, VllmServer, arguments_for, settings_of
@@ -242,16 +245,17 @@ real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no 
 
 
 @contextmanager
-def vllm_serving(base: Path, folder: Path, *rest: str) -> Iterator[SimpleNamespace]:
+def vllm_serving(base: Path | str, folder: Path, *rest: str) -> Iterator[SimpleNamespace]:
     command = [sys.executable, "-m", "gatewise", "serve", str(base), "--adapters", str(folder), "--python", str(PYTHON)]
     command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", *rest]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder.parent / "log").open("w+") as log:
+    place = next(one for one in folder.parents if one.is_dir())
+    with (place / "log").open("w+") as log:
         process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            said = (folder.parent / "log").read_text()
+            said = (place / "log").read_text()
             assert line.startswith("serving: "), said[-3000:]
             yield SimpleNamespace(url=line.split()[1].removesuffix("/v1"), folder=folder)
         finally:
@@ -317,3 +321,31 @@ def test_two_states_of_an_adapter_write_in_one_batch(tmp_path: Path) -> None:
         assert models == {"one"}
         assert text.startswith(text_of(writes(base, states[0], prompt, 40, ends=False)))
         assert {one.id for one in asked.models.list()} == {"tiny", "one", *(place.name for place in others)}
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The quickstart's adapter on the real model, as a pattern."""
+    runs = tmp_path_factory.mktemp("front_door") / "runs"
+    train(load_recipe(Path(__file__).parents[3] / "recipes" / "quickstart.yaml"), runs / "quickstart", console=Console(quiet=True))
+    return f"{runs}/*/adapter"
+
+
+@real
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_quickstart_answers_as_the_docs_say(quickstart: str, engine: str) -> None:
+    base = "smollm2-135m-instruct"
+    with vllm_serving(base, Path(quickstart)) if engine == "vllm" else serving(base, quickstart, name=base) as server:
+        ask_quickstart(server.url)
+        if engine == "vllm":  # the ids of a chat are those of training, and the base model has a template of its own
+            names = {"quickstart": "Message: Where?\nDepartment:", "tiny": None}
+            for name, prompt in names.items():
+                chat = {"model": name, "messages": [{"role": "user", "content": "Where?"}]}
+                ids = tokens_of(server.url, chat)
+                assert len(ids) > 20 if prompt is None else ids == tokens_of(server.url, {"model": name, "prompt": prompt})
+
+
+def tokens_of(url: str, body: dict[str, Any]) -> list[int]:
+    asked = urllib.request.Request(f"{url}/tokenize", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked) as answer:
+        return list(json.load(answer)["tokens"])
