@@ -2,6 +2,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import datasets
 import pytest
 
 from gatewise.errors import GatewiseError
+from gatewise.files import write_json_lines
 from gatewise.tasks import final_number, load_records
 from gatewise.tasks.encoding import references
 
@@ -209,6 +211,73 @@ def test_hub_class_labels_become_names(hub: Callable[[Any], list[tuple[Any, ...]
     assert calls == [("owner/name", "config", "train")]
     assert [row["label"] for row in records.rows] == ["pos", "neg"]
     assert records.labels == ["mid", "neg", "pos"]
+
+
+NAMED_OTHERWISE = [
+    {"id": 7, "message": "a lamp", "category": "good", "sent": datetime(2026, 1, 2)},
+    {"id": 8, "message": "灯坏了", "category": "bad", "sent": None},
+]
+COLUMNS = {"text": "message", "label": "category"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "parts-*", "hub", "own names"])
+def test_columns_are_read_as_fields_from_every_source(
+    kind: str, tmp_path: Path, hub: Callable[[Any], list[tuple[Any, ...]]]
+) -> None:
+    table = datasets.Dataset.from_list(NAMED_OTHERWISE)
+    source, split = str(tmp_path / f"rows.{kind}"), None
+    if kind == "hub":
+        hub(table)
+        source, split = "owner/name", "train"
+    elif kind == "parts-*":
+        source = str(tmp_path / "rows-*.parquet")
+        for number in (0, 1):
+            table.select([number]).to_parquet(tmp_path / f"rows-{number}.parquet")
+    elif kind == "own names":
+        source = str(tmp_path / "rows.csv")
+        table.rename_columns({"message": "text", "category": "label"}).to_csv(source)
+    elif kind == "json":
+        table.to_json(source, lines=False)
+    else:
+        getattr(table, {"jsonl": "to_json"}.get(kind, f"to_{kind}"))(source)
+    records = load_records(source, split=split, columns=COLUMNS)
+    assert [(str(row["id"]), row["text"], row["label"]) for row in records.rows] == [
+        ("7", "a lamp", "good"),
+        ("8", "灯坏了", "bad"),
+    ]
+    assert records.rows[0].keys() == {"id", "text", "label", "sent"}  # a prompt can show the others, and not the answer's column
+    assert records.labels == ["bad", "good"]
+    write_json_lines(tmp_path / "answers.jsonl", records.rows)
+
+
+def test_columns_may_take_the_place_of_others(write: Write, hub: Callable[[Any], list[tuple[Any, ...]]]) -> None:
+    path = write(
+        [
+            {
+                "label": "a lamp",
+                "text": "good",
+                "conversation": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            }
+        ]
+    )
+    assert load_records(path, columns={"text": "label", "label": "text"}).rows[0].items() >= {("text", "a lamp"), ("label", "good")}
+    assert load_records(path, columns={"messages": "conversation"}).kind == "chat"
+    hub(_classified([1, 0]).rename_column("label", "stars"))
+    assert load_records("name", split="train", columns={"label": "stars"}).labels == ["mid", "neg", "pos"]
+
+
+def test_an_unknown_column_is_named_with_those_there_are(write: Write) -> None:
+    path = write("id,mesage,category\n7,a lamp,good\n", "rows.csv")
+    said = "rows.csv, line 2: there is no column 'message' for 'text'; there are id, mesage, category; did you mean mesage?"
+    with pytest.raises(GatewiseError, match=re.escape(said)):
+        load_records(path, columns=COLUMNS)
+    with pytest.raises(GatewiseError, match=r"the fields are id, mesage, category; expected question"):
+        load_records(path)
+    for content in (b"PAR1", b""):
+        with pytest.raises(GatewiseError, match=r"rows\.parquet: not a Parquet file, or a damaged one: "):
+            load_records(write(content, "rows.parquet"))
+    with pytest.raises(GatewiseError, match=r"none-\*\.csv: there is no such file"):
+        load_records(path.parent / "none-*.csv")
 
 
 def test_hub_faults(hub: Callable[[Any], list[tuple[Any, ...]]]) -> None:

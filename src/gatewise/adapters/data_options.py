@@ -16,6 +16,7 @@ class DataOptions:
         labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
         limit: only the first rows.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        columns: ``"text=message,label=category"``, the columns that fields are read from, in place of the run's.
     """
 
     base: str | None = None
@@ -24,8 +25,9 @@ class DataOptions:
     labels: str | None = None
     limit: int | None = None
     device: str = "auto"
+    columns: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("base", "split", "prompt", "labels"):
+        for name in ("base", "split", "prompt", "labels", "columns"):
             if getattr(self, name) == "":  # as an unset variable of a shell script gives it
                 raise GatewiseError(f"{name} is an empty text: give a value, or leave it out")

@@ -105,7 +105,8 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
             words = None
         if causal or not same:  # which class of a run's classifier is which does not change
             names = list(given)
-    records = load_records(data, split=options.split, limit=options.limit, labels=names)
+    columns = note.get("columns") if options.columns is None else _columns(options.columns)
+    records = load_records(data, split=options.split, limit=options.limit, labels=names, columns=columns)
     if not causal and names is None and records.labels is not None:
         base = options.base or base_of(adapter)
         known = class_names(base) if base else None
@@ -126,6 +127,15 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     if options.prompt:
         raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
     return records, None, length
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Field -> the column that it is read from."""
+    parts = [part.partition("=") for part in text.split(",")]
+    found = {name.strip(): column.strip() for name, _, column in parts}
+    if len(set(found.values())) < len(parts) or not all(found) or not all(found.values()):
+        raise GatewiseError(f"--columns {text!r}: expected each field with its column, such as 'text=message,label=category'")
+    return found
 
 
 def _labels(text: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import typer
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
+from gatewise.cli.options import ColumnsOption, LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
@@ -22,6 +22,7 @@ def compress(
     split: SplitOption = None,
     prompt: PromptOption = None,
     labels: LabelsOption = None,
+    columns: ColumnsOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
     tolerance: Annotated[
@@ -77,7 +78,7 @@ def compress(
     elif modules is not None:
         goal = Goal("modules", modules)
     recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate, split=recover_split)
-    options = DataOptions(base, split, prompt, labels, limit, device)
+    options = DataOptions(base, split, prompt, labels, limit, device, columns)
     result = run(adapter, data, out, goal, options=options, recovery=recovery, order=order, measure=measure, score_rows=score_rows)
     if as_json:
         typer.echo((out / "compress.json").read_text(encoding="utf-8"), nl=False)

@@ -14,7 +14,7 @@ from rich.table import Table
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
-from gatewise.cli.options import LabelsOption, PromptOption, SplitOption, at_hand
+from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
@@ -47,6 +47,7 @@ def inspect(
     split: SplitOption = None,
     prompt: PromptOption = None,
     labels: LabelsOption = None,
+    columns: ColumnsOption = None,
     device: DeviceOption = "auto",
     suggest: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def inspect(
     """
     from gatewise import inspection
 
-    options = DataOptions(base, split, prompt, labels, device=device)
+    options = DataOptions(base, split, prompt, labels, device=device, columns=columns)
     mode = "routing" if routing else "scores" if scores else ""
     belongs = {
         "scores": (scores or None, "scores"), "value": (value, ""), "score": (score, "scores"), "suggest": (suggest, "scores"),

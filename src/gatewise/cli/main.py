@@ -22,7 +22,7 @@ from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
+from gatewise.cli.options import ColumnsOption, LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError, needs, reason_of
@@ -196,6 +196,7 @@ def eval_(
     split: SplitOption = None,
     prompt: PromptOption = None,
     labels: LabelsOption = None,
+    columns: ColumnsOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
@@ -229,7 +230,13 @@ def eval_(
     """
     if (data is None) == (harness is None):
         raise GatewiseError("give either --data or --harness, which says what to measure the adapter on")
-    of_data = {"--max-new-tokens": max_new_tokens, "--split": split, "--template-prompt": prompt, "--labels": labels}
+    of_data = {
+        "--max-new-tokens": max_new_tokens,
+        "--split": split,
+        "--template-prompt": prompt,
+        "--labels": labels,
+        "--columns": columns,
+    }
     of_harness = {"--harness-tasks": harness_tasks, "--harness-shots": harness_shots}
     for name, given in (of_data if harness else of_harness).items():
         if given is not None:
@@ -240,7 +247,7 @@ def eval_(
         from gatewise.runs.measure import measure_adapter
         from gatewise.tasks.metrics import format_metric
 
-        options = DataOptions(base, split, prompt, labels, limit, device)
+        options = DataOptions(base, split, prompt, labels, limit, device, columns)
         metrics = measure_adapter(
             adapter, data, options, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, console=console
         )

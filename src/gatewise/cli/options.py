@@ -15,6 +15,10 @@ PromptOption = Annotated[
     typer.Option("--template-prompt", help="Prompt with the row's fields in braces, if not the run's. Not for classifiers."),
 ]
 LabelsOption = Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(help="Columns that fields are read from, if not the run's: 'text=message,label=category'.", show_default=False),
+]
 LimitOption = Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import LabelsOption, PromptOption, SplitOption, at_hand
+from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand
 from gatewise.files import finite
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
@@ -26,6 +26,7 @@ def serving_check(
     split: SplitOption = None,
     prompt: PromptOption = None,
     labels: LabelsOption = None,
+    columns: ColumnsOption = None,
     device: DeviceOption = "auto",
     python: Annotated[
         Path | None, typer.Option(help="The Python of an environment that has vLLM. [default: this one]", show_default=False)
@@ -49,7 +50,7 @@ def serving_check(
     """
     from gatewise.serving.checking import check_in_vllm
 
-    options = DataOptions(base, split, prompt, labels, device=device)
+    options = DataOptions(base, split, prompt, labels, device=device, columns=columns)
     found = check_in_vllm(
         [at_hand(one) for one in adapters], data, options=options, python=python or sys.executable, prompts=prompts, tokens=tokens,
         dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),

@@ -56,7 +56,7 @@ def rows_for(
     if recovery is None:
         scored, held_out = split(held_out, score_rows)
     else:
-        train = load_records(recovery.data, split=recovery.split, labels=records.labels)
+        train = load_records(recovery.data, split=recovery.split, labels=records.labels, columns=records.columns)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
         train = _without_repeats(train, template, say, set(_shown_text(records, template)))

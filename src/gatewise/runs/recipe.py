@@ -239,7 +239,7 @@ def _did_you_mean(word: str, known: Mapping[str, Any], otherwise: str) -> str:
 
 # Files and the changes of --set ---------------------------------------------------------------------------------------
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _DATA_KEYS: list[tuple[str, ...]] = [("data", "train"), ("data", "dev"), ("data", "test")]
 _OTHER_END = {"max_steps": "epochs", "epochs": "max_steps"}
 

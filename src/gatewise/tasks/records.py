@@ -1,4 +1,4 @@
-"""Rows to train and measure on: from JSONL, JSON, CSV, a shipped sample or a Hugging Face dataset, each row checked.
+"""Rows to train and measure on: from JSONL, JSON, CSV, Parquet, a shipped sample or a Hugging Face dataset, each row checked.
 
 | kind       | fields of a row                                              |
 |------------|--------------------------------------------------------------|
@@ -9,17 +9,20 @@
 | chat       | ``messages``; or ``prompt``, ``completion``: see ``chat.py``     |
 
 A label may be a whole number. A row may have more fields; a template can write them into its prompt. Lists cannot be read from CSV.
+Where a source calls its fields otherwise, ``columns`` says how: ``{"text": "message"}`` reads the column "message" as "text".
 """
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from difflib import get_close_matches
 from importlib import resources
 from importlib.metadata import entry_points
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +36,7 @@ Row = dict[str, Any]
 Fields = dict[str, TypeAdapter[Any]]
 """What each field of a row must be."""
 SAMPLE_PREFIX = "sample:"
-_SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Records:
     Attributes:
         labels: the label names in a fixed order (kind "label"), else None. The position in it is a label's class index.
         source: where the rows came from, as the user wrote it.
+        columns: field -> the source's name for it, where that is another; None for none.
         gold: of each row, the position of the right answer among its candidates (kinds "label" and "choice"); else empty.
     """
 
@@ -50,6 +54,7 @@ class Records:
     rows: list[Row]
     labels: list[str] | None
     source: str
+    columns: Mapping[str, str] | None = None
     gold: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,16 +73,18 @@ def load_records(
     split: str | None = None,
     limit: int | None = None,
     labels: list[str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Records:
     """Reads and checks all rows of a source.
 
     Args:
-        source: a ``.jsonl``, ``.json`` (a list) or ``.csv`` file; ``sample:NAME``, a sample shipped with the package;
-            or the name of a Hugging Face dataset, ``name`` or ``name:config``.
+        source: a ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.parquet`` file, or several with ``*`` in the name; ``sample:NAME``,
+            a sample shipped with the package; or the name of a Hugging Face dataset, ``name`` or ``name:config``.
         split: the split of a Hugging Face dataset, such as "train"; needed there and refused elsewhere.
         limit: keep only the first ``limit`` rows. The label set is still that of the whole source.
         labels: the label names in their order, for instance those of the training set; otherwise the sorted labels
             found. Ignored for rows without labels.
+        columns: field of a row -> the column that it is read from. A source that has the field and no such column is read as it is.
 
     Raises:
         GatewiseError: the source cannot be read, or a row is not what its kind needs: names the file, line and field.
@@ -87,23 +94,28 @@ def load_records(
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
     if limit is not None and limit < 1:
         raise GatewiseError(f"limit is {limit}: expected at least 1 row, or None for all")
-    is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in _SUFFIXES and not path.exists()
+    is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in SUFFIXES and not path.exists()
     if is_hub != (split is not None):
         raise GatewiseError(
             f"{name} is {'no file here, and a' if is_hub else 'not a'} Hugging Face dataset, which needs a split such as 'train': "
             f"{'give one, or the name of a file' if is_hub else 'leave the split out'}"
         )
     if split is not None:
-        numbered, hub_labels = _read_hub(name, split)
+        numbered, hub_labels = _read_hub(name, split, (columns or {}).get("label", "label"))
         labels = labels or hub_labels
     else:
         sample = name.removeprefix(SAMPLE_PREFIX)
-        numbered = _read_file(path if sample == name else _sample(sample), name)
+        if several := sorted(path.parent.glob(path.name)) if "*" in path.name else []:
+            numbered = chain.from_iterable(_read_file(file, str(file)) for file in several)
+        else:
+            numbered = _read_file(path if sample == name else _sample(sample), name)
     kind: Kind | None = None
     rows: list[Row] = []
     for where, row in numbered:
         if not isinstance(row, dict):
             raise GatewiseError(f'{where}: expected an object such as {{"text": ..., "label": ...}}')
+        if columns:
+            row = _renamed(row, columns, where if kind is None else None)
         if kind is None:
             kind, fields = _shape_of(row, where)
         if kind == "generation":  # each row may have one right answer or several
@@ -114,8 +126,8 @@ def load_records(
     if kind is None:
         raise GatewiseError(f"{name} has no rows")
     if kind != "label":
-        return Records(kind, rows[:limit], None, name)
-    return Records(kind, rows[:limit], list(labels or sorted({row["label"] for row in rows})), name)
+        return Records(kind, rows[:limit], None, name, columns)
+    return Records(kind, rows[:limit], list(labels or sorted({row["label"] for row in rows})), name, columns)
 
 
 def check_labels(records: Records, advice: str) -> None:
@@ -130,12 +142,36 @@ def check_labels(records: Records, advice: str) -> None:
         )
 
 
+def _renamed(row: Row, columns: Mapping[str, str], first: str | None) -> Row:
+    """A row with the fields' own names.
+
+    Args:
+        first: where the row is, if it is the first, which shows the columns that there are.
+
+    Raises:
+        GatewiseError: the first row has neither a column nor the field that it would be.
+    """
+    for field_name, column in columns.items() if first else ():
+        if column not in row and field_name not in row:
+            near = get_close_matches(column, map(str, row), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GatewiseError(
+                f"{first}: there is no column {column!r} for {field_name!r}; there are {', '.join(map(str, row))}{hint}"
+            )
+    found = {name: row[column] for name, column in columns.items() if column in row}
+    return {**{name: value for name, value in row.items() if name not in columns.values()}, **found}
+
+
 # ---- sources: each yields (where, row), unchecked ----
 
 
 def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
+    suffix = path.suffix.lower()
     try:
         content = path.read_bytes()
+        if suffix == ".parquet":
+            yield from _read_parquet(content, name)
+            return
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -144,7 +180,6 @@ def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
         raise GatewiseError(f"{name}: there is no such file") from None
     except OSError as error:
         raise GatewiseError(f"{name} cannot be read: {error.strerror}") from error
-    suffix = path.suffix.lower()
     if suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -157,7 +192,7 @@ def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif suffix == ".csv":
         yield from _read_csv(text, name)
     else:
-        raise GatewiseError(f"{name}: expected a name that ends in {', '.join(_SUFFIXES)}")
+        raise GatewiseError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -186,8 +221,20 @@ def _read_csv(text: str, name: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _read_hub(name: str, split: str) -> tuple[Iterator[tuple[str, Row]], list[str] | None]:
-    """Rows and, when its ``label`` column names them, the labels of a Hugging Face dataset."""
+def _read_parquet(content: bytes, name: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a Parquet file. Arrow's types are data alone: nothing in it is unpickled or run."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise GatewiseError(f"{name}: not a Parquet file, or a damaged one: {reason_of(error)}") from error
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_hub(name: str, split: str, label: str) -> tuple[Iterator[tuple[str, Row]], list[str] | None]:
+    """Rows and, when its column of labels names them, the labels of a Hugging Face dataset."""
     import datasets
 
     path, _, config = name.partition(":")
@@ -195,16 +242,16 @@ def _read_hub(name: str, split: str) -> tuple[Iterator[tuple[str, Row]], list[st
         dataset = datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the library raises many kinds: no network, no such name, config or split, a broken script
         raise GatewiseError(f"the Hugging Face dataset {name} (split {split!r}) could not be loaded: {reason_of(error)}") from error
-    feature = dataset.features.get("label")
+    feature = dataset.features.get(label)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
 
     def rows() -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(dataset, start=1):
             where = f"{name} ({split}), row {number}"
             if names is not None:
-                if row["label"] in (None, -1):
+                if row[label] in (None, -1):
                     raise GatewiseError(f"{where}: it has no label")
-                row["label"] = names[row["label"]]
+                row[label] = names[row[label]]
             yield where, row
 
     return rows(), None if names is None else sorted(names)

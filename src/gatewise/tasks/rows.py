@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,14 +15,32 @@ from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
+from gatewise.tasks.splitting import deal_out
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
 
 
-class RowsSection(DataSection):
-    """Where the rows come from: a JSONL, JSON or CSV file, ``sample:NAME``, or a Hugging Face ``datasets`` name."""
+def _source_or_part(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError("expected a file or another source of rows, or a part of data.train such as 0.1")
 
+
+SourceOrPart = Annotated[str | float, BeforeValidator(_source_or_part)]
+
+
+class RowsSection(DataSection):
+    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, ``sample:NAME``, or a Hugging Face ``datasets`` name.
+
+    ``dev`` and ``test`` may be numbers: the part of ``train`` that is taken out of it to measure on, by a hash of each row and with
+    rows of each label; rows with the same ``group``, a column, stay together. ``columns``: field -> the column it is read from.
+    """
+
+    dev: SourceOrPart  # type: ignore[assignment]
+    test: SourceOrPart | None = None  # type: ignore[assignment]
+    columns: dict[str, str] | None = None
+    group: str | None = None
     train_split: str | None = None
     dev_split: str | None = None
     test_split: str | None = None
@@ -61,16 +79,44 @@ class Rows(Task):
     measured: dict[str, Records]
     prompt: Prompting | None = None
     """How a row becomes a prompt; None where the model reads the row's own text."""
+    told: list[str]
+    """What is worth telling of the rows."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Parts that leave nothing to train on, and keys of sources that there are not."""
+        data = self.data
+        parts = self._parts()
+        if sum(parts.values()) >= 1:
+            yield "data.test", f"is {data.test} and data.dev {data.dev}: expected parts that leave some of data.train to train on"
+        for name in parts:
+            if getattr(data, f"{name}_split") is not None:
+                yield f"data.{name}_split", f"is for a data set, but data.{name} is a part of data.train: leave one of them out"
+        if data.group is not None and not parts:
+            yield "data.group", "says what stays together where data.dev or data.test is a part of data.train, such as 0.1"
+        columns = data.columns or {}
+        if len(set(columns.values())) < len(columns):
+            yield "data.columns", f"is {columns}: expected another column for each field"
+
+    def _parts(self) -> dict[str, float]:
+        """The parts of ``data.train`` to measure on."""
+        return {name: part for name in ("dev", "test") if isinstance(part := getattr(self.data, name), float)}
 
     def read(self, noted: Mapping[str, Any] | None) -> None:
         """Rows to train on, and rows of the same kind, with the same labels in the same order, to measure on."""
         data = self.data
-        self.train = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
-        check_labels(self.train, "give rows with other labels too, or name them all in data.labels")
-        labels = self.train.labels
-        self.measured = {"dev": load_records(data.dev, split=data.dev_split, limit=data.limit_dev, labels=labels)}
-        if data.test is not None:
-            self.measured["test"] = load_records(data.test, split=data.test_split, labels=labels)
+        whole = load_records(data.train, split=data.train_split, labels=data.labels, columns=data.columns)
+        check_labels(whole, "give rows with other labels too, or name them all in data.labels")
+        found, self.told = {"train": whole}, []
+        if parts := self._parts():
+            own_names = {column: name for name, column in (whole.columns or {}).items()}
+            found, self.told = deal_out(whole, parts, data.group and own_names.get(data.group, data.group))
+        for name, split in (("dev", data.dev_split), ("test", data.test_split)):
+            if isinstance(source := getattr(data, name), str):
+                found[name] = load_records(source, split=split, labels=whole.labels, columns=data.columns)
+        for name, limit in (("train", data.limit_train), ("dev", data.limit_dev)):
+            found[name] = replace(found[name], rows=found[name].rows[:limit])
+        self.train = found.pop("train")
+        self.measured = {name: found[name] for name in ("dev", "test") if name in found}
         for name, records in self.measured.items():
             if records.kind != self.train.kind:
                 raise GatewiseError(
@@ -78,14 +124,18 @@ class Rows(Task):
                     f"{self.train.kind} rows: expected the same kind"
                 )
 
+    def _tell(self, key: str, say: Callable[[str], None]) -> None:
+        for line in self.told if key == "data.train" else ():
+            say(line)
+
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the rows' kind."""
         return METRICS.get(self.train.kind, ())
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
-        """Labels, in the order of the classes."""
-        return {"labels": self.train.labels}
+        """Labels, in the order of the classes, and the columns that rows were read from."""
+        return {"labels": self.train.labels, "columns": self.data.columns}
 
     def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> tuple[dict[str, float | int], str | None]:
         """The numbers of ``gatewise.tasks.evaluate``, and how many answers were cut."""
@@ -113,6 +163,7 @@ class Causal(Rows):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Answers before which another prompt was read than the adapter is used with."""
+        yield from super().contradictions()
         if self.data.assistant == "all" and METHODS[self.recipe.method].reads_prompt:
             yield (
                 "data.assistant",
@@ -146,6 +197,7 @@ class Causal(Rows):
         self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
     ) -> Features:
         """Prompt and answer, or a conversation."""
+        self._tell(key, say)
         return list(encode(rows, tokenizer, self.prompt, max_length=max_length, say=say))
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
@@ -168,6 +220,7 @@ class Classification(Rows):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Half precision."""
+        yield from super().contradictions()
         if self.recipe.dtype == "bfloat16":
             yield (
                 "dtype",
@@ -195,4 +248,5 @@ class Classification(Rows):
         self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
     ) -> Features:
         """The row's own text."""
+        self._tell(key, say)
         return encode_classification(rows, tokenizer, max_length=max_length)

@@ -1,0 +1,103 @@
+"""One source of rows dealt out to train, dev and test: by a hash of what a row asks, so that each always falls on the same side.
+
+A row's side follows from its own content, not from its place or a seed: it is the same in the next run, and stays when rows are
+added. Rows that ask the same, whatever their spacing, label or further fields, are one unit; with a group all its rows are. A unit
+is measured on when its hash, a number in [0, 1), is below the part asked for. Each label is seen to by itself: one whose rows all
+hash high gives its lowest, if another is left to train on. So no row that was trained on is measured on when there are more rows,
+unless its label had no other to train on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from gatewise.errors import GatewiseError, some
+from gatewise.tasks.records import Records, Row
+
+# What a row asks, by kind. Its answer is no part of it: two answers to one question stay together.
+_ASKED = {"label": ("text", "premise", "hypothesis"), "choice": ("question",), "number": ("question",), "generation": ("source",)}
+_TAKEN_FIRST = ("test", "dev", "train")
+
+
+def deal_out(records: Records, parts: Mapping[str, float], group: str | None = None) -> tuple[dict[str, Records], list[str]]:
+    """Rows to train on, and for "dev", "test" or both about as large a part of the rows as ``parts`` says.
+
+    Args:
+        group: the field whose value is the same in rows that belong together; a row without one stands for itself.
+
+    Returns:
+        "train" and the parts, each in the order of the source, and lines that are worth telling: how many rows there are of each,
+        which labels one lacks, and how many were left out because one on another side, of another group, asks the same.
+
+    Raises:
+        GatewiseError: too few rows, or none has the group's field.
+    """
+    if group and all(row.get(group) in (None, "") for row in records.rows):
+        raise GatewiseError(
+            f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
+        )
+    asked = [_asked(records.kind, row) for row in records.rows]
+    units = [
+        text if not group or row.get(group) in (None, "") else json.dumps({group: str(row[group])})
+        for text, row in zip(asked, records.rows, strict=True)
+    ]
+    of_label: dict[str, set[str]] = {}
+    for unit, row in zip(units, records.rows, strict=True):
+        of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
+    side = _sides([of_label[label] for label in sorted(of_label)], {name: parts[name] for name in _TAKEN_FIRST if name in parts})
+    sides = [side.get(unit, "train") for unit in units]
+    taken: dict[str, str] = {}
+    for name in _TAKEN_FIRST:
+        taken |= {text: name for text, one in zip(asked, sides, strict=True) if one == name and text not in taken}
+    rows: dict[str, list[Row]] = {name: [] for name in ("train", *parts)}
+    for text, name, row in zip(asked, sides, records.rows, strict=True):
+        if taken[text] == name:
+            rows[name].append(row)
+    different = f"{len(set(units))} {'groups of rows' if group else 'different rows'}"
+    for name in rows:
+        if not rows[name]:
+            beside = " and ".join(f"data.{other}: {part:g}" for other, part in parts.items())
+            raise GatewiseError(
+                f"{records.source} has {different}, of which none is left for data.{name} with {beside}: give more rows, another "
+                "part, or a file of its own"
+            )
+    told = [f"{records.source}: " + ", ".join(f"{len(own)} rows for {name}" for name, own in rows.items())]
+    for name, own in rows.items():
+        if missing := sorted(set(of_label) - {row["label"] for row in own}) if records.labels else []:
+            told.append(f"data.{name} has no row with label {some(missing)}: there are too few to have some in each part")
+    if left_out := len(sides) - sum(map(len, rows.values())):
+        told.append(f"{left_out} of them are left out: they ask what a row on another side asks, which is of another group")
+    return {name: replace(records, rows=own) for name, own in rows.items()}, told
+
+
+def _asked(kind: str, row: Row) -> str:
+    """What a row asks, whatever the spacing."""
+    texts = [one["content"] for one in row["messages"][:-1]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
+    return json.dumps([" ".join(text.split()) for text in texts])
+
+
+def _sides(labels: Iterable[set[str]], parts: Mapping[str, float]) -> dict[str, str]:
+    """Unit -> the part that it is in, but for those to train on.
+
+    Args:
+        labels: the units of each label; a unit may have several.
+    """
+
+    def place(unit: str) -> float:
+        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") / 2**64
+
+    in_order = [sorted(units, key=place) for units in labels]
+    side: dict[str, str] = {}
+    below = 0.0
+    for name, part in parts.items():
+        side |= {unit: name for units in in_order for unit in units if below <= place(unit) < below + part}
+        below += part
+    for units in in_order:
+        if all(unit in side for unit in units):  # what is measured has to be learned first
+            del side[units[-1]]
+        for name in parts:
+            free = [unit for unit in units if unit not in side]
+            if len(free) > 1 and all(side.get(unit) != name for unit in units):
+                side[free[0]] = name
+    return side
