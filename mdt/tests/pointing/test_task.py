@@ -297,3 +297,10 @@ def test_one_record_of_one_node_and_a_dev_of_nothing(tmp_path: Path) -> None:
     write_trees(tmp_path / "dev.json", BARE)
     result = train(recipe, tmp_path / "out", "pointing.swapped=3", "training.eval_every=2", f"data.test={tmp_path}/dev.json")
     assert result.metrics["dev"]["after"]["n"] == 3
+
+
+def test_documents_are_not_dealt_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        GatewiseError, match=r"data.dev: expected a file or another source of rows, .* does not split its rows, got 0.1"
+    ):
+        load_recipe(write_pointing(tmp_path), ["data.dev=0.1"])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
-from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Run, Section, Task
+from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Fraction, Run, Section, Task
 from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate
@@ -27,7 +27,7 @@ def _source_or_part(value: Any) -> Any:
     raise ValueError("expected a file or another source of rows, or a part of data.train such as 0.1")
 
 
-SourceOrPart = Annotated[str | float, BeforeValidator(_source_or_part)]
+SourceOrPart = Annotated[str | Fraction, BeforeValidator(_source_or_part)]
 
 
 class RowsSection(DataSection):
