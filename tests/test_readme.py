@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import shlex
 from importlib import import_module
@@ -24,11 +25,12 @@ PAGES = [
 PLACEHOLDERS = {
     "NAME",
     "json",
+    "service",
     "commands",
     "samples",
     "methods",
     "constraints",
-}  # gatewise.NAME, the file gatewise.json, groups of entry points
+}  # gatewise.NAME, the files gatewise.json and gatewise.service, groups of entry points
 COMMANDS = typer.main.get_command(app)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,6 +94,19 @@ def test_command_lines_parse(page: Path) -> None:
         for word in words:
             if "recipes/" in word:
                 assert (ROOT / word).is_file(), f"{page.name} names {word}, which does not exist"
+
+
+def test_what_is_there_to_operate_it_names_options_and_metrics_that_exist() -> None:
+    unit, image, alerts = ((ROOT / "deploy" / name).read_text() for name in ("gatewise.service", "Dockerfile", "alerts.yml"))
+    [in_unit] = re.findall(r"^ExecStart=\S*/gatewise (.*)$", unit, re.MULTILINE)
+    [program, default] = re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", image, re.MULTILINE)
+    for words in (in_unit.split(), [*json.loads(program), *json.loads(default)][1:]):
+        command, rest = command_of(words)
+        assert command.name == "serve"
+        command.make_context("serve", list(rest))
+    server = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src/gatewise/serving/server").glob("*.py"))
+    counted = {name.removesuffix("_bucket") for name in re.findall(r"gatewise_\w+", alerts)}
+    assert {name for name in counted if f'"{name}"' not in server} == set()
 
 
 @by_page

@@ -13,9 +13,7 @@ from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 
 def compress(
-    adapter: Annotated[
-        Path, typer.Argument(callback=at_hand, help="Any LoRA adapter: its folder, or its id on the hub.", show_default=False)
-    ],
+    adapter: Annotated[Path, typer.Argument(help="Any LoRA adapter: its folder, or its id on the hub.", show_default=False)],
     data: Annotated[str, typer.Option(help="Rows that measure: a file, sample:NAME or a data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write, new or empty.", show_default=False)],
     base: BaseOption = None,
@@ -79,7 +77,9 @@ def compress(
         goal = Goal("modules", modules)
     recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate, split=recover_split)
     options = DataOptions(base, split, prompt, labels, limit, device, columns)
-    result = run(adapter, data, out, goal, options=options, recovery=recovery, order=order, measure=measure, score_rows=score_rows)
+    result = run(
+        at_hand(adapter), data, out, goal, options=options, recovery=recovery, order=order, measure=measure, score_rows=score_rows
+    )
     if as_json:
         typer.echo((out / "compress.json").read_text(encoding="utf-8"), nl=False)
         return

@@ -14,7 +14,7 @@ from gatewise.flags import BaseOption, DeviceOption
 def export(
     adapter: Annotated[
         Path,
-        typer.Argument(callback=at_hand, help="The folder of an adapter or checkpoint, or an id on the hub.", show_default=False),
+        typer.Argument(help="The folder of an adapter or checkpoint, or an id on the hub.", show_default=False),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", show_default=False)],
     padded: Annotated[
@@ -62,6 +62,7 @@ def export(
     options = DataOptions(base, split, prompt, labels, limit, device)
     if data is None and (split or prompt or labels or limit):
         raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
+    adapter = at_hand(adapter)
     to_lora(
         adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device,
         say=lambda text: typer.echo(text, err=True),

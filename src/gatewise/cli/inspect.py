@@ -25,9 +25,7 @@ Value = Literal["rank", "norm", "parameters"]
 def inspect(
     adapter: Annotated[
         Path,
-        typer.Argument(
-            callback=at_hand, help="Any LoRA adapter, or one of method spt: its folder, or its id on the hub.", show_default=False
-        ),
+        typer.Argument(help="Any LoRA adapter, or one of method spt: its folder, or its id on the hub.", show_default=False),
     ],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
@@ -94,6 +92,7 @@ def inspect(
     for path in (plot, out):  # scoring takes a while: what can be refused is refused before it
         if path:
             check_new_file(path)
+    adapter = at_hand(adapter)
     if not mode:
         found = _budget(adapter, value or "rank")
     elif data is None:

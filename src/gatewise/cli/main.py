@@ -186,9 +186,7 @@ def train(
 
 @app.command("eval")
 def eval_(
-    adapter: Annotated[
-        Path, typer.Argument(callback=at_hand, help="The adapter's folder, or its id on the hub.", show_default=False)
-    ],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or its id on the hub.", show_default=False)],
     data: Annotated[
         str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
     ] = None,
@@ -241,7 +239,7 @@ def eval_(
     for name, given in (of_data if harness else of_harness).items():
         if given is not None:
             raise GatewiseError(f"{name} does not go with {'--harness' if harness else '--data'}: leave it out")
-    console = Console(stderr=True)
+    adapter, console = at_hand(adapter), Console(stderr=True)
     if data is not None:
         from gatewise.files import finite
         from gatewise.runs.measure import measure_adapter

@@ -23,7 +23,7 @@ LimitOption = Annotated[int | None, typer.Option(help="Measure on the first rows
 
 
 def at_hand(adapter: Path) -> Path:
-    """The folder of an adapter that is named by its folder or its id on the hub, for an argument's ``callback``."""
+    """The folder of an adapter that is named by its folder or its id on the hub."""
     from gatewise.adapters.files import local_folder  # brings torch
 
     return local_folder(adapter)
