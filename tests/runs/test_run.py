@@ -223,6 +223,10 @@ def test_reporters_are_given_everything_under_the_folders_name(tmp_path: Path, m
     result = train(write_recipe(tmp_path, "alora"), tmp_path / "mine", "training.report_to=tensorboard", "training.eval_every=4")
     assert seen["where"] == ("mine", str(tmp_path / "mine" / "tensorboard"))
     assert {"loss", "eval_loss", "eval_accuracy", "allocation/loss_before"} <= seen.keys()
+    refuses = type("UsageError", (Exception,), {"__module__": "tensorboard.errors"})
+    monkeypatch.setattr(Reporter, "on_train_begin", lambda *_, **__: (_ for _ in ()).throw(refuses("No API key configured.")))
+    with pytest.raises(GatewiseError, match=r"report_to: tensorboard says: No API key configured\. Put that right"):
+        train(tmp_path / "alora.yaml", tmp_path / "other", "training.report_to=tensorboard")
     with pytest.raises(GatewiseError, match="report_to names wandb, which is not installed: pip install wandb"):
         train(tmp_path / "alora.yaml", tmp_path / "mine", "training.report_to=[tensorboard, wandb]", overwrite=True)
     assert result.adapter.is_dir()
@@ -265,8 +269,10 @@ def test_a_finished_adapter_is_uploaded_and_nothing_is_lost_where_that_fails(
     with pytest.raises(GatewiseError, match="your token may only read"):
         train(recipe, out, "push_to_hub=ada/mine", overwrite=True)
     monkeypatch.setattr(Hub, "whoami", lambda self: 1 / 0)
-    with pytest.raises(GatewiseError, match=r"the hub does not say who you are \(division by zero\): log in with `hf auth login`"):
-        train(recipe, out, "push_to_hub=ada/mine", overwrite=True)
+    for token, why in (("hf_x", "division by zero"), (None, "there is no token")):
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
+        with pytest.raises(GatewiseError, match=rf"the hub does not say who you are \({why}\): log in with `hf auth login`"):
+            train(recipe, out, "push_to_hub=ada/mine", overwrite=True)
     assert (out / "metrics.json").is_file()
 
 

@@ -49,7 +49,7 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
         console.print(_rows(run))
         is_plain = console.color_system is None or console.no_color
         how = "stands in [[ ]]" if is_plain else "is green"
-        console.print(f"What the model learns to write {how}:", highlight=False, markup=False)
+        console.print(f"The first rows as the model reads them; what it learns to write {how}:", highlight=False, markup=False)
         for row in run.train[:_SHOWN]:
             console.print(Text.assemble(("| ", "dim"), _shown(run, row, is_plain)), soft_wrap=True, highlight=False)
         for name, fact in _facts(run, method, progress):

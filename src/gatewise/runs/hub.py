@@ -17,9 +17,10 @@ def check_upload(repository: str) -> None:
     try:
         user = huggingface_hub.HfApi().whoami()
     except Exception as error:  # no token, one that is not valid, no network: the library raises many kinds
+        why = reason_of(error) if huggingface_hub.get_token() else "there is no token"
         raise GatewiseError(
-            f"push_to_hub is {repository}, but the hub does not say who you are ({reason_of(error, 120)}): log in with "
-            "`hf auth login`, go online, or take the key out"
+            f"push_to_hub is {repository}, but the hub does not say who you are ({why}): log in with `hf auth login`, go online "
+            "or take the key out"
         ) from error
     owners = [user["name"], *(one["name"] for one in user.get("orgs", ()))]
     if owner not in owners:

@@ -34,7 +34,7 @@ from transformers import TrainerState, set_seed
 from gatewise import processes
 from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step, complete_checkpoints
 from gatewise.adapters.files import NOTE_FILE, read_note
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection.report import report_of, study_of
 from gatewise.internals.sharding import join, reshard, shared_by
@@ -157,7 +157,8 @@ def train(
                 before = _measured(run, base, "before")
             set_seed(recipe.seed)
             begun = time.monotonic()
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            with _reporting(recipe.training.reporters):
+                trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             run.seconds["training"] = time.monotonic() - begun
             # Without the wrapper that mixed precision puts around forward: both measurements run in the base's dtype.
             model = method.finish(run, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
@@ -430,6 +431,18 @@ def _writing(run: Run, method: Method, rows: Mapping[str, str], overwrite: bool)
     finally:
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()
+
+
+@contextmanager
+def _reporting(reporters: Sequence[str]) -> Iterator[None]:
+    """Says in a sentence what a reporter raises, such as that nobody is logged in."""
+    try:
+        yield
+    except Exception as error:
+        name = type(error).__module__.partition(".")[0]
+        if name not in reporters:
+            raise
+        raise GatewiseError(f"training.report_to: {name} says: {reason_of(error)} Put that right, or take it out") from error
 
 
 def _remove_run(output: Path) -> None:
