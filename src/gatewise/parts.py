@@ -270,6 +270,9 @@ class Method(Part):
         """The adapter's configuration."""
         raise NotImplementedError
 
+    def prepare(self, run: Run, base: "PreTrainedModel", config: Any) -> None:
+        """Looks at the base model with training rows, before the adapter is put on it."""
+
     def adapt(self, run: Run, base: "PreTrainedModel") -> "PeftModel":
         """The base model with a fresh adapter, drawn from the recipe's seed.
 
@@ -280,8 +283,9 @@ class Method(Part):
         from transformers import set_seed
 
         config = self.config(run, base)
-        set_seed(self.recipe.seed)
         try:
+            self.prepare(run, base, config)
+            set_seed(self.recipe.seed)
             return get_peft_model(base, config)
         except ValueError as error:
             raise GatewiseError(f"PEFT cannot put this adapter on {self.recipe.model}: {reason_of(error)}") from error

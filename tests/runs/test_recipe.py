@@ -138,7 +138,10 @@ def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, m
         ("device: gpu", "device: String should match pattern '^(auto|cpu|cuda"),
         ("task: clasification", "task is 'clasification', expected one of "),
         ("peft: {target_modules: []}", "peft.target_modules: expected 'all-linear' or a list of module names"),
-        ("peft: {init_lora_weights: pissa}", "Input should be True or 'gaussian', got 'pissa'"),
+        (
+            "peft: {init_lora_weights: loftq}",
+            "Input should be True, 'gaussian', 'eva', 'pissa', 'pissa_niter_16', 'olora', 'corda'",
+        ),
         ("allocation: {budget: rank}", "allocation.budget: Input should be 'parameters' or 'ranks', got 'rank'"),
         ("allocation: {first_round: -1}", "allocation.first_round: expected a number above 0 (1.0 or 0.25: epochs;"),
         ("prompts: {prompt_layers: [3, 3]}", "expected a list of different layer numbers from 0, such as [3, 7], or first, last"),
@@ -202,6 +205,17 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         ("quantization: int8", ("method=dora",), "quantization is int8, with which PEFT's DoRA does not run: take nf4"),
         ("quantization: int8", ("method=adalora",), "quantization is int8, with which PEFT's AdaLoRA does not run: take nf4"),
         ("training: {lora_plus_ratio: 4}", ("method=spt",), "training.lora_plus_ratio is for LoRA, which method spt is not"),
+        (
+            "peft: {init_lora_weights: pissa}",
+            (),
+            "peft.init_lora_weights is pissa, expected one of true, gaussian, eva with method al",
+        ),
+        ("peft: {init_lora_weights: eva}", ("method=milora",), "is eva, expected one of true, gaussian with method milora"),
+        (
+            "peft: {init_lora_weights: olora}\nquantization: nf4",
+            ("method=lora",),
+            "quantization is nf4, but peft.init_lora_weights changes the base's weights: leave one out",
+        ),
         ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
     ],
 )

@@ -35,6 +35,8 @@ from gatewise.models.embedded import EMBEDDED
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NOTE_FILE = "gatewise.json"
+UNFINISHED_START = "unfinished_start"
+"""In the note of a checkpoint: by which start its ranks took a part of the base weights, see ``gatewise.adapters.starts``."""
 ALLOCATION_FILE = "allocation.json"
 SEARCH_FILE = "search.json"
 
@@ -77,13 +79,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The configuration in an adapter's folder, of whatever PEFT type.
 
     Raises:
-        GatewiseError: no such folder, no configuration in it, or one that is not a JSON object.
+        GatewiseError: no such folder, no configuration in it, or one that is not a JSON object; or a checkpoint whose base weights
+            are in no file.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{CONFIG_FILE}"))
         hint = f"one of its sub-folders {', '.join(inside)}" if inside else "a folder saved by save_pretrained"
         raise GatewiseError(f"{folder} is not an adapter, it has no {CONFIG_FILE}: give {hint}")
+    if start := read_note(folder).get(UNFINISHED_START):
+        raise GatewiseError(
+            f"{folder} is a checkpoint of a run with init_lora_weights {start}, which trains on base weights of its own: end the "
+            "run (gatewise train --resume), and give the adapter that it writes"
+        )
     return _read_json(path)
 
 

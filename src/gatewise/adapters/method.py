@@ -1,14 +1,17 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from pydantic import AfterValidator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gatewise.adapters.files import UNFINISHED_START
+from gatewise.adapters.starts import CHANGE_BASE, SETTINGS, back_on_base, look_after, look_first, ranks_of
 from gatewise.errors import GatewiseError
 from gatewise.parts import Count, Method, Run, Section, Share
 
@@ -17,6 +20,9 @@ def _modules(value: Any) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
         return value
     raise ValueError("expected 'all-linear' or a list of module names")
+
+
+Start = Literal[True, "gaussian", "eva", "pissa", "pissa_niter_16", "olora", "corda", "lora_ga"]
 
 
 class PeftSection(Section):
@@ -28,7 +34,7 @@ class PeftSection(Section):
     exclude_modules: list[str] | None = None
     lora_dropout: Share = 0.0
     use_rslora: bool = False
-    init_lora_weights: Literal[True, "gaussian"] = True
+    init_lora_weights: Start = True
 
 
 class Lora(Method):
@@ -36,7 +42,25 @@ class Lora(Method):
 
     files: tuple[str, ...] = ("ranks.png",)
     is_lora = True
+    starts: tuple[Any, ...] = get_args(Start)
     peft: PeftSection
+    _start: dict[str, tuple[Tensor, Tensor]] | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A start that needs a base model of the adapter's own, or more than LoRA has."""
+        if self.peft.init_lora_weights not in self.starts:
+            known = ", ".join("true" if one is True else one for one in self.starts)
+            yield (
+                "peft.init_lora_weights",
+                f"is {self.peft.init_lora_weights}, expected one of {known} with method {self.recipe.method}",
+            )
+        elif self.peft.init_lora_weights == "corda" and find_spec("attr") is None:
+            yield "peft.init_lora_weights", "is corda, for which PEFT needs attrs: pip install attrs"
+
+    @property
+    def changes_base(self) -> bool:  # type: ignore[override]
+        """Whether its start takes a part of the base weights."""
+        return self.peft.init_lora_weights in CHANGE_BASE
 
     def settings(self, run: Run, base: PreTrainedModel) -> dict[str, Any]:
         """The arguments that all configurations of LoRA's kind take, but for rank and rank-stabilised scale.
@@ -55,6 +79,7 @@ class Lora(Method):
             "exclude_modules": [*(self.peft.exclude_modules or ()), *(linear if whole else ())] or None,
             "lora_dropout": self.peft.lora_dropout,
             "init_lora_weights": self.peft.init_lora_weights,
+            **SETTINGS.get(str(self.peft.init_lora_weights), {}),
             "modules_to_save": whole or None,
             "task_type": run.task.task_type,
         }
@@ -62,6 +87,25 @@ class Lora(Method):
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Plain LoRA."""
         return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **self.settings(run, base))
+
+    def prepare(self, run: Run, base: PreTrainedModel, config: Any) -> None:
+        """What a start looks at."""
+        look_first(run, base, config)
+
+    def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
+        """LoRA as the recipe starts it. The note of its checkpoints says on which weights they stand."""
+        model = super().adapt(run, base)
+        look_after(run, model)
+        if self.changes_base:
+            self._start, run.note[UNFINISHED_START] = ranks_of(model), self.peft.init_lora_weights
+        return model
+
+    def finish(self, run: Run, model: PeftModel) -> PeftModel:
+        """The adapter of the base model as it is in its files."""
+        if self._start is not None:
+            back_on_base(model, self._start, run.fresh_base())
+            del run.note[UNFINISHED_START]
+        return model
 
 
 class Dora(Lora):

@@ -67,10 +67,12 @@ class PathSection(AllocationSection):
 class ALora(Lora):
     """ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187)."""
 
+    starts = (True, "gaussian", "eva")  # of what the others take into the ranks, rounds would prune
     allocation: AllocationSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Ranks that leave no room, keys of another schedule or budget, and no rows to score on."""
+        yield from super().contradictions()
         section, r = self.allocation, self.peft.r
         for name in ("r_max", "grace_rounds") if section.schedule == "cubic" else ("init_r",):
             if getattr(section, name):

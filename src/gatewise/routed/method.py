@@ -37,6 +37,7 @@ class RoutedLora(Lora):
 
     files = (*Lora.files, "routing.png")
     reads_prompt = True
+    starts = (True, "gaussian")
     routing: RoutingSection
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
