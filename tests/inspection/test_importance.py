@@ -15,6 +15,7 @@ from tiny_models import EXPERTS
 from tiny_run import write_adapter, write_base, write_rows
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.loading import load_with_data
 from gatewise.allocation.scores import NAMES
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
@@ -22,6 +23,7 @@ from gatewise.inspection.importance import importance_of, score_adapter
 from gatewise.inspection.suggestion import suggest
 from gatewise.losses import mean_loss
 from gatewise.runs.measure import measure_adapter
+from gatewise.tasks import PadCollator, encode
 
 Adapted = Callable[..., PeftModel]
 Batch = Callable[..., dict[str, torch.Tensor]]
@@ -45,11 +47,14 @@ def scored(folder: Path, adapter: str = "adapter", options: DataOptions = DataOp
 # ---- the rows and what is summed
 
 
-def test_the_loss_is_that_of_eval_and_the_scores_add_up_to_what_the_adapter_takes_away(saved: Path) -> None:
+def test_the_loss_is_that_of_training_and_the_scores_add_up_to_what_the_adapter_takes_away(saved: Path) -> None:
+    """It counts the end of an answer, which is trained, too, and which eval leaves out where it compares candidates."""
     found = scored(saved, rows=99, score_options={"points": 64})  # the path of so strong a random adapter is crooked
-    expected = measure_adapter(saved / "adapter", str(saved / "rows.jsonl"))
-    assert found.rows == expected["n"] == 12
-    assert found.loss_adapted == pytest.approx(expected["loss"], rel=1e-5)
+    loaded = load_with_data(saved / "adapter", str(saved / "rows.jsonl"), DataOptions())
+    batch = PadCollator(loaded.tokenizer)(encode(loaded.records, loaded.tokenizer, loaded.template))
+    assert found.rows == len(batch["labels"]) == measure_adapter(saved / "adapter", str(saved / "rows.jsonl"))["n"] == 12
+    with torch.no_grad():
+        assert found.loss_adapted == pytest.approx(float(loaded.model(**batch).loss), rel=1e-5)
     assert abs(found.loss_base - found.loss_adapted) > 1e-3
     assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-3)
     assert (found.score, found.unit, found.data) == ("path_integral", "nats", str(saved / "rows.jsonl"))
