@@ -60,10 +60,14 @@ def test_the_assistants_words_and_their_end_are_trained(tokenizer: PreTrainedTok
     assert batch.tolist() == [by_hand(tokenizer, TALK, [2, 4])["labels"]]
 
 
-def test_where_the_template_ends_no_turn_the_last_answer_does(tokenizer: PreTrainedTokenizerFast) -> None:
-    (row,) = encode(talks(TALK), tokenizer, ChatFormat(ENDLESS))
-    trained = [label for label in row["labels"] if label != -100]
-    assert trained == [*tokenizer(" the parcel is late\n the bill is wrong\n")["input_ids"], tokenizer.eos_token_id]
+def test_the_last_answer_ends_the_text_however_the_template_ends_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    end, other = "</s>", "<pad>"
+    for text, expected in (
+        (ENDLESS, " the parcel is late\n the bill is wrong\n" + end),
+        (PLAIN.replace(end, other), f"the parcel is late{other}the bill is wrong{other}{end}"),
+    ):
+        (row,) = encode(talks(TALK), tokenizer, ChatFormat(text))
+        assert [label for label in row["labels"] if label != -100] == tokenizer(expected)["input_ids"]
 
 
 def test_a_template_whose_prefix_is_no_prefix(tokenizer: PreTrainedTokenizerFast) -> None:

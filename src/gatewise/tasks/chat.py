@@ -2,7 +2,8 @@
 
 The template is Jinja, the base model's own or one that the recipe has. It says itself what the assistant wrote, where it has
 ``{% generation %}``; else the assistant's turn is what the text gains by it: the text of the messages before it, with the header
-of an answer, must be the beginning of the text of all messages (TRL's rule). The end of the turn is trained in both.
+of an answer, must be the beginning of the text of all messages (TRL's rule). The end of the turn is trained in both, and
+the end of the text after the last.
 
 A conversation that is too long is cut between turns. To train on all answers it loses its last ones, so that each answer is
 learned after all that stood before it; to train on the last answer, or to write it, it loses its first ones, as a client that
@@ -204,7 +205,8 @@ class _Writer:
                 mask[at] = True
         end = max(at for at, own in enumerate(mask) if own) + 1
         ids, mask = ids[:end], mask[:end]
-        if ids[-1] not in self.special and self.tokenizer.eos_token_id is not None:  # or it would never stop
+        # Where turns end otherwise, or not at all: a base model with a chat template stops at nothing else.
+        if self.tokenizer.eos_token_id not in (None, ids[-1]):
             ids, mask = [*ids, int(self.tokenizer.eos_token_id)], [*mask, True]
         return ids, mask
 
