@@ -68,6 +68,13 @@ def test_one_file_is_split_trained_resumed_and_measured(folder: Path, monkeypatc
     found = [gatewise("eval", "out/adapter", "--data", *one, "--json") for one in given]
     assert [code for code, _ in found] == [0, 0, 0], found
     assert found[0][1].partition("{")[2] == found[1][1].partition("{")[2] == found[2][1].partition("{")[2]
+    for part, both in told.items():
+        code, said = gatewise("eval", "out/adapter", "--data", "own.csv", "--split", part, "--json")
+        assert json.loads("{" + said.partition("{")[2]) == both["after"]
+    code, said = gatewise("eval", "out/adapter", "--data", "own.csv", "--split", "valid")
+    assert (code, "the split is valid, but the adapter's run dealt its rows out to train, dev, test" in said) == (2, True), said
+    card = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "measured on rows taken out of it (dev: 0.2) and measured on rows taken out of it (test: 0.2)." in card
     code, said = gatewise("eval", "out/adapter", "--data", "other.csv")
     assert (code, "there is no column 'message' for 'text'; there are customer, product, body, team" in said) == (2, True), said
     code, said = gatewise("eval", "out/adapter", "--data", "other.csv", "--columns", "text")

@@ -139,6 +139,8 @@ def test_csv(write: Write) -> None:
         {"text": ' "Hello" ', "label": "good"},
     ]
     assert load_records(path).rows == rows
+    for other in ";\t":
+        assert load_records(write(f'text{other}label\n"a, b"{other}good\n', "rows.csv")).rows == [{"text": "a, b", "label": "good"}]
     before = csv.field_size_limit()
     assert len(load_records(write(f"text,label\n{'a' * 200_000},good\n", "rows.csv")).rows[0]["text"]) == 200_000
     assert csv.field_size_limit() == before == 131_072
@@ -271,6 +273,8 @@ def test_an_unknown_column_is_named_with_those_there_are(write: Write) -> None:
     said = "rows.csv, line 2: there is no column 'message' for 'text'; there are id, mesage, category; did you mean mesage?"
     with pytest.raises(GatewiseError, match=re.escape(said)):
         load_records(path, columns=COLUMNS)
+    with pytest.raises(GatewiseError, match=r"line 3: field 'label' \(column 'category'\): expected a text that is not empty"):
+        load_records(write("message,category\na,b\nc,\n", "other.csv"), columns=COLUMNS)
     with pytest.raises(GatewiseError, match=r"the fields are id, mesage, category; expected question"):
         load_records(path)
     for content in (b"PAR1", b""):

@@ -11,7 +11,7 @@ class DataOptions:
 
     Attributes:
         base: the base model, if not the one that the adapter names.
-        split: the split of a Hugging Face data set.
+        split: the split of a Hugging Face data set; of a file "train", "dev" or "test", as the adapter's run dealt its rows out.
         prompt: a prompt template in place of the run's; an adapter from elsewhere has none and gets the plain one for the data.
         labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
         limit: only the first rows.

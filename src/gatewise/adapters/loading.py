@@ -1,7 +1,7 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from gatewise.models.loading import HEADS, Task, class_names, load_model, load_t
 from gatewise.parts import TASKS
 from gatewise.progress import quiet
 from gatewise.tasks import ChatFormat, Prompting, Records, Template, default_template
-from gatewise.tasks.records import check_labels, load_records
+from gatewise.tasks.records import check_labels
+from gatewise.tasks.splitting import load_part
 
 _BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
 
@@ -42,6 +43,7 @@ class Loaded:
         base: the base model's name.
         template: how rows become prompts; None for a classifier, which reads the text itself.
         max_length: most tokens of a sequence in that run.
+        note: what that run says of itself.
     """
 
     model: PeftModel
@@ -50,6 +52,7 @@ class Loaded:
     records: Records
     template: Prompting | None
     max_length: int
+    note: Mapping[str, Any]
 
 
 def load_with_data(
@@ -75,7 +78,7 @@ def load_with_data(
     device = pick_device(options.device)
     records, template, max_length = read_data(adapter, data, options)
     model, tokenizer, base_name = load_as_trained(adapter, base=options.base, device=device, trainable=trainable, say=say)
-    return Loaded(model, tokenizer, base_name, records, template, max_length)
+    return Loaded(model, tokenizer, base_name, records, template, max_length, read_note(adapter))
 
 
 def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Prompting | None, int]:
@@ -106,7 +109,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
         if causal or not same:  # which class of a run's classifier is which does not change
             names = list(given)
     columns = note.get("columns") if options.columns is None else _columns(options.columns)
-    records = load_records(data, split=options.split, limit=options.limit, labels=names, columns=columns)
+    records = load_part(data, options.split, note, limit=options.limit, labels=names, columns=columns)
     if not causal and names is None and records.labels is not None:
         base = options.base or base_of(adapter)
         known = class_names(base) if base else None

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-SplitOption = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a data set, or of a file what its run took out: dev, test.")]
 PromptOption = Annotated[
     str | None,
     typer.Option("--template-prompt", help="Prompt with the row's fields in braces, if not the run's. Not for classifiers."),

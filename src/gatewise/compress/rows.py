@@ -14,7 +14,8 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind
 from gatewise.tasks import Prompting, Records
 from gatewise.tasks.metrics import check_classes
-from gatewise.tasks.records import Row, load_records
+from gatewise.tasks.records import Row
+from gatewise.tasks.splitting import load_part
 
 FREE_TEXT = ("generation", "chat")
 
@@ -56,7 +57,7 @@ def rows_for(
     if recovery is None:
         scored, held_out = split(held_out, score_rows)
     else:
-        train = load_records(recovery.data, split=recovery.split, labels=records.labels, columns=records.columns)
+        train = load_part(recovery.data, recovery.split, loaded.note, labels=records.labels, columns=records.columns)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
         train = _without_repeats(train, template, say, set(_shown_text(records, template)))

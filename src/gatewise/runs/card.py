@@ -25,7 +25,11 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
         shutil.copyfile(result.pictures[name], adapter / name)
     recipe: Recipe = without_paths(run.recipe)
     data, parameters = recipe.data.model_dump(), result.parameters
-    hub = [str(data[key]) for key in ("train", "dev", "test") if data.get(key) and _is_hub(getattr(run.recipe.data, key))]
+    hub = [
+        str(data[key])
+        for key in ("train", "dev", "test")
+        if isinstance(data.get(key), str) and _is_hub(getattr(run.recipe.data, key))
+    ]
     rows = [
         [f"{key} {name}", format_metric(name, both["before"][name]), format_metric(name, value)]
         for key, both in result.metrics.items()
@@ -42,14 +46,19 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
     sections = {
         "Results": table_of(rows, ["metric", "base model", "with the adapter"]),
         "Data": f"Trained on `{data['train']}` ({len(run.train):,} rows), "
-        + " and ".join(f"measured on `{data[key]}`" for key in result.metrics if data.get(key))
+        + " and ".join(
+            f"measured on {f'`{source}`' if isinstance(source, str) else f'rows taken out of it ({key}: {source})'}"
+            for key in result.metrics
+            if (source := data.get(key))
+        )
         + ".",
         "Training": f"{trained}\n\n{whole}",
     }
     task = {"SEQ_CLS": "text-classification"}.get(str(read_config(adapter).get("task_type")), "text-generation")
     results = [
         EvalResult(
-            task_type=task, dataset_type=(name := data.get(key) or data["train"]), dataset_name=name, dataset_split=key,
+            task_type=task, dataset_type=(name := source if isinstance(source := data.get(key), str) else data["train"]),
+            dataset_name=name, dataset_split=key,
             metric_type=metric, metric_name=metric, metric_value=round(float(value), 4),
         )
         for key, both in result.metrics.items()

@@ -94,7 +94,7 @@ def load_records(
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
     if limit is not None and limit < 1:
         raise GatewiseError(f"limit is {limit}: expected at least 1 row, or None for all")
-    is_hub = not name.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in SUFFIXES and not path.exists()
+    is_hub = is_data_set(name)
     if is_hub != (split is not None):
         raise GatewiseError(
             f"{name} is {'no file here, and a' if is_hub else 'not a'} Hugging Face dataset, which needs a split such as 'train': "
@@ -120,7 +120,7 @@ def load_records(
             kind, fields = _shape_of(row, where)
         if kind == "generation":  # each row may have one right answer or several
             fields = _TARGETS if row.get("targets") else _TARGET
-        rows.append(_with_messages(row, where) if kind == "chat" else _checked(row, fields, where))
+        rows.append(_with_messages(row, where) if kind == "chat" else _checked(row, fields, where, columns or {}))
         if kind == "label" and labels is not None and rows[-1]["label"] not in labels:
             raise GatewiseError(f"{where}: the label is {rows[-1]['label']!r}, expected one of {', '.join(labels)}")
     if kind is None:
@@ -128,6 +128,12 @@ def load_records(
     if kind != "label":
         return Records(kind, rows[:limit], None, name, columns)
     return Records(kind, rows[:limit], list(labels or sorted({row["label"] for row in rows})), name, columns)
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is a Hugging Face dataset: no sample, and no file."""
+    path = Path(source).expanduser()
+    return not source.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in SUFFIXES and not path.exists()
 
 
 def check_labels(records: Records, advice: str) -> None:
@@ -203,8 +209,10 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _read_csv(text: str, name: str) -> Iterator[tuple[str, Row]]:
-    # A blank between comma and quote is not part of the text.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    # A blank between comma and quote is not part of the text. Some countries' spreadsheets write semicolons for commas.
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     limit = csv.field_size_limit(2**31 - 1)  # of the whole process, and by default shorter than a long document
     try:
         rows = [(f"{name}, line {reader.line_num}", row) for row in reader]
@@ -344,11 +352,12 @@ def _with_messages(row: Row, where: str) -> Row:
         raise GatewiseError(f"{where}: {error}") from error
 
 
-def _checked(row: Row, fields: Fields, where: str) -> Row:
+def _checked(row: Row, fields: Fields, where: str, columns: Mapping[str, str]) -> Row:
     checked = dict(row)
     for name, wanted in fields.items():
+        called = f"field {name!r} (column {columns[name]!r})" if name in columns else f"field {name!r}"
         if name not in row:
-            raise GatewiseError(f"{where}: field {name!r} is missing; expected {', '.join(fields)}, as in the first row")
+            raise GatewiseError(f"{where}: {called} is missing; expected {', '.join(fields)}, as in the first row")
         try:
             checked[name] = wanted.validate_python(row[name], strict=True)
         except ValidationError as error:
@@ -356,7 +365,7 @@ def _checked(row: Row, fields: Fields, where: str) -> Row:
             reason = "expected a text that is not empty and that UTF-8 can write"
             if fault["type"] not in ("string_pattern_mismatch", "string_type", "string_unicode"):
                 reason = fault["msg"].removeprefix("Value error, ")
-            raise GatewiseError(f"{where}: field {name!r}: {reason}") from error
+            raise GatewiseError(f"{where}: {called}: {reason}") from error
     if "choices" in fields and checked["answer"] >= len(checked["choices"]):
         raise GatewiseError(f"{where}: field 'answer' is {checked['answer']}, but choices are numbered from 0")
     return checked

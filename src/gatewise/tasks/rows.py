@@ -108,8 +108,7 @@ class Rows(Task):
         check_labels(whole, "give rows with other labels too, or name them all in data.labels")
         found, self.told = {"train": whole}, []
         if parts := self._parts():
-            own_names = {column: name for name, column in (whole.columns or {}).items()}
-            found, self.told = deal_out(whole, parts, data.group and own_names.get(data.group, data.group))
+            found, self.told = deal_out(whole, parts, data.group)
         for name, split in (("dev", data.dev_split), ("test", data.test_split)):
             if isinstance(source := getattr(data, name), str):
                 found[name] = load_records(source, split=split, labels=whole.labels, columns=data.columns)
@@ -134,8 +133,9 @@ class Rows(Task):
         return METRICS.get(self.train.kind, ())
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
-        """Labels, in the order of the classes, and the columns that rows were read from."""
-        return {"labels": self.train.labels, "columns": self.data.columns}
+        """Labels, in the order of the classes, and how rows were read and dealt out."""
+        dealt = {"parts": parts, "group": self.data.group} if (parts := self._parts()) else {}
+        return {"labels": self.train.labels, "columns": self.data.columns, **dealt}
 
     def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> tuple[dict[str, float | int], str | None]:
         """The numbers of ``gatewise.tasks.evaluate``, and how many answers were cut."""

@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from gatewise.errors import GatewiseError, some
-from gatewise.tasks.records import Records, Row
+from gatewise.tasks.records import Records, Row, is_data_set, load_records
 
 # What a row asks, by kind. Its answer is no part of it: two answers to one question stay together.
 _ASKED = {"label": ("text", "premise", "hypothesis"), "choice": ("question",), "number": ("question",), "generation": ("source",)}
@@ -24,7 +25,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     """Rows to train on, and for "dev", "test" or both about as large a part of the rows as ``parts`` says.
 
     Args:
-        group: the field whose value is the same in rows that belong together; a row without one stands for itself.
+        group: the column, or field, whose value is the same in rows that belong together; a row without one stands for itself.
 
     Returns:
         "train" and the parts, each in the order of the source, and lines that are worth telling: how many rows there are of each,
@@ -33,6 +34,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
+    group = {column: name for name, column in (records.columns or {}).items()}.get(group or "", group)
     if group and all(row.get(group) in (None, "") for row in records.rows):
         raise GatewiseError(
             f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
@@ -69,6 +71,31 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     if left_out := len(sides) - sum(map(len, rows.values())):
         told.append(f"{left_out} of them are left out: they ask what a row on another side asks, which is of another group")
     return {name: replace(records, rows=own) for name, own in rows.items()}, told
+
+
+def load_part(
+    source: str,
+    split: str | None,
+    note: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    labels: list[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Records:
+    """``load_records`` for an adapter: of a file ``split`` may be what the adapter's run dealt out, "train", "dev" or "test".
+
+    Args:
+        note: the adapter's, which says how its run dealt its rows out.
+    """
+    parts = note.get("parts")
+    if split is None or not parts or is_data_set(source):
+        return load_records(source, split=split, limit=limit, labels=labels, columns=columns)
+    found, _ = deal_out(load_records(source, labels=labels, columns=columns), parts, note.get("group"))
+    if split not in found:
+        raise GatewiseError(
+            f"the split is {split}, but the adapter's run dealt its rows out to {', '.join(found)}: take one of them"
+        )
+    return replace(found[split], rows=found[split].rows[:limit])
 
 
 def _asked(kind: str, row: Row) -> str:
