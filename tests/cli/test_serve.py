@@ -1,5 +1,6 @@
 """What ``gatewise serve`` refuses before anything is loaded; and how it ends; what it serves is tested in ``serving/server``."""
 
+import gc
 import json
 import os
 import re
@@ -114,7 +115,8 @@ def test_a_server_logs_its_requests_and_ends_in_order(tmp_path: Path, monkeypatc
 
     before, ended = signal.getsignal(signal.SIGTERM), list[None]()
     try:
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread, monkeypatch.context() as patch:
+            patch.setattr(gc, "freeze", lambda: None)  # which is for a process of its own
             told = thread.submit(clients_to_the_end)
             result = CliRunner().invoke(
                 app,
@@ -126,10 +128,8 @@ def test_a_server_logs_its_requests_and_ends_in_order(tmp_path: Path, monkeypatc
         signal.signal(signal.SIGTERM, before)
     assert result.exit_code == 0, result.output
     assert whole == ("mine-two", "cmpl-mine-two")
-    assert [json.loads(lines[-4].removeprefix(b"data: "))["error"]["message"], lines[-2]] == [
-        "the server is ending",
-        b"data: [DONE]\n",
-    ]
+    error = json.loads(lines[-4].removeprefix(b"data: "))["error"]
+    assert (error["message"], error["code"], lines[-2]) == ("the server is ending", 503, b"data: [DONE]\n")
     said = result.stderr.splitlines()
     assert said[-1] == "serving ended"
     logged = [re.sub(r"seconds=\d+\.\d+", "seconds=S", line) for line in said if line.startswith("request ")]

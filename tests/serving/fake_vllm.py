@@ -14,13 +14,18 @@ from gatewise.serving.server.with_vllm import VllmServer
 
 
 def ask_all(
-    server: VllmServer, prompted: Sequence[Sequence[list[int]]], tokens: int, left_out: str = "nothing"
+    server: VllmServer,
+    prompted: Sequence[Sequence[list[int]]],
+    tokens: int,
+    left_out: str = "nothing",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[str, list[Any], list[Any]]:
-    """Leaves out the LoRA of modules with ``left_out`` in their names, as vLLM does without a word where it has others for them."""
+    """Leaves out the LoRA of modules with ``left_out`` in their names, as vLLM does without a word where it has others for them;
+    ``dtype`` has it round otherwise than PEFT."""
     base = server._arguments[server._arguments.index("--model") + 1]
     adapted, bare = [], []
     for version, prompts in zip(server.catalogue.versions.values(), prompted, strict=True):
-        model = _model(base, version.folder, left_out)
+        model = _model(base, version.folder, left_out).to(dtype)
         adapted.append([_answer(model, ids, tokens) for ids in prompts])
         with model.disable_adapter():
             bare.append([_answer(model, ids, tokens) for ids in prompts])

@@ -20,12 +20,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gatewise import RoutedLoraConfig
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_lora
 from gatewise.cli.main import app
+from gatewise.routed.router import Router
 from gatewise.serving import checking
 from gatewise.serving.engines import serving_settings, settings_together
 
 Check = Callable[..., Any]
+STEEP = 300.0  # the standard deviation of a router's weights
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,38 @@ def test_a_module_that_vllm_has_by_another_name_is_found_out(check: Check, saved
     assert "DIFFERS: vLLM calls some modules by other names" in result.stdout
 
 
+def test_a_steep_router_has_the_room_that_rounding_needs(
+    check: Check, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers hardly tell prompts apart, and what they have in common is taken off: what rounding makes of it is left."""
+    torch.manual_seed(4)
+    config = RoutedLoraConfig(r=3, lora_alpha=6, top_k=2, task_type="CAUSAL_LM")
+    model = trained_routers(
+        random_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "llama"), config), 1.0), STEEP
+    )
+    folder = tmp_path / "steep"
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    [prompt] = checking._prompts(folder, str(saved / "llama"), 96, str(saved / "rows.jsonl"), DataOptions(limit=1), 4)
+
+    def centred(router: Any, given: Any) -> None:
+        router.center.copy_(router._pooled(*given[:2])[0])
+        router.spread.copy_(2e-6 * router.center.square().mean())  # not less, or it is taken for rounding
+        router.numerator.data[0] = 0.5 / STEEP  # of the gates in the middle, so that none is as large as another
+
+    hooks = [one.register_forward_pre_hook(centred) for one in model.modules() if isinstance(one, Router)]
+    with torch.no_grad(), model.eval().prompt_positions(torch.ones(1, len(prompt), dtype=torch.bool)):
+        model(input_ids=torch.tensor([prompt]))
+    for hook in hooks:
+        hook.remove()
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    monkeypatch.setattr(checking, "_ask_all", partial(ask_all, dtype=torch.float64))
+    [found] = json.loads(check(folder, "--prompts", "1", "--json").stdout)
+    assert found["unmerged"]["difference"] > checking.TOLERANCE
+    assert found["holds"]
+    monkeypatch.setattr(checking, "_ask_all", partial(ask_all, left_out="layers.0"))
+    assert "DIFFERS" in check(folder, "--prompts", "1").stdout
+
+
 def test_an_adapter_that_does_nothing_proves_nothing(check: Check, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "one", tmp_path / "idle")
     weights = load_file(tmp_path / "idle" / "adapter_model.safetensors")
@@ -105,7 +140,7 @@ def test_a_number_that_is_none_is_no_match(check: Check, saved: Path, monkeypatc
     result = check(saved / "one", "--json")
     assert result.exit_code == 1
     [found] = json.loads(result.stdout)
-    assert found["unmerged"] == {"same": 12, "compared": 12, "difference": None, "holds": False}
+    assert found["unmerged"] == {"same": 12, "compared": 12, "difference": None, "tolerance": 1e-3, "holds": False}
 
 
 def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check) -> None:

@@ -101,6 +101,15 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
         read_routed(folder, D)
 
 
+def test_a_folder_that_is_gone_is_told_as_such(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "_folder", str)
+    asked = SimpleNamespace(lora_name="one", lora_int_id=-7, lora_path=str(folder))
+    hooks.add_lora_request(lambda *_: None, None, asked)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(GatewiseError, match=f"the folder of the adapter one \\({folder}\\) is gone"):
+        hooks._loaded(None, None, asked, asked)
+
+
 # ---- the table ----
 
 

@@ -1,5 +1,6 @@
 """The ``serve`` command: one base model and many adapters behind OpenAI's API."""
 
+import gc
 import signal
 import sys
 from importlib.util import find_spec
@@ -117,6 +118,8 @@ def serve(
             settings |= {"device": device, "most_waiting": max_waiting or 256, "constraints": find_constraints(constraint)}
             with AdapterServer(base, places, **settings) as server:
                 _ready(server)
+                # Or Python's collector looks at all objects of the libraries again while a body of many lists is read: for seconds.
+                gc.freeze()
                 server.run()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

@@ -34,7 +34,9 @@ def serving_check(
     prompts: Annotated[int, typer.Option(help="The first rows that are answered.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.", min=1)] = 16,
     dtype: Annotated[str, typer.Option(help="Of the base model on both sides: float32 or bfloat16.")] = "float32",
-    tolerance: Annotated[float, typer.Option(help="How far log-probabilities may differ, in nats.", min=0.0)] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="How far log-probabilities may differ, in nats, where rounding alone does less.", min=0.0)
+    ] = 1e-3,
     as_json: JsonOption = False,
 ) -> None:
     """Start vLLM as `gatewise serve` does, and compare its greedy answers with PEFT's.

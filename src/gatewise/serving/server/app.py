@@ -376,7 +376,7 @@ async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -
         async for event in events:
             yield _event(event)
     except Exception as error:
-        yield _event(_error_of(error, 500))
+        yield _event(_error_of(error, getattr(error, "status", 500)))
     yield b"data: [DONE]\n\n"
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, wraps
 from inspect import signature
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
@@ -217,8 +218,11 @@ def _loaded(theirs: Any, self: Any, lora_request: Any, asked: Any) -> Any:
     folder = _folder(lora_request.lora_path)
     routed = is_routed(folder)
     if routed != _asks_routed(asked):  # requests and keys of the prefix cache count on what it was
+        name = client_name(asked.lora_name)
+        if not Path(folder).is_dir():
+            raise GatewiseError(f"the folder of the adapter {name} ({path}) is gone: put it back, or ask for it no more")
         raise GatewiseError(
-            f"the adapter {client_name(asked.lora_name)} ({path}) is {'' if routed else 'not '}routed, unlike what was "
+            f"the adapter {name} ({path}) is {'' if routed else 'not '}routed, unlike what was "
             "asked for by its number before: load it under another name"
         )
     if not routed:
