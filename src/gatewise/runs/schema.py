@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Part
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Part, Section
 from gatewise.runs.recipe import Recipe, recipe_class
 
 
@@ -24,12 +24,13 @@ def recipe_schema(method: str | None = None, task: str | None = None) -> dict[st
         "method": {name: METHODS[name] for name in sorted(METHODS) if method in (None, name)},
         "task": {name: TASKS[name] for name in sorted(TASKS) if task in (None, name)},
     }
-    kinds = {kind for table in tables.values() for part in table.values() for kind in part.sections().values()}
-    models: list[Any] = [Recipe, *sorted(kinds, key=lambda kind: kind.__qualname__)]
+    common: dict[str, Any] = {name: one.annotation for name, one in Recipe.model_fields.items() if _is_section(one.annotation)}
+    kinds: set[Any] = {kind for table in tables.values() for part in table.values() for kind in part.sections().values()}
+    models: list[Any] = [Recipe, *sorted({*kinds, *common.values()}, key=lambda kind: kind.__qualname__)]
     refs, made = models_json_schema([(one, "validation") for one in models], ref_template="#/definitions/{model}")
-    definitions = _without_titles(made["$defs"])
+    definitions = _plain(made["$defs"])
     own = definitions.pop("Recipe")
-    properties = {name: _section(one) if "$ref" in one else one for name, one in own["properties"].items()}
+    properties = own["properties"] | {name: _section(refs[kind, "validation"]) for name, kind in common.items()}
     conditions = []
     for key, table in tables.items():
         first_lines = (f"{name}: {inspect.getdoc(part).splitlines()[0]}" for name, part in table.items())  # type: ignore[union-attr]
@@ -55,13 +56,21 @@ def recipe_schema(method: str | None = None, task: str | None = None) -> dict[st
     }
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _section(reference: Mapping[str, Any]) -> dict[str, Any]:
     """A section, which has its defaults where it is there without keys."""
     return {"anyOf": [{"$ref": reference["$ref"]}, {"type": "null"}]}
 
 
-def _without_titles(value: Any) -> Any:
-    """Without pydantic's titles, which repeat the names of keys."""
+def _plain(value: Any) -> Any:
+    """Without titles, which repeat the names of keys, and without what says nothing and not every pydantic writes."""
     if isinstance(value, dict):
-        return {key: _without_titles(one) for key, one in value.items() if key != "title" or not isinstance(one, str)}
-    return [_without_titles(one) for one in value] if isinstance(value, list) else value
+        return {
+            key: _plain(one)
+            for key, one in value.items()
+            if not (key == "title" and isinstance(one, str)) and not (key == "additionalProperties" and one is True)
+        }
+    return [_plain(one) for one in value] if isinstance(value, list) else value
