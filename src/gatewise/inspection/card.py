@@ -15,12 +15,13 @@ from gatewise import __version__
 from gatewise.adapters.files import read_config, read_lora, read_note
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
-from gatewise.models.embedded import EMBEDDED
+from gatewise.models.embedded import EMBEDDED, hub_name
 from gatewise.parts import TASKS
 from gatewise.serving.engines import serving_settings
 
 CARD_FILE = "README.md"
 PICTURES = ("ranks.png", "layers.png", "routing.png")
+_LOADING = "## How to load it\n\n"
 _FORM = "[More Information Needed]"
 _KINDS = {
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "ROUTED_LORA": "routed LoRA (MiLoRA)", "SELECTIVE_PROMPT": "selective prompts (SPT)",
@@ -52,9 +53,7 @@ def write_card(
     """
     folder = Path(folder)
     config, note = read_config(folder), read_note(folder)
-    base, kind = str(config.get("base_model_name_or_path") or ""), str(config.get("peft_type"))
-    on_hub = bool(base) and not Path(base).exists() and not Path(base).is_absolute()
-    base = base if on_hub else Path(base).name
+    (base, on_hub), kind = _base_of(config), str(config.get("peft_type"))
     task = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}.get(str(config.get("task_type")))
     head = ModelCardData(
         base_model=base if on_hub else None,
@@ -72,12 +71,11 @@ def write_card(
             f"It was trained on `{note['base']}`, the same model with its weights quantised to {quantised}: on the hub's weights "
             "its answers may differ a little."
         )
+    if in_what := note.get("quantization"):
+        told.append(f"The base model's weights were loaded in {in_what} while it was trained.")
     told += [f"## {heading}\n\n{text}" for heading, text in (sections or {}).items()]
     told += [f"![{Path(one).stem}]({one})" for one in PICTURES if (folder / one).is_file()]
-    told += [
-        f"## How a prompt is written\n\n{_prompt(note, task)}",
-        f"## How to load it\n\n{_usage(folder, config, note, base, name)}",
-    ]
+    told += [f"## How a prompt is written\n\n{_prompt(note, task)}", f"{_LOADING}{_usage(folder, name)}"]
     with whole_file(folder / CARD_FILE) as part:
         part.write_text(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(told) + "\n", encoding="utf-8")
     return folder / CARD_FILE
@@ -92,19 +90,22 @@ def carry_card(source: str | Path, folder: str | Path, heading: str, text: str) 
         source, folder: of the adapter that there was, and of the one that was made.
     """
     source, folder = Path(source), Path(folder)
+    resolved = source.resolve()
+    name = resolved.parent.name if resolved.name == "adapter" else resolved.name
     try:
         card = ModelCard((source / CARD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or it is damaged
         card = None
     if card is None or _FORM in card.text:
-        resolved = source.resolve()
-        write_card(folder, resolved.parent.name if resolved.name == "adapter" else resolved.name, sections={heading: text})
+        write_card(folder, name, sections={heading: text})
         return
     card.data["eval_results"] = None  # which the adapter may not have any more
-    for name in filter(lambda one: (source / one).is_file(), PICTURES):
-        shutil.copyfile(source / name, folder / name)
-    with whole_file(folder / CARD_FILE) as part:
-        part.write_text(f"{str(card).rstrip()}\n\n## {heading}\n\n{text}\n", encoding="utf-8")
+    for picture in filter(lambda one: (source / one).is_file(), PICTURES):
+        shutil.copyfile(source / picture, folder / picture)
+    before, loading, _ = str(card).partition(_LOADING)
+    told = f"{before.rstrip()}\n\n## {heading}\n\n{text}\n"
+    with whole_file(folder / CARD_FILE) as part:  # engines may need other settings for it
+        part.write_text(told + (f"\n{_LOADING}{_usage(folder, name)}\n" if loading else ""), encoding="utf-8")
 
 
 def _prompt(note: Mapping[str, Any], task: str | None) -> str:
@@ -120,14 +121,23 @@ def _prompt(note: Mapping[str, Any], task: str | None) -> str:
     return "Nothing is noted of it."
 
 
-def _usage(folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], base: str, name: str) -> str:
+def _base_of(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """The base model's id on the hub, or its folder without the way there; and whether it is an id."""
+    base = hub_name(str(config.get("base_model_name_or_path") or ""))
+    on_hub = bool(base) and not Path(base).exists() and not Path(base).is_absolute()
+    return (base if on_hub else Path(base).name), on_hub
+
+
+def _usage(folder: Path, name: str) -> str:
     """How PEFT, gatewise and vLLM load the adapter."""
+    config, note = read_config(folder), read_note(folder)
+    base, _ = _base_of(config)
     task = str(note.get("task"))
     if task in TASKS and TASKS[task].elsewhere:
         return f"This adapter {TASKS[task].elsewhere}."
-    classes = len(note.get("labels") or ()) if config.get("task_type") == "SEQ_CLS" else 0
-    auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
-    loaded = f'{auto}.from_pretrained("{base}"{f", num_labels={classes}" if classes else ""})'
+    is_classifier, classes = config.get("task_type") == "SEQ_CLS", len(note.get("labels") or ())
+    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    loaded = f'{auto}.from_pretrained("{base}"{f", num_labels={classes}" if is_classifier and classes else ""})'
     lines = ["import gatewise  # knows this type of adapter"] if config.get("peft_type") in _OWN else []
     lines += [
         "from peft import PeftModel",
@@ -139,9 +149,10 @@ def _usage(folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], bas
     known = note.get("base") if note.get("base") in EMBEDDED else base
     told = [_fenced("\n".join(lines), "python"), "With gatewise:"]
     commands = ["gatewise eval ADAPTER --data rows.jsonl"]
-    told.append(_fenced("\n".join([*commands, *([] if classes else [f"gatewise serve {known} --adapters {name}=ADAPTER"])])))
+    commands += [] if is_classifier else [f"gatewise serve {known} --adapters {name}=ADAPTER"]
+    told.append(_fenced("\n".join(commands)))
     try:
-        vllm = None if classes else serving_settings(read_lora(folder), None)["vllm"]
+        vllm = None if is_classifier else serving_settings(read_lora(folder), None)["vllm"]
     except GatewiseError:  # it is not of LoRA's kind
         vllm = None
     if vllm:

@@ -82,7 +82,7 @@ def _is_on_hub(name: str) -> bool:
         model = next(one for one in EMBEDDED.values() if one.hub == name)
         how = f", which is quantised to {model.quantised}" if model.quantised else ""
         print(
-            f"note: {name} cannot be had from the hub ({reason_of(error)}): the embedded {model.name}{how}, is taken",
+            f"note: {name} cannot be had from the hub ({reason_of(error, 100)}): the embedded {model.name}{how}, is taken",
             file=sys.stderr,
         )
         return False
