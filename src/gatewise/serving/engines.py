@@ -48,7 +48,11 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     declared = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]  # vLLM refuses more of these too
     rank = max(rank, *(one for one in declared if isinstance(one, int)), 1)
     others = [name for name in adapter.others if f".{ROUTER}." not in name]
-    extra = any(module.others for module in adapter.modules) or bool(others) or any(map(adapter.config.get, NOT_SERVED))
+    extra = (
+        any(module.others or module.a.ndim > 2 for module in adapter.modules)
+        or bool(others)
+        or any(map(adapter.config.get, NOT_SERVED))
+    )
     routed = adapter.config.get("peft_type") == ROUTED
     return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed)
 

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from adapter_folders import write_folder
 from rich.console import Console
 from served_models import adapter_folder, ask_quickstart, base_folder, client, serving, text_of, writes
 from vllm_models import PYTHON
@@ -90,7 +92,9 @@ def test_the_users_own_arguments_for_vllm_count(made: Path) -> None:
 
 
 def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"the adapter .*dora has more than A and B .*, which vLLM does not serve: take --eng"):
+    with pytest.raises(
+        GatewiseError, match=r"the adapter .*dora has more than A and B .*, which vLLM does not serve: .* gatewise export"
+    ):
         VllmServer(str(made / "base"), [str(made / "dora")], port=0)
     said: list[str] = []
     shutil.copytree(made / "dora", tmp_path / "dora")
@@ -98,6 +102,12 @@ def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
     assert len(said) == 1
     assert re.match(r"note: the adapter .*dora has more than A and B", said[0])
     assert server.names == []
+    # vLLM serves LoRA on embeddings and on the head, where the other engine has no batch for it.
+    tokens = {"embed_tokens.lora_embedding_A": torch.ones(2, 60), "embed_tokens.lora_embedding_B": torch.ones(64, 2)}
+    names = {"base_model_name_or_path": str(made / "base"), "task_type": "CAUSAL_LM", "target_modules": ["embed_tokens"]}
+    write_folder(tmp_path / "tokens", {f"model.{name}": tensor for name, tensor in tokens.items()}, **names)
+    server.catalogue.scan()
+    assert list(server.catalogue.versions) == ["tokens"]
 
 
 def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ SETTLED = 2.0  # seconds in which the files of a folder must not have changed
 RETRY = 10.0  # seconds after which an adapter that could not be loaded is tried again: a want of memory or disk may have passed
 
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
-_MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")  # which share no batch
+MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")  # which share no batch
 _GONE = (FileNotFoundError, NotADirectoryError)  # other errors of a file system may pass
 _numbers = itertools.count(1)
 
@@ -371,7 +371,7 @@ def kind_of(folder: Path) -> Kind:
         if config.get(name):
             raise GatewiseError(f"the adapter {folder} was trained with {name}, which is not served")
     is_linear = all(name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2 for name, shape in shapes.items())
-    return "plain" if is_linear and not any(config.get(name) for name in _MORE) else "alone"
+    return "plain" if is_linear and not any(config.get(name) for name in MORE) else "alone"
 
 
 def describe_fault(folder: Path, error: Exception) -> str:

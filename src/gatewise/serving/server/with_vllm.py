@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gatewise.adapters.files import read_lora
+from gatewise.adapters.files import read_config, read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.loading import load_config, resolve
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, keeps_lora, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit, ReplacedError, Version, describe_fault
+from gatewise.serving.server.catalogue import MORE, SETTLED, Catalogue, Fit, ReplacedError, Version, describe_fault
 from gatewise.serving.server.lanes import Kind
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 
@@ -83,7 +83,8 @@ def settings_of(version: Version, model_type: str | None, folder: Path | None = 
 def _not_in_vllm(folder: Path) -> GatewiseError:
     most = VLLM_RANKS[-1]
     return GatewiseError(
-        f"the adapter {folder} has more than A and B or a rank above {most}, which vLLM does not serve: take --engine transformers"
+        f"the adapter {folder} has more than A and B or a rank above {most}, which vLLM does not serve: take --engine "
+        "transformers, or write it as plain LoRA with gatewise export"
     )
 
 
@@ -168,7 +169,12 @@ class VllmServer:
 
         def check(folder: Path, kind: Kind) -> None:
             fit.check(folder)
-            if kind == "alone":
+            if kind != "alone":
+                return
+            # LoRA on embeddings is alone in the other engine, but not in vLLM.
+            config = read_config(folder)
+            is_lora = config["peft_type"] == "LORA" and not any(map(config.get, MORE))
+            if not is_lora or serving_settings(read_lora(folder), None)["vllm"] is None:
                 raise _not_in_vllm(folder)
 
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled, check)
