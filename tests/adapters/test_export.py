@@ -185,6 +185,29 @@ def test_refusals_leave_nothing(adapted, tmp_path):
         refused(message)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["experts.gate_up_proj"]]
+)
+def test_stacked_experts_are_written_one_by_one(adapted, batch, tmp_path, family, parameters):
+    """Under the names that vLLM wants. PEFT reads them too and stacks them again, which checks order, rank and scale."""
+    settings = {"target_modules": ["q_proj"], "target_parameters": parameters, "rank_pattern": {"q_proj": 5}}
+    torch.manual_seed(0)
+    model = adapted(family, **settings)
+    expected = logits_of(model, batch(family))
+    out = to_lora(model, tmp_path / "out")
+    assert_loads(out, family, batch(family), expected)
+    experts = "block_sparse_moe.experts.{}.w{}" if family == "mixtral" else "mlp.experts.{}.{}_proj"
+    kinds = (1, 2, 3) if family == "mixtral" else ("gate", "up", "down")
+    names = {f"base_model.model.model.layers.1.{experts.format(at, kind)}.lora_A.weight" for at in range(3) for kind in kinds}
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert names <= tensors.keys()
+    assert {len(tensors[name]) for name in names} == {5}
+    whole = to_lora(model, tmp_path / "whole", plain=False)
+    assert_loads(whole, family, batch(family), expected)
+    assert not names & load_file(whole / "adapter_model.safetensors").keys()
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("source", ["model", "folder", "compacted"])
 def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, bias, source):

@@ -163,7 +163,7 @@ def _folded(file: LoraAdapter) -> LoraAdapter:
         left = module.diagonal.flatten().nonzero().flatten()
         if len(left):
             a, b = (module.a.float() * module.diagonal.float()).to(module.a.dtype)[left], module.b[:, left]
-            modules.append(replace(_named(module.path, a, b), scaling=module.scaling))
+            modules.append(replace(plain_module(module.path, a, b), scaling=module.scaling))
     if not modules:
         raise GatewiseError("the adapter has no live rank")
     return LoraAdapter(
@@ -171,7 +171,7 @@ def _folded(file: LoraAdapter) -> LoraAdapter:
     )
 
 
-def _named(path: str, a: Tensor, b: Tensor, embedding: bool = False) -> LoraModule:
+def plain_module(path: str, a: Tensor, b: Tensor, embedding: bool = False) -> LoraModule:
     """A module with these factors, under the names that PEFT gives them."""
     ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     keys = (f"{PEFT_PREFIX}{path}.{ends[0]}", f"{PEFT_PREFIX}{path}.{ends[1]}")
@@ -260,7 +260,7 @@ def _difference(
                 by_columns = isinstance(module, Conv1D | nn.Embedding)
                 factors = _factors(delta.mT if by_columns else delta, floor, rank, keep)
                 if factors is not None:
-                    modules.append(_named(path, factors[0], factors[1], isinstance(module, nn.Embedding)))
+                    modules.append(plain_module(path, factors[0], factors[1], isinstance(module, nn.Embedding)))
                     lost[path] = factors[2]
             elif float(delta.norm()) > floor:
                 beyond.append(full)

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatewise.adapters.difference import plain_lora
+from gatewise.adapters.difference import plain_lora, plain_module
 from gatewise.adapters.files import (
     ALLOCATION_FILE,
     CONFIG_FILE,
@@ -23,6 +23,7 @@ from gatewise.adapters.files import (
     WEIGHTS_FILE,
     LoraAdapter,
     LoraModule,
+    base_of,
     read_allocation,
     read_config,
     read_lora,
@@ -98,13 +99,17 @@ def to_lora(
             modules = [_pad(module, rank or largest) for module in modules]
             if rank is not None:
                 modules += _without_ranks(folder, file, modules)
+        experts = _names_of_experts(folder, model_or_dir, base, say) if plain and any(one.experts for one in modules) else None
+        settings: dict[str, Any] = {}
+        if experts is not None:
+            modules, settings = _apart(modules, experts)
         tensors = dict(file.others)
         for module in modules:
             name_of_a, name_of_b = module.keys
             tensors |= {name_of_a: module.a.contiguous(), name_of_b: module.b.contiguous(), **module.others}
         with whole_folder(out) as part:
             save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
-            write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks))
+            write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks) | settings)
             if lost:
                 ranks = {module.path: module.rank for module in modules}
                 told = {path: {"rank": ranks[path], "lost": one} for path, one in lost.items() if path in ranks}
@@ -222,6 +227,60 @@ def _without_ranks(folder: Path, file: LoraAdapter, modules: list[LoraModule]) -
 def _stacked(module: LoraModule, rows: Tensor, columns: Tensor) -> LoraModule:
     """The module with these slots, (experts, r, d_in) and (experts, r, d_out), as PEFT stacks them."""
     return replace(module, a=rows.flatten(0, 1), b=columns.permute(2, 1, 0).flatten(1))
+
+
+# What engines call the matrices of an expert, and the module that has them, for kinds of base models in which it was tried. PEFT
+# reads these names as well; Transformers stacks gate and up in "gate_up_proj", the others in "down_proj".
+_EXPERTS = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), ("mlp", "gate_proj", "up_proj", "down_proj")),
+}
+
+
+def _names_of_experts(
+    folder: Path, model_or_dir: PeftModel | str | Path, base: str | Path | None, say: Callable[[str], None] | None
+) -> tuple[str, ...] | None:
+    from gatewise.models.loading import load_config
+
+    kind = model_or_dir.config.model_type if isinstance(model_or_dir, PeftModel) else None
+    if kind is None and (name := base or base_of(folder)):
+        with suppress(GatewiseError):  # whose base model is not at hand
+            kind = str(load_config(name).model_type)
+    if kind not in _EXPERTS and say:
+        say(
+            f"the experts stay stacked, as PEFT saves them: how engines call those of {kind or 'a base model that is not at hand'} "
+            "is not known here; vLLM takes them so for gpt_oss and Qwen3-VL-MoE"
+        )
+    return _EXPERTS.get(kind or "")
+
+
+def _apart(modules: list[LoraModule], names: tuple[str, ...]) -> tuple[list[LoraModule], dict[str, Any]]:
+    """Stacked experts as a module each, and what the configuration has to say of them.
+
+    vLLM wants all matrices of all experts of a layer, at one rank. PEFT, which stacks them again, takes that of gate and up from
+    the configuration's ``r``, so that they have the largest of all modules.
+    """
+    rank = max(module.rank for module in modules)
+    above, gate, up, down = names
+    apart, layers = [], {}
+    for module in (_pad(one, rank) for one in modules if one.experts):
+        path, _, kind = module.path.rpartition(".")
+        layers.setdefault(path, {})[kind] = module.rows, module.columns.mT  # (e, r, d_in) and (e, d_out, r)
+    for path, found in layers.items():
+        like, turned = next(iter(found.values())), "gate_up_proj" not in found
+        if len(found) == 1:  # B of zeros for the other one
+            outputs, inputs = like[1].shape[1], like[0].shape[2]
+            sizes = (outputs, 2 * inputs) if turned else (outputs // 2, inputs)
+            a, b = like[0].new_zeros(len(like[0]), rank, sizes[0]), like[1].new_zeros(len(like[1]), sizes[1], rank)
+            found["gate_up_proj" if turned else "down_proj"] = a, b
+        (a, b), (a_down, b_down) = found["gate_up_proj"], found["down_proj"]
+        b_gate, b_up = b.chunk(2, dim=1)
+        place = f"{path.rpartition('.experts')[0].rpartition('.')[0]}.{above}.experts"
+        for name, rows, columns in ((gate, a, b_gate), (up, a, b_up), (down, a_down, b_down)):
+            apart += [plain_module(f"{place}.{at}.{name}", rows[at].clone(), columns[at].clone()) for at in range(len(rows))]
+    others = [module for module in modules if not module.experts]
+    targets = sorted([*(module.path for module in others), *(f"experts.{name}" for name in (gate, up, down))])
+    return apart + others, {"target_modules": targets, "target_parameters": None}
 
 
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
