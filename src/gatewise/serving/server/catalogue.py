@@ -329,7 +329,9 @@ class Fit:
             raise GatewiseError(f"the adapter {folder} does not fit the base model {self._base!r}: {problem}")
 
     def _has_within(self, path: str) -> bool:
-        """Whether there is something in a module, as in one whose parameters are experts."""
+        """Whether there is something in a module, as in one whose parameters are experts, which files stack or do not."""
+        if ".experts." in path:
+            return any(".experts." in name for name in self._sizes)
         return any(name.startswith(f"{_within_model(path)}.") for name in self._sizes)
 
 
