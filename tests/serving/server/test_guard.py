@@ -1,5 +1,6 @@
 """Who is let in, with a key and without, and how much may be sent: before both engines."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,45 @@ def test_names_and_sizes(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, host
     for host in ("evil.example:8000", "evil.example", "", "localhost.evil.example"):
         answer = asked.get("/health", headers={"Host": host})
         assert answer.status_code == (200 if hosts is None else 403)
+
+
+def test_bodies_that_are_held_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MOST_HELD", 10)
+    scope = {"type": "http", "method": "POST", "path": "/v1", "headers": []}
+
+    async def all_at_once() -> list[list[Any]]:
+        may_go, sent = asyncio.Event(), []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await may_go.wait()
+            await send({"type": "http.response.start", "status": 200})
+
+        guarded = guard.Guard(app, None, ())
+
+        def ask(size: int) -> "asyncio.Task[None]":
+            told: list[Any] = []
+            sent.append(told)
+            pieces = [{"type": "http.request", "body": b"x", "more_body": True}] * (size - 1)
+            pieces.append({"type": "http.request", "body": b"x"})
+
+            async def receive() -> Any:
+                return pieces.pop(0)
+
+            async def send(message: Any) -> None:
+                told.append(message.get("status"))
+
+            return asyncio.create_task(guarded(scope, receive, send))
+
+        first = ask(6)
+        await asyncio.sleep(0)
+        await ask(5)
+        may_go.set()
+        await first
+        await ask(10)
+        return sent
+
+    assert [told[0] for told in asyncio.run(all_at_once())] == [200, 503, 200]
 
 
 def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:

@@ -19,6 +19,8 @@ VLLM_KEY = "VLLM_API_KEY"
 """vLLM's own, of which it knows one alone, for some of its addresses; here it counts where there is no other."""
 MOST_BYTES = 8 * 2**20
 """Of a request's body."""
+MOST_HELD = 32 * MOST_BYTES
+"""Of the bodies of all requests that are being answered."""
 
 
 class Guard:
@@ -31,6 +33,7 @@ class Guard:
 
     def __init__(self, app: Any, hosts: Collection[str] | None, keys: Collection[str]) -> None:
         self._app, self._hosts, self._keys = app, hosts, [one.encode() for one in keys]
+        self._held = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -40,21 +43,35 @@ class Guard:
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
-        if refusal is None:
-            body = await read_body(receive)
-            if body is None:
-                return
-            if len(body) > MOST_BYTES:
-                refusal = (413, "RequestTooLargeError", f"the body is too large: expected at most {MOST_BYTES // 2**20} MiB")
         if refusal is not None:
             await _refuse(send, *refusal)
             return
-        held = [{"type": "http.request", "body": body, "more_body": False}]
+        body, size, more = bytearray(), 0, True
+        try:
+            while more:  # to its end, also if it is too large: a client that still sends does not hear
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                size += len(piece)
+                if size <= MOST_BYTES and self._held + len(piece) <= MOST_HELD:
+                    body += piece
+                    self._held += len(piece)
+            if size > MOST_BYTES:
+                said = f"the body is too large: expected at most {MOST_BYTES // 2**20} MiB"
+                await _refuse(send, 413, "RequestTooLargeError", said)
+            elif len(body) < size:
+                said = "the server holds as many bodies as it can: ask again in a moment"
+                await _refuse(send, 503, "ServiceUnavailableError", said)
+            else:
+                held = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def again() -> Any:
-            return held.pop() if held else await receive()
+                async def again() -> Any:
+                    return held.pop() if held else await receive()
 
-        await self._app(scope, again, send)
+                await self._app(scope, again, send)
+        finally:
+            self._held -= len(body)
 
     def _refusal(self, scope: Any) -> tuple[int, str, str] | None:
         """Status, kind and message for who is not let in."""
@@ -87,23 +104,10 @@ class GuardByEnvironment(Guard):
         super().__init__(app, None if hosts is None else hosts.split(","), keys)
 
 
-async def read_body(receive: Any) -> bytes | None:
-    """The body of an HTTP request, or its beginning, more than is allowed; None if the client went away."""
-    body, more = bytearray(), True
-    while more:  # to its end, also if it is too large: a client that still sends does not hear
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        if len(body) <= MOST_BYTES:
-            body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
 async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
     error = {"message": message, "type": kind, "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+    headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"2")]}.get(status, [])
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

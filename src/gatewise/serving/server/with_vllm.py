@@ -182,7 +182,8 @@ class VllmServer:
         self._model_type = config.model_type
         self._arguments = [
             "--model", resolve(base), "--served-model-name", self.name, "--host", host, "--port", str(port),
-            "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.GUARD}.GuardByEnvironment",
+            "--max-num-seqs", str(most_running), "--shutdown-timeout", "5",
+            "--middleware", f"{vllm_server.GUARD}.GuardByEnvironment",
             *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
         ]  # fmt: skip
