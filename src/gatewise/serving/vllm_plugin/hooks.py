@@ -68,6 +68,7 @@ def _install_all() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -77,7 +78,7 @@ def _install_all() -> None:
         _replace(mixin, "beam_search", beam_search)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
         _replace(module, "generate_block_hash_extra_keys", generate_block_hash_extra_keys)
-    for engine in (AsyncLLM, EngineCore):
+    for engine in (AsyncLLM, LLMEngine, EngineCore):
         _replace(engine, "add_lora", add_lora_request)
     _replace(WorkerLoRAManager, "__init__", keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", load_adapter)
