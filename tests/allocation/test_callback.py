@@ -553,7 +553,7 @@ def test_what_it_cannot_work_with_is_refused(adapted, examples, tmp_path, run):
         Trainer(model=base, args=arguments, callbacks=[RankAllocation()])
     model = adapted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(GatewiseError, match="ready optimizer"):
+    with pytest.raises(GatewiseError, match=r"ready optimizer, which does not hold .*: call allocation\.prepare\(model\) before"):
         Trainer(model=model, args=arguments, callbacks=[RankAllocation()], optimizers=(optimizer, None))
     trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples())
     trainer.add_callback(RankAllocation())

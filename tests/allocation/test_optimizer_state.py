@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
 from tiny_models import EXPERTS
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
 from transformers.optimization import Adafactor
@@ -80,6 +81,22 @@ def grown_and_fresh(trained):
         return (torch.stack(one) for one in zip(*found, strict=True))
 
     return make
+
+
+def test_lora_fa_which_keeps_b_by_name_forgets_a_pruned_rank_and_starts_a_grown_one_as_the_others(adapted):
+    model = adapted(target_modules=["0.mlp.up_proj"])
+    slots.widen(model, 5)
+    layer = next(iter(slots.lora_layers(model).values()))
+    optimizer = create_lorafa_optimizer(model, r=5, lora_alpha=10, lr=RATE)
+    for number in range(10):
+        step(optimizer, slots.factors(layer, "default"), gradients(number, layer))
+    (state,) = optimizer.state.values()
+    assert (state["exp_avg_B"][:, 1] != 0).any()
+    slots.prune(layer, "default", [1], optimizer)
+    assert not any(state[name][:, 1].any() for name in ("exp_avg_B", "exp_avg_sq_B"))
+    mean = state["exp_avg_sq_B"][:, [0, 2]].mean(dim=1)
+    assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [1]
+    assert torch.equal(state["exp_avg_sq_B"][:, 1], mean)
 
 
 @pytest.mark.parametrize(

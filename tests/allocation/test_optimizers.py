@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gatewise import ConstantBudget, RankAllocation
@@ -22,6 +23,10 @@ BITSANDBYTES = {
     "rmsprop_bnb": 3e-4,
 }
 RATES = {**TORCH, **BITSANDBYTES}
+
+
+def lora_fa(model):
+    return create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=3e-4)
 
 
 class Watch(TrainerCallback):
@@ -43,10 +48,11 @@ def factors_of(model):
 def run(tmp_path):
     """run(optimiser, ...) -> model, allocation, live slots after each step, factors at the end and when grown.
 
+    ``ready``: makes an optimiser for the prepared model. ``kind``: the Trainer's class.
     The factors have 4,096 numbers each, from which on 8-bit optimisers really keep 8 bits.
     """
 
-    def train(name, resume=None, **arguments):
+    def train(name, resume=None, ready=None, kind=Trainer, made=None, **arguments):
         torch.manual_seed(0)
         shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
         base = LlamaForCausalLM(LlamaConfig(vocab_size=60, pad_token_id=0, **shape))
@@ -65,8 +71,14 @@ def run(tmp_path):
         )
         watch = Watch()
         end = type("End", (TrainerCallback,), {"on_train_end": lambda self, *_, **kwargs: factors.update(end=factors_of(model))})()
-        trainer = Trainer(
+        optimizer = None
+        if ready is not None:
+            allocation.prepare(model)
+            optimizer = ready(model)
+        trainer = kind(
             model=model,
+            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=made,
             args=TrainingArguments(
                 output_dir=str(tmp_path / "run"),
                 max_steps=16,
@@ -110,10 +122,52 @@ def test_an_optimiser_that_trains_beside_its_result_is_refused(run):
         run("schedule_free_adamw")
 
 
-def test_resumed_equals_uninterrupted(run, tmp_path):
-    whole, *_ = run("adamw_8bit", save_strategy="steps", save_steps=6)
-    resumed, *_ = run("adamw_8bit", resume=str(tmp_path / "run" / "checkpoint-6"))
-    expected, found = factors_of(whole), factors_of(resumed)
+@pytest.mark.parametrize("settings", [{}, {"ready": lora_fa}], ids=["adamw_8bit", "lora_fa"])
+def test_resumed_equals_uninterrupted(run, tmp_path, settings):
+    whole, *_ = run("adamw_8bit", save_strategy="steps", save_steps=6, **settings)
+    resumed, *_ = run("adamw_8bit", resume=str(tmp_path / "run" / "checkpoint-6"), **settings)
+    assert_same(resumed, whole)
+
+
+def test_a_ready_optimiser_trains_as_the_trainers_own(run):
+    """Whether it came by a factory, after ``prepare``, or the Trainer makes it of a class."""
+    expected, allocation, *_ = run("adamw_torch")
+    settings = {"lr": RATES["adamw_torch"], "loraplus_lr_ratio": 1.0, "loraplus_weight_decay": 0.1}
+    found, other, *_ = run("adamw_torch", ready=lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, **settings))
+    assert [(one.pruned, one.grown) for one in other.history] == [(one.pruned, one.grown) for one in allocation.history]
+    assert_same(found, expected)
+    found, *_ = run("sgd", made=(torch.optim.AdamW, {"lr": RATES["adamw_torch"]}))
+    assert_same(found, expected)
+
+
+def test_lora_fa_trains_b_alone_and_ranks_grow_in_it(run):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = lora_fa(self.model)
+            return self.optimizer
+
+    kept = {}
+
+    def fa(model):
+        kept["optimizer"], kept["start"] = lora_fa(model), factors_of(model)
+        return kept["optimizer"]
+
+    model, allocation, live, factors = run("adamw_torch", ready=fa)
+    assert_same(model, run("adamw_torch", kind=Own)[0])
+    for step, (before, after) in enumerate(itertools.pairwise(live), start=2):
+        assert after == before or step in (4, 8, 12)
+    never = {path: set(range(8)).difference(*(one.pruned.get(path, ()) for one in allocation.history)) for path in kept["start"]}
+    for path, slots_of in never.items():
+        rows = sorted(slots_of)
+        assert torch.equal(factors["end"][path][0][rows], kept["start"][path][0][rows])
+    for path, grown in allocation.history[-1].grown.items():
+        (a, b), (old_a, _) = factors["end"][path], factors["grown"][path]
+        assert (b[:, grown] != 0).any(dim=0).all()
+        assert torch.equal(a[grown], old_a[grown])
+
+
+def assert_same(one, other):
+    expected, found = factors_of(other), factors_of(one)
     assert found.keys() == expected.keys()
     for path in expected:
         for one, other in zip(found[path], expected[path], strict=True):

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, get_args
+from weakref import ref
 
 import torch
 from peft import PeftModel
@@ -129,6 +130,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.budget = 0
         self.target = 0
         self._name = adapter or ""  # known when the Trainer is made
+        self._prepared: ref[PeftModel] | None = None
         self._capacity: dict[str, int] = {}
         self._costs: dict[str, int] | None = None
         self._floor = min_rank
@@ -141,27 +143,19 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._zero: Zero | None = None
         self._compacted = False
 
-    # Trainer events, in the order they come.
+    def prepare(self, model: PeftModel) -> None:
+        """Looks whether the ranks of an adapter can be moved, and widens it. A Trainer that makes its optimiser needs no such call.
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Widens the adapter: the Trainer exists, its optimiser does not."""
-        model: PeftModel = kwargs["model"]
-        if kwargs.get("optimizer") is not None:
-            raise GatewiseError(
-                "the Trainer was given a ready optimizer, but RankAllocation replaces the parameters it holds: "
-                "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
-            )
-        stored: Any = state.stateful_callbacks
-        if isinstance(stored[type(self).__name__], list):
-            raise GatewiseError(
-                "the Trainer has two RankAllocations, but the checkpoints of several adapters do not resume: give one"
-            )
+        It replaces parameters, so call it before an optimiser of your own is made:
+
+            allocation.prepare(model)
+            optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-4)
+            Trainer(model=model, callbacks=[allocation], optimizers=(optimizer, None), ...)
+
+        Raises:
+            GatewiseError: ranks of this adapter cannot be moved, or not with this schedule.
+        """
         name = self._name = active_adapter(model, self._name or None)
-        if args.load_best_model_at_end and name != "default":
-            raise GatewiseError(
-                f"load_best_model_at_end is on, but Transformers loads only an adapter called 'default' of the best checkpoint, "
-                f"not {name!r}: turn it off, or make the adapter under that name"
-            )
         never_pack(model)  # or an evaluation would break the training that follows it
         check_gradients(model, name)
         slots.check_movable(model, name)
@@ -190,6 +184,34 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "%s: no ranks of this kind of layer are moved or taken away, and the budget of %d %s does not count them",
                 some(others, 3), self.target, self.unit,
             )  # fmt: skip
+        self._prepared = ref(model)
+
+    # Trainer events, in the order they come.
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Widens the adapter: the Trainer exists, its optimiser does not, or was made after ``prepare``."""
+        model: PeftModel = kwargs["model"]
+        stored: Any = state.stateful_callbacks
+        if isinstance(stored[type(self).__name__], list):
+            raise GatewiseError(
+                "the Trainer has two RankAllocations, but the checkpoints of several adapters do not resume: give one"
+            )
+        name = self._name = active_adapter(model, self._name or None)
+        if args.load_best_model_at_end and name != "default":
+            raise GatewiseError(
+                f"load_best_model_at_end is on, but Transformers loads only an adapter called 'default' of the best checkpoint, "
+                f"not {name!r}: turn it off, or make the adapter under that name"
+            )
+        if self._prepared is None or self._prepared() is not model:
+            self.prepare(model)
+        if (optimizer := kwargs.get("optimizer")) is not None:
+            held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+            if any(one.requires_grad and id(one) not in held for one in self._factors(slots.layers_of(model, name))):
+                raise GatewiseError(
+                    "the Trainer was given a ready optimizer, which does not hold the parameters that RankAllocation puts in the "
+                    "place of the adapter's: call allocation.prepare(model) before you make it, or let the Trainer make it "
+                    "(TrainingArguments(optim=...), optimizer_cls_and_kwargs=...)"
+                )
         self._whole.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

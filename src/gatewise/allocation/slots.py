@@ -288,14 +288,24 @@ def _sharing(layer: LoraLinear) -> list[LoraLinear]:
 
 # Running averages of squares, by the names that optimisers give them ("state2" is bitsandbytes'). Adafactor keeps the mean of those
 # of each row and of each column: Transformers drops the dimension that it averages over, torch keeps it with size 1.
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2", "exp_avg_sq_B")
 _FACTORED_SQUARES = (("exp_avg_sq_row", "row_var"), ("exp_avg_sq_col", "col_var"))
+
+
+def _kept_of(factor: nn.Parameter, optimizer: Optimizer) -> tuple[Any, dict[str, Any]]:
+    """What an optimiser keeps of a factor, and by what: the factor itself or, as PEFT's LoRA-FA keeps B, the layer's name."""
+    for group in getattr(optimizer, "param_groups", ()):
+        for name, one in zip(group.get("names", ()), group["params"], strict=False):
+            if one is factor and "lora_B" in name:
+                key = name[: name.find("lora")] + "lora"
+                return key, optimizer.state.get(key, {})
+    return factor, optimizer.state.get(factor, {})
 
 
 def _clear(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor, optimizer: Optimizer) -> None:
     """Sets to zero what the optimiser keeps of these slots, and their gradient: a dead slot then stays dead."""
     for of_b, factor in enumerate(factors(layer, adapter)):
-        for value in (factor.grad, *optimizer.state.get(factor, {}).values()):
+        for value in (factor.grad, *_kept_of(factor, optimizer)[1].values()):
             if isinstance(value, Tensor) and value.shape == factor.shape and value.is_floating_point():
                 _view(layer, value, of_b)[slots] = 0
 
@@ -309,19 +319,19 @@ def _start_in_optimizer(
         alive: the modules that share A and B, each with the (r_max,) mask of its slots that lived before.
     """
     for of_b, factor in enumerate(factors(layer, adapter)):
-        state = optimizer.state.get(factor, {})
+        key, state = _kept_of(factor, optimizer)
         squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[of_b]) if key in state]
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         # AdEMAMix stacks two averages in one.
         unwritten = any(value.dtype == torch.uint8 or value.ndim > factor.ndim for value in tensors)
         # Without a mean to take, the optimiser makes this parameter's state anew.
         if unwritten or (squares and not any(bool(mask.any()) for _, mask in alive)):
-            del optimizer.state[factor]
+            del optimizer.state[key]
             continue
-        for key in squares:
-            live = torch.cat([_view(one, state[key], of_b)[mask] for one, mask in alive])
+        for square in squares:
+            live = torch.cat([_view(one, state[square], of_b)[mask] for one, mask in alive])
             along = -1 if of_b else 0  # in memory as in the factor, so that the sum is taken in the same order
-            _view(layer, state[key], of_b)[grown] = live.movedim(0, along).contiguous().mean(along)
+            _view(layer, state[square], of_b)[grown] = live.movedim(0, along).contiguous().mean(along)
 
 
 # ---------------------------------------------------------------- more room, and none that is not used
