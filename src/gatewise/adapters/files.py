@@ -473,13 +473,14 @@ class ChatTemplate:
 
 
 def chat_template_of(folder: str | Path) -> ChatTemplate | None:
-    """The note's ``chat_template``, or one made of its ``template``, whose field the message of a user fills.
+    """The note's ``chat_template``, or one made of its ``template``, whose field a user's message fills; without a note that of a
+    tokenizer that was saved with the adapter, as TRL does.
 
     The one that is made refuses what the adapter was not trained on: all but one message, which is a user's, and any chat if there
     are several fields.
 
     Returns:
-        None where nothing is noted, such as for an adapter from elsewhere: its tokenizer's chat template is then the best guess.
+        None where there is none of these: the base model's chat template is then the best guess.
 
     Raises:
         GatewiseError: the note is damaged.
@@ -489,7 +490,8 @@ def chat_template_of(folder: str | Path) -> ChatTemplate | None:
     if isinstance(chat, str):
         return ChatTemplate(chat)
     if not isinstance(prompt, str):
-        return None
+        path = Path(folder) / "chat_template.jinja"
+        return ChatTemplate(path.read_text(encoding="utf-8")) if path.is_file() else None
     try:
         parts = [(literal, field) for literal, field, *_ in Formatter().parse(prompt)]
     except ValueError as error:

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from served_models import adapter_folder, base_folder
+from tiny_models import EXPERTS, tiny_base
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.catalogue import Catalogue, Fit, ReplacedError, Version, kind_of, name_of
@@ -121,7 +123,13 @@ def test_what_does_not_fit_the_base_model_is_not_listed(made: Path, tmp_path: Pa
     ):
         with pytest.raises(GatewiseError, match=why):
             found(tmp_path / name)
-    assert names(catalogue(tmp_path / "of_gpt2", check=lambda folder, kind: Fit(str(gpt2)).check(folder))) == ["of_gpt2"]
+    experts = get_peft_model(tiny_base("mixtral"), LoraConfig(task_type="CAUSAL_LM", **EXPERTS))
+    experts.save_pretrained(tmp_path / "of_mixtral")
+    experts.unload().save_pretrained(tmp_path / "mixtral" / "base")
+    for base, name in ((gpt2, "of_gpt2"), (tmp_path / "mixtral" / "base", "of_mixtral")):
+        Fit(str(base)).check(tmp_path / name)
+    with pytest.raises(GatewiseError, match="does not fit"):
+        fit.check(tmp_path / "of_mixtral")
 
 
 def test_an_adapter_of_a_quantised_base_is_served_and_said(made: Path, tmp_path: Path) -> None:

@@ -110,3 +110,5 @@ def test_a_chat_that_was_not_trained_is_refused(tmp_path: Path) -> None:
         asked({"template": "{text"}, "user")
     whole = asked({"template": None, "chat_template": "{% for m in messages %}{{ m.role }}{% endfor %}!"}, "system", "user")
     assert byte_tokenizer().decode(whole) == "systemuser!"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}?")  # as TRL saves it with an adapter
+    assert byte_tokenizer().decode(asked({}, "user")) == "a?"
