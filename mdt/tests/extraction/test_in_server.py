@@ -63,7 +63,7 @@ def test_what_cannot_be_kept_to_is_refused(server: AdapterServer) -> None:
     for extra, expected in (
         ({"gatewise_tree": '{"language": "fr"}'}, "not told as gatewise tells it"),
         ({"gatewise_poem": "a"}, "vllm_xargs has gatewise_poem: this server serves one of gatewise_tree"),
-        (["gatewise_tree"], "vllm_xargs: Input should be an object"),
+        (["gatewise_tree"], "vllm_xargs: Input should be a valid dictionary"),
     ):
         with pytest.raises(openai.BadRequestError, match=expected):
             ask(model="plain", prompt="a", max_tokens=5, extra_body={"vllm_xargs": extra})
