@@ -262,7 +262,8 @@ def _apart(modules: list[LoraModule], names: tuple[str, ...]) -> tuple[list[Lora
     """
     rank = max(module.rank for module in modules)
     above, gate, up, down = names
-    apart, layers = [], {}
+    apart: list[LoraModule] = []
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for module in (_pad(one, rank) for one in modules if one.experts):
         path, _, kind = module.path.rpartition(".")
         layers.setdefault(path, {})[kind] = module.rows, module.columns.mT  # (e, r, d_in) and (e, d_out, r)
