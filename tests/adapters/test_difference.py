@@ -12,10 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from saved_models import IDS, bert_config, llama_config, saved
 from transformers import BertForSequenceClassification, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from gatewise.adapters.difference import compare, plain_lora
 from gatewise.adapters.export import to_lora
 from gatewise.adapters.files import read_lora
+from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.models import load_model
 from gatewise.serving.engines import serving_settings
@@ -141,6 +143,9 @@ def test_on_data_it_tells_logits_and_losses(made: Callable[..., Made], base: Pat
     cut = compare(folder, to_lora(folder, tmp_path / "cut", rank=1), str(rows))
     assert cut.before == whole.before
     assert min(cut.logits, abs(cut.after - cut.before)) > 1e-4
+    told = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "told"), "--rank", "1", "--data", str(rows)])
+    assert (told.exit_code, "largest share of a difference that is lost: 0." in told.stderr) == (0, True), told.output
+    assert f"largest difference of a logit: {cut.logits:.2g}; loss {cut.before:.4f} before, {cut.after:.4f} after" in told.stdout
 
 
 def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
