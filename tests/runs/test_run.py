@@ -147,6 +147,16 @@ def test_with_lora_plus_only_the_rate_of_b_is_higher(method: str, tmp_path: Path
     assert {rate for name, rate in seen.items() if "lora_B" in name} == {0.08}
 
 
+@pytest.mark.parametrize("setting", ["quantization=nf4", "training.lora_plus_ratio=4", "peft.init_lora_weights=olora"])
+def test_what_does_not_go_with_a_sharded_base_is_refused_before_it_is_loaded(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(GatewiseError, match=r"does not go with FSDP: take launch\.strategy ddp, or leave it out"):
+        train(recipe, tmp_path / "out", setting, f"model={tmp_path / 'none'}")
+
+
 def test_what_is_written_down(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "alora", data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "dev.jsonl"})
     result = train(recipe, tmp_path / "out", "training.eval_every=4", "template.prompt='Is {text} good or bad?'")
