@@ -204,7 +204,7 @@ def test_the_base_model_does_not_wait_for_an_adapter_that_has_no_room(made: dict
     for name in ("a", "b", "damaged"):
         shutil.copytree(made[name], tmp_path / name)
     with serving(made["base"], tmp_path, most_loaded=1) as server, ThreadPoolExecutor(9) as threads:
-        long = threads.submit(ask, server, "a", 40, extra_body={"ignore_eos": True})
+        long = threads.submit(ask, server, "a", 30, extra_body={"ignore_eos": True})
         soon(lambda: gauge(server, "gatewise_running") == 1)
         others = [threads.submit(ask, server, name) for name in ("b", "damaged", "a")]
         soon(lambda: gauge(server, "gatewise_waiting") == 3)
@@ -223,7 +223,7 @@ def test_one_adapter_is_loaded_between_two_steps(made: dict[str, Path], tmp_path
 
     def slowly(self: Lane, folder: Path, name: str, base_name: str) -> None:
         order.append("load")
-        time.sleep(0.2)
+        time.sleep(0.15)
         load(self, folder, name, base_name)
 
     def noted(self: Lane, ids: Any, name: str) -> Any:
@@ -232,13 +232,13 @@ def test_one_adapter_is_loaded_between_two_steps(made: dict[str, Path], tmp_path
 
     monkeypatch.setattr(Lane, "load", slowly)
     monkeypatch.setattr(Lane, "read", noted)
-    for number in range(4):
+    for number in range(6):
         shutil.copytree(made["damaged"], tmp_path / f"damaged{number}")
-    with serving(made["base"], tmp_path) as server, ThreadPoolExecutor(4) as threads:
-        broken = [threads.submit(ask, server, f"damaged{number}") for number in range(4)]
-        soon(lambda: gauge(server, "gatewise_waiting") >= 3)
+    with serving(made["base"], tmp_path) as server, ThreadPoolExecutor(6) as threads:
+        broken = [threads.submit(ask, server, f"damaged{number}") for number in range(6)]
+        soon(lambda: gauge(server, "gatewise_waiting") >= 4)
         assert ask(server, "tiny", 1).choices
-        assert order[-1] == "read" or order.count("load") < 4
+        assert order.index("read") < 6  # it did not wait for all of them
         assert {type(one.exception()) for one in broken} == {openai.InternalServerError}
 
 
