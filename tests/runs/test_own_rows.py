@@ -47,9 +47,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_one_file_is_split_trained_resumed_and_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = gatewise("train", "mine.yaml", "--output", "out")
     assert code == 0, said
-    assert "tickets.csv: 65 rows for train, 5 rows for dev, 10 rows for test" in said
+    assert "tickets.csv: 55 rows for train, 10 rows for dev, 15 rows for test" in said
     told = json.loads((folder / "out" / "metrics.json").read_text())["metrics"]
-    assert {name: one["after"]["n"] for name, one in told.items()} == {"dev": 5, "test": 10}
+    assert {name: one["after"]["n"] for name, one in told.items()} == {"dev": 10, "test": 15}
     # Interrupted and gone on with, it has the same rows; other rows are refused as ever.
     with monkeypatch.context() as patch:
         stop_at(patch, 4, KeyboardInterrupt())
@@ -79,6 +79,10 @@ def test_one_file_is_split_trained_resumed_and_measured(folder: Path, monkeypatc
     assert (code, "there is no column 'message' for 'text'; there are customer, product, body, team" in said) == (2, True), said
     code, said = gatewise("eval", "out/adapter", "--data", "other.csv", "--columns", "text")
     assert (code, "expected each field with its column, such as 'text=message,label=category'" in said) == (2, True), said
+    given = ("--data", "own.csv", "--split", "dev", "--recover", "tickets.csv", "--recover-split", "train", "--steps", "1")
+    code, said = gatewise("compress", "out/adapter", *given, "--modules", "9", "--score-rows", "2", "--out", "small")
+    assert code == 0, said
+    assert json.loads((folder / "small" / "gatewise.json").read_text())["columns"] == {"text": "message", "label": "category"}
     code, said = gatewise("inspect", "out/adapter", "--scores", "--data", "other.csv", "--columns", "text=body,label=team")
     assert code == 0, said
 
@@ -92,6 +96,7 @@ def test_training_and_choice_do_not_see_the_test_rows(folder: Path) -> None:
         more = ("--set", f"data.test={name}.jsonl", "--set", "training.early_stopping_patience=1")
         code, said = gatewise("train", "mine.yaml", "--output", name, *more)
         assert code == 0, said
+    assert "70 of the 80 rows of data.test ask what rows of data.train ask, word for word" in said  # the other parts are dev's
     assert_same_adapter(folder / "right" / "adapter", folder / "wrong" / "adapter")
     one, other = (json.loads((folder / name / "metrics.json").read_text()) for name in ("right", "wrong"))
     assert one["metrics"]["dev"] == other["metrics"]["dev"]

@@ -43,6 +43,7 @@ def test_a_row_stays_on_its_side_in_any_order_and_when_rows_are_added() -> None:
     assert told == [
         f"rows.csv: {len(found['train'])} rows for train, {len(found['dev'])} rows for dev, {len(found['test'])} rows for test"
     ]
+    assert ids(dealt(rows, dev=0.2)[0]["dev"]) > ids(found["dev"])
     shuffled = random.Random(0).sample(rows, len(rows))
     assert {name: ids(part) for name, part in dealt(shuffled)[0].items()} == {name: ids(part) for name, part in found.items()}
     for count in (12, 25, 40):  # few, so that labels give rows whose hash is above the part

@@ -15,7 +15,7 @@ from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_records
-from gatewise.tasks.splitting import deal_out
+from gatewise.tasks.splitting import asked_again, deal_out
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
@@ -121,6 +121,10 @@ class Rows(Task):
                 raise GatewiseError(
                     f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({self.train.source}) holds "
                     f"{self.train.kind} rows: expected the same kind"
+                )
+            if again := asked_again(records, self.train):
+                self.told.append(
+                    f"{again} of the {len(records)} rows of data.{name} ask what rows of data.train ask, word for word"
                 )
 
     def _tell(self, key: str, say: Callable[[str], None]) -> None:

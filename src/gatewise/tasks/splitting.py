@@ -1,10 +1,10 @@
 """One source of rows dealt out to train, dev and test: by a hash of what a row asks, so that each always falls on the same side.
 
 A row's side follows from its own content, not from its place or a seed: it is the same in the next run, and stays when rows are
-added. Rows that ask the same, whatever their spacing, label or further fields, are one unit; with a group all its rows are. A unit
-is measured on when its hash, a number in [0, 1), is below the part asked for. Each label is seen to by itself: one whose rows all
-hash high gives its lowest, if another is left to train on. So no row that was trained on is measured on when there are more rows,
-unless its label had no other to train on.
+added. Rows that ask the same, whatever their spacing, label or further fields, are one unit; with a group all its rows are. With
+``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9 on. Each label
+is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no row that was
+trained on is measured on when there are more rows, unless its label had no other to train on.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
-    side = _sides([of_label[label] for label in sorted(of_label)], {name: parts[name] for name in _TAKEN_FIRST if name in parts})
+    side = _sides([of_label[label] for label in sorted(of_label)], parts)
     sides = [side.get(unit, "train") for unit in units]
     taken: dict[str, str] = {}
     for name in _TAKEN_FIRST:
@@ -98,6 +98,12 @@ def load_part(
     return replace(found[split], rows=found[split].rows[:limit])
 
 
+def asked_again(records: Records, other: Records) -> int:
+    """How many of some rows ask what others of the same kind ask."""
+    seen = {_asked(other.kind, row) for row in other.rows}
+    return sum(_asked(records.kind, row) in seen for row in records.rows)
+
+
 def _asked(kind: str, row: Row) -> str:
     """What a row asks, whatever the spacing."""
     texts = [one["content"] for one in row["messages"][:-1]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
@@ -115,16 +121,15 @@ def _sides(labels: Iterable[set[str]], parts: Mapping[str, float]) -> dict[str, 
         return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") / 2**64
 
     in_order = [sorted(units, key=place) for units in labels]
-    side: dict[str, str] = {}
-    below = 0.0
-    for name, part in parts.items():
-        side |= {unit: name for units in in_order for unit in units if below <= place(unit) < below + part}
-        below += part
+    # dev from below, test from above: neither changes when the other part does.
+    wanted = {"test": lambda at: at >= 1 - parts["test"], "dev": lambda at: at < parts["dev"]}
+    wanted = {name: within for name, within in wanted.items() if name in parts}
+    side = {unit: name for name, within in wanted.items() for units in in_order for unit in units if within(place(unit))}
     for units in in_order:
         if all(unit in side for unit in units):  # what is measured has to be learned first
-            del side[units[-1]]
-        for name in parts:
+            del side[units[len(units) // 2]]
+        for name in wanted:
             free = [unit for unit in units if unit not in side]
             if len(free) > 1 and all(side.get(unit) != name for unit in units):
-                side[free[0]] = name
+                side[free[-1 if name == "test" else 0]] = name
     return side
