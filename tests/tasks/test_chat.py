@@ -185,7 +185,8 @@ def test_what_the_template_does_not_take_is_refused(tokenizer: PreTrainedTokeniz
     for text, sentence in (
         (strict, "talks, conversation 1: the chat template does not take these messages: System role not supported"),
         (deaf, "talks, conversation 1: the chat template does not know the role 'system': it leaves such messages out"),
-        ("{% generation %}{% endgeneration %}" + PLAIN, "has {% generation %}, but marks no answer of this conversation"),
+        ("{% generation %}{% endgeneration %}" + PLAIN, "the chat template marks nothing of the assistant's answers"),
+        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", "the chat template writes nothing of the"),
     ):
         with pytest.raises(GatewiseError, match=sentence):
             encode(talks(TALK), tokenizer, ChatFormat(text))

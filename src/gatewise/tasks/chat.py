@@ -181,6 +181,10 @@ class _Writer:
     """A template and the tokenizer that reads what it writes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatFormat) -> None:
+        if not tokenizer.is_fast:
+            raise GatewiseError(
+                f"the tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library, which conversations need"
+            )
         self.tokenizer, template = tokenizer, template.of(tokenizer)
         self.text, self.assistant = str(template.text), template.assistant
         added = {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
@@ -198,7 +202,10 @@ class _Writer:
             GatewiseError: the template does not take the messages, or does not say which tokens are the assistant's.
         """
         text = self._written(messages)
-        ids, mask = self._marked(messages) if _GENERATION.search(self.text) else self._by_prefixes(messages, text)
+        marks = _GENERATION.search(self.text) is not None
+        ids, mask = self._marked(messages) if marks else self._by_prefixes(messages, text)
+        if not any(mask):
+            raise GatewiseError(f"the chat template {'marks' if marks else 'writes'} nothing of the assistant's answers")
         # What comes straight after an answer and is no text ends it, as the header of the next turn does in some templates.
         for at in range(1, len(ids)):
             if mask[at - 1] and ids[at - 1] not in self.special and ids[at] in self.special:
@@ -215,9 +222,7 @@ class _Writer:
         made = self._applied(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
         starts = [at for at, own in enumerate(mask) if own and not (at and mask[at - 1])]
-        if not starts:
-            raise GatewiseError("the chat template has {% generation %}, but marks no answer of this conversation")
-        return ids, mask if self.assistant == "all" else [own and at >= starts[-1] for at, own in enumerate(mask)]
+        return ids, mask if self.assistant == "all" else [own and at >= max(starts) for at, own in enumerate(mask)]
 
     def _by_prefixes(self, messages: Messages, text: str) -> Marked:
         """TRL's rule, on the tokens of the whole text: they are those that a server reads in a history."""
