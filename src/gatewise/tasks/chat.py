@@ -182,9 +182,7 @@ class _Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatFormat) -> None:
         if not tokenizer.is_fast:
-            raise GatewiseError(
-                f"the tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library, which conversations need"
-            )
+            raise GatewiseError(f"conversations need a tokenizer of the tokenizers library, not a {type(tokenizer).__name__}")
         self.tokenizer, template = tokenizer, template.of(tokenizer)
         self.text, self.assistant = str(template.text), template.assistant
         added = {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
@@ -239,7 +237,7 @@ class _Writer:
                     f"the chat template writes the first {at + 1} messages otherwise when more follow, so that nobody can tell "
                     f"which tokens are the assistant's: give one that marks them by {{% generation %}} (template.chat){last}"
                 )
-            own = [i for i, (start, end) in enumerate(spans) if end > len(before) and start < len(through)]
+            own = [i for i, (start, end) in enumerate(spans) if max(start, len(before)) < min(end, len(through))]
             # What stands between the end of a turn and the next one, mostly a line break, comes after the answer has stopped.
             ends = [i for i in own if ids[i] in self.special]
             if ends and not text[spans[ends[-1]][1] : len(through)].strip():
