@@ -20,7 +20,11 @@ MARKED = (
     "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
     "{% else %}{{ m.content }}</s>{% endif %}{{ '\\n' }}{% endfor %}" + HEADER
 )
-# The first marks the words alone; in the second nothing ends a turn; in the third the last answer has what earlier ones have lost.
+# The first marks the line break after the end too, the second the words alone; in the third nothing ends a turn; in the fourth
+# the last answer has what earlier ones have lost.
+LINE_MARKED = MARKED.replace("</s>{% endgeneration %}", "</s>{{ '\\n' }}{% endgeneration %}").replace(
+    "{{ '\\n' }}{% endfor %}", "{{ '' if m.role == 'assistant' else '\\n' }}{% endfor %}"
+)
 HALF_MARKED = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>")
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 THINKING = PLAIN.replace("{{ m.content }}", "{{ '(hm) ' if loop.last and m.role == 'assistant' else '' }}{{ m.content }}")
@@ -52,7 +56,7 @@ def by_hand(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], 
     return {"input_ids": ids[:end], "labels": labels[:end]}
 
 
-@pytest.mark.parametrize("text", [PLAIN, MARKED, HALF_MARKED])
+@pytest.mark.parametrize("text", [PLAIN, MARKED, LINE_MARKED, HALF_MARKED])
 def test_the_assistants_words_and_their_end_are_trained(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert encode(talks(TALK), tokenizer, ChatFormat(text)) == [by_hand(tokenizer, TALK, [2, 4])]
     assert encode(talks(TALK), tokenizer, ChatFormat(text, "last")) == [by_hand(tokenizer, TALK, [4])]
@@ -169,6 +173,10 @@ ASKED = said("user")
             "line 2: message 1 has a part of type 'image', and only text is trained",
         ),
         ({"messages": [ASKED, said("assistant", " ")]}, r"line 2: message 2 \(assistant\) has no text"),
+        ({"messages": [said("user", [{"type": "text"}])]}, r"line 2: message 1 \(user\) has no text"),
+        ({"messages": [ASKED, said("assistant", weight=0)]}, "line 2: message 2 has the weight 0, and all count alike"),
+        ({"messages": [ASKED, said("assistant", reasoning_content="hm")]}, "line 2: message 2 has 'reasoning_content', which is"),
+        ({"prompt": "words", "completion": 5}, r"line 2: message 2 \(assistant\) has no text"),
         ({"messages": TALK, "system": "more"}, "line 2: it has 'system' and a first message of the role system"),
         ({"text": "words", "label": "x"}, "line 2: expected 'messages', a list of objects"),
     ],

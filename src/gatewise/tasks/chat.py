@@ -78,7 +78,7 @@ def conversation(row: Mapping[str, Any]) -> Messages:
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value or [])
+    return list(value) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
 
 
 def _message(given: Any, number: int) -> Message:
@@ -95,9 +95,16 @@ def _message(given: Any, number: int) -> Message:
         others = [one.get("type") for one in content if isinstance(one, Mapping) and one.get("type") not in ("text", None)]
         if others:
             raise GatewiseError(f"message {number} has a part of type {others[0]!r}, and only text is trained: leave the row out")
-        content = "".join(str(one.get("text")) if isinstance(one, Mapping) else str(one) for one in content)
+        parts = [one.get("text") if isinstance(one, Mapping) else one for one in content]
+        content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str) or not content.strip():
         raise GatewiseError(f"message {number} ({role}) has no text")
+    if given.get("weight") not in (None, 1):
+        raise GatewiseError(f"message {number} has the weight {given['weight']!r}, and all count alike: leave the row out")
+    if thought := [name for name in ("reasoning_content", "reasoning", "thinking") if given.get(name)]:
+        raise GatewiseError(
+            f"message {number} has {thought[0]!r}, which is not trained: write it into the content, or leave it out"
+        )
     try:
         content.encode()
     except UnicodeEncodeError:
@@ -204,16 +211,27 @@ class _Writer:
         ids, mask = self._marked(messages) if marks else self._by_prefixes(messages, text)
         if not any(mask):
             raise GatewiseError(f"the chat template {'marks' if marks else 'writes'} nothing of the assistant's answers")
-        # What comes straight after an answer and is no text ends it, as the header of the next turn does in some templates.
-        for at in range(1, len(ids)):
-            if mask[at - 1] and ids[at - 1] not in self.special and ids[at] in self.special:
-                mask[at] = True
+        self._end_turns(ids, mask)
         end = max(at for at, own in enumerate(mask) if own) + 1
         ids, mask = ids[:end], mask[:end]
         # Where turns end otherwise, or not at all: a base model with a chat template stops at nothing else.
         if self.tokenizer.eos_token_id not in (None, ids[-1]):
             ids, mask = [*ids, int(self.tokenizer.eos_token_id)], [*mask, True]
         return ids, mask
+
+    def _end_turns(self, ids: Ids, mask: list[bool]) -> None:
+        """Lets each answer go up to the token that ends it, and no further.
+
+        What stands between it and the next turn, mostly a line break, comes after the answer has stopped. Where the template marks
+        words alone, or has no end of turns, what comes straight after them and is no text ends them.
+        """
+        for start in [at for at, own in enumerate(mask) if own and not (at and mask[at - 1])]:
+            end = next((at for at in range(start, len(ids)) if not mask[at]), len(ids))
+            after = max((at + 1 for at in range(start, end) if ids[at] in self.special), default=start)
+            if after > start and not str(self.tokenizer.decode(ids[after:end])).strip():
+                mask[after:end] = [False] * (end - after)
+            elif end < len(ids) and ids[end] in self.special:
+                mask[end] = True
 
     def _marked(self, messages: Messages) -> Marked:
         """What the template itself marks."""
@@ -238,10 +256,6 @@ class _Writer:
                     f"which tokens are the assistant's: give one that marks them by {{% generation %}} (template.chat){last}"
                 )
             own = [i for i, (start, end) in enumerate(spans) if max(start, len(before)) < min(end, len(through))]
-            # What stands between the end of a turn and the next one, mostly a line break, comes after the answer has stopped.
-            ends = [i for i in own if ids[i] in self.special]
-            if ends and not text[spans[ends[-1]][1] : len(through)].strip():
-                own = own[: own.index(ends[-1]) + 1]
             for i in own:
                 mask[i] = True
         return ids, mask
