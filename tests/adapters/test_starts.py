@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tiny_run import assert_same_adapter, stop_at, write_recipe
-from transformers import AutoModelForCausalLM
+from tiny_run import assert_same_adapter, stop_at, write_base, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gatewise.adapters import export
 from gatewise.adapters.method import Lora
@@ -107,3 +107,16 @@ def test_modules_that_see_one_vector_a_row_have_no_eva(tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match=r"eva cannot start this adapter .* pooler, out with peft\.exclude_modules"):
         run(recipe, tmp_path / "out", "peft.init_lora_weights=eva")
     assert run(recipe, tmp_path / "out", "peft.init_lora_weights=eva", "peft.exclude_modules=[pooler.dense]").ranks
+
+
+def test_weights_that_a_start_must_not_change_are_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "llama", tie_word_embeddings=True)
+    for name in ("train", "dev"):
+        write_rows(tmp_path / f"{name}.jsonl", 12)
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(GatewiseError, match=r"pissa takes a part of the weight of lm_head, which other modules .* share"):
+        run(recipe, tmp_path / "out", "peft.init_lora_weights=pissa", "peft.target_modules=[q_proj, lm_head]")
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 259}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(GatewiseError, match=r"olora does not know Conv1D modules, such as transformer\.h\.0\.attn\.c_proj"):
+        run(recipe, tmp_path / "out", "peft.init_lora_weights=olora", "peft.target_modules=[attn.c_proj]")

@@ -4,6 +4,7 @@ All but EVA take a part of the base weights W into the ranks and train on the re
 they train is an adapter of W'. Of W it is one of twice the rank, for W' + s B A = W + s [B, -B0] [A; A0]: so it is written.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
@@ -15,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.lora import rank_settings
@@ -38,7 +40,7 @@ def look_first(run: Run, base: nn.Module, config: LoraConfig) -> None:
     """What CorDA and LoRA-GA want to know of the base model before the adapter is put on it.
 
     Raises:
-        GatewiseError: a module is too small to begin with so many ranks.
+        GatewiseError: a module is too small to begin with so many ranks, or its weight is not for a start to change.
     """
     start = config.init_lora_weights
     if start in (*CHANGE_BASE, "eva") and run.recipe.quantization is None:
@@ -50,8 +52,17 @@ def look_first(run: Run, base: nn.Module, config: LoraConfig) -> None:
     probe: Any = get_peft_model(base, LoraConfig(r=1, **{name: getattr(config, name) for name in names}))
     paths = config.target_modules = list(probe.base_model.targeted_module_names)
     probe.unload()
+    named = Counter(map(id, dict(base.named_parameters(remove_duplicate=False)).values()))
     for path in paths:
-        room = min(base.get_submodule(path).weight.shape) // (2 if start == "lora_ga" else 1)  # type: ignore[arg-type]
+        module: Any = base.get_submodule(path)
+        if named[id(module.weight)] > 1:  # of a tied head: the embedding would change too, and has no ranks that make up for it
+            raise GatewiseError(
+                f"{start} takes a part of the weight of {path}, which other modules of {run.recipe.model} share: leave it out of "
+                "peft.target_modules, or take another start"
+            )
+        if start == "olora" and isinstance(module, Conv1D):  # PEFT does not turn its weight round
+            raise GatewiseError(f"olora does not know Conv1D modules, such as {path} of {run.recipe.model}: take pissa")
+        room = min(module.weight.shape) // (2 if start == "lora_ga" else 1)
         if config.r > room:
             raise GatewiseError(f"peft.r is {config.r}, but {start} finds at most {room} ranks to begin with in {path}: take that")
 
