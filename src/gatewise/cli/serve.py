@@ -96,7 +96,6 @@ def serve(
     for name, is_given in ignored.items():
         if is_given:
             raise GatewiseError(f"{name} does not go with --engine {engine}: leave it out, or take the other engine")
-    places = [_at_hand(place) for place in adapters or ()]
     settings: dict[str, Any] = {
         "name": served_model_name, "host": host, "port": port, "keys": api_key or (), "dtype": dtype, "most_tokens": max_model_len,
         "most_loaded": max_loaded, "most_running": max_running, "every": poll, "log_requests": log_requests, "say": _say,
@@ -106,6 +105,7 @@ def serve(
     try:
         from gatewise.serving.constraints import find_constraints
 
+        places = [_at_hand(place) for place in adapters or ()]
         if engine == "vllm":
             from gatewise.serving.server.with_vllm import VllmServer
 
@@ -130,7 +130,9 @@ def serve(
 
 def _at_hand(place: str) -> str:
     """A place of adapters; of an id on the hub the folder that was fetched, with the name that clients call it by."""
-    name, _, path = place.rpartition("=")
+    from gatewise.serving.server.catalogue import split_place
+
+    name, path = split_place(place)
     folder = at_hand(Path(path))
     return place if folder == Path(path) else f"{name or path.rpartition('/')[2]}={folder}"
 

@@ -301,6 +301,7 @@ def test_tokens_and_texts(server: AdapterServer) -> None:
     for path, body, status in (
         ("/tokenize", b'{"prompt": "w1", "messages": []}', 200),
         ("/tokenize", b'{"model": "plain"}', 400),
+        ("/tokenize", b'{"messages": [{"role": "w5", "content": "w9"}], "add_special_tokens": true}', 400),
         ("/tokenize", b'{"model": "none", "prompt": "w1"}', 404),
         ("/tokenize", b'{"prompt": "%s"}' % (b"w" * 500), 400),
         ("/detokenize", b'{"tokens": [60]}', 400),

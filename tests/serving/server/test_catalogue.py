@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from served_models import adapter_folder, base_folder
 from tiny_models import EXPERTS, tiny_base
 
+from gatewise.cli import serve
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.catalogue import Catalogue, Fit, ReplacedError, Version, kind_of, name_of
 
@@ -53,6 +54,16 @@ def test_places(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "one", tmp_path / "many" / ".new")
     assert names(catalogue(tmp_path / "many")) == []  # that is still being written
     assert names(catalogue(f"x={tmp_path / 'many' / '.new'}")) == ["x"]
+
+
+def test_a_path_with_an_equals_sign_is_no_id_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(serve, "at_hand", lambda path: asked.append(str(path)) or path)
+    assert [serve._at_hand(place) for place in ("runs/lr=1e-3/adapter", "x=somebody/adapter")] == [
+        "runs/lr=1e-3/adapter",
+        "x=somebody/adapter",
+    ]
+    assert asked == ["runs/lr=1e-3/adapter", "somebody/adapter"]
 
 
 def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:

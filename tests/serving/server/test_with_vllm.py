@@ -1,5 +1,6 @@
 """What vLLM is told of adapters, and that nothing of it is left behind. With the real one: `make test-serve`."""
 
+import asyncio
 import io
 import json
 import os
@@ -141,6 +142,31 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     assert (told(), server.names) == ([], ["x"])
     server.catalogue.scan()
     assert (told(), server.names) == ([False], [])
+
+
+def test_a_chat_is_written_as_for_the_adapter_that_answers() -> None:
+    """vLLM writes it first, and looks up the adapter then."""
+    adapters, written = vllm_server.Adapters(), []
+    models: Any = SimpleNamespace(lora_requests={"x": "old"}, model_name=None, show_available_models=None)
+
+    async def write(request: Any, default_template: str = "of the base model") -> str:
+        written.append(default_template)
+        models.lora_requests["x"], adapters._chats["x"] = "new", {"text": "new", "special_tokens": False}  # meanwhile
+        return default_template
+
+    class Request(SimpleNamespace):
+        model_fields = ("add_special_tokens",)
+
+    async def ask() -> None:
+        renderer: Any = SimpleNamespace(preprocess_chat=write)
+        await adapters.begin(models, renderer)
+        adapters._chats["x"] = {"text": "old", "special_tokens": True}
+        request = Request(model="x", messages=[])
+        assert await renderer.preprocess_chat(request) == "new"
+        assert (written, request.add_special_tokens) == (["old", "new"], False)
+        assert await renderer.preprocess_chat(SimpleNamespace()) == "of the base model"  # a request for decisions names no model
+
+    asyncio.run(ask())
 
 
 def fake(tmp_path: Path, script: str, missing: str = "") -> Path:

@@ -204,6 +204,9 @@ class Tokenize(Asked):
     def _check(self) -> "Tokenize":
         if (self.prompt is None) == (not self.messages):
             raise RefusedError("expected either prompt, a text, or messages", param="prompt")
+        if self.messages and self.add_special_tokens:
+            said = "add_special_tokens is not served here with messages, whose chat template has them: leave it out"
+            raise RefusedError(said, param="add_special_tokens")
         return self
 
 

@@ -246,7 +246,7 @@ class Catalogue:
         """The folder of each adapter -> its name, and whether the user named the very folder."""
         found: dict[Path, tuple[str, bool]] = {}
         for place in self._places:
-            given, path = _split(place)
+            given, path = split_place(place)
             is_named = given is not None or os.path.isfile(os.path.join(path, CONFIG_FILE))
             try:
                 if is_named:
@@ -390,7 +390,8 @@ def name_of(folder: Path) -> str:
     return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
 
 
-def _split(place: str) -> tuple[str | None, str]:
+def split_place(place: str) -> tuple[str | None, str]:
+    """The name and the path of NAME=FOLDER; without a name what has an equals sign in the path."""
     name, equals, path = place.partition("=")
     return (name, path) if equals and path and name and "/" not in name and not glob.has_magic(name) else (None, place)
 

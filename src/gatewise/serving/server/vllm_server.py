@@ -64,12 +64,17 @@ class Adapters:
 
         async def preprocess_chat(request: Any, *given: Any, **more: Any) -> Any:
             """Of every address that takes messages, after templates that clients bring along were refused."""
-            chat = self._chats.get(request.model)
-            if chat is not None:
-                more["default_template"] = chat["text"]
-                if "add_special_tokens" in type(request).model_fields:  # else vLLM adds them
-                    request.add_special_tokens = chat["special_tokens"]
-            return await write_chat(request, *given, **more)
+            name: Any = getattr(request, "model", None)  # its requests for decisions have none
+            while True:
+                asked, chat = models.lora_requests.get(name), self._chats.get(name)
+                if chat is not None:
+                    more["default_template"] = chat["text"]
+                    if "add_special_tokens" in type(request).model_fields:  # else vLLM adds them
+                        request.add_special_tokens = chat["special_tokens"]
+                written = await write_chat(request, *given, **more)
+                # A chat's adapter is looked up next: it has to be the one whose template this was. /v1/responses had it before.
+                if models.lora_requests.get(name) is asked or not hasattr(request, "messages"):
+                    return written
 
         renderer.preprocess_chat = preprocess_chat
         models.model_name = lambda *given, **more: client_name(name_of(*given, **more))
