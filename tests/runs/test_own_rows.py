@@ -67,10 +67,15 @@ def test_one_file_is_split_trained_resumed_and_measured(folder: Path, monkeypatc
     given = [("tickets.csv",), ("own.csv",), ("other.csv", "--columns", "text=body,label=team")]
     found = [gatewise("eval", "out/adapter", "--data", *one, "--json") for one in given]
     assert [code for code, _ in found] == [0, 0, 0], found
+    warned = (
+        "to train, dev and test: if it is tickets.csv, most of these rows were trained on; of a file --split dev or --split test"
+    )
+    assert warned in " ".join(found[0][1].split())
     assert found[0][1].partition("{")[2] == found[1][1].partition("{")[2] == found[2][1].partition("{")[2]
     for part, both in told.items():
         code, said = gatewise("eval", "out/adapter", "--data", "own.csv", "--split", part, "--json")
         assert json.loads("{" + said.partition("{")[2]) == both["after"]
+        assert "trained on" not in said
     code, said = gatewise("eval", "out/adapter", "--data", "own.csv", "--split", "valid")
     assert (code, "the split is valid, but the adapter's run dealt its rows out to train, dev, test" in said) == (2, True), said
     card = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from gatewise.models.loading import HEADS, Task, class_names, load_model, load_t
 from gatewise.parts import TASKS
 from gatewise.progress import quiet
 from gatewise.tasks import ChatFormat, Prompting, Records, Template, default_template
-from gatewise.tasks.records import check_labels
+from gatewise.tasks.records import check_labels, is_data_set
 from gatewise.tasks.splitting import load_part
 
 _BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
@@ -77,6 +77,13 @@ def load_with_data(
     adapter = Path(adapter)
     device = pick_device(options.device)
     records, template, max_length = read_data(adapter, data, options)
+    parts = read_note(adapter).get("parts")
+    if say and parts and (options.split is None or is_data_set(data)):
+        names = " or ".join(f"--split {name}" for name in parts)
+        say(
+            f"warning: the adapter's run dealt one source of rows out to train, {' and '.join(parts)}: if it is {data}, most of "
+            f"these rows were trained on; of a file {names} takes others"
+        )
     model, tokenizer, base_name = load_as_trained(adapter, base=options.base, device=device, trainable=trainable, say=say)
     return Loaded(model, tokenizer, base_name, records, template, max_length, read_note(adapter))
 
