@@ -145,9 +145,10 @@ def _more(config: dict[str, Any]) -> bool:
 
 
 def _whole_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of an adapter's file the tensors that plain LoRA has as well: a classifier's modules that were trained as a whole, and base
-    weights that PEFT put there, which engines pass over."""
-    whole = (*HEADS, *(config.get("modules_to_save") or ())) if config.get("task_type") == "SEQ_CLS" else ()
+    """Of an adapter's file the tensors that plain LoRA has as well: the head of a model that does not write text, which was trained
+    as a whole, and base weights that PEFT put there, which engines pass over."""
+    has_head = config.get("task_type") in ("SEQ_CLS", "FEATURE_EXTRACTION")
+    whole = (*HEADS, *(config.get("modules_to_save") or ())) if has_head else ()
     return {
         name: tensor
         for name, tensor in tensors.items()
