@@ -57,6 +57,9 @@ def test_what_was_trained_on_conversations_is_measured_so(method: str, assistant
     (recipe / "llama" / "chat_template.jinja").unlink()  # the note has it
     assert measure_adapter(result.adapter, str(recipe / "dev.jsonl"), console=Console(quiet=True)) == pytest.approx(after, rel=1e-5)
     if method == "lora":
+        (recipe / "labels.jsonl").write_text('{"text": "x", "label": "no"}\n{"text": "y", "label": "yes"}\n')
+        with pytest.raises(GatewiseError, match=r"holds label rows, but .* was trained on conversations: give rows with messages"):
+            measure_adapter(result.adapter, str(recipe / "labels.jsonl"))
         importance = score_adapter(result.adapter, str(recipe / "dev.jsonl"), score="taylor", rows=4)
         assert importance.rows == 4
         loaded = load_with_data(result.adapter, str(recipe / "dev.jsonl"))

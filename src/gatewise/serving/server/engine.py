@@ -151,6 +151,7 @@ class Engine:
             if self._is_ending:
                 raise self._why_ended()
             if len(self._waiting) + len(answers) > self.most_waiting:
+                self._metrics.count("gatewise_requests_total", len(answers), model=answers[0].body.model, how="refused")
                 raise RefusedError(f"{len(self._waiting)} requests wait already: ask again in a moment", 503)
             self._waiting.extend(answers)
             self._news.notify()
