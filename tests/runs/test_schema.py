@@ -1,6 +1,7 @@
 """The JSON schema of recipes: it is shipped as the code has it, and takes and refuses what reading a recipe does."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe import checked, load_recipe
 from gatewise.runs.schema import recipe_schema
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,22 @@ def test_every_recipe_names_it_and_fits(path: Path) -> None:
         ({"task": "text2mdt", "pointing": {"longest": 3}}, True),
         ({"task": "text2mdt", "template": {}}, False),
         ({"method": "alor"}, False),
+        ({"seed": None, "task": None, "device": None, "template": {"prompt": "{text}"}}, True),
+        ({"data": None}, False),
+        ({"allocation": {"first_round": 3, "recover": 0.5, "score": "my:score"}, "peft": {"target_modules": ["q_proj"]}}, True),
+        ({"allocation": {"first_round": "3"}}, False),
+        ({"allocation": {"score": "path_momens"}}, False),
+        ({"peft": {"target_modules": []}}, False),
+        ({"method": "spt", "prompts": {"prompt_layers": [0, 3]}}, True),
+        ({"method": "spt", "prompts": {"prompt_layers": [0, 0]}}, False),
+        ({"task": ""}, False),
     ],
 )
 def test_it_knows_what_goes_with_a_method_and_a_task(more: dict[str, Any], fits: bool) -> None:
     tree = {"method": "alora", "model": "m", "data": {"train": "a.csv", "dev": "b.csv"}, **more}
     assert bool(faults(tree)) != fits
+    with nullcontext() if fits else pytest.raises(GatewiseError):
+        checked(tree)
 
 
 def test_it_may_be_of_one_method() -> None:

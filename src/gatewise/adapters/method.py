@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal, get_args
 
 from peft import LoraConfig, PeftModel
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +22,11 @@ def _modules(value: Any) -> Any:
     raise ValueError("expected 'all-linear' or a list of module names")
 
 
+Modules = Annotated[
+    Any,
+    AfterValidator(_modules),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
 Start = Literal[True, "gaussian", "eva", "pissa", "pissa_niter_16", "olora", "corda", "lora_ga"]
 
 
@@ -30,7 +35,7 @@ class PeftSection(Section):
 
     r: Count = 8
     lora_alpha: Count = 16
-    target_modules: Annotated[Any, AfterValidator(_modules)] = "all-linear"
+    target_modules: Modules = "all-linear"
     exclude_modules: list[str] | None = None
     lora_dropout: Share = 0.0
     use_rslora: bool = False

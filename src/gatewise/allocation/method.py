@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig, PeftModel
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 from transformers import PreTrainedModel, TrainerCallback
 
 from gatewise.adapters.method import Lora
@@ -24,13 +24,20 @@ def _span(value: Any) -> Any:
 
 
 # A length of training: a float counts epochs, an integer counts steps (and 1 is one epoch, as 1.0 is).
-Span = Annotated[Any, AfterValidator(_span)]
+Span = Annotated[Any, AfterValidator(_span), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 
 
 def _score(value: str) -> str:
     if value in NAMES or ":" in value:
         return value
     raise ValueError(f"expected one of {', '.join(NAMES)}, or module:function")
+
+
+ScoreName = Annotated[
+    str,
+    AfterValidator(_score),
+    WithJsonSchema({"anyOf": [{"enum": [*NAMES]}, {"type": "string", "pattern": ":"}]}),
+]
 
 
 class AllocationSection(Section):
@@ -42,7 +49,7 @@ class AllocationSection(Section):
     ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
     """
 
-    score: Annotated[str, AfterValidator(_score)] = DEFAULT
+    score: ScoreName = DEFAULT
     schedule: Literal["constant-budget", "cubic"] = "constant-budget"
     budget: Unit = "parameters"
     rounds: Count = 8
@@ -60,7 +67,7 @@ class AllocationSection(Section):
 class PathSection(AllocationSection):
     """The rounds of PI-LoRA: scored along a path of gates, and whole modules may go."""
 
-    score: Annotated[str, AfterValidator(_score)] = "path_integral"
+    score: ScoreName = "path_integral"
     module_pruning: bool = True
 
 

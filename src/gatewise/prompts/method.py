@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import PeftModel
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 from transformers import PreTrainedModel, set_seed
 
 from gatewise import processes
@@ -36,6 +36,10 @@ def _layers(value: Any) -> Any:
     return value
 
 
+_NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True}
+Layers = Annotated[Any, AfterValidator(_layers), WithJsonSchema({"anyOf": [{"enum": [*FIXED_CHOICES, None]}, _NUMBERS]})]
+
+
 class PromptsSection(Section):
     """The prompts of SPT, see ``gatewise.SelectivePromptConfig``.
 
@@ -44,7 +48,7 @@ class PromptsSection(Section):
 
     num_prompt_tokens: Count = 10
     bottleneck: Count = 64
-    prompt_layers: Annotated[Any, AfterValidator(_layers)] = None
+    prompt_layers: Layers = None
     keep: Count | None = None
     tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     balanced: bool | None = None

@@ -204,7 +204,8 @@ def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
 
 
 def _class_of(tree: Mapping[str, Any]) -> type[Recipe]:
-    return recipe_class(str(tree.get("method")), str(tree.get("task") or DEFAULT_TASK))
+    task = tree.get("task")
+    return recipe_class(str(tree.get("method")), DEFAULT_TASK if task is None else str(task))
 
 
 def _validated(tree: Mapping[str, Any]) -> Recipe:

@@ -30,18 +30,27 @@ def recipe_schema(method: str | None = None, task: str | None = None) -> dict[st
     refs, made = models_json_schema([(one, "validation") for one in models], ref_template="#/definitions/{model}")
     definitions = _plain(made["$defs"])
     own = definitions.pop("Recipe")
-    properties = own["properties"] | {name: _section(refs[kind, "validation"]) for name, kind in common.items()}
+    sections = {name: {"$ref": refs[kind, "validation"]["$ref"]} for name, kind in common.items()}
+    properties = {name: one if name in own["required"] else _or_null(one) for name, one in (own["properties"] | sections).items()}
     conditions = []
     for key, table in tables.items():
         first_lines = (f"{name}: {inspect.getdoc(part).splitlines()[0]}" for name, part in table.items())  # type: ignore[union-attr]
-        properties[key] = {"enum": [*table], "description": "\n".join(first_lines)}
+        values = [*table] if key in own["required"] else [*table, None]
+        properties[key] = {"enum": values, "description": "\n".join(first_lines)}
         names = sorted({name for part in table.values() for name in part.sections()})
         properties |= dict.fromkeys(names, True)
         for value, part in table.items():
-            sections = part.sections()
-            allowed = {name: _section(refs[sections[name], "validation"]) if name in sections else False for name in names}
+            own_sections = part.sections()
+            allowed: dict[str, Any] = dict.fromkeys(names, False)
+            for name, kind in own_sections.items():
+                one = {"$ref": refs[kind, "validation"]["$ref"]}
+                allowed[name] = one if name in own["required"] else _or_null(one)
             # A recipe without the key is of the default task.
-            found = {"properties": {key: {"const": value}}, **({} if value == DEFAULT_TASK else {"required": [key]})}
+            is_default = value == DEFAULT_TASK
+            found = {
+                "properties": {key: {"enum": [value, None] if is_default else [value]}},
+                **({} if is_default else {"required": [key]}),
+            }
             conditions.append({"if": found, "then": {"properties": allowed}})
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -60,9 +69,10 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def _section(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """A section, which has its defaults where it is there without keys."""
-    return {"anyOf": [{"$ref": reference["$ref"]}, {"type": "null"}]}
+def _or_null(one: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands there without a value, or a section without keys, has its default."""
+    null = {"type": "null"}
+    return dict(one) if null in one.get("anyOf", ()) else {"anyOf": [dict(one), null]}
 
 
 def _plain(value: Any) -> Any:
