@@ -195,6 +195,7 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
         assert told.value.status_code == 503
         assert told.value.response.headers["Retry-After"]
         assert told.value.body["type"] == "ServiceUnavailableError"
+        assert 'gatewise_requests_total{model="a",how="refused"} 1\n' in server.metrics.text()  # which an alert goes by
         assert waiting.result().choices[0].finish_reason in ("length", "stop")
         assert long.result().usage.completion_tokens == 90
 
