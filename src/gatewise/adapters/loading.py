@@ -133,7 +133,13 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
             raise GatewiseError(f"{data} holds conversations, but prompts are written as {prompt!r}: give rows with its fields")
         return records, ChatFormat(note.get("chat_template"), note.get("assistant") or "all"), length
     if causal:
-        return records, Template(options.prompt or note.get("template") or default_template(records).prompt, words), length
+        prompt = options.prompt or note.get("template")
+        if prompt is None and note.get("chat_template"):
+            raise GatewiseError(
+                f"{data} holds {records.kind} rows, but {adapter} was trained on conversations: give rows with messages, or say how "
+                "these are written (--template-prompt)"
+            )
+        return records, Template(prompt or default_template(records).prompt, words), length
     if options.prompt:
         raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
     return records, None, length
