@@ -136,8 +136,8 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
         prompt = options.prompt or note.get("template")
         if prompt is None and note.get("chat_template"):
             raise GatewiseError(
-                f"{data} holds {records.kind} rows, but {adapter} was trained on conversations: give rows with messages, or say how "
-                "these are written (--template-prompt)"
+                f"{data} holds {records.kind} rows, but {adapter} was trained on conversations: give rows with messages, or say "
+                "how these are written (--template-prompt)"
             )
         return records, Template(prompt or default_template(records).prompt, words), length
     if options.prompt:
