@@ -143,9 +143,38 @@ def test_on_data_it_tells_logits_and_losses(made: Callable[..., Made], base: Pat
     cut = compare(folder, to_lora(folder, tmp_path / "cut", rank=1), str(rows))
     assert cut.before == whole.before
     assert min(cut.logits, abs(cut.after - cut.before)) > 1e-4
+    wrong = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "told"), "--data", "sample:nothing"])
+    assert (wrong.exit_code, (tmp_path / "told").exists()) == (2, False)
+    (folder / "gatewise.json").write_text('{"quantization": "nf4"}')
     told = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "told"), "--rank", "1", "--data", str(rows)])
     assert (told.exit_code, "largest share of a difference that is lost: 0." in told.stderr) == (0, True), told.output
+    assert "it was trained on weights in nf4, and the difference is that to the weights as they are" in told.stderr
     assert f"largest difference of a logit: {cut.logits:.2g}; loss {cut.before:.4f} before, {cut.after:.4f} after" in told.stdout
+
+
+def test_a_model_in_bfloat16_is_not_taken_for_a_change_of_all_weights(made: Callable[..., Made], tmp_path: Path) -> None:
+    model, _, _ = made(use_dora=True)
+    out = to_lora(model.to(torch.bfloat16), tmp_path / "out")
+    assert {module.path.rpartition(".")[2] for module in read_lora(out).modules} == set(LINEAR)
+
+
+@pytest.mark.filterwarnings("ignore:.*(save_embedding_layers|tie_word_embeddings|tied):UserWarning")
+def test_base_weights_in_the_file_are_left_out_or_a_difference(made: Callable[..., Made], base: Path, tmp_path: Path) -> None:
+    """PEFT puts those of embeddings with LoRA there, and engines pass over them."""
+    model, folder, expected = made(target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(folder)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert name in load_file(folder / "adapter_model.safetensors")
+    for at, changed in enumerate((False, True)):
+        if changed:
+            with torch.no_grad():
+                model.get_input_embeddings().base_layer.weight[3] += 1
+                expected = model(IDS).logits
+            model.save_pretrained(folder)
+        out = to_lora(folder, tmp_path / str(at))
+        torch.testing.assert_close(logits_in_peft(base, out), expected, rtol=1e-5, atol=2e-5)
+        assert name not in load_file(out / "adapter_model.safetensors")
+        assert serving_settings(read_lora(out), "llama")["vllm"] is not None
 
 
 def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
@@ -177,6 +206,7 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
         ("Lora", {"alora_invocation_tokens": [2]}, r"cannot be merged .*: aLoRA does not support merging"),
         ("Lora", {"lora_bias": True}, r"cannot be merged .*`lora_bias=True`"),
         ("Lora", {"init_lora_weights": "lora_ga"}, r"took something out of the base model that is in no file: save it with"),
+        ("Lora", {"init_lora_weights": "pissa_niter_4", "r": 2}, r"'pissa_niter_4', which took something out of the base model"),
         ("PromptTuning", {"num_virtual_tokens": 2}, "PROMPT_TUNING: it adds prompt tokens, not weights"),
     ],
 )

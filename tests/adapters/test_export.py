@@ -208,6 +208,16 @@ def test_stacked_experts_are_written_one_by_one(adapted, batch, tmp_path, family
     assert not names & load_file(whole / "adapter_model.safetensors").keys()
 
 
+@pytest.mark.parametrize("parameters", [["mlp.gate.weight"], ["mlp.gate.weight", "experts.down_proj"]])
+def test_a_router_with_lora_goes_with_the_experts(adapted, batch, tmp_path, parameters):
+    model = adapted("qwen3_moe", target_modules=["q_proj"], target_parameters=parameters)
+    expected = logits_of(model, batch("qwen3_moe"))
+    out = to_lora(model, tmp_path / "out")
+    assert_loads(out, "qwen3_moe", batch("qwen3_moe"), expected)
+    names = load_file(out / "adapter_model.safetensors")
+    assert any("experts.0.down_proj" in name for name in names) == (len(parameters) == 2)
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("source", ["model", "folder", "compacted"])
 def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, bias, source):

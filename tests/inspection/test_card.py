@@ -55,3 +55,24 @@ def test_an_adapter_made_of_another_goes_on_with_its_card(tmp_path: Path) -> Non
     (source / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model Card\n[More Information Needed]\n")  # PEFT's form
     carry_card(source, made, "Exported", "As LoRA.")
     assert "More Information" not in (made / "README.md").read_text()
+    (source / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n")
+    carry_card(source, made, "Exported", "As LoRA.")  # damaged
+    assert "# run\n" in (made / "README.md").read_text()
+    (source / "README.md").write_text("# Mine\n\n## How to load it\n\nSo.\n\n## Thanks\n\nTo all.\n")
+    carry_card(source, made, "Exported", "As LoRA.")
+    written = (made / "README.md").read_text()
+    assert "## Thanks\n\nTo all." in written
+    assert "So." not in written
+    cached = adapter(tmp_path / "models--org--theirs" / "snapshots" / "0a1b2c")
+    carry_card(cached, made, "Exported", "As LoRA.")
+    assert "# theirs\n" in (made / "README.md").read_text()
+
+
+@pytest.mark.parametrize("base", ["../models/secret", "~/models/secret", "/gone/models/secret"])
+def test_a_folder_is_no_id_on_the_hub(base: str, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter")
+    write_folder(folder, random_factors(MODULE, r=5), base_model_name_or_path=base, r=5)
+    card = ModelCard.load(write_card(folder, "mine"))
+    assert card.data.base_model is None
+    assert "for `secret`" in card.text
+    assert "models/" not in str(card)

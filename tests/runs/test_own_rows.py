@@ -20,7 +20,7 @@ data:
   dev: 0.2
   test: 0.2
   group: customer
-template: {prompt: "{product}: {text}\\nDepartment:"}
+template: {prompt: "{product}: ```{text}```\\nDepartment:"}
 peft: {r: 2}
 training: {max_steps: 4, batch_size: 4, learning_rate: 0.01, save_every: 2, eval_every: 2, load_best: true}
 """
@@ -79,6 +79,7 @@ def test_one_file_is_split_trained_resumed_and_measured(folder: Path, monkeypatc
     code, said = gatewise("eval", "out/adapter", "--data", "own.csv", "--split", "valid")
     assert (code, "the split is valid, but the adapter's run dealt its rows out to train, dev, test" in said) == (2, True), said
     card = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "\n````yaml\n" in card  # around a prompt with a fence of its own
     assert "measured on rows taken out of it (dev: 0.2) and measured on rows taken out of it (test: 0.2)." in card
     code, said = gatewise("eval", "out/adapter", "--data", "other.csv")
     assert (code, "there is no column 'message' for 'text'; there are customer, product, body, team" in said) == (2, True), said

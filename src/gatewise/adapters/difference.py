@@ -25,6 +25,7 @@ from gatewise.adapters.files import (
     LoraModule,
     read_config,
     read_lora,
+    read_note,
     read_tensors,
     weights_of,
 )
@@ -48,6 +49,7 @@ _NO_WEIGHTS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE",
     "SELECTIVE_PROMPT",
 )  # fmt: skip
+_WITH_HEAD = ("SEQ_CLS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,16 @@ def plain_lora(
         file = read_lora(folder)
         whole = _whole_tensors(config, file.others)
         if len(whole) == len(file.others) and not any(module.others for module in file.modules):
-            return Plain(_folded(file) if config["peft_type"] == "ADALORA" else file)
+            file = _without_base_weights(folder, file, base, say)
+            if not any(_BASE_WEIGHT.search(name) for name in file.others):
+                return Plain(_folded(file) if config["peft_type"] == "ADALORA" else file)
     from gatewise.adapters.loading import (
         load_adapter,
         load_base,
     )  # here and below: LoRA is written without the packages for recipes
 
-    start = str(config.get("init_lora_weights")).lower()
-    if model is None and start.startswith(("corda", "lora_ga")):
+    unknown = str(config.get("init_lora_weights")).lower().startswith(("corda", "lora_ga", "pissa_niter"))
+    if model is None and unknown:  # the last is a singular value decomposition that draws at random
         raise GatewiseError(
             f"the adapter {folder} has init_lora_weights {config['init_lora_weights']!r}, which took something out of the base "
             "model that is in no file: save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), or give "
@@ -111,10 +115,20 @@ def plain_lora(
         )
     if say:
         say(f"loading the base model of {folder} twice in float32, to take the difference of its weights")
+        if quantization := read_note(folder).get("quantization"):
+            say(
+                f"note: it was trained on weights in {quantization}, and the difference is that to the weights as they are in the "
+                f"base model's files: beside those, and in {quantization} too, answers may differ a little"
+            )
     place = pick_device(device)
     before: nn.Module = load_base(folder, base=base, dtype=torch.float32)[0]
-    before = before.to(place)
-    adapted = model() if model else load_adapter(folder, base=base, dtype=torch.float32)[0]
+    # A model at hand may be of another precision or quantised, and all its weights then differ from those in the base's files.
+    if model and unknown:
+        adapted = model()
+        before = before.to(adapted.dtype)
+    else:
+        adapted = load_adapter(folder, base=base, dtype=torch.float32)[0]
+    before = before.to(place, torch.float32)
     return _difference(folder, config, before, _merged(folder, before, adapted.to(place, torch.float32).eval()), rank, keep)
 
 
@@ -146,14 +160,37 @@ def _more(config: dict[str, Any]) -> bool:
 
 def _whole_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of an adapter's file the tensors that plain LoRA has as well: the head of a model that does not write text, which was trained
-    as a whole, and base weights that PEFT put there, which engines pass over."""
-    has_head = config.get("task_type") in ("SEQ_CLS", "FEATURE_EXTRACTION")
-    whole = (*HEADS, *(config.get("modules_to_save") or ())) if has_head else ()
+    as a whole, and base weights that PEFT put there."""
+    whole = (*HEADS, *(config.get("modules_to_save") or ())) if config.get("task_type") in _WITH_HEAD else ()
     return {
         name: tensor
         for name, tensor in tensors.items()
         if _BASE_WEIGHT.search(name) or any(f".{module}." in f".{name}" for module in whole)
     }
+
+
+def _without_base_weights(
+    folder: Path, file: LoraAdapter, base: str | Path | None, say: Callable[[str], None] | None
+) -> LoraAdapter:
+    """Leaves out the base weights that PEFT put into a file, where they are the base model's.
+
+    Raises:
+        GatewiseError: the base model, which is needed to compare them, cannot be loaded.
+    """
+    there = {name: tensor for name, tensor in file.others.items() if _BASE_WEIGHT.search(name)}
+    if not there:
+        return file
+    from gatewise.adapters.loading import load_base
+
+    if say:
+        say(f"loading the base model of {folder}, as the adapter's file has base weights ({next(iter(there))}) to compare")
+    model = load_base(folder, base=base, dtype=next(iter(there.values())).dtype)[0]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in there.items():
+        weight = own.get(_BASE_WEIGHT.sub(".weight", name).removeprefix(PEFT_PREFIX))
+        if weight is None or weight.shape != tensor.shape or not torch.equal(tensor, weight):
+            return file
+    return replace(file, others={name: tensor for name, tensor in file.others.items() if name not in there})
 
 
 def _folded(file: LoraAdapter) -> LoraAdapter:
@@ -183,7 +220,7 @@ def _config(config: dict[str, Any], paths: list[str], others: list[str]) -> dict
     """A plain configuration in place of an adapter's, which targets these modules and none of ``others``."""
     kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "peft_version")
     written = LoraConfig().to_dict() | {name: config[name] for name in kept if name in config} | {"peft_type": "LORA"}
-    if config.get("task_type") == "SEQ_CLS":
+    if config.get("task_type") in _WITH_HEAD:
         written["modules_to_save"] = config.get("modules_to_save")
     return written | target_settings(paths, others)
 
@@ -341,13 +378,7 @@ def compare(adapter: str | Path, exported: str | Path, data: str, options: DataO
     features = encoded(model, tokenizer, records, template, max_length)
     batch = {key: value.to(device) for key, value in PadCollator(tokenizer)(features).items()}
     parts = labelled_microbatches([batch], 2048, loss_kind(model))
-    with measuring(model), torch.no_grad():
-        before, logits = mean_loss(model, parts), [scored(model, part).logits.float().cpu() for part in parts]
-    del model
     other, _, _ = load_adapter(exported, base=options.base, dtype=torch.float32, device=device)
-    with measuring(other), torch.no_grad():
-        after = mean_loss(other, parts)
-        gaps = [
-            float((scored(other, part).logits.float().cpu() - one).abs().max()) for part, one in zip(parts, logits, strict=True)
-        ]
-    return Compared(max(gaps), before, after)
+    with measuring(model), measuring(other), torch.no_grad():  # part by part: logits of all rows would fill the memory
+        gaps = [float((scored(other, part).logits - scored(model, part).logits).abs().max()) for part in parts]
+        return Compared(max(gaps), mean_loss(model, parts), mean_loss(other, parts))

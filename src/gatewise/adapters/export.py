@@ -99,7 +99,8 @@ def to_lora(
             modules = [_pad(module, rank or largest) for module in modules]
             if rank is not None:
                 modules += _without_ranks(folder, file, modules)
-        experts = _names_of_experts(folder, model_or_dir, base, say) if plain and any(one.experts for one in modules) else None
+        stacks = plain and any(one.path.endswith(_STACKS) for one in modules)
+        experts = _names_of_experts(folder, model_or_dir, base, say) if stacks else None
         settings: dict[str, Any] = {}
         if experts is not None:
             modules, settings = _apart(modules, experts)
@@ -235,6 +236,7 @@ _EXPERTS = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), ("mlp", "gate_proj", "up_proj", "down_proj")),
 }
+_STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 def _names_of_experts(
@@ -262,9 +264,13 @@ def _apart(modules: list[LoraModule], names: tuple[str, ...]) -> tuple[list[Lora
     """
     rank = max(module.rank for module in modules)
     above, gate, up, down = names
+    stacked: list[LoraModule] = []
+    others: list[LoraModule] = []  # a parameter may also be a matrix, such as a router's
+    for module in modules:
+        (stacked if module.path.endswith(_STACKS) else others).append(module)
     apart: list[LoraModule] = []
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for module in (_pad(one, rank) for one in modules if one.experts):
+    for module in (_pad(one, rank) for one in stacked):
         path, _, kind = module.path.rpartition(".")
         layers.setdefault(path, {})[kind] = module.rows, module.columns.mT  # (e, r, d_in) and (e, d_out, r)
     for path, found in layers.items():
@@ -279,9 +285,9 @@ def _apart(modules: list[LoraModule], names: tuple[str, ...]) -> tuple[list[Lora
         place = f"{path.rpartition('.experts')[0].rpartition('.')[0]}.{above}.experts"
         for name, rows, columns in ((gate, a, b_gate), (up, a, b_up), (down, a_down, b_down)):
             apart += [plain_module(f"{place}.{at}.{name}", rows[at].clone(), columns[at].clone()) for at in range(len(rows))]
-    others = [module for module in modules if not module.experts]
-    targets = sorted([*(module.path for module in others), *(f"experts.{name}" for name in (gate, up, down))])
-    return apart + others, {"target_modules": targets, "target_parameters": None}
+    targets = [*(module.path for module in others if not module.experts), *(f"experts.{name}" for name in (gate, up, down))]
+    matrices = sorted(module.path for module in others if module.experts)
+    return apart + others, {"target_modules": sorted(targets), "target_parameters": matrices or None}
 
 
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:

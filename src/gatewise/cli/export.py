@@ -57,12 +57,15 @@ def export(
     """
     from gatewise.adapters.difference import compare
     from gatewise.adapters.export import EXPORT_FILE, to_lora
+    from gatewise.adapters.loading import read_data
     from gatewise.inspection.card import carry_card
 
     options = DataOptions(base, split, prompt, labels, limit, device)
     if data is None and (split or prompt or labels or limit):
         raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
     adapter = at_hand(adapter)
+    if data is not None:  # refused before anything is written
+        read_data(adapter, data, options)
     to_lora(
         adapter, out, padded=padded, rank=rank, plain=plain, keep=keep, base=base, device=device,
         say=lambda text: typer.echo(text, err=True),

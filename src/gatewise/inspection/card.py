@@ -4,6 +4,7 @@ PEFT writes a form there that nobody fills in. What the adapter's own files say 
 is loaded) is written here for any adapter; data, method and metrics come from whoever made it.
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ _KINDS = {
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "ROUTED_LORA": "routed LoRA (MiLoRA)", "SELECTIVE_PROMPT": "selective prompts (SPT)",
     "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning",
 }  # fmt: skip
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _OWN = ("ROUTED_LORA", "SELECTIVE_PROMPT")  # types of PEFT's that gatewise adds
 
 
@@ -92,9 +94,11 @@ def carry_card(source: str | Path, folder: str | Path, heading: str, text: str) 
     source, folder = Path(source), Path(folder)
     resolved = source.resolve()
     name = resolved.parent.name if resolved.name == "adapter" else resolved.name
+    if resolved.parent.name == "snapshots":  # in the hub's cache: models--somebody--name/snapshots/commit
+        name = resolved.parent.parent.name.rpartition("--")[2]
     try:
         card = ModelCard((source / CARD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it is damaged
+    except Exception:  # there is none, or it is damaged: YAML has errors of its own
         card = None
     if card is None or _FORM in card.text:
         write_card(folder, name, sections={heading: text})
@@ -102,8 +106,9 @@ def carry_card(source: str | Path, folder: str | Path, heading: str, text: str) 
     card.data["eval_results"] = None  # which the adapter may not have any more
     for picture in filter(lambda one: (source / one).is_file(), PICTURES):
         shutil.copyfile(source / picture, folder / picture)
-    before, loading, _ = str(card).partition(_LOADING)
-    told = f"{before.rstrip()}\n\n## {heading}\n\n{text}\n"
+    before, loading, after = str(card).partition(_LOADING)
+    _, more, after = after.partition("\n## ")  # what somebody wrote behind it
+    told = f"{before.rstrip()}\n\n## {heading}\n\n{text}\n{more}{after}".rstrip() + "\n"
     with whole_file(folder / CARD_FILE) as part:  # engines may need other settings for it
         part.write_text(told + (f"\n{_LOADING}{_usage(folder, name)}\n" if loading else ""), encoding="utf-8")
 
@@ -117,14 +122,14 @@ def _prompt(note: Mapping[str, Any], task: str | None) -> str:
     if note.get("chat_template"):
         return f"As messages, by the chat template that is noted in `gatewise.json` (`chat_template`).{answers}"
     if note.get("template"):
-        return f"With the text of a row in place of its field:\n\n{_fenced(note['template'])}{answers}"
+        return f"With the text of a row in place of its field:\n\n{fenced(note['template'])}{answers}"
     return "Nothing is noted of it."
 
 
 def _base_of(config: Mapping[str, Any]) -> tuple[str, bool]:
     """The base model's id on the hub, or its folder without the way there; and whether it is an id."""
     base = hub_name(str(config.get("base_model_name_or_path") or ""))
-    on_hub = bool(base) and not Path(base).exists() and not Path(base).is_absolute()
+    on_hub = _ID.fullmatch(base) is not None and not Path(base).exists()
     return (base if on_hub else Path(base).name), on_hub
 
 
@@ -147,10 +152,10 @@ def _usage(folder: Path, name: str) -> str:
         f'model = PeftModel.from_pretrained({loaded}, "ADAPTER")  # this folder, or its name on the hub',
     ]
     known = note.get("base") if note.get("base") in EMBEDDED else base
-    told = [_fenced("\n".join(lines), "python"), "With gatewise:"]
+    told = [fenced("\n".join(lines), "python"), "With gatewise:"]
     commands = ["gatewise eval ADAPTER --data rows.jsonl"]
     commands += [] if is_classifier else [f"gatewise serve {known} --adapters {name}=ADAPTER"]
-    told.append(_fenced("\n".join(commands)))
+    told.append(fenced("\n".join(commands)))
     try:
         vllm = None if is_classifier else serving_settings(read_lora(folder), None)["vllm"]
     except GatewiseError:  # it is not of LoRA's kind
@@ -158,11 +163,11 @@ def _usage(folder: Path, name: str) -> str:
     if vllm:
         arguments = vllm["arguments"][: vllm["arguments"].index("--lora-target-modules")]
         extra = ", with gatewise installed beside it" if config.get("peft_type") in _OWN else ""
-        told += [f"With vLLM{extra}:", _fenced(f"vllm serve {base} {' '.join(arguments)} --lora-modules {name}=ADAPTER")]
+        told += [f"With vLLM{extra}:", fenced(f"vllm serve {base} {' '.join(arguments)} --lora-modules {name}=ADAPTER")]
     return "\n\n".join(told)
 
 
-def _fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str = "") -> str:
     """A block of text as it is, whatever stands in it."""
     fence = "```"
     while fence in text:

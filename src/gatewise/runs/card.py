@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from gatewise.adapters.files import read_config
-from gatewise.inspection.card import PICTURES, table_of, write_card
+from gatewise.inspection.card import PICTURES, fenced, table_of, write_card
 from gatewise.parts import METHODS, Run
 from gatewise.runs.recipe import Recipe, recipe_as_yaml
 from gatewise.tasks.metrics import format_metric
@@ -42,7 +42,8 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
         f"rate {settings.learning_rate:g}, seed {recipe.seed}, in {result.dtype} on {result.device}. The adapter has "
         f"{parameters['adapter']:,} parameters, {parameters['adapter'] / parameters['base']:.2%} of the base model."
     )
-    whole = f"<details><summary>The recipe, with every default</summary>\n\n```yaml\n{recipe_as_yaml(recipe)}```\n\n</details>"
+    text = fenced(recipe_as_yaml(recipe).rstrip(), "yaml")  # which may hold a prompt with a fence
+    whole = f"<details><summary>The recipe, with every default</summary>\n\n{text}\n\n</details>"
     sections = {
         "Results": table_of(rows, ["metric", "base model", "with the adapter"]),
         "Data": f"Trained on `{data['train']}` ({len(run.train):,} rows), "
