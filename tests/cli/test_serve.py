@@ -42,6 +42,13 @@ def test_an_engine_that_would_ignore_an_option_refuses_it() -> None:
         assert (result.exit_code, said in result.stderr) == (2, True), result.output
 
 
+def test_a_key_that_was_left_empty_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("", " "):
+        monkeypatch.setenv("GATEWISE_API_KEY", given)
+        result = serve("--engine", "transformers")
+        assert (result.exit_code, "GATEWISE_API_KEY is there, but empty" in result.stderr) == (2, True), result.output
+
+
 def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     class Form:
         logits_processor = "a:B"

@@ -1,6 +1,7 @@
 """The ``serve`` command: one base model and many adapters behind OpenAI's API."""
 
 import gc
+import os
 import signal
 import sys
 from importlib.util import find_spec
@@ -96,6 +97,8 @@ def serve(
     for name, is_given in ignored.items():
         if is_given:
             raise GatewiseError(f"{name} does not go with --engine {engine}: leave it out, or take the other engine")
+    if not api_key and "GATEWISE_API_KEY" in os.environ:
+        raise GatewiseError("GATEWISE_API_KEY is there, but empty: put a key in it, or unset it to serve without one")
     settings: dict[str, Any] = {
         "name": served_model_name, "host": host, "port": port, "keys": api_key or (), "dtype": dtype, "most_tokens": max_model_len,
         "most_loaded": max_loaded, "most_running": max_running, "every": poll, "log_requests": log_requests, "say": _say,

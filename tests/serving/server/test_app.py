@@ -260,6 +260,11 @@ def test_what_clients_send_of_themselves_is_passed_over(server: AdapterServer) -
     assert client(server).chat.completions.create(model="plain", messages=messages, max_tokens=2, **more).choices
 
 
+def test_a_body_that_comes_after_the_last_seconds_is_told_so(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "is_over", True)
+    assert post(server, json.dumps({**GOOD, "stream": True}).encode())[0] == 503
+
+
 def test_a_client_that_is_gone_before_its_turn_costs_nothing(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """And bodies that are short do not wait for those that are long."""
     seen, may_go = list[int](), threading.Event()

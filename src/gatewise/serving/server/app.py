@@ -102,6 +102,8 @@ def app(server: "AdapterServer") -> ASGIApp:
             told.update(generated_tokens=writing.tokens, finish=writing.finish)
 
         body, answers = await in_thread(request, partial(_asked, server, kind, told, send_piece))
+        if server.is_over:  # its body came late
+            raise RefusedError("the server is ending", 503)
         server.open.add(pieces)
         writing = _Writing(body, answers, pieces, told["id"])
         told["prompt_tokens"] = writing.read

@@ -57,6 +57,7 @@ class AdapterServer:
         hosts: what may stand in ``Host``, None for anything.
         bodies, long_bodies: threads that read bodies and encode prompts. Long ones are among themselves, and keep no other waiting.
         open: where the pieces of answers come that clients wait for.
+        is_over: answers have had their time, and no more begin.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -127,6 +128,7 @@ class AdapterServer:
         # One text a thread: with threads of its own beside ours, the tokenizers library has texts wait for each other.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.open: set[asyncio.Queue[tuple[int, Piece]]] = set()
+        self.is_over = False
         self.url = url_of(host, self.port)
         self._server = _Listener(
             self._end_answers,
@@ -186,6 +188,7 @@ class AdapterServer:
         return version
 
     def _end_answers(self) -> None:
+        self.is_over = True
         for pieces in self.open:
             pieces.put_nowait((0, Piece(problem=RefusedError("the server is ending", 503))))
 
