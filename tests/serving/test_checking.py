@@ -23,6 +23,7 @@ from gatewise import RoutedLoraConfig
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_lora
 from gatewise.cli.main import app
+from gatewise.models import loading
 from gatewise.routed.router import Router
 from gatewise.serving import checking
 from gatewise.serving.engines import serving_settings, settings_together
@@ -141,6 +142,17 @@ def test_a_number_that_is_none_is_no_match(check: Check, saved: Path, monkeypatc
     assert result.exit_code == 1
     [found] = json.loads(result.stdout)
     assert found["unmerged"] == {"same": 12, "compared": 12, "difference": None, "tolerance": 1e-3, "holds": False}
+
+
+def test_two_names_of_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter has the embedded model's, the other the hub's, which is out of reach."""
+    names = {"one": "minilm-l6", "two": "sentence-transformers/all-MiniLM-L6-v2"}
+    for folder, base in names.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    monkeypatch.setattr(loading, "fetch", lambda name, **_: tmp_path / name)
+    monkeypatch.setattr(loading, "_is_on_hub", lambda _: False)
+    assert checking._common_base([tmp_path / folder for folder in names], None) == "minilm-l6"
 
 
 def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check) -> None:

@@ -24,7 +24,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, base_of
 from gatewise.adapters.loading import load_adapter, read_data
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.models.loading import load_config, load_tokenizer
+from gatewise.models.loading import load_config, load_tokenizer, resolve
 from gatewise.serving.server.with_vllm import DIRECT, VllmServer
 from gatewise.tasks.encoding import prompt_ids
 
@@ -223,7 +223,7 @@ def _common_base(folders: Sequence[Path], given: str | None) -> str:
     for folder, base in zip(folders, bases, strict=True):
         if not base:
             raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
-        if base != bases[0]:
+        if base != bases[0] and resolve(base) != resolve(str(bases[0])):  # an embedded model has two names
             raise GatewiseError(f"{folder} adapts {base}, but {folders[0]} adapts {bases[0]}: give adapters of one base")
     return str(bases[0])
 
