@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from saved_models import IDS, bert_config, llama_config, saved
-from transformers import BertForSequenceClassification, LlamaForCausalLM
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from gatewise.adapters.difference import compare, plain_lora
@@ -175,6 +175,25 @@ def test_base_weights_in_the_file_are_left_out_or_a_difference(made: Callable[..
         torch.testing.assert_close(logits_in_peft(base, out), expected, rtol=1e-5, atol=2e-5)
         assert name not in load_file(out / "adapter_model.safetensors")
         assert serving_settings(read_lora(out), "llama")["vllm"] is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_lora_beside_whole_modules_is_kept_as_it_is(tmp_path: Path) -> None:
+    """Also on GPT-2's square weights, which are the other way round."""
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=1))
+    model = load_model(saved(gpt2, tmp_path / "base"), dtype=torch.float32)
+    config = LoraConfig(
+        r=3, target_modules=["attn.c_proj"], modules_to_save=["lm_head"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    torch.nn.init.normal_(model.base_model.model.transformer.h[0].attn.c_proj.lora_B["default"].weight)
+    torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "in")
+    (own,) = read_lora(tmp_path / "in").modules
+    found = {module.path: module for module in plain_lora(tmp_path / "in").file.modules}
+    assert found.keys() == {own.path, "lm_head"}
+    torch.testing.assert_close(found[own.path].a, own.a, rtol=0, atol=0)
 
 
 def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:

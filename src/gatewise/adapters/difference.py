@@ -290,12 +290,12 @@ def _difference(
             floor = torch.finfo(torch.float32).eps * float(now.abs().max()) * (math.sqrt(len(delta)) + math.sqrt(delta[0].numel()))
             if not bool(delta.any()):
                 continue
+            by_columns = isinstance(module, Conv1D | nn.Embedding)
             kept = own.get(path if name == "weight" else full)
-            if kept is not None and float((_product(kept, delta) - delta).norm()) <= floor + 1e-4 * float(delta.norm()):
+            if kept is not None and float((_product(kept, delta, by_columns) - delta).norm()) <= floor + 1e-4 * float(delta.norm()):
                 modules.append(replace(kept, others={}))
                 lost[kept.path] = 0.0
             elif name == "weight" and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                by_columns = isinstance(module, Conv1D | nn.Embedding)
                 factors = _factors(delta.mT if by_columns else delta, floor, rank, keep)
                 if factors is not None:
                     modules.append(plain_module(path, factors[0], factors[1], isinstance(module, nn.Embedding)))
@@ -317,12 +317,13 @@ def _difference(
     return Plain(LoraAdapter(written, modules, others, metadata), lost)
 
 
-def _product(module: LoraModule, like: Tensor) -> Tensor:
-    """A LoRA module's B A, as the weight has it."""
+def _product(module: LoraModule, like: Tensor, by_columns: bool) -> Tensor:
+    """A LoRA module's B A, as the weight has it; of stacked experts, which PEFT tells by their sizes, in one of the two ways."""
     rows, columns = (one.to(like.device, torch.float32) for one in (module.rows, module.columns))
     product = (columns.mT @ rows) * module.scaling
-    product = product if module.experts else product[0]
-    return product if product.shape == like.shape and not module.keys[0].endswith("embedding_A") else product.mT
+    if module.experts:
+        return product if product.shape == like.shape else product.mT
+    return product[0].mT if by_columns else product[0]
 
 
 def _factors(delta: Tensor, floor: float, rank: int | None, keep: float | None) -> tuple[Tensor, Tensor, float] | None:
