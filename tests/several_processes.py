@@ -60,13 +60,11 @@ def one_of_none() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 
 
-def launched(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """What ``gatewise WORDS`` ends as and prints, where the words ask for several processes."""
+def launched(folder: Path, *words: str, anew: bool = False) -> subprocess.CompletedProcess[str]:
+    """What ``gatewise WORDS`` ends as and prints, where the words ask for several processes: no forks, if they begin ``anew``."""
     if not FORKS:
         return subprocess.run(command(*words), capture_output=True, text=True, timeout=600, env=one_of_none())
-    out, err = folder / "stdout.txt", folder / "stderr.txt"
-    launcher = multiprocessing.get_context("forkserver").Process(target=_launch, args=(words, one_of_none(), str(out), str(err)))
-    launcher.start()
+    launcher, out, err = forked(folder, *words, anew=anew)
     launcher.join(600)
     if launcher.exitcode is None:
         launcher.terminate()  # and ends its processes
@@ -75,8 +73,18 @@ def launched(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, launcher.exitcode, out.read_text(), err.read_text())
 
 
-def _launch(words: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> NoReturn:
-    subprocess_handler.Popen = _Forked
+def forked(folder: Path, *words: str, anew: bool = False) -> tuple[Any, Path, Path]:
+    """The process of ``gatewise WORDS``, just begun, and the files that get what it prints."""
+    out, err = folder / "stdout.txt", folder / "stderr.txt"
+    arguments = (words, one_of_none(), str(out), str(err), anew)
+    launcher = multiprocessing.get_context("forkserver").Process(target=_launch, args=arguments)
+    launcher.start()
+    return launcher, out, err
+
+
+def _launch(words: Sequence[str], environment: Mapping[str, str], out: str, err: str, anew: bool) -> NoReturn:
+    if not anew:
+        subprocess_handler.Popen = _Forked
     with open(out, "w") as stdout, open(err, "w") as stderr:
         _become(words, environment, stdout, stderr)
 

@@ -238,6 +238,7 @@ def test_an_adapter_that_does_nothing_is_said_to(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_a_tolerance_that_nothing_meets_is_said_to(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter(range(100))
     original = search.qualities
@@ -381,6 +382,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     return Measuring(monkeypatch)
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_an_interrupted_search_goes_on(folder: Path, tmp_path: Path, measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "LOOKS", 4)
     settings: dict[str, Any] = {"recovery": Recovery(str(folder / "train.jsonl"), steps=10, learning_rate=0.01)}

@@ -351,7 +351,7 @@ _TEXT = st.one_of(
 _NUMBERS = st.one_of(st.floats(1e-12, 1e12), st.sampled_from([1e-5, 3e-3, 1.0, 1e16]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     prompt=_TEXT,
     words=st.dictionaries(_TEXT, _TEXT, min_size=2, max_size=4),

@@ -1,6 +1,8 @@
 """The register of scores: a score is one file, and everything that knows scores by name finds it there."""
 
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 from functools import partial
@@ -57,24 +59,24 @@ def test_there_is_one_default():
     assert RankAllocation().score.name == scores.DEFAULT
 
 
-def test_a_score_that_is_added_is_one_new_file(tmp_path):
+def test_a_score_that_is_added_is_one_new_file(tmp_path, monkeypatch):
     """A file in the folder is all: the callback knows it by name."""
     (tmp_path / "weight_norm.py").write_text(
         "from functools import partial\nfrom gatewise.allocation.scoring import Score\n\n\n"
         "@partial(Score, meaning='how large it is', options={'power': 2})\n"
         "def weight_norm(model, batch, *, adapter=None, power=2):\n    return {}\n"
     )
-    code = (
-        "import pkgutil, gatewise.allocation\n"
-        "real = pkgutil.iter_modules\n"
-        f"pkgutil.iter_modules = lambda paths, *rest: real([*paths, {str(tmp_path)!r}], *rest)\n"
-        "import gatewise.allocation.scores as s\n"
-        "pkgutil.iter_modules = real\n"
-        f"s.__path__.append({str(tmp_path)!r})\n"
-        "print('weight_norm' in s.NAMES, s.as_score('weight_norm', {'power': 1}).meaning)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "True how large it is"
+    real = pkgutil.iter_modules
+    monkeypatch.setattr("gatewise.allocation.scores", scores)  # which the import below replaces, until the test has ended
+    monkeypatch.delitem(sys.modules, "gatewise.allocation.scores")
+    with monkeypatch.context() as patch:
+        patch.setattr(pkgutil, "iter_modules", lambda paths, *rest: real([*paths, str(tmp_path)], *rest))
+        anew = importlib.import_module("gatewise.allocation.scores")
+    anew.__path__.append(str(tmp_path))
+    assert anew is not scores
+    assert "weight_norm" in anew.NAMES
+    assert anew.as_score("weight_norm", {"power": 1}).meaning == "how large it is"
+    del sys.modules["gatewise.allocation.scores.weight_norm"]
 
 
 def test_names_need_no_torch():
