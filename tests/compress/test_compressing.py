@@ -106,6 +106,7 @@ def test_rows_that_are_sorted_by_label_are_fitted_on_in_another_order(tmp_path: 
     assert len(set(seen[0][:15])) == len(set(seen[0][15:])) == 2
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that holds by itself is not taken where the bounds that hold for all that was measured say otherwise."""
     first = small(folder, tmp_path / "first", Goal(tolerance=0.15))

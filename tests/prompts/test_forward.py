@@ -244,7 +244,7 @@ def test_every_parameter_learns(texts, family):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", [1]), ("gpt2", None), ("bert", None)], ids=str)
+@pytest.mark.parametrize(("family", "layers"), [("llama", [1]), ("bert", None)], ids=str)
 def test_compiled(texts, family, layers):
     """torch.compile gives the same numbers, in the order in which a user calls what it made."""
     torch._dynamo.reset()
