@@ -90,6 +90,7 @@ def test_a_run_goes_on_where_its_checkpoints_stand_on_other_weights(tmp_path: Pa
     ("settings", "said"),
     [
         (["peft.init_lora_weights=eva", "peft.r=200"], r"no batch of data\.train has peft\.r \(200\) tokens"),
+        (["peft.init_lora_weights=eva", "peft.r=17"], r"starts with 17 ranks a module, but eva finds at most 16 in model\."),
         (
             ["peft.init_lora_weights=lora_ga", "peft.r=9"],
             r"peft\.r is 9, but lora_ga finds at most 8 ranks to begin with in model\.",

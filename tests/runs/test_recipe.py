@@ -159,6 +159,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
     [
         ("training: {max_steps: 5, epochs: 1}", (), "training.epochs cannot be given together with training.max_steps"),
         ("training: {load_best: true}", (), "training.load_best needs training.eval_every"),
+        ("training: {eval_every: 2, best_by: accuracy}", (), "training.best_by is accuracy, which nothing goes by"),
         ("training: {early_stopping_patience: 2}", (), "training.early_stopping_patience needs training.eval_every"),
         (
             "training: {load_best: true, eval_every: 4, save_every: 6}",

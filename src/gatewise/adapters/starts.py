@@ -92,6 +92,12 @@ def look_after(run: Run, model: PeftModel) -> None:
     batches = [batch for batch in _batches(run, run.recipe.training.batch_size) if int(batch["attention_mask"].sum()) >= config.r]
     if not batches:
         raise GatewiseError(f"no batch of data.train has peft.r ({config.r}) tokens, of which eva finds directions: give more rows")
+    for path, layer in _layers(model).items():
+        if config.r > layer.in_features:
+            raise GatewiseError(
+                f"the adapter starts with {config.r} ranks a module, but eva finds at most {layer.in_features} in {path}: "
+                "take a smaller peft.r"
+            )
     with _every_token("eva"):
         initialize_lora_eva_weights(model, _Passes(batches), gather_distributed_inputs=False, show_progress_bar=False)
 

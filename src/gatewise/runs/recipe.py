@@ -111,6 +111,11 @@ class TrainingSection(Section):
                 "training.best_by",
                 f"is {self.best_by}, but training.eval_metric is false, which measures the loss alone: leave one out",
             )
+        if self.best_by != "loss" and not self.load_best and self.early_stopping_patience is None:
+            yield (
+                "training.best_by",
+                f"is {self.best_by}, which nothing goes by: give training.load_best or early_stopping_patience too",
+            )
         if self.load_best and self.save_every not in (None, self.eval_every):
             yield (
                 "training.save_every",
