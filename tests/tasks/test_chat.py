@@ -242,6 +242,7 @@ def test_other_rows_of_trainers(chat_tokenizer: PreTrainedTokenizerFast) -> None
         ({"text": "the lamp is good"}, [*tokens, end]),
         ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [6, 7]),
         ({"input_ids": [5, 6, 7]}, [5, 6, 7]),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]}, [6]),  # as TRL tokenises
     ):
         _, batch = gatewise.hold_out([row] * 4, chat_tokenizer, assistant="last")
         assert labels_of(batch) == [expected]

@@ -49,7 +49,10 @@ def _features(
 ) -> dict[str, list[int]]:
     if "input_ids" in row:
         ids = list(row["input_ids"])
-        return {"input_ids": ids[:max_length], "labels": list(row.get("labels") or ids)[:max_length]}
+        own = [list(row[name]) for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]  # TRL's
+        labels = ids if row.get("labels") is None else list(row["labels"])
+        labels = [label if all(marks) else IGNORED for label, *marks in zip(labels, *own, strict=True)]
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
     texts = ("", row["text"]) if isinstance(row.get("text"), str) else (row.get("prompt"), row.get("completion"))
     if is_conversation(row) and not all(isinstance(text, str) for text in texts):
         try:
