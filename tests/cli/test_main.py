@@ -334,11 +334,12 @@ def test_data_of_another_kind_than_the_adapters(gatewise: Gatewise, tmp_path: Pa
     assert_refused(gatewise("eval", "out/adapter", "--data", "sample:reminder-dev"), "reminder-dev")
 
 
-def test_a_bug_shows_its_traceback(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), EOFError("Ran out of input")], ids=repr)
+def test_a_bug_shows_its_traceback(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception) -> None:
     def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+        raise bug
 
     monkeypatch.setattr(RecipeTrainer, "train", broken)
     result = gatewise("train", write_recipe(tmp_path))
-    assert isinstance(result.exception, ZeroDivisionError)
+    assert bug in (result.exception, getattr(result.exception, "__cause__", None))
     assert not (tmp_path / "runs" / "lora").exists()

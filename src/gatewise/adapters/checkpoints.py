@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zipfile import is_zipfile
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, tensor_shapes
 from gatewise.errors import GatewiseError
@@ -12,7 +13,8 @@ DIVERGED_FILE = "diverged"
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end and not marked as diverged, oldest first.
 
-    The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there.
+    The first process writes ``trainer_state.json`` last, so where it can be read the rest is there, but for the random states of
+    other processes: what PyTorch saves is a zip file, whose directory is at its end.
     """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return [path for path in sorted(numbered, key=checkpoint_step) if _is_complete(path)]
@@ -32,6 +34,8 @@ def _is_complete(path: Path) -> bool:
     # Several processes have a random state each.
     needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE, "rng_state*")
     if (path / DIVERGED_FILE).exists() or not all(any(path.glob(name)) for name in needed):
+        return False
+    if not all(map(is_zipfile, path.glob("*.pt*"))):
         return False
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

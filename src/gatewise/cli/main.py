@@ -51,8 +51,10 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except Exception:
+        except Exception as error:
             _wait_for_others("LOCAL_RANK" in os.environ)  # this may be what comes of another process's fault
+            if isinstance(error, EOFError):  # of which click would show nothing but "Aborted!"
+                raise RuntimeError(f"EOFError: {error}") from error
             raise
 
 
