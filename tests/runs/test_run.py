@@ -396,12 +396,7 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path,
         patch.setattr(rows, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "killed", *settings)
-    folders = complete_checkpoints(tmp_path / "killed" / "checkpoints")
-    assert [checkpoint_step(path) for path in folders] == [2, 4]
-    cut = folders[-1] / "rng_state_1.pth"  # of a second process, which was killed as it began to write
-    cut.touch()
-    assert complete_checkpoints(folders[-1].parent) == folders[:1]
-    cut.unlink()
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path / "killed" / "checkpoints")] == [2, 4]
     resumed = train(recipe, tmp_path / "killed", *settings, resume=True)
     assert (whole.steps, resumed.steps) == (4, 4)
     assert_same_adapter(whole.adapter, resumed.adapter)

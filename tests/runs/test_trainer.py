@@ -130,7 +130,7 @@ def write_checkpoint(folder: Path, step: int, source: Path) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (path / name).touch()
+        torch.save({}, path / name)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (path / name).write_bytes((source / name).read_bytes())
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
@@ -141,11 +141,12 @@ def test_only_checkpoints_written_to_their_end_count(adapted: Callable[..., Peft
     adapted("llama").save_pretrained(str(tmp_path / "adapter"))
     folder = tmp_path / "checkpoints"
     assert complete_checkpoints(folder) == []
-    paths = {step: write_checkpoint(folder, step, tmp_path / "adapter") for step in (2, 4, 10, 12, 14, 16)}
+    paths = {step: write_checkpoint(folder, step, tmp_path / "adapter") for step in (2, 4, 10, 12, 14, 16, 18)}
     weights = paths[4] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
     (paths[12] / "trainer_state.json").write_text('{"global_step": ', encoding="utf-8")
     (paths[14] / "optimizer.pt").unlink()
+    (paths[18] / "rng_state_1.pth").touch()  # of a second process, which was killed as it began to write
     assert [checkpoint_step(path) for path in complete_checkpoints(folder)] == [2, 10, 16]
     (paths[16] / "diverged").touch()
     assert [checkpoint_step(path) for path in complete_checkpoints(folder)] == [2, 10]
