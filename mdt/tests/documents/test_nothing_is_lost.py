@@ -80,7 +80,7 @@ def test_every_word_is_somewhere(suffix: str, data: st.DataObject) -> None:
         # Only where there is nothing to say: a text with an instruction in it is never refused.
         assert "Give" not in text
         return
-    held = [part for one in passages for part in (one.passage, one.population, *one.headings)]
+    held = [part for one in passages for part in (one.passage, one.population, *one.headings, *one.notes)]
     said = " ".join([*held, *document.notes]).lower()
     # Notes show so many of the texts that they name, and no more.
     if " more" not in said and "…" not in said:
