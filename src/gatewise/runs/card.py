@@ -12,7 +12,7 @@ from gatewise.inspection.card import PICTURES, fenced, table_of, write_card
 from gatewise.parts import METHODS, Run
 from gatewise.runs.recipe import Recipe, recipe_as_yaml
 from gatewise.tasks.metrics import format_metric
-from gatewise.tasks.records import SAMPLE_PREFIX
+from gatewise.tasks.records import is_data_set
 
 
 def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
@@ -28,7 +28,7 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
     hub = [
         str(data[key])
         for key in ("train", "dev", "test")
-        if isinstance(data.get(key), str) and _is_hub(getattr(run.recipe.data, key))
+        if isinstance(data.get(key), str) and is_data_set(getattr(run.recipe.data, key))
     ]
     rows = [
         [f"{key} {name}", format_metric(name, both["before"][name]), format_metric(name, value)]
@@ -78,8 +78,3 @@ def without_paths(recipe: Recipe) -> Recipe:
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
     return type(recipe).model_validate(named(recipe.model_dump()))
-
-
-def _is_hub(source: str) -> bool:
-    """Whether rows come from a data set of the hub: files have absolute paths in a recipe that was read."""
-    return not source.startswith(SAMPLE_PREFIX) and not Path(source).is_absolute() and not Path(source).exists()

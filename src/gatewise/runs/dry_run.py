@@ -23,7 +23,7 @@ from gatewise.parts import METHODS, TASKS, Features, Method, Run
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe
 from gatewise.runs.run import check_services, prepared
-from gatewise.runs.trainer import RowOrder, recompute_activations
+from gatewise.runs.trainer import RowOrder, recompute_activations, row_length
 
 _WHOLE = 10**9  # tokens: longer than any row
 _SHOWN, _MOST = 2, 600  # rows that are shown, and characters of one span of them
@@ -63,7 +63,7 @@ def _rows(run: Run) -> Table:
         column.justify = "right"
     counts = {"train": len(run.train), **{name: len(rows) for name, rows in run.task.measured.items()}}
     for name, rows in {"train": run.task.train, **run.task.measured}.items():
-        lengths = sorted(map(_length, _uncut(run, rows, name)))
+        lengths = sorted(map(row_length, _uncut(run, rows, name)))
         at = [lengths[round(share * (len(lengths) - 1))] for share in (0, 0.5, 0.9, 1)]
         table.add_row(name, *map(str, (counts[name], *at, sum(length > run.max_length for length in lengths))))
         if name == "train":
@@ -124,7 +124,7 @@ def _batches(run: Run) -> tuple[Features, Features]:
     """Of the batches of an epoch, as one process gets them: the one with most tokens, and one with as many as the mean."""
     training = run.recipe.training
     order = RowOrder(
-        [_length(row) for row in run.train],
+        [row_length(row) for row in run.train],
         run.recipe.seed,
         lambda: 0,
         training.batch_size if training.group_by_length else None,
@@ -165,17 +165,13 @@ def _peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _length(row: dict[str, Any]) -> int:
-    return len(row["input_ids"])
-
-
 def _tokens(batch: Features) -> int:
     """Of a batch, padding included."""
-    return len(batch) * max(map(_length, batch))
+    return len(batch) * max(map(row_length, batch))
 
 
 def _size(batch: Features) -> str:
-    return f"{len(batch)} rows of {max(map(_length, batch))} tokens"
+    return f"{len(batch)} rows of {max(map(row_length, batch))} tokens"
 
 
 def _duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ class RecipeTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The mean loss over all labels of the dev rows, as ``eval_loss``, and what ``measure`` gives. Draws no random numbers."""
-        rows = sorted(self.eval_dataset, key=_length)  # type: ignore[arg-type]
+        rows = sorted(self.eval_dataset, key=row_length)  # type: ignore[arg-type]
         size = self.args.per_device_eval_batch_size
         model: Any = self.model
         own, _ = own_share([rows[start : start + size] for start in range(0, len(rows), size)], even=is_sharded(model))
@@ -146,7 +146,7 @@ class RecipeTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that depends on seed and epoch alone: a resumed run goes on with the same rows."""
         order = RowOrder(
-            [_length(row) for row in self.train_dataset],  # type: ignore[union-attr]
+            [row_length(row) for row in self.train_dataset],  # type: ignore[union-attr]
             self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
             # Accelerate deals the batches out to the processes in turn.
@@ -333,7 +333,8 @@ def has_stopped_early(log: Sequence[Mapping[str, Any]], patience: int | None, ar
     return patience is not None and bool(values) and len(values) - 1 - values.index(best(values)) >= patience
 
 
-def _length(row: Mapping[str, Any]) -> int:
+def row_length(row: Mapping[str, Any]) -> int:
+    """Tokens of an encoded row."""
     return len(row["input_ids"])
 
 
