@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.losses import mean_loss
-from gatewise.parts import Count, Counting, DataSection, Features, Method, NotNegative, Report, Run, Section, Task
+from gatewise.parts import Count, Counting, DataSection, Features, Measured, Method, NotNegative, Report, Run, Section, Task
 from gatewise.tasks import PadCollator
 
 
@@ -71,9 +71,9 @@ class Successor(Task):
             made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
         return made
 
-    def measure(self, run: Run, model: nn.Module, rows: Any, counting: Counting) -> tuple[dict[str, float | int], str | None]:
+    def measure(self, run: Run, model: nn.Module, rows: Any, counting: Counting) -> Measured:
         """The loss."""
-        return {"loss": mean_loss(model.eval(), [run.collate(run.dev)]), "n": len(rows)}, None
+        return Measured({"loss": mean_loss(model.eval(), [run.collate(run.dev)]), "n": len(rows)})
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """What follows on 9."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -62,13 +62,16 @@ class DataSection(Section):
 
     Training, early stopping and choice see ``train`` and ``dev`` alone: ``test`` is measured before and after, and nothing else.
     ``held_out`` rows of ``train``, at most a quarter, are not trained on by any method, so that all methods train on the same rows;
-    methods that score ranks, or learn in two levels, do it with them. ``max_length`` is in tokens.
+    methods that score ranks, or learn in two levels, do it with them. ``tuning`` rows of ``train``, at most a quarter and the same
+    for every seed, are taken out before: what is tuned, such as the learning rate, can be measured on them, and ``dev`` is left.
+    ``max_length`` is in tokens.
     """
 
     train: str
     dev: Source
     test: Source | None = None
     held_out: Annotated[int, Field(ge=0)] = 32
+    tuning: Count | None = None
     limit_train: Count | None = None
     limit_dev: Count | None = None
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -141,6 +144,21 @@ class Report:
     pictures: dict[str, Callable[[Path], object]] = field(default_factory=dict)
 
 
+class Measured(NamedTuple):
+    """How well a model does on rows.
+
+    Attributes:
+        metrics: numbers by name, "n" among them.
+        remark: what is worth telling of them, or None.
+        rows: a number for each row, in their order: of the first of the task's ``metrics``, whose mean over rows they have where it
+            is one. Empty where there is none.
+    """
+
+    metrics: dict[str, float | int]
+    remark: str | None = None
+    rows: Sequence[float] = ()
+
+
 # The two kinds of parts -------------------------------------------------------------------------------------------------
 
 
@@ -171,11 +189,13 @@ class Task(Part):
         loads: what ``gatewise.models.load_model`` is asked for.
         collator: (tokenizer) -> what makes encoded rows a batch, such as ``gatewise.tasks.PadCollator``.
         in_float32: the base model is trained in float32 whatever ``dtype`` says.
-        metrics: what ``measure`` gives beside the loss, for rows that were read. lower_is_better: those of which less is better.
+        metrics: what ``measure`` gives beside the loss, for rows that were read; methods are compared by the first.
+            lower_is_better: those of which less is better.
         quantises: ``base`` gives the base model that the recipe's ``quantization`` asks for.
         elsewhere: of adapters that ``gatewise eval``, ``inspect --scores`` and ``compress`` cannot run: what one does, and where to
             give it instead.
-        train: rows to train on. measured: rows to measure on, by name ("dev", "test"). Both are set by ``read``.
+        train: rows to train on. measured: rows to measure on, by name ("dev", "test"). Both are set by ``read``; those of
+            ``data.tuning`` go from the one to the other, as "tuning".
     """
 
     task_type = "CAUSAL_LM"
@@ -197,6 +217,10 @@ class Task(Part):
             noted: the note of the checkpoint that the run goes on from; None where it begins.
         """
         raise NotImplementedError
+
+    def units(self, rows: Any) -> Sequence[str]:
+        """A text for each row: rows with the same one, such as two that ask the same, are never trained and measured on."""
+        return [repr(row) for row in rows]
 
     def base(self, dtype: "torch.dtype", tokenizer: "PreTrainedTokenizerBase", brought: Sequence[str]) -> "PreTrainedModel":
         """The base model; a head of its own is drawn from torch's random state.
@@ -226,8 +250,8 @@ class Task(Part):
         """What ``gatewise.json`` says, so that the adapter is used as it was trained."""
         return {}
 
-    def measure(self, run: Run, model: "nn.Module", rows: Any, counting: Counting) -> tuple[dict[str, float | int], str | None]:
-        """How well a model does: numbers by name, "n" among them; and a remark on them or None."""
+    def measure(self, run: Run, model: "nn.Module", rows: Any, counting: Counting) -> Measured:
+        """How well a model does."""
         raise NotImplementedError
 
     def note_after(self, run: Run, model: "nn.Module") -> dict[str, Any]:

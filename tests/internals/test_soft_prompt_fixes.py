@@ -125,7 +125,7 @@ def test_what_is_written_does_not_depend_on_the_batch(kind, tmp_path: Path, monk
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     written: list[str] = []
     module = sys.modules["gatewise.tasks.metrics"]  # the package has a function of that name
-    monkeypatch.setattr(module, "generation_metrics", lambda _, texts: written.extend(texts) or {})
+    monkeypatch.setattr(module, "_judge_texts", lambda _, texts: (written.extend(text for text, _ in texts) or {}, []))
     evaluate(model, tokenizer, load_records(str(tmp_path / "rows.jsonl")), batch_size=4, max_new_tokens=6)
     records = load_records(str(tmp_path / "rows.jsonl"))
     template = default_template(records)

@@ -10,7 +10,7 @@ import torch
 
 from gatewise.errors import GatewiseError
 from gatewise.models import device
-from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.device import PeakMemory, pick_device, pick_dtype
 
 
 @pytest.fixture
@@ -27,6 +27,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: cpu)
 
     return make
+
+
+def test_the_peak_is_that_of_what_is_watched_alone() -> None:
+    watched = PeakMemory(torch.device("cpu"))
+    with watched:
+        torch.ones(20_000_000).sum()
+    first = watched.most
+    if first is None:  # no Linux, or one that does not let a process count anew
+        pytest.skip("nobody can tell here")
+    torch.ones(60_000_000).sum()
+    second = PeakMemory(torch.device("cpu"))
+    with second:
+        torch.ones(10_000_000).sum()
+    assert second.most is not None
+    assert first - second.most > 20_000_000
+    with second:
+        torch.ones(20_000_000).sum()
+    assert abs(second.most - first) < 20_000_000  # of both times the larger
 
 
 def test_auto_is_the_best_that_is_there(machine: Any) -> None:

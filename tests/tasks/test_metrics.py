@@ -12,7 +12,7 @@ from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
-from gatewise.tasks.metrics import _judge_texts, generation_metrics, scored_candidates, write_texts
+from gatewise.tasks.metrics import METRICS, _judge_texts, generation_metrics, scored_candidates, worth, write_texts
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
 TEMPLATE = Template("Text: {text}\nLabel:")
@@ -325,6 +325,34 @@ def test_exact_compares_the_final_numbers() -> None:
     metrics, answers = _judge_texts(Records("number", rows, None, "rows"), written)
     assert metrics == {"exact": 0.4, "n": 5}
     assert answers[2] == {"predicted": "#### 4 then 9", "cut": True, "right": True}
+
+
+def _short(kind: str) -> Records:
+    """Rows whose answers are right, half right or wrong, whatever a random model writes."""
+    words = ["lamp", "a b c d e f g h", "the bill", "x"]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "number": [{"question": word, "answer": f"#### {number}"} for number, word in enumerate(words)],
+        "generation": [{"source": word, "target": word} for word in words],
+        "chat": [{"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w}]} for w in words],
+    }
+    return Records(kind, rows[kind], None, "rows")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_the_first_metric_of_a_kind_is_the_mean_of_what_its_rows_are_worth(
+    kind: str, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = _labelled(["good", "bad"]) if kind == "label" else _choices() if kind == "choice" else _short(kind)
+    written = [("2 b c", True), ("a b", True), ("bill 2", True), ("x 3", False)]
+    monkeypatch.setattr("gatewise.tasks.metrics.write_texts", lambda *_, **__: written)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    answers: list[dict[str, Any]] = []
+    metrics = evaluate(llama, tokenizer, records, answers=answers)
+    rows = [worth(answer) for answer in answers]
+    assert 0 < metrics[METRICS[kind][0]] < 1
+    assert sum(rows) / len(rows) == metrics[METRICS[kind][0]]
+    if kind == "generation":  # "a b" of eight words: precision 1, recall 1/4
+        assert rows == pytest.approx([0, 2 * 0.25 / 1.25, 0.5, 2 * 0.5 / 1.5])
 
 
 # ---- adapters that are routed by their prompt: what is measured is what was trained ----

@@ -8,7 +8,7 @@ import pytest
 
 from gatewise.errors import GatewiseError
 from gatewise.tasks.records import Records
-from gatewise.tasks.splitting import deal_out
+from gatewise.tasks.splitting import deal_out, taken_out
 
 PARTS = {"dev": 0.1, "test": 0.1}
 
@@ -79,6 +79,16 @@ def test_rows_that_ask_the_same_are_on_one_side() -> None:
     parts, _ = deal_out(Records("chat", chat, None, "chat.jsonl"), {"dev": 0.2})
     asked = [{row["messages"][0]["content"] for row in part.rows} for part in parts.values()]
     assert sum(map(len, asked)) == 20
+
+
+def test_what_is_taken_out_is_whole_units_in_any_order() -> None:
+    units = [f"question {n // 2}" for n in range(40)]
+    taken = taken_out(units, 7)
+    assert len(taken) == 6
+    assert {units[at] for at in taken}.isdisjoint(units[at] for at in range(40) if at not in taken)
+    assert {39 - at for at in taken_out(units[::-1], 7)} == taken  # in any order
+    assert len(taken_out(units, 30)) == 10
+    assert taken_out(["the same"] * 40, 7) == set()
 
 
 def test_a_group_is_on_one_side() -> None:

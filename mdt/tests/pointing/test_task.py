@@ -83,6 +83,21 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(tmp_path: Path, 
     assert_same_adapter(whole.adapter, resumed.adapter)
 
 
+def test_texts_to_tune_on_are_not_trained_on_and_each_text_has_its_f1(tmp_path: Path) -> None:
+    def half(texts: list[str], **_: Any) -> list[Any]:
+        """Finds the trees of the first and third text alone."""
+        return [Extraction(one.text, one.tree, "en") if at % 2 == 0 else GatewiseError("") for at, one in enumerate(RECORDS)]
+
+    each: list[float] = []
+    assert 0 < measure(half, RECORDS, each=each)["triplet_f1"] < 1
+    assert each == [1, 0, 1, 0]
+    # Each text is there twice, and a quarter of all are two.
+    result = train(write_pointing(tmp_path), tmp_path / "out", "data.tuning=5", measured=("tuning",), before=False)
+    assert [len(one) for one in result.rows.values()] == [2]
+    said = told(tmp_path / "lora-llama.yaml", tmp_path / "again", "data.tuning=5")
+    assert "data.tuning: 2 of the 8 rows of data.train are not trained on" in said
+
+
 def test_merged_it_finds_the_same_trees(tmp_path: Path) -> None:
     result = train(write_pointing(tmp_path), tmp_path / "out")
     extractor = PointingExtractor.load(result.adapter)

@@ -5,8 +5,10 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 """
 
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gatewise.errors import GatewiseError
@@ -63,6 +65,49 @@ def pick_dtype(
     if name == "bfloat16" and not quick and warn is not None:
         warn("warning: bfloat16 is emulated on this processor and 11 to 18 times slower than float32: take dtype: auto or float32")
     return torch.bfloat16 if name == "bfloat16" or quick else torch.float32
+
+
+class PeakMemory:
+    """The most memory in use while it was entered, once or several times, whatever was used before.
+
+    Attributes:
+        most: bytes: on a CUDA device that PyTorch allocated, else of this process. None where that cannot be told: of a CPU only
+            Linux begins to count anew.
+    """
+
+    def __init__(self, device: "torch.device") -> None:
+        self.device, self.most = device, 0 if device.type in ("cuda", "cpu") else None
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            self.most = None
+
+    def __exit__(self, *_: object) -> None:
+        peak = peak_memory(self.device)
+        self.most = None if self.most is None or peak is None else max(self.most, peak)
+
+
+def peak_memory(device: "torch.device") -> int | None:
+    """The most bytes that were in use since the process began, or since a ``PeakMemory`` was entered; None if that is not known."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which on Linux may be that of the process that started this one.
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8") if status.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def has_bfloat16(device: "torch.device") -> bool:

@@ -31,7 +31,7 @@ def write_card_of(run: Run, adapter: Path, result: Any) -> Path:
         if isinstance(data.get(key), str) and is_data_set(getattr(run.recipe.data, key))
     ]
     rows = [
-        [f"{key} {name}", format_metric(name, both["before"][name]), format_metric(name, value)]
+        [f"{key} {name}", format_metric(name, both["before"][name]) if "before" in both else "", format_metric(name, value)]
         for key, both in result.metrics.items()
         for name, value in both["after"].items()
     ]

@@ -4,7 +4,6 @@ Everything is loaded and checked as for the run itself, and nothing is written.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from gatewise.checks import printable
 from gatewise.losses import IGNORED, scored
-from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.device import peak_memory, pick_device, pick_dtype
 from gatewise.parts import METHODS, TASKS, Features, Method, Run
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe
@@ -113,7 +112,7 @@ def _facts(run: Run, method: Method, progress: ConsoleProgress) -> Iterator[tupl
     took = f"a step of {training.gradient_accumulation} x {_size(usual)} took {seconds:.2f} s on {run.device}"
     rest = "measuring, and what a method does beside its steps, comes on top"
     yield "time", f"about {_duration(seconds * run.steps)} of training: {took}, tried once; {rest}"
-    peak = _peak_memory(run.device)
+    peak = peak_memory(run.device)
     if peak is not None:
         what = "on the GPU" if run.device.type == "cuda" else "of this process, loading included"
         why = f"the peak {what}, with a batch of {_size(largest)}, was {peak / 1e9:.1f} GB, and the optimiser adds its state"
@@ -153,16 +152,6 @@ def _pass(run: Run, method: Method, rows: Features) -> float:
     seconds = time.monotonic() - begun
     model.zero_grad()
     return seconds
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _tokens(batch: Features) -> int:

@@ -34,21 +34,23 @@ from transformers import TrainerState, set_seed
 from gatewise import processes
 from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step, complete_checkpoints
 from gatewise.adapters.files import NOTE_FILE, read_note
-from gatewise.errors import GatewiseError, reason_of
+from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection.report import report_of, study_of
 from gatewise.internals.sharding import join, reshard, shared_by
-from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.device import PeakMemory, pick_device, pick_dtype
 from gatewise.models.loading import embedded_for, load_tokenizer, most_tokens
-from gatewise.parts import METHODS, TASKS, Features, Method, Report, Run, Task
+from gatewise.parts import METHODS, TASKS, Features, Measured, Method, Report, Run, Task
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.card import write_card_of
 from gatewise.runs.hub import check_upload, upload
 from gatewise.runs.recipe import Recipe, TorchOptimizer, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
+from gatewise.tasks.splitting import taken_out
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, ROWS = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "rows.json"
+MEASURED = ("tuning", "dev", "test")
 WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder, with every default.\n"
 LOCK = ".gatewise.lock"
 
@@ -66,7 +68,7 @@ class RunResult:
     Attributes:
         output: its folder.
         metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as the task measures them; "before"
-            is the base model.
+            is the base model. Of what was asked for, see ``train``.
         parameters: "base" and "adapter", the numbers stored in each.
         seconds: "evaluation", "training" (rounds included) and "total", of this process, and those of a stage of the method's own.
         steps: optimiser steps taken, those before a resume included.
@@ -75,6 +77,10 @@ class RunResult:
         numbers: what the method says of the adapter, as in ``metrics.json``: "ranks" by module, "prompt_layers" and so on.
         table: makes the same for a terminal, in the main process; None where there is none.
         pictures: file name -> path of what was drawn.
+        rows: "dev" and so on -> a number for each row after the training, in their order, more being better; see
+            ``gatewise.parts.Measured``. Not in ``metrics.json``.
+        peak_memory: bytes that were in use at most while it trained: on the GPU, or of this process where there is none. None
+            where that cannot be told, as on a CPU without Linux.
     """
 
     output: Path
@@ -88,6 +94,8 @@ class RunResult:
     numbers: dict[str, Any]
     table: Callable[[], Any] | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
+    rows: dict[str, list[float]] = field(default_factory=dict)
+    peak_memory: int | None = None
 
     @property
     def adapter(self) -> Path:
@@ -112,6 +120,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    measured: Sequence[str] = ("dev", "test"),
+    before: bool = True,
 ) -> RunResult:
     """Carries out a recipe.
 
@@ -123,11 +133,15 @@ def train(
         resume: go on from the latest complete checkpoint in ``output``; on the CPU the result is that of a run never stopped.
         overwrite: first remove what an earlier run left in ``output``.
         console: where progress is shown; stderr by default.
+        measured: of the rows that the recipe has beside those to train on, "tuning", "dev" and "test", those to measure on.
+        before: measure the base model too, before the training. The adapter is the same without.
 
     Raises:
         GatewiseError: anything in recipe, data or folder that a user can put right, or a loss that is not finite.
     """
     started, output = time.monotonic(), Path(output)
+    if unknown := set(measured) - set(MEASURED):
+        raise GatewiseError(f"measured names {some(sorted(unknown))}: expected any of {', '.join(MEASURED)}")
     check_services(recipe)
     task, method = TASKS[recipe.task](recipe), METHODS[recipe.method](recipe)
     slow: list[str] = []
@@ -151,21 +165,28 @@ def train(
         if overwrite:
             run.arguments(run.steps)  # refuses what does not work here while the earlier run is still there
         with _writing(run, method, rows, overwrite) if is_main else nullcontext():
-            method.before_training(run)
+            memory = PeakMemory(device)
+            with memory:
+                method.before_training(run)
             trainer: Any = method.trainer(run)
-            with method.untrained(trainer.model) as base:
-                before = _measured(run, base, "before")
+            base_metrics = {}
+            if before:
+                with method.untrained(trainer.model) as base:
+                    base_metrics = _measured(run, base, "before", measured)
             set_seed(recipe.seed)
             begun = time.monotonic()
-            with _reporting(recipe.training.reporters):
+            with _reporting(recipe.training.reporters), memory:
                 trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
             run.seconds["training"] = time.monotonic() - begun
             # Without the wrapper that mixed precision puts around forward: both measurements run in the base's dtype.
             model = method.finish(run, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-            after = _measured(run, model, "after")
+            after = _measured(run, model, "after", measured)
             run.note |= task.note_after(run, model)
             run.seconds["total"] = time.monotonic() - started
-            metrics = {name: {"before": before[name], "after": after[name]} for name in after}
+            metrics = {
+                name: {**({"before": base_metrics[name].metrics} if before else {}), "after": one.metrics}
+                for name, one in after.items()
+            }
             if count > 1:
                 reshard(model)
             result = processes.by_main(_written, run, method, model, metrics, trainer.state)
@@ -173,6 +194,8 @@ def train(
             study = Report()
             with _may_fail("the study of the adapter", progress):
                 study = study_of(run, model)
+            rows_after = {name: [*one.rows] for name, one in after.items()}
+            result = replace(result, rows=rows_after, peak_memory=memory.most)
             if is_main:
                 result = _drawn(run, result, study, trainer.state)
     if is_main and recipe.push_to_hub:
@@ -279,6 +302,8 @@ def prepared(
 ) -> Run:
     """Everything a run needs, loaded and checked."""
     task.read(None if checkpoint is None else read_note(checkpoint))
+    if recipe.data.tuning is not None:
+        _set_aside(task, recipe.data.tuning, progress)
     if (best_by := recipe.training.best_by) not in (known := ("loss", *task.metrics)):
         raise GatewiseError(
             f"training.best_by is {best_by!r}: expected one of {', '.join(known)}, by which these rows are measured"
@@ -335,6 +360,21 @@ def prepared(
     run.arguments, run.trainer = partial(arguments_of, run), partial(trainer_of, run)
     run.model = method.adapt(run, base)
     return run
+
+
+def _set_aside(task: Task, count: int, progress: ConsoleProgress) -> None:
+    """Rows of ``train`` become those to tune on, which follow from their own content alone."""
+    rows: Any = task.train
+    taken = taken_out(task.units(rows), count)
+    if not taken:
+        raise GatewiseError(
+            f"data.tuning is {count}, but none of the {len(rows)} rows of data.train can be taken out, of which a quarter is the "
+            "most: give more rows, or leave the key out"
+        )
+    parts = [[at for at in range(len(rows)) if (at in taken) == is_taken] for is_taken in (False, True)]
+    task.train, tuning = (rows.select(at) if hasattr(rows, "select") else [rows[i] for i in at] for at in parts)
+    task.measured = {"tuning": tuning, **task.measured}
+    progress.say(f"data.tuning: {len(taken)} of the {len(rows)} rows of data.train are not trained on")
 
 
 def _hold_out(rows: Features, count: int, seed: int) -> tuple[Features, Features]:
@@ -453,17 +493,19 @@ def _remove_run(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def _measured(run: Run, model: Any, when: str) -> dict[str, dict[str, float | int]]:
+def _measured(run: Run, model: Any, when: str, names: Sequence[str]) -> dict[str, Measured]:
     """What the task measures of a model, by the name of the rows."""
-    begun, metrics = time.monotonic(), {}
+    begun, found = time.monotonic(), {}
     for name, rows in run.task.measured.items():
+        if name not in names:
+            continue
         with run.progress.counting(f"measuring on {name} {when} training") as counting:
-            metrics[name], remark = run.task.measure(run, model, rows, counting)
-        run.progress.say(f"{name} {when} training: {metrics_line(metrics[name])}")
-        if when == "after" and remark:
+            found[name] = run.task.measure(run, model, rows, counting)
+        run.progress.say(f"{name} {when} training: {metrics_line(found[name].metrics)}")
+        if when == "after" and (remark := found[name].remark):
             run.progress.say(remark)
     run.seconds["evaluation"] += time.monotonic() - begun
-    return metrics
+    return found
 
 
 def _written(run: Run, method: Method, model: Any, metrics: dict[str, Any], state: TrainerState) -> RunResult:

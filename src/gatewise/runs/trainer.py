@@ -433,8 +433,8 @@ def trainer_of(
 def _measured(run: Run, model: Any) -> dict[str, float | int]:
     """What the task measures on dev beside the loss."""
     with run.progress.counting("measuring on dev") as counting:
-        metrics, _ = run.task.measure(run, model, run.task.measured["dev"], counting)
-    return {name: metrics[name] for name in run.task.metrics}
+        found = run.task.measure(run, model, run.task.measured["dev"], counting)
+    return {name: found.metrics[name] for name in run.task.metrics}
 
 
 def recompute_activations(model: PeftModel) -> None:

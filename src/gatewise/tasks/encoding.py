@@ -4,7 +4,7 @@ Shapes: b batch, t tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 from string import Formatter
 from typing import Any
@@ -254,7 +254,7 @@ def score_batch(
     The draw depends on ``seed`` alone and leaves torch's random state as it is.
     """
     drawn = torch.randperm(len(records.rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
-    subset = replace(records, rows=[records.rows[index] for index in drawn])
+    subset = records.select(drawn)
     if classification:
         return PadCollator(tokenizer)(encode_classification(subset, tokenizer, max_length=max_length))
     return PadCollator(tokenizer)(encode(subset, tokenizer, template, max_length=max_length))

@@ -48,10 +48,10 @@ METRICS = {
     "label": ("accuracy",),
     "choice": ("accuracy", "accuracy_norm"),
     "number": ("exact",),
-    "generation": ("bleu", "rougeL"),
-    "chat": ("bleu", "rougeL"),
+    "generation": ("rougeL", "bleu"),
+    "chat": ("rougeL", "bleu"),
 }
-"""What ``evaluate`` gives of a kind of rows beside loss and n."""
+"""What ``evaluate`` gives of a kind of rows beside loss and n; the first is a mean over the rows."""
 
 
 # Logits kept at once: 2**26 of them are 256 MB in float32.
@@ -83,7 +83,7 @@ def evaluate(
         max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
         progress: called with (done, total) after every batch.
         answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
-            of a choice, or the text that was written; ``right`` (not of free text); and ``log_likelihoods`` (nats) of all
+            of a choice, or the text that was written; ``right``, or of free text ``rougeL``; and ``log_likelihoods`` (nats) of all
             candidates, by label or in the order of the choices. A classifier's are those of its classes. Texts that did not end
             within ``max_new_tokens`` have ``cut``, which is True.
 
@@ -137,7 +137,9 @@ def evaluate(
 def _judge_texts(records: Records, written: Sequence[tuple[str, bool]]) -> tuple[Metrics, Answers]:
     found: Answers = [{"predicted": text, **({} if ended else {"cut": True})} for text, ended in written]
     if records.kind in ("generation", "chat"):
-        return generation_metrics(records, [text for text, _ in written]), found
+        rouge: list[float] = []
+        metrics = generation_metrics(records, [text for text, _ in written], rouge)
+        return metrics, [{**answer, "rougeL": one} for answer, one in zip(found, rouge, strict=True)]
     for answer, row in zip(found, records.rows, strict=True):
         answer["right"] = final_number(answer["predicted"]) == final_number(row["answer"])
     return {"exact": sum(answer["right"] for answer in found) / len(found), "n": len(found)}, found
@@ -158,11 +160,14 @@ def _loss(
     return {"loss": mean_loss(model, ({key: value.to(device) for key, value in one.items()} for one in batches))}
 
 
-def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
+def generation_metrics(records: Records, written: Sequence[str], each: list[float] | None = None) -> Metrics:
     """``bleu``, ``rougeL`` and ``n`` of texts written for generation records, or as last answers of conversations.
 
     Chinese is split into characters for both measures, other text as sacrebleu's 13a and rouge-score do, except that
     letters outside a-z count as letters for ROUGE.
+
+    Args:
+        each: a list to which ``rougeL`` of each row is added.
     """
     with needs("metrics", "measuring written answers"):
         import sacrebleu
@@ -177,7 +182,14 @@ def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
     bleu = sacrebleu.corpus_bleu(outputs, streams, tokenize=tokenize, force=True).score  # type: ignore[arg-type]
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     rouge = [scorer.score_multi(texts, output)["rougeL"].fmeasure for texts, output in zip(golds, outputs, strict=True)]
+    if each is not None:
+        each += map(float, rouge)
     return {"bleu": float(bleu), "rougeL": float(sum(rouge) / len(rouge)), "n": len(records.rows)}
+
+
+def worth(answer: Mapping[str, Any]) -> float:
+    """The number that an answer of ``evaluate`` is worth: the mean of these over rows is the first of METRICS."""
+    return float(answer["right"] if "right" in answer else answer["rougeL"])
 
 
 class _Words:

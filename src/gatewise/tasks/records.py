@@ -16,8 +16,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from importlib import resources
@@ -65,6 +65,10 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def select(self, at: Iterable[int]) -> "Records":
+        """Some of the rows, by their positions."""
+        return replace(self, rows=[self.rows[one] for one in at])
 
 
 def load_records(

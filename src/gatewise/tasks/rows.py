@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
-from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Fraction, Run, Section, Task
+from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Fraction, Measured, Run, Section, Task
 from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
-from gatewise.tasks.metrics import METRICS, cut_line, evaluate
+from gatewise.tasks.metrics import METRICS, cut_line, evaluate, worth
 from gatewise.tasks.records import Records, check_labels, load_records
-from gatewise.tasks.splitting import asked_again, deal_out
+from gatewise.tasks.splitting import asked_again, deal_out, units_of
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
@@ -91,7 +91,7 @@ class Rows(Task):
         for name in parts:
             if getattr(data, f"{name}_split") is not None:
                 yield f"data.{name}_split", f"is for a data set, but data.{name} is a part of data.train: leave one of them out"
-        if data.group is not None and not parts:
+        if data.group is not None and not parts and data.tuning is None:
             yield "data.group", "says what stays together where data.dev or data.test is a part of data.train, such as 0.1"
         columns = data.columns or {}
         if len(set(columns.values())) < len(columns):
@@ -127,6 +127,10 @@ class Rows(Task):
                     f"{again} of the {len(records)} rows of data.{name} ask what rows of data.train ask, word for word"
                 )
 
+    def units(self, rows: Records) -> list[str]:
+        """What each row asks, or the value of its group."""
+        return units_of(rows, self.data.group)
+
     def _tell(self, key: str, say: Callable[[str], None]) -> None:
         for line in self.told if key == "data.train" else ():
             say(line)
@@ -141,7 +145,7 @@ class Rows(Task):
         dealt = {"parts": parts, "group": self.data.group} if (parts := self._parts()) else {}
         return {"labels": self.train.labels, "columns": self.data.columns, **dealt}
 
-    def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> tuple[dict[str, float | int], str | None]:
+    def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> Measured:
         """The numbers of ``gatewise.tasks.evaluate``, and how many answers were cut."""
         answers: list[dict[str, Any]] = []
         metrics = evaluate(
@@ -155,7 +159,7 @@ class Rows(Task):
             progress=counting,
             answers=answers,
         )
-        return metrics, cut_line(answers, "data.max_new_tokens")
+        return Measured(metrics, cut_line(answers, "data.max_new_tokens"), [worth(answer) for answer in answers])
 
 
 class Causal(Rows):

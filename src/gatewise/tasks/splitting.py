@@ -9,7 +9,7 @@ trained on is measured on when there are more rows, unless its label had no othe
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,16 +34,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
-    group = {column: name for name, column in (records.columns or {}).items()}.get(group or "", group)
-    if group and all(row.get(group) in (None, "") for row in records.rows):
-        raise GatewiseError(
-            f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
-        )
-    asked = [_asked(records.kind, row) for row in records.rows]
-    units = [
-        text if not group or row.get(group) in (None, "") else json.dumps({group: str(row[group])})
-        for text, row in zip(asked, records.rows, strict=True)
-    ]
+    asked, units = [_asked(records.kind, row) for row in records.rows], units_of(records, group)
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
@@ -71,6 +62,35 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     if left_out := len(sides) - sum(map(len, rows.values())):
         told.append(f"{left_out} of them are left out: they ask what a row on another side asks, which is of another group")
     return {name: replace(records, rows=own) for name, own in rows.items()}, told
+
+
+def units_of(records: Records, group: str | None = None) -> list[str]:
+    """What each row asks, or the value of its group: rows of which it is the same stay together. Arguments as for ``deal_out``.
+
+    Raises:
+        GatewiseError: none has the group's field.
+    """
+    group = {column: name for name, column in (records.columns or {}).items()}.get(group or "", group)
+    if group and all(row.get(group) in (None, "") for row in records.rows):
+        raise GatewiseError(
+            f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
+        )
+    return [
+        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else _asked(records.kind, row)
+        for row in records.rows
+    ]
+
+
+def taken_out(units: Sequence[str], count: int) -> set[int]:
+    """The positions of about ``count`` rows, never more and a quarter at most: whole units, those of the lowest hashes."""
+    members: dict[str, list[int]] = {}
+    for at, unit in enumerate(units):
+        members.setdefault(unit, []).append(at)
+    most, taken = min(count, len(units) // 4), set[int]()
+    for unit in sorted(members, key=_place):
+        if len(taken) + len(members[unit]) <= most:
+            taken.update(members[unit])
+    return taken
 
 
 def load_part(
@@ -110,21 +130,22 @@ def _asked(kind: str, row: Row) -> str:
     return json.dumps([" ".join(text.split()) for text in texts])
 
 
+def _place(unit: str) -> float:
+    """The hash, a number in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") / 2**64
+
+
 def _sides(labels: Iterable[set[str]], parts: Mapping[str, float]) -> dict[str, str]:
     """Unit -> the part that it is in, but for those to train on.
 
     Args:
         labels: the units of each label; a unit may have several.
     """
-
-    def place(unit: str) -> float:
-        return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "big") / 2**64
-
-    in_order = [sorted(units, key=place) for units in labels]
+    in_order = [sorted(units, key=_place) for units in labels]
     # dev from below, test from above: neither changes when the other part does.
     wanted = {"test": lambda at: at >= 1 - parts["test"], "dev": lambda at: at < parts["dev"]}
     wanted = {name: within for name, within in wanted.items() if name in parts}
-    side = {unit: name for name, within in wanted.items() for units in in_order for unit in units if within(place(unit))}
+    side = {unit: name for name, within in wanted.items() for units in in_order for unit in units if within(_place(unit))}
     for units in in_order:
         if all(unit in side for unit in units):  # what is measured has to be learned first
             del side[units[len(units) // 2]]

@@ -23,7 +23,7 @@ from gatewise.errors import GatewiseError
 from gatewise.tasks import Records, Template, end_ids, generate_ids, measuring, most_positions, prompt_ids
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.evaluation.intervals import intervals
-from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
+from gatewise_mdt.evaluation.metrics import count_trees, metrics_of, rates
 from gatewise_mdt.evaluation.mistakes import count_mistakes
 from gatewise_mdt.extraction.constraint import TreeConstraint
 from gatewise_mdt.extraction.course import Course
@@ -313,12 +313,18 @@ def _name_of(model: str | Path) -> str:
 
 
 def measure(
-    extractor: Extracts, records: Sequence[TreeRecord], progress: Progress | None = None, *, mistakes: bool = False
+    extractor: Extracts,
+    records: Sequence[TreeRecord],
+    progress: Progress | None = None,
+    *,
+    mistakes: bool = False,
+    each: list[float] | None = None,
 ) -> dict[str, Any]:
     """The metrics of an extractor on gold records. What fails counts as nothing found.
 
     Args:
         mistakes: count them by kind, too, see :mod:`gatewise_mdt.evaluation.mistakes`.
+        each: a list to which the F1 of each record's triples is added.
 
     Returns:
         Metrics by name, with ``n``, the number of records, ``failed``, for how many of them nothing could be read, and
@@ -334,6 +340,8 @@ def measure(
     trees: list[Any] = [one.tree if isinstance(one, Extraction) else [] for one in found]
     gold = [record.tree for record in records]
     counts = count_trees(gold, trees)
+    if each is not None:
+        each += rates(counts)["triplet_f1"].tolist()
     failed = sum(isinstance(one, GatewiseError) for one in found)
     metrics = {**metrics_of(counts).to_json(), "failed": failed, "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(gold, trees)} if mistakes else metrics

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.models import load_model
-from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Share, Task
+from gatewise.parts import Count, Counting, DataSection, Features, Measured, Run, Section, Share, Task
 from gatewise_mdt.extraction.extractor import measure
 from gatewise_mdt.pointing.calibration import fitted
 from gatewise_mdt.pointing.extractor import PointingExtractor
@@ -170,12 +170,15 @@ class Text2Mdt(Task):
         """The heads' sizes."""
         return {"heads": asdict(base.heads.settings)}
 
-    def measure(
-        self, run: Run, model: nn.Module, rows: list[TreeRecord], counting: Counting
-    ) -> tuple[dict[str, float | int], str | None]:
-        """How good the trees are that the model finds."""
-        values = measure(PointingExtractor(model, run.tokenizer, self.recipe.training.eval_batch_size), rows, counting)
-        return {name: values[name] for name in METRICS}, None
+    def units(self, rows: list[TreeRecord]) -> list[str]:
+        """The records' texts."""
+        return [record.text for record in rows]
+
+    def measure(self, run: Run, model: nn.Module, rows: list[TreeRecord], counting: Counting) -> Measured:
+        """How good the trees are that the model finds; the F1 of the triples of each text, of which the whole is no mean."""
+        each: list[float] = []
+        values = measure(PointingExtractor(model, run.tokenizer, self.recipe.training.eval_batch_size), rows, counting, each=each)
+        return Measured({name: values[name] for name in METRICS}, rows=each)
 
     def note_after(self, run: Run, model: nn.Module) -> dict[str, Any]:
         """How probabilities become confidence, fitted on dev."""

@@ -1,0 +1,88 @@
+"""What a run gives to be compared by: rows to tune on, a number a row, memory, and one adapter whatever is measured."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import assert_same_adapter, write_recipe
+
+from gatewise.errors import GatewiseError
+from gatewise.parts import METHODS, TASKS, Run
+from gatewise.progress import ConsoleProgress
+from gatewise.runs import run
+from gatewise.runs.measure import measure_adapter
+from gatewise.runs.recipe import load_recipe
+
+SILENT = Console(quiet=True)
+
+
+def train(recipe: Path, output: Path, *overrides: str, **options: Any) -> run.RunResult:
+    return run.train(load_recipe(recipe, overrides), output, console=SILENT, **options)
+
+
+def prepared(path: Path, *overrides: str) -> Run:
+    recipe = load_recipe(path, overrides)
+    task, method = TASKS[recipe.task](recipe), METHODS[recipe.method](recipe)
+    where = torch.device("cpu"), torch.float32
+    return run.prepared(recipe, task, method, path.parent / "out", *where, None, ConsoleProgress(SILENT))
+
+
+def test_rows_to_tune_on_are_the_same_for_every_seed_and_method_and_trained_on_by_none(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    again = [line.replace('"text": "', '"text": " ') for line in lines[:6]]  # which ask the same
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, *again]))
+    made = [
+        prepared(path, "data.tuning=5", *more)
+        for more in ((), ("seed=7",), ("method=prompt-tuning", "peft=null"), ("method=alora", "data.held_out=3"))
+    ]
+    tuning, *others = [one.task.measured["tuning"].rows for one in made]
+    assert all(rows == tuning for rows in others)
+    asked = {row["text"].strip() for row in tuning}
+    for one in made:
+        assert [*one.task.measured] == ["tuning", "dev"]
+        assert len(one.task.train) + len(tuning) == 32
+        assert not asked & {row["text"].strip() for row in one.task.train.rows}
+        trained = [one.tokenizer.decode(row["input_ids"]) for row in (*one.train, *one.held_out)]
+        assert len(trained) == 32 - len(tuning)
+        assert not [text for text in trained for question in asked if f": {question}\n" in text]
+    assert 4 <= len(tuning) <= 5
+    assert len(prepared(path, "data.tuning=20").task.measured["tuning"]) <= 8  # a quarter
+    # After data.limit_train.
+    assert {row["text"] for row in prepared(path, "data.tuning=5", "data.limit_train=20").task.measured["tuning"].rows} <= {
+        json.loads(line)["text"] for line in lines[:20]
+    }
+    with pytest.raises(GatewiseError, match=r"data\.tuning is 5, but none of the 3 rows of data\.train can be taken out"):
+        prepared(path, "data.tuning=5", "data.limit_train=3")
+
+
+@pytest.mark.parametrize("method", ["milora", "spt"])
+def test_what_is_measured_changes_nothing_that_is_trained(method: str, tmp_path: Path) -> None:
+    data = {"train": "train.jsonl", "dev": "dev.jsonl", "held_out": 6, "tuning": 4}
+    training = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01}
+    recipe = write_recipe(tmp_path, method, data=data, training=training)
+    whole = train(recipe, tmp_path / "whole")
+    bare = train(recipe, tmp_path / "bare", measured=("tuning",), before=False)
+    assert_same_adapter(whole.adapter, bare.adapter)
+    assert {name: [*one] for name, one in whole.metrics.items()} == {"dev": ["before", "after"]}
+    assert {name: [*one] for name, one in bare.metrics.items()} == {"tuning": ["after"]}
+    assert json.loads(bare.metrics_file.read_text())["metrics"] == bare.metrics
+    assert "tuning accuracy" in (bare.adapter / "README.md").read_text()
+
+
+def test_each_row_has_its_number_in_the_order_of_the_file(tmp_path: Path) -> None:
+    result = train(
+        write_recipe(tmp_path, data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "train.jsonl"}), tmp_path / "out"
+    )
+    assert statistics.mean(result.rows["dev"]) == result.metrics["dev"]["after"]["accuracy"]
+    assert (len(result.rows["dev"]), len(result.rows["test"])) == (10, 26)
+    answers = tmp_path / "answers.jsonl"
+    measure_adapter(result.adapter, str(tmp_path / "train.jsonl"), out=answers, console=SILENT)
+    assert result.rows["test"] == [json.loads(line)["right"] for line in answers.read_text().splitlines()]
+    assert "rows" not in json.loads(result.metrics_file.read_text())
+    with pytest.raises(GatewiseError, match="measured names train: expected any of tuning, dev, test"):
+        train(tmp_path / "lora.yaml", tmp_path / "other", measured=("dev", "train"))
