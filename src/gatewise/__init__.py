@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gatewise.allocation.callback import RankAllocation
     from gatewise.allocation.slots import ranks
     from gatewise.bilevel import BilevelTrainer
+    from gatewise.comparing.running import compare
     from gatewise.errors import GatewiseError
     from gatewise.inspection import importance, suggestion
     from gatewise.prompts import SelectivePromptConfig
@@ -37,6 +38,7 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "SelectivePromptConfig": ("gatewise.prompts", "SelectivePromptConfig"),
     "WholeAdapter": ("gatewise.adapters.whole", "WholeAdapter"),
     "budget": "gatewise.allocation.algorithm",
+    "compare": ("gatewise.comparing.running", "compare"),
     "export": "gatewise.adapters.export",
     "fast_lora": ("gatewise.serving.lora", "fast_lora"),
     "hold_out": ("gatewise.tasks.held_out", "hold_out"),
@@ -59,6 +61,7 @@ __all__ = [
     "SelectivePromptConfig",
     "WholeAdapter",
     "budget",
+    "compare",
     "export",
     "fast_lora",
     "hold_out",

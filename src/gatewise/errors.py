@@ -8,6 +8,10 @@ class GatewiseError(Exception):
     """Something is wrong with what the user gave. The message is one clear sentence; the command line then exits with code 2."""
 
 
+class DivergedError(GatewiseError):
+    """A training whose numbers are no longer finite."""
+
+
 @contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
     """Around an import: where the package is missing, says what needs it and which extra of gatewise brings it.

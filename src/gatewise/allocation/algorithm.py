@@ -25,7 +25,7 @@ from torch import Tensor
 from gatewise.allocation import slots
 from gatewise.allocation.scoring import Batches, Score, from_nothing, loss_without, parts_of, scoring
 from gatewise.checks import is_number, is_whole
-from gatewise.errors import GatewiseError, some
+from gatewise.errors import DivergedError, GatewiseError, some
 from gatewise.losses import mean_loss
 from gatewise.processes import summed
 
@@ -265,7 +265,7 @@ def run_round(
         parts = parts_of(model, batch)
         loss_before = losses[0] if losses else parts.loss(model)
         if not math.isfinite(loss_before):
-            raise GatewiseError(
+            raise DivergedError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
                 "lower the learning rate and resume from the last checkpoint"
             )
@@ -280,7 +280,7 @@ def run_round(
         scores = {path: [float(f"{number:.9g}") for number in value.tolist()] for path, value in found.items()}
         for path, values in scores.items():
             if not all(map(math.isfinite, values)):
-                raise GatewiseError(
+                raise DivergedError(
                     f"score {score.name!r} at step {step}: a score of module {path} is not a finite number: {values}; "
                     "the round was not carried out"
                 )

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from gatewise.adapters.whole import keeps_whole
 from gatewise.bilevel.state import CyclicRows, UpperLevel, count_rows, held_fixed, select_upper
-from gatewise.errors import GatewiseError, some
+from gatewise.errors import DivergedError, GatewiseError, some
 from gatewise.processes import average_gradients
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class BilevelMixin(_AnyTrainer):
             )
         norm = nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
-            raise GatewiseError(
+            raise DivergedError(
                 f"the upper gradient has norm {float(norm)} after step {self.state.global_step}, so the run stopped before it "
                 "moved the upper parameters: lower upper_learning_rate, or check upper_dataset"
             )

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import printable
+from gatewise.cli.compare import SeveralValues, compare
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
@@ -278,6 +279,9 @@ def eval_(
 
 
 app.command()(inspect)
+
+
+app.command(cls=SeveralValues)(compare)
 
 
 app.command()(compress)

@@ -51,7 +51,7 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
         console.print(f"The first rows as the model reads them; what it learns to write {how}:", highlight=False, markup=False)
         for row in run.train[:_SHOWN]:
             console.print(Text.assemble(("| ", "dim"), _shown(run, row, is_plain)), soft_wrap=True, highlight=False)
-        for name, fact in _facts(run, method, progress):
+        for name, fact in _facts(run, method):
             console.print(f"{name:<12}{fact}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -99,24 +99,30 @@ def _decoded(run: Run, ids: list[int]) -> str:
     return text if len(text) <= _MOST else f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
 
 
-def _facts(run: Run, method: Method, progress: ConsoleProgress) -> Iterator[tuple[str, str]]:
+def _facts(run: Run, method: Method) -> Iterator[tuple[str, str]]:
     training, trained = run.recipe.training, sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     yield "adapter", f"{trained:,} trained parameters, {trained / run.base_parameters:.2%} of the base model"
     epochs = run.steps / run.steps_per_epoch
     yield "steps", f"{run.steps}, which are {epochs:.3g} epochs of {run.steps_per_epoch}"
-    largest, usual = _batches(run)
-    progress.say("running three batches, to see what a step takes")
-    if training.gradient_checkpointing:
-        recompute_activations(run.model)
-    seconds = [_pass(run, method, batch) for batch in (largest, usual, usual)][-1] * training.gradient_accumulation
+    seconds, usual, largest = timed_step(run, method)
     took = f"a step of {training.gradient_accumulation} x {_size(usual)} took {seconds:.2f} s on {run.device}"
     rest = "measuring, and what a method does beside its steps, comes on top"
-    yield "time", f"about {_duration(seconds * run.steps)} of training: {took}, tried once; {rest}"
+    yield "time", f"about {duration(seconds * run.steps)} of training: {took}, tried once; {rest}"
     peak = peak_memory(run.device)
     if peak is not None:
         what = "on the GPU" if run.device.type == "cuda" else "of this process, loading included"
         why = f"the peak {what}, with a batch of {_size(largest)}, was {peak / 1e9:.1f} GB, and the optimiser adds its state"
         yield "memory", f"about {(peak + _ADAM * trained) / 1e9:.1f} GB: {why}"
+
+
+def timed_step(run: Run, method: Method) -> tuple[float, Features, Features]:
+    """Seconds of an optimiser step, tried once; the batch that it was tried with, which is of usual size, and the largest one."""
+    largest, usual = _batches(run)
+    run.progress.say("running three batches, to see what a step takes")
+    if run.recipe.training.gradient_checkpointing:
+        recompute_activations(run.model)
+    seconds = [_pass(run, method, batch) for batch in (largest, usual, usual)]
+    return seconds[-1] * run.recipe.training.gradient_accumulation, usual, largest
 
 
 def _batches(run: Run) -> tuple[Features, Features]:
@@ -163,7 +169,7 @@ def _size(batch: Features) -> str:
     return f"{len(batch)} rows of {max(map(row_length, batch))} tokens"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

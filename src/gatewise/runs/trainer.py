@@ -23,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gatewise.adapters.checkpoints import DIVERGED_FILE, complete_checkpoints
 from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_tensors
-from gatewise.errors import GatewiseError, reason_of
+from gatewise.errors import DivergedError, GatewiseError, reason_of
 from gatewise.files import write_json
 from gatewise.internals.sharding import reshard
 from gatewise.internals.trainer_device import run_on
@@ -52,7 +52,7 @@ class RecipeTrainer(Trainer):
         Others: as for ``Trainer``; datasets are lists of features for ``collator``.
 
     Raises:
-        GatewiseError: while training, a loss or a gradient that is not finite.
+        DivergedError: while training, a loss or a gradient that is not finite.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RecipeTrainer(Trainer):
             (suspect / DIVERGED_FILE).touch()
         good = complete_checkpoints(self._folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-        raise GatewiseError(
+        raise DivergedError(
             f"{what}, so the run stopped: {kept}; lower training.learning_rate or check the data and the base model, and train anew"
         )
 

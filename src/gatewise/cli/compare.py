@@ -1,0 +1,91 @@
+"""The ``compare`` command: methods side by side, each at the learning rate that suits it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from gatewise.files import finite
+from gatewise.flags import JsonOption
+
+INTERRUPTED = 130
+_SEVERAL = ("--methods", "--set")
+
+
+class SeveralValues(TyperCommand):
+    """Lets one ``--methods`` or ``--set`` have several values: ``--methods a b`` is ``--methods a --methods b``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeats the option before each value but the first."""
+        return super().parse_args(ctx, [*_repeated(args)])
+
+
+def _repeated(words: Sequence[str]) -> Iterator[str]:
+    option, values = None, 0
+    for word in words:
+        if word.startswith("-"):
+            option, values = (word if word in _SEVERAL else None), 0
+        elif option:
+            if values:
+                yield option
+            values += 1
+        yield word
+
+
+def compare(
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe whose model, rows and training all methods share.", show_default=False)
+    ],
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            "--methods", metavar="A B ...", help="Methods, or recipe files, after RECIPE. The others are compared with the first."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, and to go on in.", show_default=False)],
+    seeds: Annotated[int, typer.Option(help="Final runs of each method, with seeds that tuned nothing.", min=1)] = 5,
+    rates: Annotated[int, typer.Option(help="Learning rates to begin with; 1 takes the recipe's own.", min=1)] = 5,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Change keys of the recipe, for all methods.")
+    ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Begin no run that would not end within so many minutes.", min=0)
+    ] = None,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the adapters of the final runs.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods on your rows, each at the learning rate that suits it.
+
+    For each method, learning rates are tried on rows taken out of training; at the best one it is trained with seeds that tuned
+    nothing, and measured on dev and test. The same command goes on after an interruption, in several processes at once too.
+
+    \b
+    Examples:
+      gatewise compare my.yaml --methods lora dora alora --out compared
+      gatewise compare my.yaml --methods lora alora --seeds 3 --rates 3 --set training.max_steps=100 --out compared
+    """
+    from gatewise.comparing import compare as run
+
+    try:
+        content = run(
+            recipe,
+            methods,
+            out,
+            seeds=seeds,
+            rates=rates,
+            overrides=set_ or (),
+            budget_minutes=budget_minutes,
+            keep_adapters=keep_adapters,
+            console=Console(stderr=True),
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: what is finished is in {out}; give the same command to go on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(finite(content)))
+        return
+    typer.echo(json.dumps(finite(content), indent=2))

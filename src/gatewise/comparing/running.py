@@ -1,0 +1,435 @@
+"""Carries out a comparison: finds each arm's learning rate on rows taken out of training, then runs seeds that tuned nothing.
+
+What it leaves in its folder:
+
+    plan.json                the arms with their recipes, and how many rates and seeds: what the folder is for
+    runs/ARM/RATE-SEED.json  what a finished run came to, whole or not at all
+    adapters/ARM/SEED/       the adapters of the seeds, with ``keep_adapters``
+    work/                    runs under way, and the locks of the processes that do them
+    compare.json             what came out, and compare.png
+
+Which runs are left to do follows from those that are there: a comparison that was stopped goes on, and several processes may share
+a folder. A run belongs to the process that holds its lock, which the system lets go of when the process ends, however it ends.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from gatewise.comparing.arms import Arm, arms_of
+from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at
+from gatewise.errors import DivergedError, GatewiseError
+from gatewise.files import finite, write_json
+from gatewise.internals.cpu_features import multiplies_bfloat16
+from gatewise.models.device import pick_device, pick_dtype
+from gatewise.parts import TASKS
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.runs.dry_run import duration, timed_step
+from gatewise.runs.launch import is_launched
+from gatewise.runs.recipe import Recipe
+from gatewise.runs.run import METRICS, prepared, train, what_is_kept
+
+PLAN, RUNS, WORK, ADAPTERS, RESULT = "plan.json", "runs", "work", "adapters", "compare.json"
+MOST_TUNING, LEAST_TUNING = 500, 32
+_SILENT = Console(quiet=True)
+
+
+def compare(
+    recipe: str | Path,
+    methods: Sequence[str],
+    output: str | Path,
+    *,
+    seeds: int = 5,
+    rates: int = 5,
+    overrides: Sequence[str] = (),
+    budget_minutes: float | None = None,
+    keep_adapters: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compares methods on the rows of a recipe, each at the learning rate that suits it.
+
+    Args:
+        recipe: a recipe file. Its model, rows and training are those of all arms; its learning rate is where the search begins.
+        methods: names of methods, controls, or recipe files. The others are compared with the first.
+        output: a folder. With the same call again, or in several processes at once, what is left to do in it is done.
+        seeds: final runs of each arm, with seeds that tuned nothing.
+        rates: learning rates of each arm to begin with; one takes the recipe's own.
+        overrides: changes of the recipe, such as ``"training.max_steps=100"``.
+        budget_minutes: no run begins that would not end within it.
+        keep_adapters: keep the adapters of the final runs.
+        console: where progress is shown; stderr by default.
+
+    Returns:
+        What ``compare.json`` holds.
+
+    Raises:
+        GatewiseError: anything in recipe, data or folder that a user can put right.
+    """
+    console, output = console or Console(stderr=True), Path(output)
+    deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    if is_launched():
+        raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
+    progress = ConsoleProgress(console)
+    arms = arms_of(Path(recipe), methods, overrides, progress.say)
+    task = arms[0].recipe.parts()[0]
+    task.read(None)
+    tuning = arms[0].recipe.data.tuning
+    if rates > 1 and tuning is None:
+        count = len(task.train)
+        tuning = min(MOST_TUNING, max(LEAST_TUNING, count // 10), count // 4)
+    arms = [_one_of_many(arm, tuning) for arm in arms]
+    metric = task.metrics[0] if task.metrics else "loss"
+    comparison = _Comparison(arms, seeds, rates, metric, output, progress, deadline, keep_adapters)
+    comparison.agree()
+    comparison.tell()
+    try:
+        comparison.work()
+    except KeyboardInterrupt:
+        comparison.report()
+        raise
+    return comparison.report()
+
+
+def _one_of_many(arm: Arm, tuning: int | None) -> Arm:
+    """The arm with rows to tune on, and without what is not for a run that is one of many.
+
+    Raises:
+        GatewiseError: its runs would need several processes.
+    """
+    recipe = arm.recipe
+    if recipe.launch.processes > 1:
+        raise GatewiseError(
+            f"{arm.name}: launch.processes is {recipe.launch.processes}, but compare trains each run in one process: leave it out, "
+            "and start the same command several times to share the work"
+        )
+    changes = {
+        "push_to_hub": None,
+        "seed": 0,
+        "data": recipe.data.model_copy(update={"tuning": tuning}),
+        "training": recipe.training.model_copy(update={"report_to": []}),
+    }
+    return replace(arm, recipe=recipe.model_copy(update=changes))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of an arm: of its search for a rate, or of its final seeds."""
+
+    arm: Arm
+    rate: float
+    seed: int
+
+    @property
+    def is_final(self) -> bool:
+        return self.seed < FIRST_SEED
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/{self.rate:.3g}-{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        training = self.arm.recipe.training.model_copy(update={"learning_rate": self.rate})
+        return self.arm.recipe.model_copy(update={"seed": self.seed, "training": training})
+
+
+@dataclass
+class _Comparison:
+    arms: list[Arm]
+    seeds: int
+    rates: int
+    metric: str
+    output: Path
+    progress: ConsoleProgress
+    deadline: float | None
+    keep_adapters: bool
+
+    def __post_init__(self) -> None:
+        self._found: dict[str, dict[str, Any]] = {}
+        self._tried: float | None = None
+
+    # The plan -----------------------------------------------------------------------------------------------------------
+
+    def agree(self) -> None:
+        """Writes what the folder is for, or checks that it is for this.
+
+        Raises:
+            GatewiseError: it is for another comparison.
+        """
+        plan = {
+            "seeds": self.seeds,
+            "rates": self.rates,
+            "files": _fingerprints(self.arms[0].recipe),
+            "arms": {arm.name: arm.recipe.model_dump(mode="json", exclude={"device", "launch"}) for arm in self.arms},
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / PLAN
+        (self.output / WORK).mkdir(exist_ok=True)
+        with FileLock(self.output / WORK / "plan.lock"):
+            if path.is_file():
+                before = json.loads(path.read_text(encoding="utf-8"))
+                if problems := list(_at_odds(before, json.loads(json.dumps(plan)))):
+                    raise GatewiseError(
+                        f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the same "
+                        "settings; only arms, seeds and rates may be added"
+                    )
+            elif any(one.name != WORK for one in self.output.iterdir()):
+                raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
+            write_json(path, plan)
+
+    def tell(self) -> None:
+        """Says what will be done, and how long it takes."""
+        say = self.progress.say
+        left = {arm.name: self._left(arm) for arm in self.arms}
+        for arm in self.arms:
+            grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
+            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {left[arm.name]} runs to do")
+            for line in arm.told:
+                say(f"{arm.name}: {line}")
+        if sum(left.values()):
+            if not any(self._seconds()):
+                self._tried = _tried(self.arms[0], self.output, self.progress)
+            total = sum(count * self._takes(arm) for arm, count in zip(self.arms, left.values(), strict=True))
+            say(f"{sum(left.values())} runs, more if a best rate is at the edge: about {duration(total)} in one process")
+
+    # What is left to do -------------------------------------------------------------------------------------------------
+
+    def result(self, run: _Run) -> dict[str, Any] | None:
+        """What a run came to, or None where it is not finished."""
+        path = self.output / RUNS / f"{run.name}.json"
+        if run.name not in self._found and path.is_file():
+            self._found[run.name] = json.loads(path.read_text(encoding="utf-8"))
+        return self._found.get(run.name)
+
+    def _trial(self, arm: Arm, trial: Trial) -> _Run:
+        step, seed = trial
+        return _Run(arm, rate_at(arm.recipe.training.learning_rate, step), seed)
+
+    def _score(self, arm: Arm, trial: Trial) -> Score | None:
+        result = self.result(self._trial(arm, trial))
+        return None if result is None else _score(result, TASKS[arm.recipe.task].lower_is_better)
+
+    def _finals(self, arm: Arm, step: int) -> list[_Run]:
+        return [self._trial(arm, (step, seed)) for seed in range(self.seeds)]
+
+    def _wanted(self) -> list[_Run]:
+        """The runs that can be made now, in order: rates first, then seed by seed, so that there are pairs whenever it stops."""
+        tuning: list[_Run] = []
+        finals: list[_Run] = []
+        for arm in self.arms:
+            trials, step = best_rate(self.rates, partial(self._score, arm))
+            tuning += [self._trial(arm, trial) for trial in trials]
+            finals += [] if step is None else self._finals(arm, step)
+        return [run for run in (*tuning, *sorted(finals, key=lambda run: run.seed)) if self.result(run) is None]
+
+    def _left(self, arm: Arm) -> int:
+        """How many runs an arm has left, if its grid does not grow."""
+        imagined: dict[Trial, Score] = {}
+
+        def score(trial: Trial) -> Score | None:
+            return self._score(arm, trial) or imagined.get(trial)
+
+        while True:
+            trials, step = best_rate(self.rates, score)
+            if step is not None:
+                return len(imagined) + sum(self.result(run) is None for run in self._finals(arm, step))
+            imagined |= {trial: (-abs(trial[0]), 0.0) for trial in trials}
+
+    def _seconds(self, arm: Arm | None = None) -> list[float]:
+        """What finished runs of an arm, or of all, took."""
+        names = [arm.name] if arm else [one.name for one in self.arms]
+        return [one["seconds"] for one in self._found.values() if one["arm"] in names and one["seconds"]]
+
+    def _takes(self, arm: Arm) -> float:
+        """About what a run of an arm takes."""
+        known = self._seconds(arm) or self._seconds()
+        return statistics.median(known) if known else self._tried or 0.0
+
+    # The runs -----------------------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Makes the runs that are left, and waits for those that other processes do, as long as there is time."""
+        waits = False
+        while wanted := self._wanted():
+            in_time = [run for run in wanted if self.deadline is None or time.monotonic() + self._takes(run.arm) < self.deadline]
+            if not in_time:
+                break
+            for run in in_time:
+                with self._claimed(run) as is_free:
+                    if is_free:
+                        waits = False
+                        self._make(run)
+                        break
+            else:
+                if not waits:
+                    self.progress.say("waiting for runs that other processes do")
+                waits = True
+                time.sleep(0.5)
+
+    @contextmanager
+    def _claimed(self, run: _Run) -> Iterator[bool]:
+        """Whether the run is this process's to make. Asked of the folder once it is claimed: another may have ended it just now."""
+        path = self.output / WORK / f"{run.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path).acquire(timeout=0):
+                yield self.result(run) is None
+        except Timeout:
+            yield False
+
+    def _make(self, run: _Run) -> None:
+        """Trains, measures, and writes what came of it. A run that was interrupted goes on from its last checkpoint."""
+        work, begun = self.output / WORK / run.name, time.monotonic()
+        if (work / METRICS).is_file() or what_is_kept(work, run.recipe.parts()[1]) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        resumed, measured = work.is_dir(), ("dev", "test") if run.is_final else ("tuning",)
+        self.progress.say(f"{run.arm.name} at {run.rate:.3g}, seed {run.seed}{', from its last checkpoint' if resumed else ''}")
+        result: dict[str, Any] = {
+            "arm": run.arm.name,
+            "learning_rate": run.rate,
+            "seed": run.seed,
+            "for": "seed" if run.is_final else "rate",
+            "metric": self.metric,
+            "machine": machine(run.recipe),
+        }
+        try:
+            done = train(run.recipe, work, resume=resumed, console=_SILENT, measured=measured, before=False)
+        except DivergedError as error:
+            result["diverged"], told = True, f"diverged: {error}"
+        else:
+            metrics = {name: both["after"] for name, both in done.metrics.items()}
+            told = ", ".join(f"{name} {self.metric} {one[self.metric]:.4f}" for name, one in metrics.items())
+            result |= {
+                "metrics": metrics,
+                "rows": done.rows,
+                "parameters": done.parameters["adapter"],
+                "peak_memory": done.peak_memory,
+                "steps": done.steps,
+            }
+            if run.is_final and self.keep_adapters:
+                kept = self.output / ADAPTERS / run.arm.name / str(run.seed)
+                shutil.rmtree(kept, ignore_errors=True)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                done.adapter.rename(kept)
+        # Of a run that was resumed, only a part was made here.
+        result["seconds"] = None if resumed else round(time.monotonic() - begun, 1)
+        write_json(self.output / RUNS / f"{run.name}.json", finite(result))
+        shutil.rmtree(work, ignore_errors=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        left = {arm: self._left(arm) for arm in self.arms}
+        rest = sum(count * self._takes(arm) for arm, count in left.items())
+        self.progress.say(f"  {told}; {sum(left.values())} runs left, about {duration(rest)}")
+
+    # What came out ------------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Writes ``compare.json``. Returns what it holds."""
+        arms, missing = [], 0
+        for arm in self.arms:
+            missing += self._left(arm)
+            _, step = best_rate(self.rates, partial(self._score, arm))
+            finals = [] if step is None else [one for run in self._finals(arm, step) if (one := self.result(run)) is not None]
+            arms.append(
+                {
+                    "name": arm.name,
+                    "learning_rate": None if step is None else self._trial(arm, (step, 0)).rate,
+                    "parameters": arm.parameters,
+                    "seeds": [
+                        {"seed": one["seed"], **{part: of[self.metric] for part, of in one.get("metrics", {}).items()}}
+                        for one in finals
+                    ],
+                }
+            )
+        content = {"metric": self.metric, "arms": arms, "differences": [], "missing": missing}
+        write_json(self.output / RESULT, content)
+        return content
+
+
+def _score(result: Mapping[str, Any], lower_is_better: Sequence[str]) -> Score:
+    """How good the run of a rate was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
+    worst = -math.inf
+    if result.get("diverged"):
+        return worst, worst
+    metrics, name = result["metrics"]["tuning"], result["metric"]
+    sign = -1 if name in ("loss", *lower_is_better) else 1
+    own = [worst if (value := metrics.get(key)) is None else by * value for key, by in ((name, sign), ("loss", -1))]
+    return own[0], own[1]
+
+
+def _fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Of the files that the rows come from."""
+    files = {key: Path(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
+    return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
+
+
+def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Why one plan does not go on with another: only arms, seeds and rates may be added."""
+    for name in ("seeds", "rates"):
+        if now[name] < before[name]:
+            yield f"{name} was {before[name]}, now {now[name]}"
+    for key in before["files"].keys() | now["files"].keys():
+        if before["files"].get(key) != now["files"].get(key):
+            yield f"the rows of {key} are others"
+    if next(iter(before["arms"])) != next(iter(now["arms"])):
+        yield f"the first arm was {next(iter(before['arms']))}, now {next(iter(now['arms']))}"
+    for arm, recipe in before["arms"].items():
+        if arm not in now["arms"]:
+            yield f"arm {arm} was there, now it is not"
+            continue
+        one, other = _flat(recipe), _flat(now["arms"][arm])
+        for key in {**one, **other}:
+            if one.get(key) != other.get(key):
+                yield f"{key} of {arm} was {one.get(key)!r}, now {other.get(key)!r}"
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested mappings as "section.key" -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
+
+
+def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
+    """About the seconds of one run: of loading, and of a step that is tried; measuring a row is half of training with it."""
+    begun, recipe = time.monotonic(), arm.recipe
+    task, method = recipe.parts()
+    device = pick_device(recipe.device)
+    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
+    with quiet(bars=True):
+        run = prepared(recipe, task, method, output, device, dtype, None, progress)
+        run.model.to(device)
+        loading = time.monotonic() - begun
+        step, usual, _ = timed_step(run, method)
+    rows = sum(len(task.measured[part]) for part in ("dev", "test") if part in task.measured)
+    return loading + step * (run.steps + 0.5 * rows / len(usual) / recipe.training.gradient_accumulation)
+
+
+def machine(recipe: Recipe) -> dict[str, Any]:
+    """Where runs of a recipe are made here: numbers may differ from one kind of machine to another."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    device = pick_device(recipe.device)
+    return {
+        "processor": processor,
+        "multiplies_bfloat16": multiplies_bfloat16(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
