@@ -195,17 +195,17 @@ class _Comparison:
     def tell(self) -> None:
         """Says what will be done, and how long it takes."""
         say = self.progress.say
-        left = {arm.name: self._left(arm) for arm in self.arms}
         for arm in self.arms:
             grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
-            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {left[arm.name]} runs to do")
+            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs to do")
             for line in arm.told:
                 say(f"{arm.name}: {line}")
-        if sum(left.values()):
-            if not any(self._seconds()):
-                self._tried = _tried(self.arms[0], self.output, self.progress)
-            total = sum(count * self._takes(arm) for arm, count in zip(self.arms, left.values(), strict=True))
-            say(f"{sum(left.values())} runs, more if a best rate is at the edge: about {duration(total)} in one process")
+        if not any(self._left(arm) for arm in self.arms):
+            return
+        if not self._seconds():
+            self._tried = _tried(self.arms[0], self.output, self.progress)
+        left, seconds = self._to_do()
+        say(f"{left} runs, more where a best rate is at the edge: about {duration(seconds)} in one process")
 
     # What is left to do -------------------------------------------------------------------------------------------------
 
@@ -248,12 +248,17 @@ class _Comparison:
             trials, step = best_rate(self.rates, score)
             if step is not None:
                 return len(imagined) + sum(self.result(run) is None for run in self._finals(arm, step))
-            imagined |= {trial: (-abs(trial[0]), 0.0) for trial in trials}
+            imagined |= {trial: (math.inf, -abs(trial[0])) for trial in trials}
+
+    def _to_do(self) -> tuple[int, float]:
+        """How many runs are left, and about how many seconds they take one after the other."""
+        left = [self._left(arm) for arm in self.arms]
+        return sum(left), sum(count * self._takes(arm) for arm, count in zip(self.arms, left, strict=True))
 
     def _seconds(self, arm: Arm | None = None) -> list[float]:
         """What finished runs of an arm, or of all, took."""
         names = [arm.name] if arm else [one.name for one in self.arms]
-        return [one["seconds"] for one in self._found.values() if one["arm"] in names and one["seconds"]]
+        return [one["seconds"] for one in self._found.values() if one["arm"] in names and one["seconds"] is not None]
 
     def _takes(self, arm: Arm) -> float:
         """About what a run of an arm takes."""
@@ -333,9 +338,8 @@ class _Comparison:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        left = {arm: self._left(arm) for arm in self.arms}
-        rest = sum(count * self._takes(arm) for arm, count in left.items())
-        self.progress.say(f"  {told}; {sum(left.values())} runs left, about {duration(rest)}")
+        left, seconds = self._to_do()
+        self.progress.say(f"  {told}; {left} left, about {duration(seconds)}" if left else f"  {told}")
 
     # What came out ------------------------------------------------------------------------------------------------------
 

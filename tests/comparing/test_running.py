@@ -1,0 +1,200 @@
+"""A comparison is carried out run by run: in one process or several, stopped and gone on with, within its time."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from rich.console import Console
+from tiny_run import stop_at, write_recipe
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.comparing import running
+from gatewise.comparing.rates import rate_at
+from gatewise.errors import DivergedError, GatewiseError
+from gatewise.runs.recipe import Recipe
+from gatewise.runs.run import RunResult
+from gatewise.runs.trainer import RecipeTrainer
+
+SILENT = Console(quiet=True)
+Quality = Callable[[str, float, int], float]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, training={"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "save_every": 1})
+
+
+class Trainings:
+    """Stands for ``train``: writes each call as a line of a file, which several processes share, and comes to a known quality."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, quality: Quality = lambda _, rate, seed: -abs(rate - 0.01)
+    ) -> None:
+        self.file, self.quality = folder / "calls.jsonl", quality
+        monkeypatch.setattr(running, "train", self.train)
+        monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
+
+    def train(self, recipe: Recipe, output: Path, *, measured: Sequence[str], resume: bool, **_: Any) -> RunResult:
+        rate = recipe.training.learning_rate
+        with self.file.open("a") as file:
+            file.write(json.dumps([recipe.method, rate, recipe.seed, list(measured)]) + "\n")
+        value = self.quality(recipe.method, rate, recipe.seed)
+        metrics: Any = {name: {"after": {"accuracy": value, "loss": 1.0}} for name in measured}
+        (output / "adapter").mkdir(parents=True)
+        rows = {name: [value] for name in measured}
+        return RunResult(output, metrics, {"adapter": 1}, {}, 4, "float32", "cpu", None, {}, rows=rows, peak_memory=None)
+
+    @property
+    def calls(self) -> list[tuple[str, float, int, list[str]]]:
+        return [tuple(json.loads(line)) for line in self.file.read_text().splitlines()] if self.file.exists() else []  # type: ignore[misc]
+
+
+def compared(recipe: Path, methods: Sequence[str] = ("lora", "dora"), **settings: Any) -> dict[str, Any]:
+    return running.compare(recipe, methods, recipe.parent / "out", console=SILENT, **{"seeds": 2, "rates": 3, **settings})
+
+
+def in_another_process(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_rates_are_found_on_tuning_rows_alone_and_final_seeds_tuned_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"lora": rate_at(0.01, 1), "dora": rate_at(0.01, 0)}
+    trainings = Trainings(tmp_path, monkeypatch, lambda method, rate, seed: -abs(rate - best[method]))
+    content = compared(recipe)
+    assert {arm["name"]: arm["learning_rate"] for arm in content["arms"]} == best
+    tuning = [call for call in trainings.calls if call[2] >= 1000]
+    final = [call for call in trainings.calls if call[2] < 1000]
+    assert {tuple(measured) for *_, measured in tuning} == {("tuning",)}
+    assert sorted(final) == sorted((method, best[method], seed, ["dev", "test"]) for method in best for seed in (0, 1))
+    once = [tuple(call[:3]) for call in trainings.calls]
+    assert len(once) == len(set(once))
+
+
+def test_a_run_that_diverges_is_the_worst_of_its_rates_and_the_comparison_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quality(method: str, rate: float, seed: int) -> float:
+        if rate > 0.015:
+            raise DivergedError("the loss is nan")
+        return rate
+
+    Trainings(tmp_path, monkeypatch, quality)
+    [arm] = compared(recipe, ["lora"])["arms"]
+    assert arm["learning_rate"] == 0.01
+    assert json.loads((tmp_path / "out/runs/lora/0.018-1000.json").read_text())["diverged"]
+
+
+def test_what_a_killed_process_had_finished_is_kept(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = Trainings(tmp_path, monkeypatch)
+    trains = trainings.train
+
+    def killed(*args: Any, **settings: Any) -> RunResult:
+        if len(trainings.calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trains(*args, **settings)
+
+    monkeypatch.setattr(running, "train", killed)
+    _, status = os.waitpid(in_another_process(lambda: compared(recipe)), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(trainings.calls) == 3
+    monkeypatch.setattr(running, "train", trains)
+    assert not compared(recipe)["missing"]
+    assert len({tuple(call[:3]) for call in trainings.calls}) == len(trainings.calls)
+    before = len(trainings.calls)
+    compared(recipe)
+    assert len(trainings.calls) == before
+
+
+def test_several_processes_share_a_folder_and_make_each_run_once(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = Trainings(tmp_path, monkeypatch, lambda _, rate, seed: time.sleep(0.02) or -abs(rate - 0.01))
+    child = in_another_process(lambda: compared(recipe))
+    assert not compared(recipe)["missing"]
+    os.waitpid(child, 0)
+    made = [tuple(call[:3]) for call in trainings.calls]
+    assert len(made) == len(set(made)) == len([*(tmp_path / "out/runs").rglob("*.json")])
+
+
+def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = Trainings(tmp_path, monkeypatch)
+    monkeypatch.setattr(running, "_tried", lambda *_: 59.0)
+    made = compared(recipe, budget_minutes=0.5)
+    assert (trainings.calls, made["missing"]) == ([], 2 * (3 + 2 + 2 + 2))
+    assert compared(recipe, budget_minutes=1)["missing"] == 0
+
+
+def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be_added(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = Trainings(tmp_path, monkeypatch)
+    compared(recipe, ["lora"], seeds=1)
+    before = len(trainings.calls)
+    assert len(compared(recipe, ["lora", "dora"], seeds=2)["arms"]) == 2
+    assert [call[:3] for call in trainings.calls[before:] if call[0] == "lora"] == [("lora", 0.01, 1)]
+    with pytest.raises(GatewiseError, match=r"seeds was 2, now 1; training\.max_steps of lora was 4, now 5"):
+        compared(recipe, seeds=1, overrides=["training.max_steps=5"])
+    with pytest.raises(GatewiseError, match="the first arm was lora, now dora"):
+        compared(recipe, ["dora", "lora"])
+    (tmp_path / "train.jsonl").write_text((tmp_path / "dev.jsonl").read_text())
+    with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
+        compared(recipe, overrides=["data.tuning=6"])
+
+
+def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_is_measured(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, read = RecipeTrainer.compute_loss, dict[tuple[str, int], list[Any]]()
+
+    def compute_loss(self: RecipeTrainer, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+        config = model.peft_config["default"]
+        read.setdefault(("dora" if config.use_dora else "lora", self.args.seed), []).append(inputs["input_ids"].tolist())
+        return original(self, model, inputs, *args, **settings)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+    content = compared(recipe, rates=1, overrides=["data.tuning=6"], keep_adapters=True)
+    assert not content["missing"]
+    assert read["lora", 0] == read["dora", 0] != read["lora", 1] == read["dora", 1]
+    assert all(len(batches) == 4 for batches in read.values())
+    out = recipe.parent / "out"
+    assert (out / "adapters/dora/1/adapter_model.safetensors").is_file()
+    result = json.loads((out / "runs/lora/0.01-0.json").read_text())
+    assert len(result["rows"]["dev"]) == 10
+    assert sum(result["rows"]["dev"]) / 10 == pytest.approx(result["metrics"]["dev"]["accuracy"])
+    assert content["arms"][0]["seeds"][0]["dev"] == result["metrics"]["dev"]["accuracy"]
+
+
+def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compare", str(recipe), "--rates", "1", "--seeds", "1", "--methods", "lora", "--out"]
+    whole = CliRunner().invoke(app, [*words, str(recipe.parent / "whole"), "--json"])
+    assert whole.exit_code == 0, whole.output
+    stop_at(monkeypatch, 3, KeyboardInterrupt())
+    stopped = CliRunner().invoke(app, [*words, str(recipe.parent / "stopped")])
+    assert stopped.exit_code == 130
+    assert "give the same command to go on" in stopped.stderr
+    gone_on = CliRunner().invoke(app, [*words, str(recipe.parent / "stopped"), "--json"])
+    assert "from its last checkpoint" in gone_on.stderr
+    assert json.loads(gone_on.stdout) == json.loads(whole.stdout)
+    assert not [*(recipe.parent / "stopped/work").rglob("checkpoint-*")]
+
+
+def test_one_option_takes_several_values() -> None:
+    command: Any = typer.main.get_command(app)
+    words = ["my.yaml", "--methods", "lora", "dora", "--set", "seed=1", "peft.r=2", "--methods", "alora", "--out", "x"]
+    found = command.commands["compare"].make_context("compare", words).params
+    assert (found["methods"], found["set_"]) == (["lora", "dora", "alora"], ["seed=1", "peft.r=2"])
