@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import typer.main
 from rich.console import Console
-from tiny_run import stop_at, write_recipe
+from tiny_run import stop_at, write_recipe, write_rows
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.comparing import running
+from gatewise.comparing.arms import Arm
 from gatewise.comparing.rates import rate_at
 from gatewise.errors import DivergedError, GatewiseError
-from gatewise.runs.recipe import Recipe
+from gatewise.runs.recipe import Recipe, load_recipe
 from gatewise.runs.run import RunResult
 from gatewise.runs.trainer import RecipeTrainer
 
@@ -26,9 +27,16 @@ SILENT = Console(quiet=True)
 Quality = Callable[[str, float, int], float]
 
 
+TRAINING = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "save_every": 1}
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return write_recipe(tmp_path, training={"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "save_every": 1})
+    """One whose base model is not there."""
+    (tmp_path / "llama").mkdir()
+    write_rows(tmp_path / "train.jsonl", 26, seed=1)
+    write_rows(tmp_path / "dev.jsonl", 10, seed=2)
+    return write_recipe(tmp_path, training=TRAINING)
 
 
 class Trainings:
@@ -40,6 +48,10 @@ class Trainings:
         self.file, self.quality = folder / "calls.jsonl", quality
         monkeypatch.setattr(running, "train", self.train)
         monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
+        monkeypatch.setattr(running, "arms_of", self.arms_of)
+
+    def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Any) -> list[Arm]:
+        return [Arm(name, load_recipe(recipe, [*overrides, f"method={name}"]), (), 1) for name in names]
 
     def train(self, recipe: Recipe, output: Path, *, measured: Sequence[str], resume: bool, **_: Any) -> RunResult:
         rate = recipe.training.learning_rate
@@ -157,7 +169,7 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
 
 
 def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_is_measured(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, read = RecipeTrainer.compute_loss, dict[tuple[str, int], list[Any]]()
 
@@ -167,11 +179,12 @@ def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_i
         return original(self, model, inputs, *args, **settings)
 
     monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+    recipe = write_recipe(tmp_path, training=TRAINING)
     content = compared(recipe, rates=1, overrides=["data.tuning=6"], keep_adapters=True)
     assert not content["missing"]
     assert read["lora", 0] == read["dora", 0] != read["lora", 1] == read["dora", 1]
     assert all(len(batches) == 4 for batches in read.values())
-    out = recipe.parent / "out"
+    out = tmp_path / "out"
     assert (out / "adapters/dora/1/adapter_model.safetensors").is_file()
     result = json.loads((out / "runs/lora/0.01-0.json").read_text())
     assert len(result["rows"]["dev"]) == 10
@@ -179,18 +192,28 @@ def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_i
     assert content["arms"][0]["seeds"][0]["dev"] == result["metrics"]["dev"]["accuracy"]
 
 
-def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["compare", str(recipe), "--rates", "1", "--seeds", "1", "--methods", "lora", "--out"]
-    whole = CliRunner().invoke(app, [*words, str(recipe.parent / "whole"), "--json"])
+def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "compare",
+        str(write_recipe(tmp_path, training=TRAINING)),
+        "--rates",
+        "1",
+        "--seeds",
+        "1",
+        "--methods",
+        "lora",
+        "--out",
+    ]
+    whole = CliRunner().invoke(app, [*words, str(tmp_path / "whole"), "--json"])
     assert whole.exit_code == 0, whole.output
     stop_at(monkeypatch, 3, KeyboardInterrupt())
-    stopped = CliRunner().invoke(app, [*words, str(recipe.parent / "stopped")])
+    stopped = CliRunner().invoke(app, [*words, str(tmp_path / "stopped")])
     assert stopped.exit_code == 130
     assert "give the same command to go on" in stopped.stderr
-    gone_on = CliRunner().invoke(app, [*words, str(recipe.parent / "stopped"), "--json"])
+    gone_on = CliRunner().invoke(app, [*words, str(tmp_path / "stopped"), "--json"])
     assert "from its last checkpoint" in gone_on.stderr
     assert json.loads(gone_on.stdout) == json.loads(whole.stdout)
-    assert not [*(recipe.parent / "stopped/work").rglob("checkpoint-*")]
+    assert not [*(tmp_path / "stopped/work").rglob("checkpoint-*")]
 
 
 def test_one_option_takes_several_values() -> None:

@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +46,7 @@ from gatewise.runs.run import METRICS, prepared, train, what_is_kept
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT = "plan.json", "runs", "work", "adapters", "compare.json"
 MOST_TUNING, LEAST_TUNING = 500, 32
+_FREE_TO_CHANGE = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
 
 
@@ -175,7 +176,7 @@ class _Comparison:
             "seeds": self.seeds,
             "rates": self.rates,
             "files": _fingerprints(self.arms[0].recipe),
-            "arms": {arm.name: arm.recipe.model_dump(mode="json", exclude={"device", "launch"}) for arm in self.arms},
+            "arms": {arm.name: arm.recipe.model_dump(mode="json", exclude=_FREE_TO_CHANGE) for arm in self.arms},
         }
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / PLAN
@@ -260,10 +261,10 @@ class _Comparison:
         names = [arm.name] if arm else [one.name for one in self.arms]
         return [one["seconds"] for one in self._found.values() if one["arm"] in names and one["seconds"] is not None]
 
-    def _takes(self, arm: Arm) -> float:
-        """About what a run of an arm takes."""
+    def _takes(self, arm: Arm, of: Callable[[list[float]], float] = statistics.median) -> float:
+        """What a run of an arm takes, by those that are finished."""
         known = self._seconds(arm) or self._seconds()
-        return statistics.median(known) if known else self._tried or 0.0
+        return of(known) if known else self._tried or 0.0
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
@@ -271,7 +272,8 @@ class _Comparison:
         """Makes the runs that are left, and waits for those that other processes do, as long as there is time."""
         waits = False
         while wanted := self._wanted():
-            in_time = [run for run in wanted if self.deadline is None or time.monotonic() + self._takes(run.arm) < self.deadline]
+            rest = math.inf if self.deadline is None else self.deadline - time.monotonic()
+            in_time = [run for run in wanted if self._takes(run.arm, max) < rest]
             if not in_time:
                 break
             for run in in_time:
@@ -316,6 +318,12 @@ class _Comparison:
             done = train(run.recipe, work, resume=resumed, console=_SILENT, measured=measured, before=False)
         except DivergedError as error:
             result["diverged"], told = True, f"diverged: {error}"
+        except GatewiseError:
+            if not resumed:
+                raise
+            shutil.rmtree(work)  # what was left of it is of another version, or damaged
+            self._make(run)
+            return
         else:
             metrics = {name: both["after"] for name, both in done.metrics.items()}
             told = ", ".join(f"{name} {self.metric} {one[self.metric]:.4f}" for name, one in metrics.items())
