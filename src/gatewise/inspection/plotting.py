@@ -47,7 +47,7 @@ def check_plot(out: str | Path) -> str:
 
 
 @contextmanager
-def _figure(out: str | Path, width: float, height: float, **settings: Any) -> Iterator["Figure"]:
+def figure_for(out: str | Path, width: float, height: float, **settings: Any) -> Iterator["Figure"]:
     """A figure to draw in, which is then written into a file, whole or not at all; the same figure always gives the same bytes."""
     kind = check_plot(out)
     import matplotlib
@@ -101,7 +101,7 @@ def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Pa
     """Draws a grid with its totals below and at the right, and two lines under the title. A row has the same height in any grid."""
     rows, columns, top = len(grid.layers), len(grid.kinds), grid.most or 1.0
     width = max(0.66 * columns, 3.0) + 2.2
-    with _figure(out, width, 1.6 + (0.26 if rows <= 40 else 0.21) * (rows + 1), layout="constrained") as figure:
+    with figure_for(out, width, 1.6 + (0.26 if rows <= 40 else 0.21) * (rows + 1), layout="constrained") as figure:
         import numpy as np
         from matplotlib.colors import LinearSegmentedColormap
 
@@ -146,8 +146,8 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     Args and errors as for ``plot_gates``.
     """
 
-    with _figure(out, 5.4, 1.4 + 0.24 * prompts.layers, layout="constrained") as figure:
-        axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if prompts.gates else "", "layer")
+    with figure_for(out, 5.4, 1.4 + 0.24 * prompts.layers, layout="constrained") as figure:
+        axes = labelled_axes(figure, "Where the prompts enter", prompts.base_model, "gate" if prompts.gates else "", "layer")
         gates = [gate if math.isfinite(gate) else 0.0 for gate in prompts.gates or ()]
         for layer in range(prompts.layers):
             new = layer in prompts.chosen
@@ -163,7 +163,7 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     return Path(out)
 
 
-def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) -> "Axes":
+def labelled_axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) -> "Axes":
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", size=12, color=_INK, weight="bold", pad=20)
     axes.text(0, 1.02, base_model or "base model not named", transform=axes.transAxes, size=8, color=_FAINT, parse_math=False)

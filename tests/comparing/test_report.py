@@ -1,0 +1,201 @@
+"""Reports from runs made by hand."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gatewise.comparing.report import draw, outlook, report, table
+from gatewise.comparing.statistics import difference
+
+HERE = {"processor": "a", "multiplies_bfloat16": True, "threads": 1, "gpu": None}
+ROWS = 200
+
+
+def run(arm: str, rate: float, seed: int, values: dict[str, Any], metric: str = "accuracy", **more: Any) -> dict[str, Any]:
+    """One finished run. ``values``: part -> a number for each row, or the metric alone."""
+    return {
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "for": "rate" if seed >= 1000 else "seed",
+        "metric": metric,
+        "metrics": {part: {metric: float(np.mean(one)), "loss": 1.0, "n": ROWS} for part, one in values.items()},
+        "rows": {part: [float(x) for x in one] for part, one in values.items() if np.ndim(one)},
+        "parameters": 1000,
+        "seconds": 10.0 + seed % 10,
+        "peak_memory": 10**9,
+        "forgotten": 0.25,
+        "machine": HERE,
+    } | more
+
+
+def arm(name: str, rate: float | None = 1e-3, parameters: int = 1000) -> dict[str, Any]:
+    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": parameters}
+
+
+def answers(right: float, seed: int, of: int = 0) -> np.ndarray:
+    """Which rows are right: about this share, the same rows for most seeds."""
+    ease = np.random.default_rng(of).random(ROWS) + 0.05 * np.random.default_rng([of, seed]).standard_normal(ROWS)
+    return (ease < right).astype(float)
+
+
+def finals(name: str, right: float, seeds: Sequence[int] = range(5), **more: Any) -> list[dict[str, Any]]:
+    return [run(name, 1e-3, seed, {"dev": answers(right, seed, 1), "test": answers(right, seed, 2)}, **more) for seed in seeds]
+
+
+def tuned(name: str, scores: dict[float, float], **more: Any) -> list[dict[str, Any]]:
+    return [run(name, rate, 1000, {"tuning": answers(right, 1000, 3)}, **more) for rate, right in scores.items()]
+
+
+def test_one_method_is_better() -> None:
+    runs = [*finals("lora", 0.7), *finals("alora", 0.85), *finals("dora", 0.7), *tuned("lora", {1e-3: 0.7, 3e-3: 0.5})]
+    content = report(runs, [arm("lora"), arm("alora", parameters=1030), arm("dora")], missing=2)
+    assert json.loads(json.dumps(content)) == content
+    alora, dora = content["differences"]
+    rows = {
+        name: np.array([one["rows"]["test"] for one in runs if one["arm"] == name and one["for"] == "seed"])
+        for name in ("lora", "alora")
+    }
+    known = difference(100 * rows["lora"], 100 * rows["alora"])
+    assert (alora["arm"], alora["mean"], alora["low"], alora["high"], alora["p"]) == (
+        "alora",
+        known.mean,
+        known.low,
+        known.high,
+        known.p,
+    )
+    assert alora["p_holm"] == alora["p"]  # dora has no spread and so no p
+    assert (dora["low"], dora["why"]) == (None, "all 5 seeds and all rows have the same difference")
+    assert content["part"] == "test"
+    assert content["chosen_on_dev"] == "alora"
+    first = content["arms"][0]
+    assert first["seeds"][0].keys() == {"seed", "dev", "test"}
+    assert first["mean"]["test"] == pytest.approx(np.mean([one["test"] for one in first["seeds"]]))
+    assert first["sd"]["dev"] == pytest.approx(np.std([one["dev"] for one in first["seeds"]], ddof=1))
+    assert (first["seconds"], first["peak_memory"], first["forgotten"]) == (12, 10**9, 0.25)
+    low, high = known.low, known.high
+    assert content["sentence"].startswith(f"Better than lora beyond chance: alora {known.mean:+.1f}, {low:+.1f} to {high:+.1f}.")
+    assert "By dev one would take alora: on test +" in content["sentence"]
+    assert content["notes"] == ["alora stores 1,030 parameters, 3.0% more than lora's 1,000", "2 runs are missing"]
+
+
+def test_no_method_is_better() -> None:
+    flip = [{**one, "rows": {"test": [*one["rows"]["test"][1:], 1.0 - one["rows"]["test"][0]]}} for one in finals("alora", 0.7)]
+    for one in flip:
+        one["metrics"]["test"]["accuracy"] = float(np.mean(one["rows"]["test"]))
+    content = report([*finals("lora", 0.7), *flip], [arm("lora"), arm("alora")])
+    (found,) = content["differences"]
+    assert content["sentence"].startswith(f"No method is better than lora beyond chance (largest: alora {found['mean']:+.1f}, ")
+    assert f"A difference of {content['detectable']:.1f} points would be found four times in five." in content["sentence"]
+    assert content["detectable"] > abs(found["mean"])
+
+
+def test_a_loss_is_better_when_less() -> None:
+    chance = np.random.default_rng(0)
+    levels = {"lora": 2.0, "alora": 1.5, "dora": 2.5}
+    runs = [
+        run(name, 1e-3, seed, {"dev": level + 0.01 * chance.random(ROWS)}, metric="ter")
+        for name, level in levels.items()
+        for seed in range(3)
+    ]
+    content = report(runs, [arm("lora"), arm("alora"), arm("dora")], lower_is_better=True)
+    assert (content["part"], content["unit"], content["chosen_on_dev"]) == ("dev", "ter", "alora")
+    assert content["sentence"].startswith("Better than lora beyond chance: alora -0.5")
+    assert "Worse: dora +0.5" in content["sentence"]
+
+
+def test_what_the_rate_is_worth() -> None:
+    scores = {1e-3: 0.9, 1.8e-3: 0.8, 3.24e-3: 0.6, 5.83e-3: 0.1}
+    runs = [*tuned("lora", scores), *tuned("alora", {1e-3: 0.9}), run("alora", 1.8e-3, 1000, {}, diverged=True, metrics={})]
+    content = report(runs, [arm("lora"), arm("alora"), arm("random", None)])
+    lora, alora, random = content["arms"]
+    by_rate = {one["learning_rate"]: one["tuning"] for one in lora["rates"]}
+    assert list(by_rate) == sorted(scores)
+    worth = by_rate[1e-3][0] - by_rate[3.24e-3][0]  # the last is too far away
+    assert lora["rate_is_worth"] == pytest.approx(worth)
+    assert (alora["rate_is_worth"], alora["rates"][1]["tuning"], random["rate_is_worth"]) == (None, [None], None)
+    told = f"The rate is worth up to {worth:.1f} points (lora: the best against the worst tried near it)."
+    assert content["sentence"] == f"There is no pair to compare yet. {told}"
+
+
+def test_what_is_in_no_pair() -> None:
+    elsewhere = {**HERE, "multiplies_bfloat16": False, "processor": "b"}
+    runs = [
+        *finals("lora", 0.7),
+        *finals("alora", 0.8, [0, 1, 2]),
+        *finals("alora", 0.0, [3], machine=elsewhere),
+        *finals("alora", 0.0, [4], diverged=True, metrics={}, rows={}),
+        *finals("alora", 0.0, [0, 1], learning_rate=2e-3),  # of a rate that was chosen before the grid went on
+    ]
+    content = report(runs, [arm("lora"), arm("alora")])
+    (found,) = content["differences"]
+    assert (found["seeds"], found["over"]) == (3, "seeds and rows")
+    assert found["mean"] > 5
+    assert content["notes"] == [
+        "alora diverged with 1 of 5 seeds, which are in no mean and in no pair",
+        "alora: 1 seeds ran on another kind of machine than lora's and are in no pair",
+    ]
+    assert [one["processor"] for one in content["machines"]] == ["a", "b"]
+
+
+def test_a_metric_of_all_rows_together() -> None:
+    without = [run(name, 1e-3, seed, {"test": 0.5 + 0.01 * seed * (name == "b")}) for name in ("a", "b") for seed in range(3)]
+    content = report(without, [arm("a"), arm("b")])
+    assert content["differences"][0]["over"] == "seeds"
+    assert content["notes"] == [
+        "rows have no numbers of their own here: intervals are over seeds alone, and other rows may say otherwise"
+    ]
+    runs = [
+        one | {"metrics": {"test": {"accuracy": 0.5}}} for name in ("a", "b") for one in finals(name, 0.3 + 0.1 * (name == "b"))
+    ]
+    content = report(runs, [arm("a"), arm("b")])
+    assert content["differences"][0]["over"] == "seeds and rows"
+    assert content["notes"] == [
+        "differences are of the mean of each row's own accuracy, which is not the accuracy of all rows together"
+    ]
+
+
+def test_what_will_be_found() -> None:
+    arms = [arm("lora"), arm("alora")]
+    before = outlook([], arms, 500, 5)
+    assert before is not None
+    assert before.startswith("with 500 rows and 5 seeds a difference of ")
+    assert "if seeds differ by 1 point and two runs on 10% of the rows; 2 points need " in before
+    chance = np.random.default_rng(0)
+    tuning = [
+        run(name, 1e-3, seed, {"tuning": chance.random(ROWS) < 0.7}) for name in ("lora", "alora") for seed in range(1000, 1003)
+    ]
+    after = outlook(tuning, arms, 500, 5)
+    assert after is not None
+    assert "as far as the tuning runs differ" in after
+    assert outlook([], arms, 500, 1) == "one seed cannot say what is chance: give --seeds 3 or more"
+    assert outlook([], arms, 500, 5, lower_is_better=True) is None
+
+
+def test_the_table_and_the_picture(tmp_path: Path) -> None:
+    names = ["lora", "dora", "alora", "pi-lora", "random", "lora+", "rslora", "$x_{"]
+    grid = {1e-3 * 1.8**step: 0.8 - 0.1 * abs(step) for step in range(-2, 3)}
+    runs = [one for name in names for one in [*finals(name, 0.7, range(2)), *tuned(name, grid)]]
+    content = report(runs, [arm(name) for name in names])
+    with (console := Console(width=80)).capture() as shown:
+        console.print(table(content))
+    lines = [line.split() for line in shown.get().splitlines() if line.strip(" ─")]
+    assert lines[0] == ["rate", "dev", "±sd", "test", "±sd", "from", "lora"]
+    assert lines[9] == ["parameters", "seconds", "memory", "forgotten"]
+    assert [line[0] for line in lines[1:9]] == [line[0] for line in lines[10:]] == names
+    lora = content["arms"][0]
+    assert lines[1] == [
+        "lora",
+        "0.001",
+        *(word for part in ("dev", "test") for word in (f"{lora['mean'][part]:.1f}", f"±{lora['sd'][part]:.1f}")),
+    ]
+    assert lines[10] == ["lora", "1,000", "10", "1.0", "GB", "0.250"]
+    svg = draw(content, tmp_path / "compare.svg")
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert draw(report([], [arm("lora", None)]), tmp_path / "compare.png").stat().st_size > 0
