@@ -15,7 +15,7 @@ from gatewise.runs.schema import recipe_schema
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "recipes" / "recipe.schema.json"
-RECIPES = [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("mdt/recipes/*.yaml")]
+RECIPES = [path for folder in ("recipes", "benchmarks/recipes", "mdt/recipes") for path in sorted(ROOT.glob(f"{folder}/*.yaml"))]
 
 
 def faults(tree: Any) -> list[str]:
