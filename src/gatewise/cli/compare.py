@@ -88,4 +88,9 @@ def compare(
     if as_json:
         typer.echo(json.dumps(finite(content)))
         return
-    typer.echo(json.dumps(finite(content), indent=2))
+    from gatewise.comparing.report import table
+
+    Console().print(table(content))
+    for line in filter(None, (content["sentence"], *content["notes"])):
+        typer.echo(line)
+    typer.echo(f"written: {out}/compare.json, compare.png")

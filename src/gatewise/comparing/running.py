@@ -33,20 +33,20 @@ from rich.console import Console
 
 from gatewise.comparing.arms import Arm, arms_of
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at
+from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
 from gatewise.files import finite, write_json
 from gatewise.internals.cpu_features import multiplies_bfloat16
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.parts import TASKS
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.dry_run import duration, timed_step
 from gatewise.runs.launch import is_launched
 from gatewise.runs.recipe import Recipe
 from gatewise.runs.run import METRICS, prepared, train, what_is_kept
 
-PLAN, RUNS, WORK, ADAPTERS, RESULT = "plan.json", "runs", "work", "adapters", "compare.json"
+PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
-_FREE_TO_CHANGE = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
+_FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
 
 
@@ -95,7 +95,18 @@ def compare(
         tuning = min(MOST_TUNING, max(LEAST_TUNING, count // 10), count // 4)
     arms = [_one_of_many(arm, tuning) for arm in arms]
     metric = task.metrics[0] if task.metrics else "loss"
-    comparison = _Comparison(arms, seeds, rates, metric, output, progress, deadline, keep_adapters)
+    comparison = _Comparison(
+        arms,
+        seeds,
+        rates,
+        metric,
+        lower_is_better=metric in ("loss", *task.lower_is_better),
+        rows=len(task.measured.get("test", task.measured["dev"])),
+        output=output,
+        progress=progress,
+        deadline=deadline,
+        keep_adapters=keep_adapters,
+    )
     comparison.agree()
     comparison.tell()
     try:
@@ -155,6 +166,8 @@ class _Comparison:
     seeds: int
     rates: int
     metric: str
+    lower_is_better: bool
+    rows: int
     output: Path
     progress: ConsoleProgress
     deadline: float | None
@@ -200,13 +213,17 @@ class _Comparison:
             grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
             say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs to do")
             for line in arm.told:
-                say(f"{arm.name}: {line}")
+                say(f"{arm.name} {line}")
+        found = outlook(self._finished(), self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better)
+        if found:
+            say(found)
         if not any(self._left(arm) for arm in self.arms):
             return
         if not self._seconds():
             self._tried = _tried(self.arms[0], self.output, self.progress)
         left, seconds = self._to_do()
-        say(f"{left} runs, more where a best rate is at the edge: about {duration(seconds)} in one process")
+        more = ", more where a best rate is at the edge" if self.rates > 1 else ""
+        say(f"{left} runs{more}: about {duration(seconds)} in one process")
 
     # What is left to do -------------------------------------------------------------------------------------------------
 
@@ -223,7 +240,7 @@ class _Comparison:
 
     def _score(self, arm: Arm, trial: Trial) -> Score | None:
         result = self.result(self._trial(arm, trial))
-        return None if result is None else _score(result, TASKS[arm.recipe.task].lower_is_better)
+        return None if result is None else _score(result, self.lower_is_better)
 
     def _finals(self, arm: Arm, step: int) -> list[_Run]:
         return [self._trial(arm, (step, seed)) for seed in range(self.seeds)]
@@ -259,7 +276,7 @@ class _Comparison:
     def _seconds(self, arm: Arm | None = None) -> list[float]:
         """What finished runs of an arm, or of all, took."""
         names = [arm.name] if arm else [one.name for one in self.arms]
-        return [one["seconds"] for one in self._found.values() if one["arm"] in names and one["seconds"] is not None]
+        return [one["whole_seconds"] for one in self._found.values() if one["arm"] in names and one["whole_seconds"] is not None]
 
     def _takes(self, arm: Arm, of: Callable[[list[float]], float] = statistics.median) -> float:
         """What a run of an arm takes, by those that are finished."""
@@ -333,14 +350,16 @@ class _Comparison:
                 "parameters": done.parameters["adapter"],
                 "peak_memory": done.peak_memory,
                 "steps": done.steps,
+                "seconds": round(done.seconds["total"] - done.seconds["evaluation"], 1),
             }
             if run.is_final and self.keep_adapters:
                 kept = self.output / ADAPTERS / run.arm.name / str(run.seed)
                 shutil.rmtree(kept, ignore_errors=True)
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 done.adapter.rename(kept)
-        # Of a run that was resumed, only a part was made here.
-        result["seconds"] = None if resumed else round(time.monotonic() - begun, 1)
+        result["whole_seconds"] = round(time.monotonic() - begun, 1)
+        if resumed:  # only a part of it was made here
+            result["seconds"] = result["whole_seconds"] = None
         write_json(self.output / RUNS / f"{run.name}.json", finite(result))
         shutil.rmtree(work, ignore_errors=True)
         gc.collect()
@@ -352,37 +371,39 @@ class _Comparison:
     # What came out ------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """Writes ``compare.json``. Returns what it holds."""
-        arms, missing = [], 0
-        for arm in self.arms:
-            missing += self._left(arm)
-            _, step = best_rate(self.rates, partial(self._score, arm))
-            finals = [] if step is None else [one for run in self._finals(arm, step) if (one := self.result(run)) is not None]
-            arms.append(
-                {
-                    "name": arm.name,
-                    "learning_rate": None if step is None else self._trial(arm, (step, 0)).rate,
-                    "parameters": arm.parameters,
-                    "seeds": [
-                        {"seed": one["seed"], **{part: of[self.metric] for part, of in one.get("metrics", {}).items()}}
-                        for one in finals
-                    ],
-                }
-            )
-        content = {"metric": self.metric, "arms": arms, "differences": [], "missing": missing}
-        write_json(self.output / RESULT, content)
+        """Writes ``compare.json`` and draws ``compare.png``. Returns what the first holds."""
+        missing, _ = self._to_do()
+        content = report(self._finished(), self._arms(), lower_is_better=self.lower_is_better, missing=missing)
+        write_json(self.output / RESULT, finite(content))
+        try:
+            draw(content, self.output / PICTURE)
+        except GatewiseError as error:  # there is no matplotlib
+            self.progress.say(f"warning: no {PICTURE}: {error}")
         return content
 
+    def _finished(self) -> list[dict[str, Any]]:
+        """What the finished runs of all arms came to."""
+        paths = [path for arm in self.arms for path in sorted((self.output / RUNS / arm.name).glob("*.json"))]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
-def _score(result: Mapping[str, Any], lower_is_better: Sequence[str]) -> Score:
+    def _arms(self) -> list[dict[str, Any]]:
+        """The arms, with the rates that were found for them."""
+        told = []
+        for arm in self.arms:
+            own, (_, step) = arm.recipe.training.learning_rate, best_rate(self.rates, partial(self._score, arm))
+            rate = None if step is None else rate_at(own, step)
+            told.append({"name": arm.name, "parameters": arm.parameters, "learning_rate": rate, "recipe_rate": own})
+        return told
+
+
+def _score(result: Mapping[str, Any], lower_is_better: bool) -> Score:
     """How good the run of a rate was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
-    worst = -math.inf
     if result.get("diverged"):
-        return worst, worst
+        return -math.inf, -math.inf
     metrics, name = result["metrics"]["tuning"], result["metric"]
-    sign = -1 if name in ("loss", *lower_is_better) else 1
-    own = [worst if (value := metrics.get(key)) is None else by * value for key, by in ((name, sign), ("loss", -1))]
-    return own[0], own[1]
+    signs = ((name, -1 if lower_is_better else 1), ("loss", -1))
+    value, loss = (-math.inf if metrics.get(key) is None else sign * metrics[key] for key, sign in signs)
+    return value, loss
 
 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
