@@ -49,6 +49,7 @@ class Trainings:
         monkeypatch.setattr(running, "train", self.train)
         monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
         monkeypatch.setattr(running, "arms_of", self.arms_of)
+        monkeypatch.setattr(running, "draw", lambda *_: None)
 
     def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Any) -> list[Arm]:
         return [Arm(name, load_recipe(recipe, [*overrides, f"method={name}"]), (), 1) for name in names]
@@ -207,7 +208,8 @@ def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_i
     result = json.loads((out / "runs/lora/0.01-0.json").read_text())
     assert len(result["rows"]["dev"]) == 10
     assert sum(result["rows"]["dev"]) / 10 == pytest.approx(result["metrics"]["dev"]["accuracy"])
-    assert content["arms"][0]["seeds"][0]["dev"] == result["metrics"]["dev"]["accuracy"]
+    assert content["arms"][0]["seeds"][0]["dev"] == 100 * result["metrics"]["dev"]["accuracy"]
+    assert (out / "compare.png").is_file()
 
 
 def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
