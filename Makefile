@@ -52,12 +52,17 @@ python-is-new-enough:
 $(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python: | python-is-new-enough
 	$(PYTHON) -m venv $(@:/bin/python=)
 
+# pip would compile what it installs on one core. This takes them all, and passes over the tests of packages.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[cli]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml mdt/pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable './mdt[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' --editable './mdt[dev]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_requirements.py | $(LOWEST)/bin/python

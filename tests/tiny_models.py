@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -152,3 +152,42 @@ def random_adapter(model: PeftModel, scale: float = 0.3) -> PeftModel:
         if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=scale)
     return model
+
+
+def adapted(family: str = "llama", trained: bool = True, **settings: Any) -> PeftModel:
+    """A tiny model with a random LoRA adapter, rank 3 on all linear layers by default."""
+    tasks = {"bert": "SEQ_CLS", "vit": None, "wav2vec2": None, "t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
+    settings = {
+        "r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": tasks.get(family, "CAUSAL_LM"), **settings
+    }  # fmt: skip
+    model = get_peft_model(tiny_base(family), LoraConfig(**settings))
+    return random_adapter(model) if trained else model
+
+
+def batch(family: str = "llama", rows: int = 5, width: int = 9, side: str = "right") -> dict[str, torch.Tensor]:
+    """Rows of different lengths, padded right (or left), labels on the last third.
+
+    Images and sounds of one size for models that read those, and for those with an encoder and a decoder labels of their own.
+    """
+    generator = torch.Generator().manual_seed(1)
+    if family in ("vit", "wav2vec2"):
+        shape, name = ((3, 8, 8), "pixel_values") if family == "vit" else ((120,), "input_values")
+        labels = torch.randint(0, 3, (rows,), generator=generator)
+        return {name: torch.randn(rows, *shape, generator=generator), "labels": labels}
+    ids = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
+    lengths = torch.randint(4, width + 1, (rows,), generator=generator)
+    lengths[0] = width
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    ids = ids * mask
+    labels = ids.masked_fill((torch.arange(width) < lengths[:, None] - 3) | (mask == 0), -100)
+    if side == "left":
+        ids, mask, labels = ids.clone(), mask.clone(), labels.clone()
+        for row, length in enumerate(lengths.tolist()):
+            for tensor in (ids, mask, labels):
+                tensor[row] = tensor[row].roll(width - length)
+    if family in ("t5", "bart"):
+        labels = torch.randint(3, VOCABULARY, (rows, 6), generator=generator)
+        labels[torch.arange(6) >= torch.randint(2, 7, (rows, 1), generator=generator)] = -100
+    if family == "bert":
+        labels = torch.randint(0, 3, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
