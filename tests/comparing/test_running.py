@@ -50,6 +50,7 @@ class Trainings:
         monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
         monkeypatch.setattr(running, "arms_of", self.arms_of)
         monkeypatch.setattr(running, "draw", lambda *_: None)
+        monkeypatch.setattr(running, "forgotten", lambda *_, **__: 0.1)
 
     def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Any) -> list[Arm]:
         return [Arm(name, load_recipe(recipe, [*overrides, f"method={name}"]), (), 1) for name in names]
@@ -134,23 +135,23 @@ def test_what_a_killed_process_had_finished_is_kept(recipe: Path, tmp_path: Path
         return trains(*args, **settings)
 
     monkeypatch.setattr(running, "train", killed)
-    _, status = os.waitpid(in_another_process(lambda: compared(recipe)), 0)
+    _, status = os.waitpid(in_another_process(lambda: compared(recipe, ["lora"])), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert len(trainings.calls) == 3
     monkeypatch.setattr(running, "train", trains)
-    assert not compared(recipe)["missing"]
-    assert len({tuple(call[:3]) for call in trainings.calls}) == len(trainings.calls)
-    before = len(trainings.calls)
-    compared(recipe)
-    assert len(trainings.calls) == before
+    assert not compared(recipe, ["lora"])["missing"]
+    made = [tuple(call[:3]) for call in trainings.calls]
+    assert len(made) == len(set(made))
+    compared(recipe, ["lora"])
+    assert len(trainings.calls) == len(made)
 
 
 def test_several_processes_share_a_folder_and_make_each_run_once(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainings = Trainings(tmp_path, monkeypatch, lambda _, rate, seed: time.sleep(0.02) or -abs(rate - 0.01))
-    child = in_another_process(lambda: compared(recipe))
-    assert not compared(recipe)["missing"]
+    child = in_another_process(lambda: compared(recipe, seeds=1))
+    assert not compared(recipe, seeds=1)["missing"]
     os.waitpid(child, 0)
     made = [tuple(call[:3]) for call in trainings.calls]
     assert len(made) == len(set(made)) == len([*(tmp_path / "out/runs").rglob("*.json")])
@@ -209,6 +210,7 @@ def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_i
     assert len(result["rows"]["dev"]) == 10
     assert sum(result["rows"]["dev"]) / 10 == pytest.approx(result["metrics"]["dev"]["accuracy"])
     assert content["arms"][0]["seeds"][0]["dev"] == 100 * result["metrics"]["dev"]["accuracy"]
+    assert result["forgotten"] > 0
     assert (out / "compare.png").is_file()
 
 

@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from gatewise.comparing.arms import Arm, arms_of
+from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
@@ -352,6 +353,11 @@ class _Comparison:
                 "steps": done.steps,
                 "seconds": round(done.seconds["total"] - done.seconds["evaluation"], 1),
             }
+            if run.is_final:
+                try:
+                    result["forgotten"] = forgotten(done.adapter, device=run.recipe.device)
+                except GatewiseError as error:  # the run is whole without it
+                    self.progress.say(f"warning: what was forgotten could not be measured: {error}")
             if run.is_final and self.keep_adapters:
                 kept = self.output / ADAPTERS / run.arm.name / str(run.seed)
                 shutil.rmtree(kept, ignore_errors=True)
