@@ -271,6 +271,8 @@ class Method(Part):
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         prompt_tokens: positions of the model that it takes from the text.
         reads_prompt: the adapter decides by the prompt, once for the whole answer.
+        size_key: the key of the recipe that says how many numbers the adapter stores, such as "peft.r", if one does.
+        largest_size: the most that this key is set to, to store as many numbers as another method's adapter does.
         untrained: (model) -> a context manager that yields the model to call for what the base model computes: with a fresh LoRA,
             which changes nothing, itself.
         loss_term: (model, share) -> what the loss of a batch gains while training. ``share`` is the batch's share in the labels of
@@ -284,6 +286,8 @@ class Method(Part):
     trains_whole = True
     prompt_tokens = 0
     reads_prompt = False
+    size_key: str | None = None
+    largest_size: int | None = None
     untrained: Any = staticmethod(nullcontext)
     loss_term: Any = None
 
@@ -293,6 +297,14 @@ class Method(Part):
     def config(self, run: Run, base: "PreTrainedModel") -> "PeftConfig":
         """The adapter's configuration."""
         raise NotImplementedError
+
+    def saved_config(self, run: Run, base: "PreTrainedModel") -> "PeftConfig":
+        """The configuration of the adapter as it will be saved, as far as that is known: what it stores is counted of it."""
+        return self.config(run, base)
+
+    def resized(self, size: int) -> dict[str, Any]:
+        """The keys of the recipe, with their values, that give ``size_key`` this value and leave the rest as it is meant."""
+        return {str(self.size_key): size}
 
     def prepare(self, run: Run, base: "PreTrainedModel", config: Any) -> None:
         """Looks at the base model with training rows, before the adapter is put on it."""

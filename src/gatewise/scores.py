@@ -3,6 +3,7 @@
 from gatewise.allocation.scores.ablation import ablation
 from gatewise.allocation.scores.path_integral import path_integral
 from gatewise.allocation.scores.path_moments import path_moments
+from gatewise.allocation.scores.random import random
 from gatewise.allocation.scores.sensitivity import sensitivity
 from gatewise.allocation.scores.taylor import taylor
 from gatewise.allocation.scoring import Score, Scores, losses_without_and_with
@@ -14,6 +15,7 @@ __all__ = [
     "losses_without_and_with",
     "path_integral",
     "path_moments",
+    "random",
     "sensitivity",
     "taylor",
 ]

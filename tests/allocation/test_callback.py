@@ -116,6 +116,7 @@ def logits(model, rows):
     ("family", "peft", "training", "score", "budget"),
     [
         ("llama", {}, {}, "taylor", "parameters"),
+        ("llama", {"target_modules": ["q_proj", "down_proj"]}, {}, "random", "parameters"),
         ("llama", {"use_rslora": True}, {"gradient_accumulation_steps": 2}, "path_integral", "ranks"),
         ("llama", {}, {"gradient_checkpointing": True, "weight_decay": 0.1}, "ablation", "ranks"),
         ("llama", {}, {"bf16": True}, "path_moments", "parameters"),

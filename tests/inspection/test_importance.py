@@ -104,7 +104,7 @@ def test_a_classifier_and_rows_longer_than_its_positions(tmp_path: Path) -> None
 # ---- what a score of zero means
 
 
-@pytest.mark.parametrize("score", NAMES)
+@pytest.mark.parametrize("score", [name for name in NAMES if name != "random"])
 def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batch: Batch) -> None:
     model = adapted()
     layer = lora_layers(model)[QUERY]

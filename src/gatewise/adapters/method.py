@@ -47,6 +47,7 @@ class Lora(Method):
 
     files: tuple[str, ...] = ("ranks.png",)
     is_lora = True
+    size_key = "peft.r"
     starts: tuple[Any, ...] = get_args(Start)
     peft: PeftSection
     _start: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -92,6 +93,20 @@ class Lora(Method):
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Plain LoRA."""
         return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **self.settings(run, base))
+
+    def saved_config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """With its start beside it, where it is saved with that, see ``gatewise.adapters.starts``."""
+        config = self.config(run, base)
+        config.r, config.init_lora_weights = self.peft.r * (2 if self.changes_base else 1), True
+        return config
+
+    def resized(self, size: int) -> dict[str, Any]:
+        """Alpha goes with the rank, so that the scale of B A stays."""
+        more = size / self.peft.r
+        return {
+            "peft.r": size,
+            "peft.lora_alpha": max(1, round(self.peft.lora_alpha * (more**0.5 if self.peft.use_rslora else more))),
+        }
 
     def prepare(self, run: Run, base: PreTrainedModel, config: Any) -> None:
         """What a start looks at."""

@@ -257,11 +257,13 @@ def run_round(
             plan that cannot be carried out.
     """
     began = time.perf_counter()
+    # One seed a round, apart from the training's random state: a resumed run and every process draw the same.
+    own_seed = seed * 1_000_003 + len(history)
     # Opened once: each opening may convert a half-precision model to float32, and back.
     with scoring(model, score.by_losses, rows):
         # Score every live rank: with AB-LoRA IS(r) = S(M) - S(M\r) + S(M_r), ALoRA's equation 3.
         losses: list[float] = []  # from a score that computes the loss with all ranks on its way
-        given = score.of(model, batch, adapter, prune=limits.count, costs=limits.costs, on_loss=losses.append)
+        given = score.of(model, batch, adapter, prune=limits.count, costs=limits.costs, seed=own_seed, on_loss=losses.append)
         parts = parts_of(model, batch)
         loss_before = losses[0] if losses else parts.loss(model)
         if not math.isfinite(loss_before):
@@ -290,8 +292,7 @@ def run_round(
         pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
         for path, dead in pruned.items():
             slots.prune(layers[path], adapter, dead, optimizer)
-        # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(history))
+        generator = torch.Generator().manual_seed(own_seed)
         grown = {path: slots.grow(layers[path], adapter, n, generator, optimizer) for path, n in plan.grown.items()}
         loss_after = mean_loss(model, parts.own, over_all=parts.processes > 1)
     return Round(

@@ -46,7 +46,8 @@ class AllocationSection(Section):
     ``score`` names a file in ``gatewise/allocation/scores``, or your own function as module:function, and ``rule`` your
     own function for who is pruned and who grows. With ``schedule: cubic`` every module starts with ``init_r`` ranks
     (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that
-    ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
+    ``peft.r`` everywhere would have; ``prune_fraction`` is not used. ``first_round`` and ``recover`` left out are one epoch and
+    a quarter of one, the paper's; in a run too short for all rounds, the first is after a fifth of it, and the last before three.
     """
 
     score: ScoreName = DEFAULT
@@ -54,8 +55,8 @@ class AllocationSection(Section):
     budget: Unit = "parameters"
     rounds: Count = 8
     prune_fraction: Fraction = 0.125
-    first_round: Span = 1.0
-    recover: Span = 0.25
+    first_round: Span | None = None
+    recover: Span | None = None
     r_max: Count | None = None
     init_r: Count | None = None
     module_pruning: bool = False
@@ -98,6 +99,12 @@ class ALora(Lora):
             settings["lora_alpha"] *= more**0.5 if self.peft.use_rslora else more
         return LoraConfig(r=r, use_rslora=self.peft.use_rslora, **settings)
 
+    def resized(self, size: int) -> dict[str, Any]:
+        """The room to grow, and the ranks to come down from, go with the rank."""
+        given = self.allocation.model_dump(include={"r_max", "init_r"}, exclude_none=True)
+        more = {f"allocation.{name}": max(size + 1, round(value * size / self.peft.r)) for name, value in given.items()}
+        return {**super().resized(size), **more}
+
     def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
         """Fresh LoRA. The rounds are made here, so that what is wrong with them is said before an earlier run is overwritten."""
         self.rounds = self._rounds(run)
@@ -113,13 +120,14 @@ class ALora(Lora):
             GatewiseError: the run ends before the first round.
         """
         section = self.allocation
-        first = in_steps(section.first_round, run.steps_per_epoch)
+        spans = self._spans(run)
+        first = in_steps(spans["first_round"], run.steps_per_epoch)
         if first >= run.steps:
             raise GatewiseError(
                 f"allocation.first_round is {section.first_round}, after step {first}, but the run has {run.steps} steps and what "
                 "a round grows must learn: lower it or train longer"
             )
-        when: dict[str, Any] = section.model_dump(include={"rounds", "first_round", "recover"})
+        when: dict[str, Any] = {"rounds": section.rounds, **spans}
         if section.schedule == "cubic":
             schedule: ConstantBudget | Cubic = Cubic(**when, target_rank=self.peft.r)
         else:
@@ -132,6 +140,20 @@ class ALora(Lora):
             seed=self.recipe.seed,
             on_round=lambda done: run.progress.say(_line(done)),
         )
+
+    def _spans(self, run: Run) -> dict[str, float]:
+        """``first_round`` and ``recover``. Those left out are the paper's, or shares of a run that is too short for them."""
+        given = self.allocation.model_dump(include={"first_round", "recover"}, exclude_none=True)
+        spans = {"first_round": 1.0, "recover": 0.25, **given}
+        first, between = (in_steps(span, run.steps_per_epoch) for span in spans.values())
+        if first + between * (self.allocation.rounds - 1) >= run.steps:
+            epochs = run.steps / run.steps_per_epoch
+            spans = {"first_round": 0.2 * epochs, "recover": 0.4 * epochs / self.allocation.rounds, **given}
+            first, between = (in_steps(span, run.steps_per_epoch) for span in spans.values())
+            run.progress.say(
+                f"rounds after step {first} and every {between} steps: the run is short for a first one after an epoch"
+            )
+        return spans
 
 
 class PiLora(ALora):

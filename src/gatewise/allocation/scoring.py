@@ -55,8 +55,8 @@ class Score:
         options: option -> its value in rounds and ``inspect --scores``, of all that the function takes; None if that is not known.
         takes: what the function wants to be given, each an argument of it: "prune", how much the round will prune, and "costs",
             where the budget counts parameters, what a rank of each module costs (``prune`` is then in that unit); "on_loss", to be
-            called with the mean loss with all ranks on, which the round then need not measure; "progress", to be called with
-            (done, total).
+            called with the mean loss with all ranks on, which the round then need not measure; "seed", a number of a round to draw
+            from, the same in every process; "progress", to be called with (done, total).
         check: called with the options, to refuse wrong ones before training.
     """
 

@@ -1,18 +1,58 @@
-"""The arms of a comparison: recipes that share model, rows and training."""
+"""The arms of a comparison: a recipe for each method, control and recipe file, alike in all but what is compared.
 
+What all arms share comes from the recipe that is compared with: model, task, data, seed, precision, launch, and training but its
+rates. An arm's own are the sections of its method. Where the recipe is of that method they are the recipe's; an arm of another
+method has its method's defaults, on the recipe's modules and with its rank where the method has such. A recipe file brings its own.
+"""
+
+import difflib
+import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from gatewise.runs.recipe import Recipe, load_recipe
+import torch
+from peft import get_peft_model
+from peft.utils import get_peft_model_state_dict
+
+from gatewise.errors import GatewiseError
+from gatewise.models.loading import load_tokenizer
+from gatewise.parts import METHODS, TASKS
+from gatewise.progress import quiet
+from gatewise.runs.recipe import Recipe, changed, checked, load_recipe, read_tree, takes
+
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "random": ("alora", "allocation.score=random", "allocation.score_options=null"),
+    "lora+": ("lora", "training.lora_plus_ratio=16"),
+    "rslora": ("lora", "peft.use_rslora=true"),
+    "eva": ("lora", "peft.init_lora_weights=eva"),
+    "lora-ga": ("lora", "peft.init_lora_weights=lora_ga"),
+    "pissa": ("lora", "peft.init_lora_weights=pissa"),
+    "olora": ("lora", "peft.init_lora_weights=olora"),
+    "corda": ("lora", "peft.init_lora_weights=corda"),
+}
+"""Name -> method, and its settings as ``--set`` has them."""
+RATES = ("learning_rate", "lora_plus_ratio")
+"""Of training, what an arm has of its own."""
+TAKEN_OVER = ("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout")
+"""Of peft, what an arm of another method has from the recipe that is compared with."""
+_NOT_SHARED = ("method", "push_to_hub", "hub_private")  # nothing is uploaded
+
+Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, and what is worth telling of it.
+    """One of what is compared.
 
     Attributes:
-        told: lines for the user. parameters: numbers stored in its adapter.
+        name: of the method, the control or the recipe file.
+        recipe: what is trained.
+        told: what a reader of the comparison should know of it, in sentences that do not name it.
+        parameters: the numbers that its adapter stores.
     """
 
     name: str
@@ -21,6 +61,151 @@ class Arm:
     parameters: int = 0
 
 
-def arms_of(recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Callable[[str], None]) -> list[Arm]:
-    """Methods by name."""
-    return [Arm(name, load_recipe(recipe, [*overrides, f"method={name}"])) for name in names]
+def arms_of(
+    recipe: str | Path, names: Sequence[str], overrides: Sequence[str], say: Callable[[str], None], *, same_size: bool = True
+) -> list[Arm]:
+    """The arms of a comparison, as they are to be trained.
+
+    Args:
+        recipe: the file of what they share.
+        names: methods, names in ``CONTROLS``, and recipe files.
+        overrides: as of ``load_recipe``, each for all arms that have the key.
+        say: tells the user something.
+        same_size: set the size of each adapter (``Method.size_key``) so that it stores as much as the first arm's.
+
+    Raises:
+        GatewiseError: a name that stands for nothing or for two arms, or a recipe that is not in order.
+    """
+    base = read_tree(recipe)
+    for setting in overrides:
+        if setting.partition("=")[0].strip() == "method":
+            raise GatewiseError(f"--set {setting}: a comparison has the methods of --methods")
+    load_recipe(recipe, [setting for setting in overrides if takes(base, setting)])  # refuses what no arm would see of it
+    trees: dict[str, tuple[Tree, list[str]]] = {}
+    for name in names:
+        is_file = name not in CONTROLS and name not in METHODS
+        called = Path(name).stem if is_file else name
+        if called in trees:
+            raise GatewiseError(
+                f"--methods names {called} twice: an arm that is a recipe file has the file's name, so give it another"
+            )
+        trees[called] = _of_file(Path(name), base) if is_file else (_of_method(name, base), [])
+    for setting in overrides:
+        if not any(takes(tree, setting) for tree, _ in trees.values()):
+            section = f"{setting.partition('.')[0]}="
+            nearest = next((name for name, (tree, _) in trees.items() if takes(tree, section)), next(iter(trees)))
+            checked(changed(trees[nearest][0], [setting]), f"--set {setting}, for arm {nearest}")
+    recipes = {
+        name: checked(changed(tree, [one for one in overrides if takes(tree, one)]), f"arm {name}")
+        for name, (tree, _) in trees.items()
+    }
+    say("counting what each arm stores")
+    first, *others = recipes
+    stored = _Stored(recipes[first])
+    target = stored(recipes[first])
+    arms = [Arm(first, recipes[first], tuple(trees[first][1]), target)]
+    for name in others:
+        own, told = _fitted(recipes[name], stored, target, first) if same_size else (recipes[name], [])
+        count = stored(own)
+        if abs(count - target) > 0.01 * target:
+            told.append(f"stores {abs(count / target - 1):.0%} {'more' if count > target else 'less'} than {first}")
+        arms.append(Arm(name, own, (*trees[name][1], *told), count))
+    return arms
+
+
+def _shared(base: Tree, method: str) -> Tree:
+    """What the arms share, for an arm of this method."""
+    own = METHODS[base["method"]].sections()
+    tree = {key: value for key, value in base.items() if key not in _NOT_SHARED and key not in own}
+    training = base.get("training") or {}
+    return {**tree, "method": method, "training": {key: value for key, value in training.items() if key != "lora_plus_ratio"}}
+
+
+def _of_method(name: str, base: Tree) -> Tree:
+    """A method or a control."""
+    method, *settings = CONTROLS.get(name, (name,))
+    tree, sections = _shared(base, method), METHODS[method].sections()
+    if method == base["method"]:
+        tree |= {key: base[key] for key in sections if key in base} | {"training": base.get("training")}
+    elif "peft" in sections:
+        known, given = sections["peft"].model_fields, base.get("peft") or {}
+        tree["peft"] = {key: given[key] for key in TAKEN_OVER if key in given and key in known}
+    return changed(tree, settings)
+
+
+def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
+    """A recipe file, which need not say what is shared, and what it says of that in vain."""
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        known = [*METHODS, *CONTROLS]
+        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise GatewiseError(f"--methods {path}: expected a recipe file (.yaml), or one of {', '.join(known)}{hint}")
+    own = read_tree(path)
+    for key in ("model", "task"):
+        if own.get(key) not in (None, base.get(key)):
+            raise GatewiseError(f"{path} has {key} {own[key]}, but what it is compared with has {base.get(key)}: arms share it")
+    tree = _shared(base, str(own.get("method")))
+    alone = checked({**tree, **own}, str(path))
+    sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
+    tree |= {key: own[key] for key in sections if key in own}
+    tree["training"] = {**tree["training"], **{key: rates[key] for key in RATES if key in rates}}
+    shared, told = checked(tree, str(path)).model_dump(), []
+    for key, value in alone.model_dump(exclude_unset=True).items():
+        if key in _NOT_SHARED or key in sections:
+            continue
+        pairs = [(f"{key}.{k}", one, shared[key].get(k)) for k, one in value.items()] if isinstance(value, dict) else []
+        for path_of, mine, theirs in pairs or [(key, value, shared[key])]:
+            if mine != theirs and path_of not in {f"training.{rate}" for rate in RATES}:
+                told.append(f"{path_of} is {theirs}, as all arms have it, and not {mine} as in {path}")
+    return tree, told
+
+
+# What they store ------------------------------------------------------------------------------------------------------
+
+
+class _Stored:
+    """How many numbers the adapter of an arm stores: of its shapes alone, on one model that is loaded once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.task = TASKS[recipe.task](recipe.model_copy(update={"quantization": None}))
+        self.task.read(None)
+        self.bases: dict[bool, Any] = {}
+
+    def __call__(self, recipe: Recipe) -> int:
+        method, rows = METHODS[recipe.method](recipe), len(self.task.train)
+        if method.trains_whole not in self.bases:
+            dtype = torch.float32 if self.task.in_float32 else torch.bfloat16
+            with quiet(bars=True):
+                base: Any = self.task.base(dtype, load_tokenizer(recipe.model), ("pooler",) if method.trains_whole else ())
+            self.bases[method.trains_whole] = base.to("meta")
+        base = deepcopy(self.bases[method.trains_whole])
+        steps = {"steps": recipe.training.total_steps(rows), "steps_per_epoch": recipe.training.steps_per_epoch(rows)}
+        run: Any = SimpleNamespace(recipe=recipe, task=self.task, **steps)
+        model = get_peft_model(base, method.saved_config(run, base))
+        if model.active_peft_config.is_prompt_learning:  # which PEFT saves by way of its numbers
+            return sum(value.numel() for value in model.parameters() if value.requires_grad)
+        return sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
+
+
+def _fitted(recipe: Recipe, stored: Callable[[Recipe], int], target: int, first: str) -> tuple[Recipe, list[str]]:
+    """The recipe with the size of its adapter set so that it stores the target, as nearly as it can, and what is told of that."""
+    method, now = METHODS[recipe.method](recipe), stored(recipe)
+    if method.size_key is None or now == target:
+        return recipe, []
+    section, _, name = method.size_key.partition(".")
+
+    def size_of(one: Recipe) -> int:
+        return int(getattr(getattr(one, section), name))
+
+    def resized(size: int) -> Recipe:
+        changes = [f"{key}={value}" for key, value in method.resized(size).items()]
+        return checked(changed(recipe.model_dump(exclude_unset=True), changes), f"{recipe.method} with {method.size_key} {size}")
+
+    # What is stored grows evenly with the size.
+    size, largest = size_of(recipe), method.largest_size or math.inf
+    wanted = size + size * (target - now) / (stored(resized(2 * size)) - now)
+    near = {int(min(max(1, one), largest)) for one in (math.floor(wanted), math.ceil(wanted))}
+    best = min(map(resized, sorted(near)), key=lambda one: abs(stored(one) - target))
+    if size_of(best) == size:
+        return recipe, []
+    return best, [f"has {method.size_key} {size_of(best)} and not {size}, to store as much as {first}"]

@@ -80,6 +80,7 @@ class SelectivePrompts(Method):
     files = (SEARCH_FILE, "layers.png")
     stage = SEARCH_FOLDER
     reads_prompt = True
+    size_key = "prompts.bottleneck"
     untrained = staticmethod(without_prompts)  # prompts change the function from the start
     prompts: PromptsSection
     search: SearchSection
@@ -137,6 +138,17 @@ class SelectivePrompts(Method):
             modules_to_save=list(getattr(base, "trained_whole", ())) or None,
             **self.prompts.model_dump(exclude={"prompt_layers", "keep"}),
         )
+
+    def saved_config(self, run: Run, base: PreTrainedModel) -> SelectivePromptConfig:
+        """With as many layers as the search will keep, which are all of one size."""
+        config = self.config(run, base)
+        config.prompt_layers = config.prompt_layers or list(range(self.search.keep))
+        return config
+
+    def resized(self, size: int) -> dict[str, Any]:
+        """A width that ``phm`` divides."""
+        each = self.prompts.phm or 1
+        return {"prompts.bottleneck": max(1, round(size / each)) * each}
 
     def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
         """Fresh prompts. The note says how many layers there were to choose from."""

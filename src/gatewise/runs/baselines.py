@@ -82,6 +82,16 @@ class AdaLora(Lora):
         except ValueError as error:
             raise GatewiseError(f"adalora: {reason_of(error)}") from error
 
+    def saved_config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """Plain LoRA. Its budget counts ranks, so that it may end somewhat smaller or larger."""
+        return LoraConfig(r=self.peft.r, **self.settings(run, base))
+
+    def resized(self, size: int) -> dict[str, Any]:
+        """The ranks to come down from go with the rank."""
+        given = self.adalora.init_r
+        more = {"adalora.init_r": max(size + 1, round(given * size / self.peft.r))} if given else {}
+        return {**super().resized(size), **more}
+
     def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
         """AdaLoRA. PEFT would train the divisor of its scale where it casts it, on a bfloat16 base, and never save it."""
         model = super().adapt(run, base)
@@ -131,6 +141,8 @@ class PrefixTuning(Method):
     """Prefix tuning (Li and Liang, arXiv 2101.00190), as PEFT has it: keys and values of a prompt in every layer."""
 
     trains_whole = False  # PEFT's prompts have no room for more
+    size_key = "prompts.num_prompt_tokens"
+    largest_size = 200  # as many as its authors tried; each is as slow as a token of the text
     untrained = staticmethod(without_prompts)
     prompts: PrefixSection
 
@@ -156,6 +168,7 @@ class PrefixTuning(Method):
 class PromptTuning(PrefixTuning):
     """Prompt tuning (Lester et al., arXiv 2104.08691), as PEFT has it: embeddings before those of the text."""
 
+    largest_size = 150  # as many as its authors tried
     prompts: PromptSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

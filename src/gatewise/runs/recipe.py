@@ -10,6 +10,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -262,6 +263,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.
     """
+    return checked(changed(read_tree(path), overrides), f"{path} with its --set" if overrides else str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """What a recipe's file says, with absolute paths. Its keys are not checked.
+
+    Raises:
+        GatewiseError: it cannot be read.
+    """
     path = Path(path)
     try:
         tree = _yaml().load(path)
@@ -274,13 +284,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         section = tree if len(key) == 1 else data
         if isinstance(section, dict) and key[-1] in section:
             section[key[-1]] = _absolute(key, section[key[-1]], path.parent)
-    changes = dict(map(_parsed, overrides))
+    return tree
+
+
+def changed(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What a recipe's file says with the ``overrides`` of ``load_recipe``.
+
+    Raises:
+        GatewiseError: one that is no KEY=VALUE, or goes below a single value.
+    """
+    new, changes = deepcopy(dict(tree)), dict(map(_parsed, overrides))
     for key, text in changes.items():
-        _change(tree, key, _value(text))
-    source = f"{path} with its --set" if changes else str(path)
-    for key in _text_expected(tree) & changes.keys() if changes else ():
-        _change(tree, key, changes[key])
-    return checked(tree, source)
+        _change(new, key, _value(text))
+    for key in _text_expected(new) & changes.keys() if changes else ():
+        _change(new, key, changes[key])
+    return new
+
+
+def takes(tree: Mapping[str, Any], override: str) -> bool:
+    """Whether recipes of this tree's method and task have the key of an override."""
+    kind: Any = _class_of(tree)
+    for key in _parsed(override)[0]:
+        if not (isinstance(kind, type) and issubclass(kind, Section)):  # below a value that has keys of its own
+            return True
+        if key not in kind.model_fields:
+            return kind.model_config.get("extra") == "allow"
+        kind = kind.model_fields[key].annotation
+    return True
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:

@@ -6,13 +6,15 @@ from tiny_models import ALL_KINDS, EXPERTS, OTHER_LAYERS
 
 from gatewise.allocation import slots
 from gatewise.allocation.scores import NAMES, as_score
-from gatewise.scores import ablation, path_integral, sensitivity
+from gatewise.scores import ablation, path_integral, random, sensitivity
 
 FEW = ["q_proj", "down_proj"]
 """Of the exact ablation each rank takes two forward passes."""
+LOOKING = [name for name in NAMES if name != "random"]
+"""The scores that look at the model."""
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=LOOKING)
 def score(request):
     return as_score(request.param)
 
@@ -125,7 +127,7 @@ def test_several_batches_weigh_by_label(adapted, batch, score):
     torch.testing.assert_close(score(model, parts), score(model, data), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("score", [one for one in map(as_score, NAMES) if one.idle_is_zero])
+@pytest.mark.parametrize("score", [one for one in map(as_score, LOOKING) if one.idle_is_zero])
 def test_a_newborn_rank_scores_zero(adapted, batch, score):
     model, path = adapted(target_modules=FEW), "model.layers.0.mlp.down_proj"
     with torch.no_grad():
@@ -153,3 +155,18 @@ def reference_sensitivity(model, data):
 def test_sensitivity_is_adaloras(adapted, batch, family, lora):
     model, data = adapted(family, **lora), batch(family)
     torch.testing.assert_close(sensitivity(model, data), reference_sensitivity(model, data), rtol=1e-4, atol=1e-9)
+
+
+def test_random_gives_every_rank_the_same_chance_whatever_its_module_costs(adapted):
+    model = adapted(target_modules=FEW)
+    slots.prune(next(iter(slots.lora_layers(model).values())), "default", [1])
+    costs = {path: 1 if "q_proj" in path else 50 for path in slots.lora_layers(model)}
+    last = [0] * 11
+    for seed in range(1100):
+        scores = random(model, {}, costs=costs, seed=seed)
+        per_cost = torch.cat([values / costs[path] for path, values in scores.items()])
+        last[int(per_cost.argmin())] += 1
+    assert {path: len(values) for path, values in scores.items()} == slots.ranks(model)
+    assert all(abs(count - 100) < 40 for count in last)  # four standard deviations
+    again = random(model, {}, costs=costs, seed=1099)
+    assert all(torch.equal(values, again[path]) for path, values in scores.items())

@@ -16,7 +16,7 @@ from gatewise.scores import ablation, path_integral
 
 
 def test_every_file_is_a_score_that_says_what_it_means():
-    assert scores.NAMES == ("ablation", "path_integral", "path_moments", "sensitivity", "taylor")
+    assert scores.NAMES == ("ablation", "path_integral", "path_moments", "random", "sensitivity", "taylor")
     for name in scores.NAMES:
         score = scores.as_score(name)
         assert score.name == name

@@ -1,0 +1,129 @@
+"""The arms of a comparison: what they share, what is their own, and that each can be trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_run import write_recipe
+
+from gatewise.comparing.arms import CONTROLS, Arm, arms_of
+from gatewise.errors import GatewiseError
+from gatewise.parts import METHODS
+from gatewise.runs.run import train
+
+
+def arms(recipe: Path, *names: Any, overrides: tuple[str, ...] = (), same_size: bool = False) -> dict[str, Arm]:
+    return {arm.name: arm for arm in arms_of(recipe, [*map(str, names)], overrides, lambda _: None, same_size=same_size)}
+
+
+def test_arms_share_everything_but_their_method(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, allocation=None)
+    found = arms(
+        recipe, *METHODS, *CONTROLS, overrides=("peft.r=1", "data.held_out=5", "prompts.num_prompt_tokens=2", "search.keep=1")
+    )
+    assert list(found) == [*METHODS, *CONTROLS]
+    shared = {"model", "task", "data", "seed", "dtype", "launch"}
+    first = found["lora"].recipe
+    for name, arm in found.items():
+        assert arm.recipe.model_dump(include=shared) == first.model_dump(include=shared)
+        assert arm.recipe.training == first.training.model_copy(update={"lora_plus_ratio": 16 if name == "lora+" else None})
+        peft = getattr(arm.recipe, "peft", None)
+        assert peft is None or (peft.r, peft.lora_alpha, peft.lora_dropout) == (1, 4, 0.1)
+    assert found["random"].recipe.allocation == found["alora"].recipe.allocation.model_copy(update={"score": "random"})
+    assert found["lora-ga"].recipe.peft.init_lora_weights == "lora_ga"
+    assert found["prompt-tuning"].recipe.prompts.num_prompt_tokens == 2
+
+
+def test_an_arm_of_the_recipes_own_method_has_its_sections(tmp_path: Path) -> None:
+    section = {"rounds": 3, "score": "path_integral", "score_options": {"points": 2}}
+    recipe = write_recipe(tmp_path, "alora", allocation=section, push_to_hub="me/mine")
+    found = arms(recipe, "alora", "pi-lora", "random", "lora")
+    assert [found[name].recipe.allocation.rounds for name in ("alora", "pi-lora", "random")] == [3, 8, 3]
+    assert (found["random"].recipe.allocation.score, found["random"].recipe.allocation.score_options) == ("random", {})
+    assert not hasattr(found["lora"].recipe, "allocation")
+    assert found["alora"].recipe.push_to_hub is None
+
+
+def test_a_recipe_file_brings_its_method_and_its_rates(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    own = {
+        "method": "alora",
+        "peft": {"r": 4},
+        "allocation": {"budget": "ranks"},
+        "training": {"max_steps": 8, "batch_size": 2, "learning_rate": 0.03, "lora_plus_ratio": 4},
+    }
+    file = tmp_path / "as-published.yaml"
+    file.write_text(json.dumps(own))
+    arm = arms(recipe, "lora", file)["as-published"]
+    assert (arm.recipe.method, arm.recipe.peft.r, arm.recipe.allocation.budget) == ("alora", 4, "ranks")
+    training = arm.recipe.training
+    assert (training.learning_rate, training.lora_plus_ratio, training.batch_size) == (0.03, 4, 4)
+    assert arm.told[:1] == (f"training.batch_size is 4, as all arms have it, and not 2 as in {file}",)
+    for wrong, said in (
+        ({"model": "minilm-l6"}, "has model minilm-l6, but what it is compared with has"),
+        ({"alocation": {}}, "alocation is not a known key"),
+        ({"method": "dora"}, "allocation is not a known key"),
+    ):
+        file.write_text(json.dumps(own | wrong))
+        with pytest.raises(GatewiseError, match=said):
+            arms(recipe, "lora", file)
+
+
+@pytest.fixture(scope="module")
+def every_arm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arm]:
+    recipe = write_recipe(tmp_path_factory.mktemp("arms"), training={"max_steps": 2, "batch_size": 4})
+    return arms(recipe, *METHODS, *CONTROLS, overrides=("prompts.bottleneck=4", "search.keep=1", "search.max_steps=2"))
+
+
+@pytest.mark.parametrize("name", [*METHODS, *CONTROLS])
+def test_every_arm_trains_and_stores_what_was_counted(
+    every_arm: dict[str, Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("attr" if name == "corda" else "peft")
+    monkeypatch.setattr("gatewise.runs.run._drawn", lambda run, result, *_: result)
+    arm = every_arm[name]
+    recipe = arm.recipe
+    if name == "adalora":
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 4})})
+    result = train(recipe, tmp_path / "out", console=Console(quiet=True))
+    stored = result.parameters["adapter"]
+    if name in ("alora", "pi-lora", "random"):  # rounds are placed into a run of any length; what fits no rank is left of a budget
+        assert json.loads((tmp_path / "out/adapter/allocation.json").read_text())["rounds"]
+        assert 0 <= arm.parameters - stored < 40
+    elif name == "adalora":  # its budget counts ranks
+        assert abs(stored / arm.parameters - 1) < 0.05
+    else:
+        assert stored == arm.parameters
+
+
+def test_arms_store_as_much_as_the_first(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, peft={"r": 16, "lora_alpha": 32})
+    found = arms(
+        recipe, "lora", *(METHODS.keys() - {"lora"}), *CONTROLS, overrides=("prompts.bottleneck=1", "search.keep=1"), same_size=True
+    )
+    target = found["lora"].parameters
+    for name, arm in found.items():
+        near = abs(arm.parameters / target - 1)
+        assert near < 0.01 or any(f"{near:.0%} " in line for line in arm.told), name
+    assert found["lora-ga"].recipe.peft.r == 8
+    scaled = found["dora"].recipe.peft
+    assert scaled.r < 16
+    assert scaled.lora_alpha == 2 * scaled.r
+    assert found["alora"].told == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "said"),
+    [
+        (("lora", "alroa"), (), "--methods alroa: expected a recipe file .*; did you mean alora?"),
+        (("lora", "lora.yaml"), (), "--methods names lora twice"),
+        (("spt", "lora"), ("peft.rr=1",), r"--set peft.rr=1, for arm lora: peft.rr is not a known key"),
+        (("lora",), ("method=dora",), "--set method=dora: a comparison has the methods of --methods"),
+        (("milora",), ("training.lora_plus_ratio=4", "peft.init_lora_weights=eva"), "arm milora: peft.init_lora_weights is eva"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, names: tuple[str, ...], overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(GatewiseError, match=said):
+        arms(write_recipe(tmp_path), *names, overrides=overrides)
