@@ -43,7 +43,9 @@ def compare(
     methods: Annotated[
         list[str],
         typer.Option(
-            "--methods", metavar="A B ...", help="Methods, or recipe files, after RECIPE. The others are compared with the first."
+            "--methods",
+            metavar="A B ...",
+            help="Methods, controls (random, lora+, eva ...) or recipe files. The others are compared with the first.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, and to go on in.", show_default=False)],
@@ -83,14 +85,22 @@ def compare(
             console=Console(stderr=True),
         )
     except KeyboardInterrupt:
+        if not as_json and (result := out / "compare.json").is_file():
+            _show(json.loads(result.read_text(encoding="utf-8")))
         typer.echo(f"interrupted: what is finished is in {out}; give the same command to go on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         typer.echo(json.dumps(finite(content)))
         return
+    _show(content)
+    typer.echo(f"written: {out}/compare.json, compare.png")
+    if content["missing"]:
+        typer.echo("give the same command to go on")
+
+
+def _show(content: dict[str, Any]) -> None:
     from gatewise.comparing.report import table
 
     Console().print(table(content))
     for line in filter(None, (content["sentence"], *content["notes"])):
         typer.echo(line)
-    typer.echo(f"written: {out}/compare.json, compare.png")

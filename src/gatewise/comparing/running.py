@@ -84,10 +84,13 @@ def compare(
     """
     console, output = console or Console(stderr=True), Path(output)
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    if not 1 <= seeds <= FIRST_SEED or rates < 1:
+        raise GatewiseError(f"seeds is {seeds} and rates {rates}: expected 1 to {FIRST_SEED} seeds, and at least 1 rate")
     if is_launched():
         raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
     progress = ConsoleProgress(console)
-    arms = arms_of(Path(recipe), methods, overrides, progress.say)
+    with quiet(bars=True):
+        arms = arms_of(Path(recipe), methods, overrides, progress.say)
     task = arms[0].recipe.parts()[0]
     task.read(None)
     tuning = arms[0].recipe.data.tuning
@@ -212,19 +215,19 @@ class _Comparison:
         say = self.progress.say
         for arm in self.arms:
             grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
-            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs to do")
+            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs left")
             for line in arm.told:
                 say(f"{arm.name} {line}")
         found = outlook(self._finished(), self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better)
         if found:
             say(found)
-        if not any(self._left(arm) for arm in self.arms):
+        if not self._to_do()[0]:
             return
         if not self._seconds():
             self._tried = _tried(self.arms[0], self.output, self.progress)
         left, seconds = self._to_do()
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
-        say(f"{left} runs{more}: about {duration(seconds)} in one process")
+        say(f"{left} runs left{more}: about {duration(seconds)} in one process")
 
     # What is left to do -------------------------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class _Comparison:
             trials, step = best_rate(self.rates, score)
             if step is not None:
                 return len(imagined) + sum(self.result(run) is None for run in self._finals(arm, step))
-            imagined |= {trial: (math.inf, -abs(trial[0])) for trial in trials}
+            imagined |= {trial: (1e9, -abs(trial[0])) for trial in trials}  # the middle of the grid is best
 
     def _to_do(self) -> tuple[int, float]:
         """How many runs are left, and about how many seconds they take one after the other."""
@@ -311,11 +314,16 @@ class _Comparison:
         """Whether the run is this process's to make. Asked of the folder once it is claimed: another may have ended it just now."""
         path = self.output / WORK / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
         try:
-            with FileLock(path).acquire(timeout=0):
-                yield self.result(run) is None
+            lock.acquire(timeout=0)
         except Timeout:
             yield False
+            return
+        try:
+            yield self.result(run) is None
+        finally:
+            lock.release()
 
     def _make(self, run: _Run) -> None:
         """Trains, measures, and writes what came of it. A run that was interrupted goes on from its last checkpoint."""
