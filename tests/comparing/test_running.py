@@ -1,5 +1,6 @@
 """A comparison is carried out run by run: in one process or several, stopped and gone on with, within its time."""
 
+import io
 import json
 import os
 import signal
@@ -83,7 +84,7 @@ class Trainings:
 
 
 def compared(recipe: Path, methods: Sequence[str] = ("lora", "dora"), **settings: Any) -> dict[str, Any]:
-    return running.compare(recipe, methods, recipe.parent / "out", console=SILENT, **{"seeds": 2, "rates": 3, **settings})
+    return running.compare(recipe, methods, recipe.parent / "out", **{"seeds": 2, "rates": 3, "console": SILENT, **settings})
 
 
 def in_another_process(work: Callable[[], object]) -> int:
@@ -100,8 +101,11 @@ def test_rates_are_found_on_tuning_rows_alone_and_final_seeds_tuned_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = {"lora": rate_at(0.01, 1), "dora": rate_at(0.01, 0)}
-    trainings = Trainings(tmp_path, monkeypatch, lambda method, rate, seed: -abs(rate - best[method]))
-    content = compared(recipe)
+    trainings = Trainings(tmp_path, monkeypatch, lambda method, rate, seed: 1 - abs(rate - best[method]))
+    content = compared(recipe, console=(console := Console(file=io.StringIO(), width=200)))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    before, between, after = told.split(" is found four times in five")  # before the first run, and when the rates are known
+    assert ("seed 1000" in before, "seed 1002" in between, "seed 0" in between, "seed 0" in after) == (False, True, False, True)
     assert {arm["name"]: arm["learning_rate"] for arm in content["arms"]} == best
     tuning = [call for call in trainings.calls if call[2] >= 1000]
     final = [call for call in trainings.calls if call[2] < 1000]

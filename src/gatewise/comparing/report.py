@@ -97,7 +97,7 @@ def outlook(
     tuned = [_at_rate([run for run in runs if run["for"] == "rate" and run["arm"] == arm["name"]], arm) for arm in arms]
     pairs = [_pairs(tuned[0], one, "tuning", metric, scale) for one in tuned[1:]]
     known = spread([(one.a, one.b) for one in pairs])
-    if (lower_is_better and known is None) or len(arms) < 2:
+    if (known is None and (lower_is_better or scale != 100)) or len(arms) < 2:
         return None
     basis = "as far as the tuning runs differ" if known else "if seeds differ by 1 point and two runs on 10% of the rows"
     known, others = known or ASSUMED, len(arms) - 1

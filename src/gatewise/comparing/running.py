@@ -218,9 +218,7 @@ class _Comparison:
             say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs left")
             for line in arm.told:
                 say(f"{arm.name} {line}")
-        found = outlook(self._finished(), self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better)
-        if found:
-            say(found)
+        self._tell_outlook()
         if not self._to_do()[0]:
             return
         if not self._seconds():
@@ -228,6 +226,11 @@ class _Comparison:
         left, seconds = self._to_do()
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         say(f"{left} runs left{more}: about {duration(seconds)} in one process")
+
+    def _tell_outlook(self) -> None:
+        """Says how large a difference has to be to be found."""
+        if found := outlook(self._finished(), self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better):
+            self.progress.say(found)
 
     # What is left to do -------------------------------------------------------------------------------------------------
 
@@ -381,6 +384,8 @@ class _Comparison:
             torch.cuda.empty_cache()
         left, seconds = self._to_do()
         self.progress.say(f"  {told}; {left} left, about {duration(seconds)}" if left else f"  {told}")
+        if not run.is_final and all(arm["learning_rate"] for arm in self._arms()):
+            self._tell_outlook()
 
     # What came out ------------------------------------------------------------------------------------------------------
 
