@@ -4,9 +4,12 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 "bfloat16"; "auto" is bfloat16 where the device computes in it by itself. Elsewhere bfloat16 is emulated, and much slower.
 """
 
+import ctypes
+import gc
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -84,6 +87,9 @@ class PeakMemory:
 
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        gc.collect()
+        with suppress(OSError, AttributeError):  # glibc keeps what an earlier run freed
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
