@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewise.allocation.scores import DEFAULT, NAMES
+from gatewise.allocation.scores import DEFAULT, NAMES, as_score
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import checked, load_recipe, recipe_as_yaml
 
@@ -333,8 +333,10 @@ def test_steps_are_counted_as_the_trainer_counts(file: Path, training: str, rows
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe: Any = load_recipe(path)
     assert recipe.data.train.startswith("sample:")
+    if section := getattr(recipe, "allocation", None):
+        as_score(section.score, section.score_options)
 
 
 # What people, YAML 1.1, YAML 1.2 or JSON take for something else than text.
