@@ -164,7 +164,7 @@ def test_several_processes_share_a_folder_and_make_each_run_once(
 def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
     monkeypatch.setattr(running, "_tried", lambda *_: 59.0)
-    made = compared(recipe, budget_minutes=0.5)
+    made = compared(recipe, budget_minutes=0.5)  # of each method three rates, two of them twice more, and two seeds
     assert (trainings.calls, made["missing"]) == ([], 2 * (3 + 2 + 2 + 2))
     assert compared(recipe, budget_minutes=1)["missing"] == 0
 

@@ -273,7 +273,8 @@ class _Comparison:
             trials, step = best_rate(self.rates, score)
             if step is not None:
                 return len(imagined) + sum(self.result(run) is None for run in self._finals(arm, step))
-            imagined |= {trial: (1e9, -abs(trial[0])) for trial in trials}  # the middle of the grid is best
+            within = range(1 - self.rates // 2, (self.rates - 1) // 2)
+            imagined |= {trial: (1e9 if trial[0] in within else -1e9, -abs(trial[0])) for trial in trials}
 
     def _to_do(self) -> tuple[int, float]:
         """How many runs are left, and about how many seconds they take one after the other."""
