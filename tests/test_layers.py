@@ -12,7 +12,8 @@ ROOMS = (
     {"adapters", "bilevel", "models", "tasks"},
     {"allocation", "prompts", "routed", "serving"},
     {"compress", "inspection"},
-    {"comparing", "runs"},
+    {"runs"},
+    {"comparing"},
     {"cli"},
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -129,6 +129,22 @@ def test_a_run_that_diverges_is_the_worst_of_its_rates_and_the_comparison_goes_o
     assert json.loads((tmp_path / "out/runs/lora/0.018-1000.json").read_text())["diverged"]
 
 
+def test_a_run_that_fails_otherwise_ends_the_comparison_with_its_sentence(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quality(method: str, rate: float, seed: int) -> float:
+        if method == "dora":
+            raise GatewiseError("row 3 has no label")
+        return -rate
+
+    trainings = Trainings(tmp_path, monkeypatch, quality)
+    for count in (1, 1):
+        with pytest.raises(GatewiseError, match="row 3 has no label"):
+            compared(recipe, rates=1)
+        assert len([*(tmp_path / "out/runs/lora").glob("*.json")]) == count
+    assert [call[0] for call in trainings.calls] == ["lora", "dora", "dora"]
+
+
 def test_what_a_killed_process_had_finished_is_kept(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
     trains = trainings.train
