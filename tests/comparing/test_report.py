@@ -35,8 +35,8 @@ def run(arm: str, rate: float, seed: int, values: dict[str, Any], metric: str = 
     } | more
 
 
-def arm(name: str, rate: float | None = 1e-3, parameters: int = 1000) -> dict[str, Any]:
-    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": parameters}
+def arm(name: str, rate: float | None = 1e-3) -> dict[str, Any]:
+    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": 1000}
 
 
 def answers(right: float, seed: int, of: int = 0) -> np.ndarray:
@@ -54,8 +54,13 @@ def tuned(name: str, scores: dict[float, float], **more: Any) -> list[dict[str, 
 
 
 def test_one_method_is_better() -> None:
-    runs = [*finals("lora", 0.7), *finals("alora", 0.85), *finals("dora", 0.7), *tuned("lora", {1e-3: 0.7, 3e-3: 0.5})]
-    content = report(runs, [arm("lora"), arm("alora", parameters=1030), arm("dora")], missing=2)
+    runs = [
+        *finals("lora", 0.7),
+        *finals("alora", 0.85, parameters=1030),
+        *finals("dora", 0.7),
+        *tuned("lora", {1e-3: 0.7, 3e-3: 0.5}),
+    ]
+    content = report(runs, [arm("lora"), arm("alora"), arm("dora")], missing=2)
     assert json.loads(json.dumps(content)) == content
     alora, dora = content["differences"]
     rows = {

@@ -37,8 +37,8 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
 
     Args:
         runs: what finished runs came to, as their files have it.
-        arms: ``name``, ``parameters``, ``learning_rate`` (the one that was chosen, or None while it is searched for) and
-            ``recipe_rate`` of each. The others are compared with the first.
+        arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``learning_rate`` (the one that was
+            chosen, or None while it is searched for) and ``recipe_rate`` of each. The others are compared with the first.
         lower_is_better: than the metric.
         missing: runs that are not finished.
     """
@@ -48,8 +48,8 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
     part = next(
         (name for name in ("test", "dev") if any(name in run.get("metrics", {}) for of in final.values() for run in of)), None
     )
-    notes = [*_notes(arms, final, missing)]
     told = [_arm(arm, runs, final[arm["name"]], metric, scale, lower_is_better) for arm in arms]
+    notes = _notes(told, final, missing)
     pairs = {arm["name"]: _pairs(final[arms[0]["name"]], final[arm["name"]], part, metric, scale) for arm in arms[1:]}
     for name, one in pairs.items():
         if one.left_out:
@@ -193,7 +193,7 @@ def _arm(
         "name": arm["name"],
         "learning_rate": arm["learning_rate"],
         "recipe_rate": arm.get("recipe_rate"),
-        "parameters": arm["parameters"],
+        "parameters": round(stored) if (stored := _mean([run.get("parameters") for run in final])) else arm["parameters"],
         "seeds": seeds,
         "mean": {part: fmean(values) for part, values in by_part.items() if values},
         "sd": {part: stdev(values) for part, values in by_part.items() if len(values) > 1},
