@@ -197,6 +197,12 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
         compared(recipe, seeds=1, overrides=["training.max_steps=5"])
     with pytest.raises(GatewiseError, match="the first arm was lora, now dora"):
         compared(recipe, ["dora", "lora"])
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    del plan["arms"]["lora"]["peft"]["use_rslora"]  # as if another version had written it
+    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    with pytest.raises(GatewiseError, match=r"peft\.use_rslora of lora was None, now True"):
+        compared(recipe, overrides=["peft.use_rslora=true"])
+    assert not compared(recipe)["missing"]
     (tmp_path / "train.jsonl").write_text((tmp_path / "dev.jsonl").read_text())
     with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
         compared(recipe, overrides=["data.tuning=6"])

@@ -201,7 +201,8 @@ class _Comparison:
         with FileLock(self.output / WORK / "plan.lock"):
             if path.is_file():
                 before = json.loads(path.read_text(encoding="utf-8"))
-                if problems := list(_at_odds(before, json.loads(json.dumps(plan)))):
+                given = {arm.name: arm.recipe.model_dump(mode="json", exclude_defaults=True) for arm in self.arms}
+                if problems := list(_at_odds(before, json.loads(json.dumps(plan)), given)):
                     raise GatewiseError(
                         f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the same "
                         "settings; only arms, seeds and rates may be added"
@@ -435,8 +436,13 @@ def _fingerprints(recipe: Recipe) -> dict[str, str]:
     return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
 
 
-def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Why one plan does not go on with another: only arms, seeds and rates may be added."""
+def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Why one plan does not go on with another: only arms, seeds and rates may be added.
+
+    Args:
+        given: what is no default in the recipes. Another version of gatewise may have written a plan without keys of this one, or
+            with others.
+    """
     for name in ("seeds", "rates"):
         if now[name] < before[name]:
             yield f"{name} was {before[name]}, now {now[name]}"
@@ -449,17 +455,17 @@ def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         if arm not in now["arms"]:
             yield f"arm {arm} was there, now it is not"
             continue
-        one, other = _flat(recipe), _flat(now["arms"][arm])
-        for key in {**one, **other}:
-            if one.get(key) != other.get(key):
-                yield f"{key} of {arm} was {one.get(key)!r}, now {other.get(key)!r}"
+        one, other, own = _by_key(recipe), _by_key(now["arms"][arm]), _by_key(given[arm])
+        for key in other:
+            if (key in one or key in own) and one.get(key) != other[key]:
+                yield f"{key} of {arm} was {one.get(key)!r}, now {other[key]!r}"
 
 
-def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested mappings as "section.key" -> value."""
+def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as "section.key" -> value."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    for name, value in tree.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
