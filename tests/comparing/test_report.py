@@ -96,9 +96,13 @@ def test_no_method_is_better() -> None:
         one["metrics"]["test"]["accuracy"] = float(np.mean(one["rows"]["test"]))
     content = report([*finals("lora", 0.7), *flip], [arm("lora"), arm("alora")])
     (found,) = content["differences"]
-    assert content["sentence"].startswith(f"No method is better than lora beyond chance (largest: alora {found['mean']:+.1f}, ")
+    which = "largest" if found["mean"] > 0 else "closest"
+    assert content["sentence"].startswith(f"No method is better than lora beyond chance ({which}: alora {found['mean']:+.1f}, ")
     assert f"A difference of {content['detectable']:.1f} points would be found four times in five." in content["sentence"]
     assert content["detectable"] > abs(found["mean"])
+    content = report([*finals("lora", 0.7, [0]), *finals("alora", 0.9, [0])], [arm("lora"), arm("alora")])
+    assert content["sentence"].startswith("What is chance cannot be told (alora +")
+    assert "points, no interval: one seed does not say how much another would change)." in content["sentence"]
 
 
 def test_a_loss_is_better_when_less() -> None:

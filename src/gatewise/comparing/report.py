@@ -277,8 +277,11 @@ def _sentences(content: Content) -> list[str]:
     said = []
     if wins:
         said.append(f"Better than {first} beyond chance: {'; '.join(map(tell, wins))}.")
+    elif any(one["p"] is not None for one in differences):
+        which = "largest" if better * differences[0]["mean"] > 0 else "closest"
+        said.append(f"No method is better than {first} beyond chance ({which}: {tell(differences[0])}).")
     elif differences:
-        said.append(f"No method is better than {first} beyond chance (largest: {tell(differences[0])}).")
+        said.append(f"What is chance cannot be told ({tell(differences[0])}).")
     elif len(content["arms"]) > 1:
         said.append("There is no pair to compare yet.")
     if losses:
