@@ -93,7 +93,7 @@ def compare(
         typer.echo(json.dumps(finite(content)))
         return
     _show(content)
-    typer.echo(f"written: {out}/compare.json, compare.png")
+    typer.echo(f"written: {out}/compare.json{', compare.png' if (out / 'compare.png').exists() else ''}")
     if content["missing"]:
         typer.echo("give the same command to go on")
 

@@ -395,10 +395,12 @@ class _Comparison:
     # What came out ------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """Writes ``compare.json`` and draws ``compare.png``. Returns what the first holds."""
+        """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
         missing, _ = self._to_do()
         content = report(self._finished(), self._arms(), lower_is_better=self.lower_is_better, missing=missing)
         write_json(self.output / RESULT, finite(content))
+        if not any(arm["rates"] for arm in content["arms"]):
+            return content
         try:
             draw(content, self.output / PICTURE)
         except GatewiseError as error:  # there is no matplotlib
