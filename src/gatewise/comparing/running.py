@@ -338,6 +338,9 @@ class _Comparison:
         work, begun = self.output / WORK / run.name, time.monotonic()
         if (work / METRICS).is_file() or what_is_kept(work, run.recipe.parts()[1]) is None:
             shutil.rmtree(work, ignore_errors=True)
+        gc.collect()  # models are in cycles, and the next one wants their place
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         resumed, measured = work.is_dir(), ("dev", "test") if run.is_final else ("tuning",)
         self.progress.say(f"{run.arm.name} at {run.rate:.3g}, seed {run.seed}{', from its last checkpoint' if resumed else ''}")
         result: dict[str, Any] = {
@@ -384,9 +387,6 @@ class _Comparison:
             result["seconds"] = result["whole_seconds"] = None
         write_json(self.output / RUNS / f"{run.name}.json", finite(result))
         shutil.rmtree(work, ignore_errors=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         left, seconds = self._to_do()
         self.progress.say(f"  {told}; {left} left, about {duration(seconds)}" if left else f"  {told}")
         if not run.is_final and all(arm["learning_rate"] for arm in self._arms()):
@@ -479,7 +479,8 @@ def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
     dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
     with quiet(bars=True):
         run = prepared(recipe, task, method, output, device, dtype, None, progress)
-        run.model.to(device)
+        if next(run.model.parameters()).device.type != device.type:
+            run.model.to(device)
         loading = time.monotonic() - begun
         step, usual, _ = timed_step(run, method)
     rows = sum(len(task.measured[part]) for part in ("dev", "test") if part in task.measured)
