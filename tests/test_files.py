@@ -11,6 +11,14 @@ import pytest
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, whole_file, whole_folder, write_json
 
+FSYNC = os.fsync
+
+
+@pytest.fixture(autouse=True)
+def _as_for_a_user(monkeypatch):
+    """Other tests do not wait for the disk."""
+    monkeypatch.setattr(os, "fsync", FSYNC)
+
 
 def test_a_failure_keeps_the_old_file(tmp_path):
     path = tmp_path / "a" / "value.json"
