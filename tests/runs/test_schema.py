@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import checked, load_recipe
+from gatewise.runs.recipe import checked, load_recipe, read_tree
 from gatewise.runs.schema import recipe_schema
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,14 @@ def test_every_recipe_names_it_and_fits(path: Path) -> None:
     first, _, _ = path.read_text(encoding="utf-8").partition("\n")
     assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve() == SHIPPED
     assert not faults(load_recipe(path).model_dump(mode="json", exclude_unset=True))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/recipes/arms/*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_a_benchmark_is_a_recipe_with_what_is_shared(path: Path) -> None:
+    base = read_tree(ROOT / "benchmarks" / "recipes" / "trec-written.yaml")
+    tree = {**{key: base[key] for key in ("model", "data", "template", "training")}, **read_tree(path)}
+    assert checked(tree, str(path)).method == tree["method"]
+    assert not faults(tree)
 
 
 @pytest.mark.parametrize(
