@@ -157,6 +157,7 @@ def test_what_does_not_go_with_a_sharded_base_is_refused_before_it_is_loaded(
         train(recipe, tmp_path / "out", setting, f"model={tmp_path / 'none'}")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_what_is_written_down(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "alora", data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "dev.jsonl"})
     result = train(recipe, tmp_path / "out", "training.eval_every=4", "template.prompt='Is {text} good or bad?'")

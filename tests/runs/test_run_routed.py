@@ -35,6 +35,7 @@ def numbers(folder: Path, ending: str) -> dict[str, torch.Tensor]:
     return {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if name.endswith(ending)}
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_adapter_is_routed_lora_that_peft_loads(tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "milora"), tmp_path / "out", "peft.lora_dropout=0.0")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))

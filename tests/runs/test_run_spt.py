@@ -50,6 +50,7 @@ def timeless(search: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in search.items() if key not in ("seconds", "resumed_from", "log")}
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_run(family: str, tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "spt", family), tmp_path / "out", "training.eval_every=4")
@@ -289,6 +290,7 @@ def test_mixed_precision_and_recomputed_activations(method: str, tmp_path: Path)
     assert result.metrics["dev"]["after"]["loss"] < result.metrics["dev"]["before"]["loss"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_inspect_and_export(tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "spt"), tmp_path / "out")
     gates = result.numbers["gates"]
