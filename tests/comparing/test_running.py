@@ -50,7 +50,7 @@ class Trainings:
         monkeypatch.setattr(running, "train", self.train)
         monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
         monkeypatch.setattr(running, "arms_of", self.arms_of)
-        monkeypatch.setattr(running, "draw", lambda *_: None)
+        monkeypatch.setattr(running, "draw", lambda _, out: out.touch())
         monkeypatch.setattr(running, "forgotten", lambda *_, **__: 0.1)
 
     def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Any) -> list[Arm]:
