@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tiny_run import assert_same_adapter, stop_at, write_base, write_recipe, write_rows
+from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gatewise.adapters import export
@@ -103,11 +103,14 @@ def test_ranks_that_a_start_cannot_fill_are_refused(settings: list[str], said: s
     assert not (tmp_path / "out").exists()
 
 
-def test_modules_that_see_one_vector_a_row_have_no_eva(tmp_path: Path) -> None:
+def test_modules_that_see_one_vector_a_row_have_eva_and_no_corda(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, family="bert")
-    with pytest.raises(GatewiseError, match=r"eva cannot start this adapter .* pooler, out with peft\.exclude_modules"):
-        run(recipe, tmp_path / "out", "peft.init_lora_weights=eva")
-    assert run(recipe, tmp_path / "out", "peft.init_lora_weights=eva", "peft.exclude_modules=[pooler.dense]").ranks
+    pytest.importorskip("attr")
+    with pytest.raises(GatewiseError, match=r"corda cannot start this adapter .* pooler, out with peft\.exclude_modules"):
+        run(recipe, tmp_path / "out", "peft.init_lora_weights=corda")
+    found = run(recipe, tmp_path / "out", "peft.init_lora_weights=eva", "training.learning_rate=1e-9")
+    a = next(value for name, value in weights(found.adapter).items() if "pooler.dense.lora_A" in name)
+    torch.testing.assert_close(a @ a.T, torch.eye(2), rtol=0, atol=1e-4)  # directions, at right angles
 
 
 def test_weights_that_a_start_must_not_change_are_refused(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ def test_a_recipe_file_brings_its_method_and_its_rates(tmp_path: Path) -> None:
     assert (arm.recipe.method, arm.recipe.peft.r, arm.recipe.allocation.budget) == ("alora", 4, "ranks")
     training = arm.recipe.training
     assert (training.learning_rate, training.lora_plus_ratio, training.batch_size) == (0.03, 4, 4)
+    assert (arm.recipe.peft.lora_alpha, arm.recipe.peft.lora_dropout) == (16, 0)
     assert arm.told[:1] == (f"training.batch_size is 4, as all arms have it, and not 2 as in {file}",)
+    file.write_text(json.dumps({"method": "alora", "allocation": {"rounds": 2}}))
+    arm = arms(recipe, "lora", file)["as-published"]
+    assert (arm.recipe.peft.r, arm.recipe.peft.lora_dropout, arm.recipe.training.learning_rate) == (2, 0.1, 0.01)
     for wrong, said in (
         ({"model": "minilm-l6"}, "has model minilm-l6, but what it is compared with has"),
         ({"alocation": {}}, "alocation is not a known key"),

@@ -99,7 +99,13 @@ def look_after(run: Run, model: PeftModel) -> None:
                 "take a smaller peft.r"
             )
     with _every_token("eva"):
-        initialize_lora_eva_weights(model, _Passes(batches), gather_distributed_inputs=False, show_progress_bar=False)
+        passes, alone = _Passes(batches), {"gather_distributed_inputs": False, "show_progress_bar": False}
+        initialize_lora_eva_weights(model, passes, prepare_layer_inputs_fn=_states, **alone)
+
+
+def _states(inputs: tuple[Tensor, ...], places: Tensor, module: str) -> Tensor:
+    """What EVA reads of a module's inputs: the tokens at the places that are no padding, or one vector a row, as a pooler sees."""
+    return inputs[0].contiguous() if inputs[0].ndim == 2 else inputs[0][places.T.unbind()]
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 What all arms share comes from the recipe that is compared with: model, task, data, seed, precision, launch, and training but its
 rates. An arm's own are the sections of its method. Where the recipe is of that method they are the recipe's; an arm of another
-method has its method's defaults, on the recipe's modules and with its rank where the method has such. A recipe file brings its own.
+method has its method's defaults, on the recipe's modules and with its rank where the method has such. A recipe file brings its own
+sections, and need say nothing of the rest.
 """
 
 import difflib
@@ -105,11 +106,15 @@ def arms_of(
     target = stored(recipes[first])
     arms = [Arm(first, recipes[first], tuple(trees[first][1]), target)]
     for name in others:
-        own, told = _fitted(recipes[name], stored, target, first) if same_size else (recipes[name], [])
-        count = stored(own)
+        own, count, told = recipes[name], stored(recipes[name]), [*trees[name][1]]
+        if same_size and count != target:
+            own, count = _fitted(own, count, target, stored)
+        key = METHODS[own.method].size_key
+        if own is not recipes[name]:
+            told.append(f"has {key} {_value(own, key)} and not {_value(recipes[name], key)}, to store as much as {first}")
         if abs(count - target) > 0.01 * target:
             told.append(f"stores {abs(count / target - 1):.0%} {'more' if count > target else 'less'} than {first}")
-        arms.append(Arm(name, own, (*trees[name][1], *told), count))
+        arms.append(Arm(name, own, tuple(told), count))
     return arms
 
 
@@ -127,10 +132,15 @@ def _of_method(name: str, base: Tree) -> Tree:
     tree, sections = _shared(base, method), METHODS[method].sections()
     if method == base["method"]:
         tree |= {key: base[key] for key in sections if key in base} | {"training": base.get("training")}
-    elif "peft" in sections:
-        known, given = sections["peft"].model_fields, base.get("peft") or {}
-        tree["peft"] = {key: given[key] for key in TAKEN_OVER if key in given and key in known}
+    else:
+        tree |= _taken_over(base, method)
     return changed(tree, settings)
+
+
+def _taken_over(base: Tree, method: str) -> Tree:
+    """What another method's arm has of the recipe that is compared with: modules, rank and scale."""
+    kind, given = METHODS[method].sections().get("peft"), base.get("peft") or {}
+    return {} if kind is None else {"peft": {key: given[key] for key in TAKEN_OVER if key in given and key in kind.model_fields}}
 
 
 def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
@@ -147,7 +157,7 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
     tree = _shared(base, str(own.get("method")))
     alone = checked({**tree, **own}, str(path))
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
-    tree |= {key: own[key] for key in sections if key in own}
+    tree |= _taken_over(base, alone.method) | {key: own[key] for key in sections if key in own}
     tree["training"] = {**tree["training"], **{key: rates[key] for key in RATES if key in rates}}
     shared, told = checked(tree, str(path)).model_dump(), []
     for key, value in alone.model_dump(exclude_unset=True).items():
@@ -187,25 +197,25 @@ class _Stored:
         return sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
 
 
-def _fitted(recipe: Recipe, stored: Callable[[Recipe], int], target: int, first: str) -> tuple[Recipe, list[str]]:
-    """The recipe with the size of its adapter set so that it stores the target, as nearly as it can, and what is told of that."""
-    method, now = METHODS[recipe.method](recipe), stored(recipe)
-    if method.size_key is None or now == target:
-        return recipe, []
-    section, _, name = method.size_key.partition(".")
-
-    def size_of(one: Recipe) -> int:
-        return int(getattr(getattr(one, section), name))
+def _fitted(recipe: Recipe, now: int, target: int, stored: Callable[[Recipe], int]) -> tuple[Recipe, int]:
+    """The recipe whose adapter stores the target, as nearly as the size of its method's adapter can be set, and what it stores."""
+    method = METHODS[recipe.method](recipe)
+    if method.size_key is None:
+        return recipe, now
 
     def resized(size: int) -> Recipe:
         changes = [f"{key}={value}" for key, value in method.resized(size).items()]
         return checked(changed(recipe.model_dump(exclude_unset=True), changes), f"{recipe.method} with {method.size_key} {size}")
 
     # What is stored grows evenly with the size.
-    size, largest = size_of(recipe), method.largest_size or math.inf
+    size = _value(recipe, method.size_key)
     wanted = size + size * (target - now) / (stored(resized(2 * size)) - now)
-    near = {int(min(max(1, one), largest)) for one in (math.floor(wanted), math.ceil(wanted))}
-    best = min(map(resized, sorted(near)), key=lambda one: abs(stored(one) - target))
-    if size_of(best) == size:
-        return recipe, []
-    return best, [f"has {method.size_key} {size_of(best)} and not {size}, to store as much as {first}"]
+    near = {int(min(max(1, one), method.largest_size or math.inf)) for one in (math.floor(wanted), math.ceil(wanted))}
+    tried = [(recipe, now), *((one, stored(one)) for one in map(resized, sorted(near - {size})))]
+    return min(tried, key=lambda one: abs(one[1] - target))
+
+
+def _value(recipe: Recipe, key: str | None) -> int:
+    """Of a key such as "peft.r"."""
+    section, _, name = str(key).partition(".")
+    return int(getattr(getattr(recipe, section), name))
