@@ -33,11 +33,15 @@ class Made:
     answer: Callable[[Item], str] = lambda item: str(item["answer"])
 
 
-def _matrix(item: Item) -> str:
-    """The transformation with its numbers, and the rows: ``rotate 90 41 77``."""
+def _joined(rows: Iterable[Iterable[Any]]) -> str:
+    """A matrix of digits in a line: ``417 503 982``."""
+    return " ".join("".join(map(str, row)) for row in rows)
+
+
+def _operation(item: Item) -> str:
+    """A transformation with its numbers: ``rotate 90``."""
     (operation,) = item["metadata"]["operations"]
-    named = [str(value) for name, value in operation.items() if name != "instruction"]
-    return " ".join([*named, *("".join(map(str, row)) for row in item["metadata"]["matrix"])])
+    return " ".join(str(value) for name, value in operation.items() if name != "instruction")
 
 
 def _digits(item: Item) -> str:
@@ -45,12 +49,30 @@ def _digits(item: Item) -> str:
     return "".join(filter(str.isdigit, item["answer"]))
 
 
+def _between(**dials: int) -> dict[str, int]:
+    """Dials of which the least and the most are the same."""
+    return {f"{end}_{name}": value for name, value in dials.items() for end in ("min", "max")}
+
+
 TASKS = {
+    "spiral": Made("spiral_matrix", _between(n=3), lambda item: _joined(item["metadata"]["matrix"]), _digits),
     "matrix": Made(
         "manipulate_matrix",
-        {f"{end}_{what}": count for end in ("min", "max") for what, count in (("rows", 2), ("cols", 2), ("transforms", 1))},
-        _matrix,
+        _between(rows=2, cols=2, transforms=1),
+        lambda item: f"{_operation(item)} {_joined(item['metadata']['matrix'])}",
         _digits,
+    ),
+    "rotate": Made(
+        "rotate_matrix",
+        {**_between(n=3), "min_rotations": 1, "max_rotations": 3},
+        lambda item: f"{90 * item['metadata']['num_rotations']} {_joined(item['metadata']['matrix'])}",
+        _digits,
+    ),
+    "digits": Made(
+        "number_sorting",
+        {**_between(numbers=6, decimals=0), "min_value": 0.0, "max_value": 9.0},
+        lambda item: f"{item['metadata']['direction']} {''.join(str(int(float(n))) for n in item['metadata']['original_numbers'])}",
+        lambda item: "".join(str(int(float(n))) for n in item["metadata"]["sorted_numbers"]),
     ),
 }
 
