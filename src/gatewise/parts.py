@@ -92,6 +92,7 @@ class Run:
         fresh_base: loads the base model once more, with the head that a task gives it drawn anew from torch's random state.
         base_parameters: how many numbers the base model has.
         train, dev: rows as the task encoded them. held_out: those of ``data.held_out``, which are not among train.
+        watched: the name in ``task.measured`` of dev's rows, which are looked at while it trains.
         steps: optimiser steps of the training. steps_per_epoch: of one pass over ``train``.
         note: what is written beside the adapter and into every checkpoint, as ``gatewise.json``.
         model: the base model with its adapter.
@@ -116,6 +117,7 @@ class Run:
     train: Features
     dev: Features
     held_out: Features
+    watched: str
     steps: int
     steps_per_epoch: int
     note: dict[str, Any]

@@ -74,6 +74,24 @@ def test_what_is_measured_changes_nothing_that_is_trained(method: str, tmp_path:
     assert "tuning accuracy" in (bare.adapter / "README.md").read_text()
 
 
+def test_a_run_that_is_measured_on_rows_to_tune_on_never_looks_at_dev(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    logs = []
+    for dev in ("dev", "train"):
+        settings = (
+            f"data.dev={tmp_path / dev}.jsonl",
+            "data.tuning=5",
+            "training.max_steps=2",
+            "training.eval_every=1",
+            "training.save_every=1",
+        )
+        result = train(path, tmp_path / dev, *settings, "training.load_best=true", measured=("tuning",), before=False)
+        logs.append([one for one in json.loads(result.metrics_file.read_text())["log"] if "eval_loss" in one])
+    assert len(logs[0]) == 2
+    assert logs[0] == logs[1]
+    assert logs[0][-1]["eval_accuracy"] in {one / len(result.rows["tuning"]) for one in range(6)}
+
+
 def test_each_row_has_its_number_in_the_order_of_the_file(tmp_path: Path) -> None:
     result = train(
         write_recipe(tmp_path, data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "train.jsonl"}), tmp_path / "out"

@@ -221,7 +221,7 @@ class _Comparison:
                 say(f"{arm.name} {line}")
         training = self.arms[0].recipe.training
         if training.load_best or training.early_stopping_patience is not None:
-            say("the recipe goes by dev while it trains (load_best, early_stopping_patience): only test is a fair measure then")
+            say("the final runs go by dev while they train (load_best, early_stopping_patience): only test is a fair measure then")
         self._tell_outlook()
         if not self._to_do()[0]:
             return

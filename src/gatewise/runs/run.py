@@ -133,7 +133,8 @@ def train(
         resume: go on from the latest complete checkpoint in ``output``; on the CPU the result is that of a run never stopped.
         overwrite: first remove what an earlier run left in ``output``.
         console: where progress is shown; stderr by default.
-        measured: of the rows that the recipe has beside those to train on, "tuning", "dev" and "test", those to measure on.
+        measured: of the rows that the recipe has beside those to train on, "tuning", "dev" and "test", those to measure on. With
+            "tuning" and without "dev", evaluations while it trains, early stopping and choice see "tuning" in place of "dev".
         before: measure the base model too, before the training. The adapter is the same without.
 
     Raises:
@@ -159,7 +160,8 @@ def train(
     if resume:
         method.resume(output)
     with quiet(bars=True):
-        run = prepared(recipe, task, method, output, device, dtype, checkpoint, progress)
+        watched = "tuning" if "tuning" in measured and "dev" not in measured else "dev"
+        run = prepared(recipe, task, method, output, device, dtype, checkpoint, progress, watched)
         rows = _fingerprints(run, resume)
         run.checkpoint = _with_steps_to_go(run)
         if overwrite:
@@ -299,8 +301,9 @@ def prepared(
     dtype: torch.dtype,
     checkpoint: Path | None,
     progress: ConsoleProgress,
+    watched: str = "dev",
 ) -> Run:
-    """Everything a run needs, loaded and checked."""
+    """Everything a run needs, loaded and checked. ``watched`` names the rows that are looked at while it trains."""
     task.read(None if checkpoint is None else read_note(checkpoint))
     if recipe.data.tuning is not None:
         _set_aside(task, recipe.data.tuning, progress)
@@ -320,7 +323,7 @@ def prepared(
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
-    dev = task.encode(task.measured["dev"], tokenizer, max_length, key="data.dev", say=progress.say)
+    dev = task.encode(task.measured[watched], tokenizer, max_length, key=f"data.{watched}", say=progress.say)
     collate = task.collator(tokenizer)
     train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
     whole = tuple(f"{name}." for name in getattr(base, "trained_whole", ()))
@@ -337,6 +340,7 @@ def prepared(
         max_length=max_length,
         train=train,
         dev=dev,
+        watched=watched,
         held_out=held_out,
         steps=recipe.training.total_steps(len(train)),
         steps_per_epoch=recipe.training.steps_per_epoch(len(train)),

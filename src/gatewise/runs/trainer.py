@@ -431,9 +431,9 @@ def trainer_of(
 
 
 def _measured(run: Run, model: Any) -> dict[str, float | int]:
-    """What the task measures on dev beside the loss."""
-    with run.progress.counting("measuring on dev") as counting:
-        found = run.task.measure(run, model, run.task.measured["dev"], counting)
+    """What the task measures, beside the loss, on the rows that are looked at while it trains."""
+    with run.progress.counting(f"measuring on {run.watched}") as counting:
+        found = run.task.measure(run, model, run.task.measured[run.watched], counting)
     return {name: found.metrics[name] for name in run.task.metrics}
 
 
