@@ -99,8 +99,13 @@ def look_after(run: Run, model: PeftModel) -> None:
                 "take a smaller peft.r"
             )
     with _every_token("eva"):
-        passes, alone = _Passes(batches), {"gather_distributed_inputs": False, "show_progress_bar": False}
-        initialize_lora_eva_weights(model, passes, prepare_layer_inputs_fn=_states, **alone)
+        initialize_lora_eva_weights(
+            model,
+            _Passes(batches),
+            prepare_layer_inputs_fn=_states,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
 
 
 def _states(inputs: tuple[Tensor, ...], places: Tensor, module: str) -> Tensor:
