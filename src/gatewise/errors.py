@@ -9,7 +9,7 @@ class GatewiseError(Exception):
 
 
 class DivergedError(GatewiseError):
-    """A training whose numbers are no longer finite."""
+    """What a model computes is not finite, while it trains or after."""
 
 
 @contextmanager

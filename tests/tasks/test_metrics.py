@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gatewise import RoutedLoraConfig
-from gatewise.errors import GatewiseError
+from gatewise.errors import DivergedError, GatewiseError
 from gatewise.losses import row_losses
 from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
 from gatewise.tasks.metrics import METRICS, _judge_texts, generation_metrics, scored_candidates, worth, write_texts
@@ -180,7 +180,7 @@ def test_what_is_not_a_number_is_no_answer(
 ) -> None:
     for model, head in ((bert, bert.classifier), (llama, llama.lm_head)):
         nn.init.constant_(head.weight, math.nan)
-        with pytest.raises(GatewiseError, match="is not finite"):
+        with pytest.raises(DivergedError, match="is not finite"):  # by which a comparison knows a rate that is too high
             evaluate(model, tokenizer, _labelled(["good", "bad", "is"]))
 
 

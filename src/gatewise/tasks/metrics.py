@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError, needs
+from gatewise.errors import DivergedError, GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import generate_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, mean_loss, prompt_length, text_positions
 from gatewise.tasks.encoding import (
@@ -101,6 +101,7 @@ def evaluate(
 
     Raises:
         GatewiseError: the model cannot do this kind of task, or template, labels or lengths do not fit.
+        DivergedError: what the model computes is not finite.
     """
     positions, kind = most_positions(model), loss_kind(model)
     max_length = min(max_length, positions)
@@ -337,7 +338,7 @@ def _evaluate_candidates(
 
 def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
     if any(map(math.isnan, scores)):
-        raise GatewiseError(
+        raise DivergedError(
             "what the model computes is not finite: look for such numbers in the adapter and its base model, or take float32"
         )
     rounded = [round(score, 4) for score in scores]
