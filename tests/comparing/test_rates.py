@@ -47,6 +47,7 @@ def test_a_winner_that_is_at_the_edge_only_in_the_end_meets_the_rate_beyond_it()
     step, made = searched(5, truth)
     assert step == 3
     assert [seed - FIRST_SEED for one, seed in made if one == 3] == [0, 1, 2]
+    assert [seed - FIRST_SEED for one, seed in made if one == 4] == [0]
 
 
 def test_where_every_run_diverges_the_search_goes_down_and_ends() -> None:

@@ -1,8 +1,8 @@
 """Which learning rate an arm is run at: successive halving, at full length, since short runs prefer other rates.
 
 All rates of a grid are run with one tuning seed, the better half with a second, the best two with a third; the best mean wins.
-Where the best rate is at the edge of the grid, the grid goes on outwards. What is returned depends on the results alone, and not on
-when they came or who made them, so that several processes take the same decision.
+Where the best rate is at the edge of the grid, the grid goes on outwards, seed by seed as long as that is better. What is returned
+depends on the results alone, and not on when they came or who made them, so that several processes take the same decision.
 """
 
 import math
@@ -56,14 +56,19 @@ def best_rate(rates: int, score: Callable[[Trial], Score | None]) -> tuple[list[
     if wanted := missing(better, 2):
         return wanted, None
     last = ranked(better, 2)[:2]
-    while True:
-        if wanted := missing(last, 3):
-            return wanted, None
-        best = ranked(last, 3)[0]
-        if low < best < high or not spare:
-            return [], best
+    if wanted := missing(last, 3):
+        return wanted, None
+    best = ranked(last, 3)[0]
+    while best in (low, high) and spare:
         low, high, spare = low - (best == low), high + (best == high), spare - 1
-        last = [best, low if best == low + 1 else high]
+        beyond = low if best == low + 1 else high
+        for seeds in (1, 2, 3):  # given up as soon as it is no better on the same seeds
+            if wanted := missing([beyond], seeds):
+                return wanted, None
+            if ranked([best, beyond], seeds)[0] == best:
+                return [], best
+        best = beyond
+    return [], best
 
 
 def _mean(scores: list[Score | None]) -> Score:
