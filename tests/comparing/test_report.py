@@ -85,9 +85,14 @@ def test_one_method_is_better() -> None:
     assert first["sd"]["dev"] == pytest.approx(np.std([one["dev"] for one in first["seeds"]], ddof=1))
     assert (first["seconds"], first["peak_memory"], first["forgotten"]) == (12, 10**9, 0.25)
     low, high = known.low, known.high
-    assert content["sentence"].startswith(f"Better than lora beyond chance: alora {known.mean:+.1f}, {low:+.1f} to {high:+.1f}.")
+    told = f"Better than lora beyond chance: alora {known.mean:+.1f}, {low:+.1f} to {high:+.1f}."
+    assert content["sentence"].startswith(f"Not all runs are finished. {told}")
     assert "By dev one would take alora: on test +" in content["sentence"]
-    assert content["notes"] == ["alora stores 1,030 parameters, 3.0% more than lora's 1,000", "2 runs are missing"]
+    assert content["notes"] == [
+        "alora stores 1,030 parameters, 3.0% more than lora's 1,000",
+        "lora's rate, 0.001, is the lowest that was tried: one beyond it may be better",
+        "2 runs are missing",
+    ]
 
 
 def test_no_method_is_better() -> None:
@@ -115,7 +120,7 @@ def test_a_loss_is_better_when_less() -> None:
     ]
     content = report(runs, [arm("lora"), arm("alora"), arm("dora")], lower_is_better=True)
     assert (content["part"], content["unit"], content["chosen_on_dev"]) == ("dev", "ter", "alora")
-    assert content["sentence"].startswith("Better than lora beyond chance: alora -0.5")
+    assert content["sentence"].startswith("Better than lora beyond chance on dev: alora -0.5")
     assert "Worse: dora +0.5" in content["sentence"]
 
 
@@ -129,8 +134,60 @@ def test_what_the_rate_is_worth() -> None:
     worth = by_rate[1e-3][0] - by_rate[3.24e-3][0]  # the last is too far away
     assert lora["rate_is_worth"] == pytest.approx(worth)
     assert (alora["rate_is_worth"], alora["rates"][1]["tuning"], random["rate_is_worth"]) == (None, [None], None)
-    told = f"The rate is worth up to {worth:.1f} points (lora: the best against the worst tried near it)."
-    assert content["sentence"] == f"There is no pair to compare yet. {told}"
+    told = f"The rate is worth up to {worth:.1f} points (the best against the worst tried near it, on lora's tuning runs; by the"
+    assert content["sentence"].startswith(f"There is no pair to compare yet. {told} chance of these rows equal rates lie up to ")
+
+
+def test_what_a_rate_seems_worth_by_chance() -> None:
+    chance = np.random.default_rng(0)
+    runs = [run("lora", 1e-3 * 1.8**step, 1000, {"tuning": chance.random(60) < 0.8}) for step in range(-2, 3)]
+    best = max(runs, key=lambda one: one["metrics"]["tuning"]["accuracy"])
+    content = report(runs, [arm("lora", best["learning_rate"])])
+    (lora,) = content["arms"]
+    assert 3 < lora["rate_is_worth"] < lora["equal_rates_differ_by"]
+    assert content["sentence"].startswith(
+        f"What the rate is worth cannot be told from chance: {lora['rate_is_worth']:.1f} points ("
+    )
+    worst = min(runs, key=lambda one: one["metrics"]["tuning"]["accuracy"])
+    assert report(runs, [arm("lora", worst["learning_rate"])])["arms"][0]["rate_is_worth"] == 0
+
+
+def test_what_no_number_says_is_not_said() -> None:
+    gone = [run("alora", 1e-3, seed, {}, diverged=True) for seed in range(5)]
+    content = report([*finals("lora", 0.7), *gone, *finals("dora", 0.69)], [arm("lora"), arm("alora"), arm("dora")])
+    assert content["sentence"].startswith("No method that was compared is better than lora beyond chance (closest: dora ")
+    assert "Not compared, as there is no pair of runs: alora. alora diverged with every seed." in content["sentence"]
+    assert content["notes"][-1].startswith("no rate was searched for: each method ran at its recipe's own")
+    content = report([*finals("lora", 0.7), *finals("alora", 0.9, [0, 1, 2]), *gone[3:]], [arm("lora"), arm("alora")])
+    assert "2 of alora's 5 seeds diverged: what is said of it holds for the others." in content["sentence"]
+    content = report([*finals("lora", 0.7), *finals("alora", 0.7)], [arm("lora"), arm("alora")])
+    assert (content["detectable"], "would be found" in content["sentence"]) == (None, False)
+    chance = np.random.default_rng(1)
+    few = [run(name, 1e-3, seed, {"test": chance.random(5) < 0.5}) for name in ("lora", "alora") for seed in range(2)]
+    assert (
+        "No difference below 50 points would be found with so few rows and seeds."
+        in report(few, [arm("lora"), arm("alora")])["sentence"]
+    )
+    told = outlook([], [arm("lora"), arm("alora")], 10, 2)
+    assert told is not None
+    assert told.startswith("with 10 rows and 2 seeds no difference below 50 points is found, ")
+    seeds = [
+        run(name, 1e-3, seed, {"test": 0.5 + 0.01 * seed**2 + gain})
+        for name, gain in [("lora", 0), ("alora", 0.1)]
+        for seed in range(3)
+    ]
+    seeds[-1]["metrics"]["test"]["accuracy"] += 0.001
+    assert report(seeds, [arm("lora"), arm("alora")])["sentence"].startswith("Better than lora beyond the chance of the seeds: ")
+
+
+def test_an_interval_that_holm_takes_back() -> None:
+    chance, names = np.random.default_rng(5), ["lora", "a", "b", "c"]
+    of = {name: chance.random((5, ROWS)) < 0.7 + 0.07 * (name == "a") for name in names}
+    runs = [run(name, 1e-3, seed, {"test": of[name][seed]}) for name in names for seed in range(5)]
+    content = report(runs, [arm(name) for name in names])
+    top = content["differences"][0]
+    assert top["p"] < 0.05 < top["p_holm"]
+    assert f", but p is {top['p_holm']:.2g} by Holm over all methods)" in content["sentence"]
 
 
 def test_what_is_in_no_pair() -> None:
@@ -148,6 +205,7 @@ def test_what_is_in_no_pair() -> None:
     assert found["mean"] > 5
     assert content["notes"] == [
         "alora diverged with 1 of 5 seeds, which are in no mean and in no pair",
+        "no rate was searched for: each method ran at its recipe's own, which may suit one better than another",
         "alora: 1 seeds ran on another kind of machine than lora's and are in no pair",
     ]
     assert [one["processor"] for one in content["machines"]] == ["a", "b"]
@@ -157,7 +215,7 @@ def test_a_metric_of_all_rows_together() -> None:
     without = [run(name, 1e-3, seed, {"test": 0.5 + 0.01 * seed * (name == "b")}) for name in ("a", "b") for seed in range(3)]
     content = report(without, [arm("a"), arm("b")])
     assert content["differences"][0]["over"] == "seeds"
-    assert content["notes"] == [
+    assert content["notes"][1:] == [
         "rows have no numbers of their own here: intervals are over seeds alone, and other rows may say otherwise"
     ]
     runs = [
@@ -165,7 +223,7 @@ def test_a_metric_of_all_rows_together() -> None:
     ]
     content = report(runs, [arm("a"), arm("b")])
     assert content["differences"][0]["over"] == "seeds and rows"
-    assert content["notes"] == [
+    assert content["notes"][1:] == [
         "differences are of the mean of each row's own accuracy, which is not the accuracy of all rows together"
     ]
 

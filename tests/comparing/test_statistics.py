@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from gatewise.comparing import statistics
-from gatewise.comparing.statistics import ASSUMED, Spread, detectable, difference, holm, needed, spread
+from gatewise.comparing.statistics import ASSUMED, Spread, by_chance_of_rows, detectable, difference, holm, needed, spread
 
 
 def right_or_wrong(
@@ -148,6 +148,35 @@ def test_seeds_alone_are_a_paired_t_test() -> None:
 def test_no_interval_where_nothing_says_how_wide(seeds: int, rows: int, why: str) -> None:
     found = difference(np.zeros((seeds, rows)), np.ones((seeds, rows)))
     assert (found.mean, found.low, found.high, found.p, found.why) == (1.0, None, None, None, why)
+
+
+def test_rounding_is_no_spread() -> None:
+    found = difference(np.array([[70.1], [70.2], [70.3]]), np.array([[70.4], [70.5], [70.6]]))
+    assert (found.p, found.why) == (None, "all 3 seeds have the same difference")
+
+
+def test_p_is_below_5_percent_where_the_interval_is_without_zero() -> None:
+    chance, both = np.random.default_rng(3), set()
+    for _ in range(200):
+        seeds, rows = chance.integers(2, 6), chance.integers(2, 40)
+        found = difference(*(100.0 * (chance.random((2, seeds, rows)) < np.array([0.5, 0.9])[:, None, None])))
+        if found.p is not None and found.low is not None and found.high is not None:
+            both.add((found.p < 0.05, found.low > 0 or found.high < 0))
+    assert both == {(True, True), (False, False)}
+
+
+def test_equal_rates_lie_apart_by_chance() -> None:
+    """Five rates that are as good as each other: what their best is above their worst is less than is said, 19 times in 20."""
+    chance, beyond = np.random.default_rng(4), []
+    for _ in range(400):
+        right = 100.0 * (chance.random((5, 1, 60)) < 0.8)
+        order = right.mean((1, 2)).argsort()
+        d = right[order[-1]] - right[order[0]]
+        limit = by_chance_of_rows(d, 10)
+        assert limit is not None
+        beyond.append(d.mean() > limit)
+    assert np.mean(beyond) < 0.07
+    assert by_chance_of_rows(np.ones((3, 1)), 10) is None
 
 
 def test_t_is_scipys() -> None:

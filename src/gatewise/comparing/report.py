@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from gatewise.comparing.statistics import ASSUMED, Array, detectable, difference, holm, needed, spread
+from gatewise.comparing.statistics import ASSUMED, Array, by_chance_of_rows, detectable, difference, holm, needed, spread
 from gatewise.inspection.plotting import figure_for, labelled_axes
 
 Run = Mapping[str, Any]
@@ -30,6 +30,8 @@ NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
 ROOM = 0.01
 """Arms whose parameters differ by more than this share are told of."""
+TOO_FEW = 50.0
+"""Rows and seeds that find nothing below so many points tell methods not apart."""
 
 
 def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_better: bool = False, missing: int = 0) -> Content:
@@ -48,7 +50,7 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
     part = next(
         (name for name in ("test", "dev") if any(name in run.get("metrics", {}) for of in final.values() for run in of)), None
     )
-    told = [_arm(arm, runs, final[arm["name"]], metric, scale, lower_is_better) for arm in arms]
+    told = [_arm(arm, runs, final[arm["name"]], metric, scale, lower_is_better, len(arms)) for arm in arms]
     notes = _notes(told, final, missing)
     pairs = {arm["name"]: _pairs(final[arms[0]["name"]], final[arm["name"]], part, metric, scale) for arm in arms[1:]}
     for name, one in pairs.items():
@@ -104,7 +106,10 @@ def outlook(
     smallest = detectable(rows, seeds, known, others)
     if smallest is None:
         return "one seed cannot say what is chance: give --seeds 3 or more"
-    line = f"with {rows:,} rows and {seeds} seeds a difference of {_size(smallest, scale)} is found four times in five, {basis}"
+    given = f"with {rows:,} rows and {seeds} seeds"
+    line = f"{given} a difference of {_size(smallest, scale)} is found four times in five, {basis}"
+    if scale == 100 and smallest > TOO_FEW:
+        line = f"{given} no difference below {TOO_FEW:.0f} points is found, {basis}: they are too few to tell methods apart"
     if scale != 100 or smallest <= 2:
         return line
     more_seeds, more_rows = needed(2, rows, seeds, known, others)
@@ -173,9 +178,15 @@ def _pairs(a: Sequence[Run], b: Sequence[Run], part: str | None, metric: str | N
 
 
 def _arm(
-    arm: Mapping[str, Any], runs: Sequence[Run], final: Sequence[Run], metric: str | None, scale: float, lower: bool
+    arm: Mapping[str, Any],
+    runs: Sequence[Run],
+    final: Sequence[Run],
+    metric: str | None,
+    scale: float,
+    lower: bool,
+    arms: int,
 ) -> Content:
-    """What is told of one arm."""
+    """What is told of one of so many arms."""
     seeds = [
         {
             "seed": run["seed"],
@@ -184,11 +195,11 @@ def _arm(
         for run in final
     ]
     by_part = {part: [one[part] for one in seeds if part in one] for part in ("dev", "test")}
-    rates: dict[float, dict[int, float | None]] = {}
-    for run in sorted(
-        (run for run in runs if run["for"] == "rate" and run["arm"] == arm["name"]), key=lambda run: run["learning_rate"]
-    ):
-        rates.setdefault(run["learning_rate"], {})[run["seed"]] = _value(run, "tuning", metric, scale)
+    tried = [run for run in runs if run["for"] == "rate" and run["arm"] == arm["name"]]
+    rates: dict[float, dict[int, Run]] = {}
+    for run in sorted(tried, key=lambda run: (run["learning_rate"], run["seed"])):
+        rates.setdefault(run["learning_rate"], {})[run["seed"]] = run
+    worth, chance = _worth(rates, arm["learning_rate"], metric, scale, lower, arms)
     return {
         "name": arm["name"],
         "learning_rate": arm["learning_rate"],
@@ -199,23 +210,32 @@ def _arm(
         "sd": {part: stdev(values) for part, values in by_part.items() if len(values) > 1},
         "diverged": sum(bool(run.get("diverged")) for run in final),
         "rates": [
-            {"learning_rate": rate, "tuning": [of[seed] for seed in sorted(of)], "seeds": sorted(of)} for rate, of in rates.items()
+            {"learning_rate": rate, "tuning": [_value(run, "tuning", metric, scale) for run in of.values()], "seeds": [*of]}
+            for rate, of in rates.items()
         ],
-        "rate_is_worth": _worth(rates, arm["learning_rate"], lower),
+        "rate_is_worth": worth,
+        "equal_rates_differ_by": chance,
         **{name: _mean([run.get(name) for run in final]) for name in ("seconds", "forgotten")},
         "peak_memory": max((run["peak_memory"] for run in final if run.get("peak_memory")), default=None),
     }
 
 
-def _worth(rates: Mapping[float, Mapping[int, float | None]], chosen: float | None, lower: bool) -> float | None:
-    """How much better the chosen rate is on the tuning rows than the worst one tried within a factor of NEAR, by seeds of both."""
-    best = next((of for rate, of in rates.items() if chosen and math.isclose(rate, chosen, rel_tol=1e-3)), {})
-    behind = []
-    for rate, of in rates.items():
-        if chosen and of is not best and 1 / NEAR <= rate / chosen <= NEAR:
-            both = [(top, one) for seed, one in of.items() if one is not None and (top := best.get(seed)) is not None]
-            behind += [fmean((top - one) * (-1 if lower else 1) for top, one in both)] if both else []
-    return max(behind, default=None)
+def _worth(
+    rates: Mapping[float, Mapping[int, Run]], chosen: float | None, metric: str | None, scale: float, lower: bool, arms: int
+) -> tuple[float | None, float | None]:
+    """How much better the chosen rate is on the tuning rows than the worst one tried within a factor of NEAR, by seeds of both.
+
+    Of several rates that are equal the best looks better than the worst. The second number is how far they lie apart by the chance
+    of the rows, in one search of all arms in twenty; None where rows have no numbers.
+    """
+    near = {rate: [*of.values()] for rate, of in rates.items() if chosen and 1 / NEAR <= rate / chosen <= NEAR}
+    best = next((rate for rate in near if chosen and math.isclose(rate, chosen, rel_tol=1e-3)), None)
+    searched, found = arms * len(near) * (len(near) - 1) // 2, []
+    for rate, of in near.items():
+        if best is not None and rate != best and len((pairs := _pairs(of, near[best], "tuning", metric, scale)).a):
+            d = (pairs.b - pairs.a) * (-1 if lower else 1)
+            found.append((max(float(d.mean()), 0.0), by_chance_of_rows(d, searched)))
+    return max(found, key=lambda one: one[0], default=(None, None))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -235,6 +255,13 @@ def _notes(arms: Sequence[Mapping[str, Any]], final: Mapping[str, Sequence[Run]]
     for name, runs in final.items():
         if diverged := [run["seed"] for run in runs if run.get("diverged")]:
             notes.append(f"{name} diverged with {len(diverged)} of {len(runs)} seeds, which are in no mean and in no pair")
+    if not any(arm["rates"] for arm in arms) and any(final.values()):
+        notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
+    for arm in arms:
+        tried = [one["learning_rate"] for one in arm["rates"]]
+        for end, edge in (("lowest", min(tried, default=None)), ("highest", max(tried, default=None))):
+            if arm["learning_rate"] and edge and math.isclose(arm["learning_rate"], edge, rel_tol=1e-3):
+                notes.append(f"{arm['name']}'s rate, {edge:.3g}, is the {end} that was tried: one beyond it may be better")
     if missing:
         notes.append(f"{missing} runs are missing")
     return notes
@@ -242,8 +269,10 @@ def _notes(arms: Sequence[Mapping[str, Any]], final: Mapping[str, Sequence[Run]]
 
 def _detectable(pairs: Sequence[_Pairs]) -> float | None:
     """The difference that these rows and seeds find four times in five, by how far they differ."""
-    known = spread([(one.a, one.b) for one in pairs])
-    return detectable(pairs[0].a.shape[1], len(pairs[0].a), known, len(pairs)) if known else None
+    known, shapes = spread([(one.a, one.b) for one in pairs]), [one.a.shape for one in pairs if min(one.a.shape) > 1]
+    if known is None or not any((known.seeds, known.rows, known.rest)):
+        return None
+    return detectable(min(rows for _, rows in shapes), min(seeds for seeds, _ in shapes), known, len(pairs))
 
 
 def _chosen(arms: Sequence[Content], lower: bool) -> str | None:
@@ -274,24 +303,41 @@ def _sentences(content: Content) -> list[str]:
     beyond = [one for one in differences if one["p_holm"] is not None and one["p_holm"] < WIN]
     wins = [one for one in beyond if better * one["mean"] > 0]
     losses = [one for one in beyond if better * one["mean"] < 0]
-    said = []
+    alone = [arm["name"] for arm in content["arms"][1:] if arm["name"] not in {one["arm"] for one in differences}]
+    said = ["Not all runs are finished."] if content["missing"] and differences else []
+    chance = "the chance of the seeds" if any(one["over"] == "seeds" for one in differences) else "chance"
+    where = f"{first} beyond {chance}{' on dev' * (content['part'] == 'dev')}"
     if wins:
-        said.append(f"Better than {first} beyond chance: {'; '.join(map(tell, wins))}.")
+        said.append(f"Better than {where}: {'; '.join(map(tell, wins))}.")
     elif any(one["p"] is not None for one in differences):
-        which = "largest" if better * differences[0]["mean"] > 0 else "closest"
-        said.append(f"No method is better than {first} beyond chance ({which}: {tell(differences[0])}).")
+        top, which = differences[0], "largest" if better * differences[0]["mean"] > 0 else "closest"
+        holm = f", but p is {top['p_holm']:.2g} by Holm over all methods" if top["p"] is not None and top["p"] < WIN else ""
+        none = "No method that was compared is" if alone else "No method is"
+        said.append(f"{none} better than {where} ({which}: {tell(top)}{holm if top not in losses else ''}).")
     elif differences:
         said.append(f"What is chance cannot be told ({tell(differences[0])}).")
     elif len(content["arms"]) > 1:
         said.append("There is no pair to compare yet.")
     if losses:
         said.append(f"Worse: {'; '.join(map(tell, losses))}.")
+    if alone and differences:
+        said.append(f"Not compared, as there is no pair of runs: {', '.join(alone)}.")
+    for arm in content["arms"]:
+        if diverged := arm["diverged"]:
+            some = f"{diverged} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: what is said of it holds for the others."
+            said.append(some if diverged < len(arm["seeds"]) else f"{arm['name']} diverged with every seed.")
     if (size := content["detectable"]) is not None and not wins:
-        said.append(f"A difference of {_size(size, scale)} would be found four times in five.")
-    worth = {arm["name"]: arm["rate_is_worth"] for arm in content["arms"] if arm["rate_is_worth"] is not None}
-    if worth:
-        most = max(worth, key=worth.__getitem__)
-        said.append(f"The rate is worth up to {_size(worth[most], scale)} ({most}: the best against the worst tried near it).")
+        is_few = scale == 100 and size > TOO_FEW
+        found = f"No difference below {TOO_FEW:.0f} points" if is_few else f"A difference of {_size(size, scale)}"
+        said.append(f"{found} would be found{' with so few rows and seeds' if is_few else ' four times in five'}.")
+    if worth := [(arm["rate_is_worth"], arm["equal_rates_differ_by"], arm) for arm in content["arms"] if arm["rate_is_worth"]]:
+        most, chance, arm = max(worth, key=lambda one: (one[0] > (one[1] or 0), one[0]))
+        how = f"the best against the worst tried near it, on {arm['name']}'s tuning runs"
+        by = f"; by the chance of these rows equal rates lie up to {_size(chance, scale)} apart" if chance is not None else ""
+        if chance is None or most > chance:
+            said.append(f"The rate is worth up to {_size(most, scale)} ({how}{by}).")
+        else:
+            said.append(f"What the rate is worth cannot be told from chance: {_size(most, scale)} ({how}{by}).")
     if (chosen := content["chosen_on_dev"]) and content["part"] == "test" and differences:
         test = next((f"on test {tell(one).partition(' ')[2]} from {first}" for one in differences if one["arm"] == chosen), "")
         said.append(f"By dev one would take {chosen}{f': {test}' if test else ''}.")

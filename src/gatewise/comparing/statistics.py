@@ -79,7 +79,7 @@ def difference(a: Array, b: Array) -> Difference:
     if seeds < 2:
         return Difference(mean, None, None, None, over, "one seed does not say how much another would change")
     by_seed, by_row = _parts(d)
-    if by_seed + by_row == 0:
+    if by_seed + by_row <= 1e-20 * mean**2:  # what rounding leaves
         return Difference(mean, None, None, None, over, f"all {seeds} seeds{' and all rows' * (rows > 1)} have the same difference")
     half = float(_half_width(by_seed, by_row, seeds, rows))
     widths = np.sqrt(by_seed * _student(seeds - 1) ** 2 + by_row * _student(max(rows - 1, 1)) ** 2)
@@ -97,10 +97,15 @@ def _parts(d: Array) -> tuple[Array, Array]:
         return a / seeds, np.zeros_like(a)
     b = seeds * (of_rows**2).sum(-1) / (rows - 1)
     rest = ((d - of_seeds[..., None] - of_rows[..., None, :]) ** 2).sum((-2, -1)) / ((seeds - 1) * (rows - 1))
+    more = _more(of_rows) / (seeds * rows)
+    return np.maximum(a, rest) * more, np.maximum(b - rest, 0) * more
+
+
+def _more(of_rows: Array) -> Array:
+    """1 + 2 / rows that differ, of the rows' differences from their mean."""
     squares = of_rows**2
     differ = squares.sum(-1) ** 2 / np.maximum((squares**2).sum(-1), 1e-300)
-    more = (1 + 2 / np.maximum(differ, 1)) / (seeds * rows)
-    return np.maximum(a, rest) * more, np.maximum(b - rest, 0) * more
+    return 1 + 2 / np.maximum(differ, 1)
 
 
 def _half_width(by_seed: Array, by_row: Array, seeds: int, rows: int, level: float = 0.05) -> Array:
@@ -115,6 +120,17 @@ def _student(df: int) -> Array:
     density = np.exp(-(df + 1) / 2 * np.log1p(t**2 / df)) * np.cosh(_STEPS)
     beyond = np.append(np.cumsum((density[1:] + density[:-1])[::-1])[::-1], 0)
     return np.interp(-np.log(_LEVELS), -np.log(np.maximum(beyond / beyond[0], 1e-300)), t)
+
+
+def by_chance_of_rows(d: Array, comparisons: int) -> float | None:
+    """The largest mean of so many differences where there is none, in 19 of 20 cases, if these rows alone leave it to chance.
+
+    Args:
+        d: one of the differences, (seeds, rows).
+    """
+    rows = d.shape[1]
+    of_rows = d.mean(0).var(ddof=1) / rows if rows > 1 else None
+    return None if of_rows is None else float(_half_width(np.zeros(()), of_rows, 2, rows, 0.05 / max(comparisons, 1)))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -132,7 +148,8 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
-    """The spread of pairs of arms, each as for ``difference``, on average; None where none has two seeds and rows."""
+    """The spread of pairs of arms, each as for ``difference`` and as uncertain where few rows differ, on average; None where none
+    has two seeds and rows."""
     found = []
     for a, b in pairs:
         d = np.asarray(b, float) - np.asarray(a, float)
@@ -141,7 +158,8 @@ def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
             d = d - d.mean()
             of_seeds, of_rows = d.mean(1), d.mean(0)
             rest = ((d - of_seeds[:, None] - of_rows) ** 2).sum() / ((seeds - 1) * (rows - 1))
-            found.append((max(of_seeds.var(ddof=1) - rest / rows, 0), max(of_rows.var(ddof=1) - rest / seeds, 0), rest))
+            parts = max(of_seeds.var(ddof=1) - rest / rows, 0), max(of_rows.var(ddof=1) - rest / seeds, 0), rest
+            found.append(_more(of_rows) * np.array(parts))
     return Spread(*np.sqrt(np.mean(found, 0)).tolist()) if found else None
 
 
