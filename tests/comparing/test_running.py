@@ -178,6 +178,19 @@ def test_several_processes_share_a_folder_and_make_each_run_once(
     assert len(made) == len(set(made)) == len([*(tmp_path / "out/runs").rglob("*.json")])
 
 
+def test_what_came_out_is_left_to_a_process_that_added_an_arm_meanwhile(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quality(method: str, rate: float, seed: int) -> float:
+        if seed == 0:
+            compared(recipe, rates=1, seeds=1, budget_minutes=0)
+        return rate
+
+    Trainings(tmp_path, monkeypatch, quality)
+    assert [arm["name"] for arm in compared(recipe, ["lora"], rates=1, seeds=1)["arms"]] == ["lora"]
+    assert [arm["name"] for arm in json.loads((tmp_path / "out/compare.json").read_text())["arms"]] == ["lora", "dora"]
+
+
 def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
     monkeypatch.setattr(running, "_tried", lambda *_: 59.0)
@@ -207,6 +220,34 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
     (tmp_path / "train.jsonl").write_text((tmp_path / "dev.jsonl").read_text())
     with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
         compared(recipe, overrides=["data.tuning=6"])
+
+
+def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainings(tmp_path, monkeypatch)
+    whole, damaged = compared(recipe, ["lora"], rates=1), tmp_path / "out/runs/lora/0.01-0.json"
+    for content in ("", "[]", "{}", '{"arm": "lora", "learn'):
+        damaged.write_text(content)
+        with pytest.raises(GatewiseError, match=r"0\.01-0\.json is damaged: remove it, and the same command makes the run again"):
+            compared(recipe, ["lora"], rates=1)
+    damaged.unlink()
+    assert compared(recipe, ["lora"], rates=1)["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
+    (tmp_path / "out/runs/lora/0.01-0 (1).json").write_text(damaged.read_text())
+    with pytest.raises(GatewiseError, match="has another name than its run: remove it if it is a copy"):
+        compared(recipe, ["lora"], rates=1)
+    (tmp_path / "out/plan.json").write_text("{")
+    with pytest.raises(GatewiseError, match=r"plan\.json is damaged: give another folder"):
+        compared(recipe, ["lora"], rates=1)
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainings(tmp_path, monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with pytest.raises(GatewiseError, match="is not empty and holds no comparison: give another folder"):
+        compared(recipe)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(GatewiseError, match=r"mine cannot be written \(.*\): give another folder"):
+        running.compare(recipe, ["lora"], tmp_path / "out/mine", console=SILENT)
 
 
 def test_runs_that_need_several_processes_are_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +297,24 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path: Path, 
     assert all(found[0][key] == found[1][key] for key in ("metrics", "rows", "steps", "parameters"))
     assert json.loads(gone_on.stdout)["arms"][0]["seeds"] == json.loads(whole.stdout)["arms"][0]["seeds"]
     assert not [*(tmp_path / "stopped/work").rglob("checkpoint-*")]
+
+
+def test_a_checkpoint_that_another_fault_keeps_from_use_is_kept(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = Trainings(tmp_path, monkeypatch)
+    (kept := tmp_path / "out/work/lora/0.01-0/kept").mkdir(parents=True)
+    monkeypatch.setattr(running, "what_is_kept", lambda work, _: "step 2" if (work / "kept").exists() else None)
+
+    def fails(*_: Any, **settings: Any) -> RunResult:
+        trainings.file.open("a").write(f'["lora", {int(settings["resume"])}, 0, []]\n')
+        raise GatewiseError("there is no space left")
+
+    monkeypatch.setattr(running, "train", fails)
+    with pytest.raises(GatewiseError, match="no space left"):
+        compared(recipe, ["lora"], rates=1)
+    assert [resumed for _, resumed, *_ in trainings.calls] == [1, 0]
+    assert kept.exists()
 
 
 def test_one_option_takes_several_values() -> None:

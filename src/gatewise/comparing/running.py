@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +49,7 @@ PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adap
 MOST_TUNING, LEAST_TUNING = 500, 32
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
+_ALWAYS = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
 
 
 def compare(
@@ -195,21 +196,27 @@ class _Comparison:
             "files": _fingerprints(self.arms[0].recipe),
             "arms": {arm.name: arm.recipe.model_dump(mode="json", exclude=_FREE_TO_CHANGE) for arm in self.arms},
         }
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / PLAN
-        (self.output / WORK).mkdir(exist_ok=True)
-        with FileLock(self.output / WORK / "plan.lock"):
-            if path.is_file():
-                before = json.loads(path.read_text(encoding="utf-8"))
-                given = {arm.name: arm.recipe.model_dump(mode="json", exclude_defaults=True) for arm in self.arms}
-                if problems := list(_at_odds(before, json.loads(json.dumps(plan)), given)):
-                    raise GatewiseError(
-                        f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the same "
-                        "settings; only arms, seeds and rates may be added"
-                    )
-            elif any(one.name != WORK for one in self.output.iterdir()):
-                raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
-            write_json(path, plan)
+        path, self._plan = self.output / PLAN, json.loads(json.dumps(plan))
+        others = GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
+        try:
+            there = {one.name for one in self.output.iterdir()} if self.output.exists() else set()
+            if there and not there & {PLAN, WORK}:
+                raise others
+            (self.output / WORK).mkdir(parents=True, exist_ok=True)
+            with FileLock(self.output / WORK / "plan.lock"):
+                if path.is_file():
+                    before = _read(path, plan)
+                    given = {arm.name: arm.recipe.model_dump(mode="json", exclude_defaults=True) for arm in self.arms}
+                    if problems := list(_at_odds(before, self._plan, given)):
+                        raise GatewiseError(
+                            f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the "
+                            "same settings; only arms, seeds and rates may be added"
+                        )
+                elif any(one.name != WORK for one in self.output.iterdir()):
+                    raise others
+                write_json(path, plan)
+        except OSError as error:
+            raise GatewiseError(f"{self.output} cannot be written ({error.strerror or error}): give another folder") from error
 
     def tell(self) -> None:
         """Says what will be done, and how long it takes."""
@@ -242,7 +249,7 @@ class _Comparison:
         """What a run came to, or None where it is not finished."""
         path = self.output / RUNS / f"{run.name}.json"
         if run.name not in self._found and path.is_file():
-            self._found[run.name] = json.loads(path.read_text(encoding="utf-8"))
+            self._found[run.name] = _result(path)
         return self._found.get(run.name)
 
     def _trial(self, arm: Arm, trial: Trial) -> _Run:
@@ -358,8 +365,19 @@ class _Comparison:
         except GatewiseError:
             if not resumed:
                 raise
-            shutil.rmtree(work)  # what was left of it is of another version, or damaged
-            self._make(run)
+            # What was left of it is of another version, or damaged. If it cannot be made anew either, that is not why.
+            aside = work.with_name(f"{work.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            if work.is_dir():
+                work.rename(aside)
+            try:
+                self._make(run)
+            except GatewiseError:
+                if aside.is_dir():
+                    shutil.rmtree(work, ignore_errors=True)
+                    aside.rename(work)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
             return
         else:
             metrics = {name: both["after"] for name, both in done.metrics.items()}
@@ -398,6 +416,10 @@ class _Comparison:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
         missing, _ = self._to_do()
         content = report(self._finished(), self._arms(), lower_is_better=self.lower_is_better, missing=missing)
+        plan = _read(self.output / PLAN, self._plan)
+        if (plan["seeds"], plan["rates"], len(plan["arms"])) != (self.seeds, self.rates, len(self.arms)):
+            self.progress.say(f"another process has added to the comparison: {RESULT} is left to it")
+            return content
         write_json(self.output / RESULT, finite(content))
         if not any(arm["rates"] for arm in content["arms"]):
             return content
@@ -410,7 +432,7 @@ class _Comparison:
     def _finished(self) -> list[dict[str, Any]]:
         """What the finished runs of all arms came to."""
         paths = [path for arm in self.arms for path in sorted((self.output / RUNS / arm.name).glob("*.json"))]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [_result(path) for path in paths]
 
     def _arms(self) -> list[dict[str, Any]]:
         """The arms, with the rates that were found for them."""
@@ -420,6 +442,30 @@ class _Comparison:
             rate = None if step is None else rate_at(own, step)
             told.append({"name": arm.name, "parameters": arm.parameters, "learning_rate": rate, "recipe_rate": own})
         return told
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What the run that a file is named after came to."""
+    found = _read(path, _ALWAYS)
+    if (found["arm"], f"{found['learning_rate']:.3g}-{found['seed']}") != (path.parent.name, path.stem):
+        raise GatewiseError(f"{path} has another name than its run: remove it if it is a copy")
+    return found
+
+
+def _read(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Reads a file that a comparison wrote.
+
+    Raises:
+        GatewiseError: it is not whole.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        again = "give another folder" if path.name == PLAN else "remove it, and the same command makes the run again"
+        raise GatewiseError(f"{path} is damaged: {again}")
+    return found
 
 
 def _score(result: Mapping[str, Any], lower_is_better: bool) -> Score:
