@@ -53,23 +53,12 @@ def tuned(name: str, scores: dict[float, float], **more: Any) -> list[dict[str, 
     return [run(name, rate, 1000, {"tuning": answers(right, 1000, 3)}, **more) for rate, right in scores.items()]
 
 
-def test_a_rate_at_the_edge_of_those_that_were_tried_is_told() -> None:
-    runs = [
-        *tuned("lora", {1e-3: 0.7, 3e-3: 0.5}),
-        *tuned("dora", {3e-4: 0.1, 1e-3: 0.7}),
-        *tuned("alora", {3e-4: 0.1, 1e-3: 1, 3e-3: 0}),
-    ]
-    lora, dora = report(runs, [arm("lora"), arm("dora"), arm("alora")])["notes"]
-    assert lora == "lora's rate is the lowest that was tried, one beyond it may be better: give more --rates"
-    assert dora.startswith("dora's rate is the highest")
-
-
 def test_one_method_is_better() -> None:
     runs = [
         *finals("lora", 0.7),
         *finals("alora", 0.85, parameters=1030),
         *finals("dora", 0.7),
-        *tuned("lora", {3e-4: 0.6, 1e-3: 0.7, 3e-3: 0.5}),
+        *tuned("lora", {1e-3: 0.7, 3e-3: 0.5}),
     ]
     content = report(runs, [arm("lora"), arm("alora"), arm("dora")], missing=2)
     assert json.loads(json.dumps(content)) == content

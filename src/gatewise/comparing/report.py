@@ -252,11 +252,6 @@ def _notes(arms: Sequence[Mapping[str, Any]], final: Mapping[str, Sequence[Run]]
                 f"{arm['name']} stores {arm['parameters']:,} parameters, {abs(more):.1%} {'more' if more > 0 else 'fewer'} than "
                 f"{first['name']}'s {first['parameters']:,}"
             )
-    for arm in arms:
-        tried = [one["learning_rate"] for one in arm["rates"]]
-        for at, edge in ((0, "lowest"), (-1, "highest")):
-            if arm["learning_rate"] and len(tried) > 1 and math.isclose(tried[at], arm["learning_rate"], rel_tol=1e-3):
-                notes.append(f"{arm['name']}'s rate is the {edge} that was tried, one beyond it may be better: give more --rates")
     for name, runs in final.items():
         if diverged := [run["seed"] for run in runs if run.get("diverged")]:
             notes.append(f"{name} diverged with {len(diverged)} of {len(runs)} seeds, which are in no mean and in no pair")
