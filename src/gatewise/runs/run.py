@@ -77,8 +77,8 @@ class RunResult:
         numbers: what the method says of the adapter, as in ``metrics.json``: "ranks" by module, "prompt_layers" and so on.
         table: makes the same for a terminal, in the main process; None where there is none.
         pictures: file name -> path of what was drawn.
-        rows: "dev" and so on -> a number for each row after the training, in their order, more being better; see
-            ``gatewise.parts.Measured``. Not in ``metrics.json``.
+        rows: "dev" and so on -> a number for each row after the training, in their order; see ``gatewise.parts.Measured``. Not in
+            ``metrics.json``.
         peak_memory: bytes that were in use at most while it trained: on the GPU, or of this process where there is none. None
             where that cannot be told, as on a CPU without Linux.
     """
