@@ -75,6 +75,27 @@ def test_a_recipe_file_brings_its_method_and_its_rates(tmp_path: Path) -> None:
             arms(recipe, "lora", file)
 
 
+def test_what_is_set_for_all_arms_holds_for_recipe_files_too(tmp_path: Path) -> None:
+    recipe, file = write_recipe(tmp_path, data={"train": "train.jsonl", "dev": "dev.jsonl", "held_out": 0}), tmp_path / "file.yaml"
+    file.write_text(json.dumps({"method": "alora", "task": "causal", "launch": {}, "training": {"max_steps": 8}}))
+    same, other = (arms(recipe, file, overrides=("data.held_out=5", f"training.max_steps={n}"))["file"] for n in (8, 5))
+    assert (same.told, same.recipe.training.max_steps) == ((), 8)
+    assert other.told == (f"training.max_steps is 5, as all arms have it, and not 8 as in {file}",)
+
+
+def test_controls_stay_what_they_are(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "alora", allocation=None)
+    found = arms(recipe, "alora", "random", "lora+", overrides=("allocation.score=ablation", "allocation.score_options.mode=exact"))
+    assert [found[name].recipe.allocation.score for name in ("alora", "random")] == ["ablation", "random"]
+    assert found["random"].told == ("keeps allocation.score=random, which makes it what it is",)
+    assert found["lora+"].told == ()
+
+
+def test_the_scale_of_other_methods_is_by_rank_too(tmp_path: Path) -> None:
+    found = arms(write_recipe(tmp_path, peft={"r": 4, "use_rslora": True}), "lora", "dora", "adalora")
+    assert [arm.recipe.peft.use_rslora for arm in found.values()] == [True, True, False]  # adalora has a scale of its own
+
+
 @pytest.fixture(scope="module")
 def every_arm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arm]:
     recipe = write_recipe(tmp_path_factory.mktemp("arms"), training={"max_steps": 2, "batch_size": 4})
@@ -123,6 +144,7 @@ def test_arms_store_as_much_as_the_first(tmp_path: Path) -> None:
     [
         (("lora", "alroa"), (), "--methods alroa: expected a recipe file .*; did you mean alora?"),
         (("lora", "lora.yaml"), (), "--methods names lora twice"),
+        ((), (), "--methods names nothing to compare"),
         (("spt", "lora"), ("peft.rr=1",), r"--set peft.rr=1, for arm lora: peft.rr is not a known key"),
         (("lora",), ("method=dora",), "--set method=dora: a comparison has the methods of --methods"),
         (("milora",), ("training.lora_plus_ratio=4", "peft.init_lora_weights=eva"), "arm milora: peft.init_lora_weights is eva"),

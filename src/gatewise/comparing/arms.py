@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
-from gatewise.parts import METHODS, TASKS
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS
 from gatewise.progress import quiet
 from gatewise.runs.recipe import Recipe, changed, checked, load_recipe, read_tree, takes
 
@@ -77,11 +77,15 @@ def arms_of(
     Raises:
         GatewiseError: a name that stands for nothing or for two arms, or a recipe that is not in order.
     """
+    if not names:
+        raise GatewiseError("--methods names nothing to compare: expected methods, controls or recipe files")
     base = read_tree(recipe)
     for setting in overrides:
         if setting.partition("=")[0].strip() == "method":
             raise GatewiseError(f"--set {setting}: a comparison has the methods of --methods")
-    load_recipe(recipe, [setting for setting in overrides if takes(base, setting)])  # refuses what no arm would see of it
+    shared = [setting for setting in overrides if takes(base, setting)]
+    load_recipe(recipe, shared)  # refuses what no arm would see of it
+    base = changed(base, shared)
     trees: dict[str, tuple[Tree, list[str]]] = {}
     for name in names:
         is_file = name not in CONTROLS and name not in METHODS
@@ -97,9 +101,13 @@ def arms_of(
             nearest = next((name for name, (tree, _) in trees.items() if takes(tree, section)), next(iter(trees)))
             checked(changed(trees[nearest][0], [setting]), f"--set {setting}, for arm {nearest}")
     recipes = {
-        name: checked(changed(tree, [one for one in overrides if takes(tree, one)]), f"arm {name}")
+        name: checked(_as_named(name, changed(tree, [one for one in overrides if takes(tree, one)])), f"arm {name}")
         for name, (tree, _) in trees.items()
     }
+    for name, (_, told) in trees.items():
+        own = [one for one in CONTROLS.get(name, ())[1:] if one not in overrides]
+        set_too = {setting.partition("=")[0].strip() for setting in overrides}
+        told += [f"keeps {one}, which makes it what it is" for one in own if one.partition("=")[0] in set_too]
     say("counting what each arm stores")
     first, *others = recipes
     stored = _Stored(recipes[first])
@@ -128,19 +136,27 @@ def _shared(base: Tree, method: str) -> Tree:
 
 def _of_method(name: str, base: Tree) -> Tree:
     """A method or a control."""
-    method, *settings = CONTROLS.get(name, (name,))
+    method = CONTROLS.get(name, (name,))[0]
     tree, sections = _shared(base, method), METHODS[method].sections()
     if method == base["method"]:
         tree |= {key: base[key] for key in sections if key in base} | {"training": base.get("training")}
     else:
         tree |= _taken_over(base, method)
-    return changed(tree, settings)
+    return tree
+
+
+def _as_named(name: str, tree: Tree) -> Tree:
+    """With what makes a control what it is, whatever was set for all arms."""
+    return changed(tree, CONTROLS.get(name, ())[1:])
 
 
 def _taken_over(base: Tree, method: str) -> Tree:
     """What another method's arm has of the recipe that is compared with: modules, rank and scale."""
     kind, given = METHODS[method].sections().get("peft"), base.get("peft") or {}
-    return {} if kind is None else {"peft": {key: given[key] for key in TAKEN_OVER if key in given and key in kind.model_fields}}
+    if kind is None:
+        return {}
+    keys = [*TAKEN_OVER, *(["use_rslora"] if METHODS[method].is_lora else [])]
+    return {"peft": {key: given[key] for key in keys if key in given and key in kind.model_fields}}
 
 
 def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
@@ -152,8 +168,9 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
         raise GatewiseError(f"--methods {path}: expected a recipe file (.yaml), or one of {', '.join(known)}{hint}")
     own = read_tree(path)
     for key in ("model", "task"):
-        if own.get(key) not in (None, base.get(key)):
-            raise GatewiseError(f"{path} has {key} {own[key]}, but what it is compared with has {base.get(key)}: arms share it")
+        theirs = base.get(key) or DEFAULT_TASK
+        if own.get(key) not in (None, theirs):
+            raise GatewiseError(f"{path} has {key} {own[key]}, but what it is compared with has {theirs}: arms share it")
     tree = _shared(base, str(own.get("method")))
     alone = checked({**tree, **own}, str(path))
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
@@ -163,8 +180,10 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
     for key, value in alone.model_dump(exclude_unset=True).items():
         if key in _NOT_SHARED or key in sections:
             continue
-        pairs = [(f"{key}.{k}", one, shared[key].get(k)) for k, one in value.items()] if isinstance(value, dict) else []
-        for path_of, mine, theirs in pairs or [(key, value, shared[key])]:
+        is_section = isinstance(value, dict)
+        for path_of, mine, theirs in (
+            [(f"{key}.{k}", one, shared[key].get(k)) for k, one in value.items()] if is_section else [(key, value, shared[key])]
+        ):
             if mine != theirs and path_of not in {f"training.{rate}" for rate in RATES}:
                 told.append(f"{path_of} is {theirs}, as all arms have it, and not {mine} as in {path}")
     return tree, told
