@@ -187,14 +187,8 @@ def _arm(
     arms: int,
 ) -> Content:
     """What is told of one of so many arms."""
-    seeds = [
-        {
-            "seed": run["seed"],
-            **{part: value for part in ("dev", "test") if (value := _value(run, part, metric, scale)) is not None},
-        }
-        for run in final
-    ]
-    by_part = {part: [one[part] for one in seeds if part in one] for part in ("dev", "test")}
+    seeds = [{"seed": run["seed"], **{part: _value(run, part, metric, scale) for part in ("dev", "test")}} for run in final]
+    by_part = {part: [value for one in seeds if (value := one[part]) is not None] for part in ("dev", "test")}
     tried = [run for run in runs if run["for"] == "rate" and run["arm"] == arm["name"]]
     rates: dict[float, dict[int, Run]] = {}
     for run in sorted(tried, key=lambda run: (run["learning_rate"], run["seed"])):
