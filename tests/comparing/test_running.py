@@ -222,6 +222,27 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
         compared(recipe, overrides=["data.tuning=6"])
 
 
+def test_an_arm_that_has_not_begun_may_change_and_go(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quality(method: str, rate: float, seed: int) -> float:
+        if method == "dora":  # which cannot be changed while it runs
+            with pytest.raises(GatewiseError, match="arm dora was there, now it is not"):
+                compared(recipe, ["lora"], **once, budget_minutes=0)
+            raise GatewiseError("peft.r does not fit")
+        return rate
+
+    once, changed = {"seeds": 1, "rates": 1}, ["training.max_steps=3"]
+    trainings = Trainings(tmp_path, monkeypatch, quality)
+    compared(recipe, **once, budget_minutes=0)  # a look at plan and time
+    with pytest.raises(GatewiseError, match=r"peft\.r does not fit"):
+        compared(recipe, **once, overrides=changed)
+    with pytest.raises(GatewiseError, match=r"training\.max_steps of lora was 3, now 4"):
+        compared(recipe, **once)
+    others = ["lora", "pi-lora", "alora"]  # while pi-lora runs, milora is taken out
+    trainings.quality = lambda *_: compared(recipe, others, **once, overrides=changed, budget_minutes=0)["missing"]
+    with pytest.raises(GatewiseError, match="milora is no longer in the plan"):
+        compared(recipe, ["lora", "pi-lora", "milora"], **once, overrides=changed)
+
+
 def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainings(tmp_path, monkeypatch)
     whole, damaged = compared(recipe, ["lora"], rates=1), tmp_path / "out/runs/lora/0.01-0.json"

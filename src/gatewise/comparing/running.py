@@ -203,20 +203,37 @@ class _Comparison:
             if there and not there & {PLAN, WORK}:
                 raise others
             (self.output / WORK).mkdir(parents=True, exist_ok=True)
-            with FileLock(self.output / WORK / "plan.lock"):
+            with self._planning():
                 if path.is_file():
                     before = _read(path, plan)
                     given = {arm.name: arm.recipe.model_dump(mode="json", exclude_defaults=True) for arm in self.arms}
-                    if problems := list(_at_odds(before, self._plan, given)):
+                    if problems := list(_at_odds(before, self._plan, given, self._begun(before["arms"]))):
                         raise GatewiseError(
                             f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the "
-                            "same settings; only arms, seeds and rates may be added"
+                            "same settings; only arms, seeds and rates may be added, and arms without a finished run changed"
                         )
                 elif any(one.name != WORK for one in self.output.iterdir()):
                     raise others
                 write_json(path, plan)
         except OSError as error:
             raise GatewiseError(f"{self.output} cannot be written ({error.strerror or error}): give another folder") from error
+
+    def _planning(self) -> FileLock:
+        """Held while the plan is changed, and while a run is claimed by it."""
+        return FileLock(self.output / WORK / "plan.lock")
+
+    def _begun(self, names: Iterable[str]) -> set[str]:
+        """The arms that have a finished run, or one that a process is making."""
+
+        def is_held(path: Path) -> bool:
+            try:
+                FileLock(path).acquire(timeout=0).lock.release()
+            except Timeout:
+                return True
+            return False
+
+        finished = {name for name in names if any((self.output / RUNS / name).glob("*.json"))}
+        return finished | {name for name in names if any(map(is_held, (self.output / WORK / name).glob("*.lock")))}
 
     def tell(self) -> None:
         """Says what will be done, and how long it takes."""
@@ -330,9 +347,21 @@ class _Comparison:
         path = self.output / WORK / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        with self._planning():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                is_free = False
+            else:
+                is_free = True
+                one = _read(self.output / PLAN, self._plan)["arms"].get(run.arm.name, {"method": None})
+                before, now = _by_key(one), _by_key(self._plan["arms"][run.arm.name])
+                if any(before[key] != now[key] for key in before.keys() & now.keys()):
+                    lock.release()
+                    raise GatewiseError(
+                        f"{run.arm.name} is no longer in the plan of {self.output} as it was: another process changed it"
+                    )
+        if not is_free:
             yield False
             return
         try:
@@ -484,13 +513,15 @@ def _fingerprints(recipe: Recipe) -> dict[str, str]:
     return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
 
 
-def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
-    """Why one plan does not go on with another: only arms, seeds and rates may be added.
+def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any], begun: set[str]) -> Iterator[str]:
+    """Why one plan does not go on with another: only arms, seeds and rates may be added, and arms that have not begun changed.
 
     Args:
         given: what is no default in the recipes. Another version of gatewise may have written a plan without keys of this one, or
             with others.
     """
+    if not begun:
+        return
     for name in ("seeds", "rates"):
         if now[name] < before[name]:
             yield f"{name} was {before[name]}, now {now[name]}"
@@ -500,6 +531,8 @@ def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[s
     if next(iter(before["arms"])) != next(iter(now["arms"])):
         yield f"the first arm was {next(iter(before['arms']))}, now {next(iter(now['arms']))}"
     for arm, recipe in before["arms"].items():
+        if arm not in begun:
+            continue
         if arm not in now["arms"]:
             yield f"arm {arm} was there, now it is not"
             continue
