@@ -11,6 +11,7 @@ from tiny_run import byte_tokenizer, write_adapter, write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
 from gatewise.comparing.forgetting import forgotten
+from gatewise.files import write_json
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
 
@@ -39,6 +40,19 @@ def test_what_reads_a_prompt_or_is_one_is_used_as_on_other_text(method: str, tmp
     found = forgotten(result.adapter)
     assert found is not None
     assert 1e-6 < found < 10
+
+
+def test_rounding_is_not_forgotten(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "llama", initializer_range=0.3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(weight, 1e-4)
+    model.save_pretrained(str(tmp_path / "small"), save_embedding_layers=False)
+    write_json(tmp_path / "small" / "gatewise.json", {"dtype": "bfloat16"})
+    found = forgotten(tmp_path / "small")
+    assert found is not None
+    assert 0 < found < 2e-6
 
 
 def test_nothing_is_forgotten_by_a_fresh_adapter_or_told_of_a_classifier(tmp_path: Path) -> None:

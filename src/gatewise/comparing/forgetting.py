@@ -19,18 +19,20 @@ from torch import Tensor
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_as_trained
 from gatewise.internals.soft_prompt_fixes import without_prompts
-from gatewise.losses import labelled_logits
+from gatewise.losses import base_of, labelled_logits
 from gatewise.tasks.encoding import PadCollator, text_prefix, token_ids
 from gatewise.tasks.metrics import measuring, most_positions
 
 _TOKENS, _PROMPT, _BATCH = 64, 16, 4  # of a piece at most; before the first that is counted; pieces in one forward
+_SMALL = 1_000_000_000  # parameters: 4 GB in float32
 
 
 def forgotten(adapter: str | Path, *, device: torch.device | str = "auto") -> float | None:
     """Mean KL(base || adapted) in nats a token of the neutral text, of an adapter as its user would have it.
 
     Each piece's first tokens are its prompt, of which none is counted: by them a routed adapter chooses its experts. Soft prompts
-    stand in front of it.
+    stand in front of it. Base models of up to a billion parameters compute in float32, whatever they were trained in: in bfloat16
+    rounding alone is 0.001 to 0.002 nats.
 
     Returns:
         None for an adapter that does not write text.
@@ -41,6 +43,8 @@ def forgotten(adapter: str | Path, *, device: torch.device | str = "auto") -> fl
     if read_config(adapter).get("task_type") != "CAUSAL_LM":
         return None
     model, tokenizer, _ = load_as_trained(adapter, device=device)
+    if getattr(base_of(model).config, "quantization_config", None) is None and model.num_parameters() <= _SMALL:
+        model.float()
     text = (resources.files("gatewise") / "samples" / "neutral.txt").read_text(encoding="utf-8")
     start, longest = text_prefix(tokenizer), min(_TOKENS, most_positions(model))
     pieces = [[*start, *ids][:longest] for ids in token_ids(tokenizer, text.strip().split("\n\n"))]
