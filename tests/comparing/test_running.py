@@ -340,6 +340,6 @@ def test_a_checkpoint_that_another_fault_keeps_from_use_is_kept(
 
 def test_one_option_takes_several_values() -> None:
     command: Any = typer.main.get_command(app)
-    words = ["my.yaml", "--methods", "lora", "dora", "--set", "seed=1", "peft.r=2", "--methods", "alora", "--out", "x"]
+    words = ["my.yaml", "--methods", "lora", "dora", "--set", "seed=1", "peft.r=2", "--methods=alora", "eva", "--out", "x"]
     found = command.commands["compare"].make_context("compare", words).params
-    assert (found["methods"], found["set_"]) == (["lora", "dora", "alora"], ["seed=1", "peft.r=2"])
+    assert (found["methods"], found["set_"]) == (["lora", "dora", "alora", "eva"], ["seed=1", "peft.r=2"])

@@ -28,7 +28,8 @@ def _repeated(words: Sequence[str]) -> Iterator[str]:
     option, values = None, 0
     for word in words:
         if word.startswith("-"):
-            option, values = (word if word in _SEVERAL else None), 0
+            option, _, value = word.partition("=")
+            option, values = (option if option in _SEVERAL else None), len(value)
         elif option:
             if values:
                 yield option
@@ -38,7 +39,10 @@ def _repeated(words: Sequence[str]) -> Iterator[str]:
 
 def compare(
     recipe: Annotated[
-        Path, typer.Argument(help="The recipe whose model, rows and training all methods share.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The recipe whose model, rows and training all methods share. Stands before --methods.", show_default=False
+        ),
     ],
     methods: Annotated[
         list[str],

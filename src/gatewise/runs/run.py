@@ -468,7 +468,8 @@ def _writing(run: Run, method: Method, rows: Mapping[str, str], overwrite: bool)
     except Timeout:
         raise GatewiseError(f"another process is training into {output}: wait until it ends, or give another --output") from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch.save, on a full disk
+        of_torch_save = ("inline_container", "iostream")  # on a full disk
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in of_torch_save):
             raise
         reason = getattr(error, "strerror", None) or error
         raise GatewiseError(f"{output} could not be written ({reason}): free some space or give another --output") from error
