@@ -105,9 +105,9 @@ def arms_of(
         for name, (tree, _) in trees.items()
     }
     for name, (_, told) in trees.items():
-        own = [one for one in CONTROLS.get(name, ())[1:] if one not in overrides]
+        fixed = [one for one in CONTROLS.get(name, ())[1:] if one not in overrides]
         set_too = {setting.partition("=")[0].strip() for setting in overrides}
-        told += [f"keeps {one}, which makes it what it is" for one in own if one.partition("=")[0] in set_too]
+        told += [f"keeps {one}, which makes it what it is" for one in fixed if one.partition("=")[0] in set_too]
     say("counting what each arm stores")
     first, *others = recipes
     stored = _Stored(recipes[first])
