@@ -240,6 +240,8 @@ def test_what_will_be_found() -> None:
     after = outlook(tuning, arms, 500, 5)
     assert after is not None
     assert "as far as the tuning runs differ" in after
+    same = [run(name, 1e-3, seed, {"tuning": np.ones(ROWS)}) for name in ("lora", "alora") for seed in range(1000, 1003)]
+    assert outlook(same, arms, 500, 5) == before  # and not 0.0 points
     assert outlook([], arms, 500, 1) == "one seed cannot say what is chance: give --seeds 3 or more"
     assert outlook([], arms, 500, 5, lower_is_better=True) is None
 

@@ -259,7 +259,7 @@ def _notes(arms: Sequence[Mapping[str, Any]], final: Mapping[str, Sequence[Run]]
 def _detectable(pairs: Sequence[_Pairs]) -> float | None:
     """The difference that these rows and seeds find four times in five, by how far they differ."""
     known, shapes = spread([(one.a, one.b) for one in pairs]), [one.a.shape for one in pairs if min(one.a.shape) > 1]
-    if known is None or not any((known.seeds, known.rows, known.rest)):
+    if known is None:
         return None
     return detectable(min(rows for _, rows in shapes), min(seeds for seeds, _ in shapes), known, len(pairs))
 

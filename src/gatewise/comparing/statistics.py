@@ -149,7 +149,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
     """The spread of pairs of arms, each as for ``difference`` and as uncertain where few rows differ, on average; None where none
-    has two seeds and rows."""
+    has two seeds and rows, or all are the same."""
     found = []
     for a, b in pairs:
         d = np.asarray(b, float) - np.asarray(a, float)
@@ -160,7 +160,7 @@ def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
             rest = ((d - of_seeds[:, None] - of_rows) ** 2).sum() / ((seeds - 1) * (rows - 1))
             parts = max(of_seeds.var(ddof=1) - rest / rows, 0), max(of_rows.var(ddof=1) - rest / seeds, 0), rest
             found.append(_more(of_rows) * np.array(parts))
-    return Spread(*np.sqrt(np.mean(found, 0)).tolist()) if found else None
+    return Spread(*np.sqrt(np.mean(found, 0)).tolist()) if np.any(found) else None
 
 
 def detectable(rows: int, seeds: int, known: Spread = ASSUMED, comparisons: int = 1) -> float | None:
