@@ -247,6 +247,14 @@ class _Comparison:
         if training.load_best or training.early_stopping_patience is not None:
             say("the final runs go by dev while they train (load_best, early_stopping_patience): only test is a fair measure then")
         self._tell_outlook()
+        if self.keep_adapters:
+            kept = {(path.parent.name, path.name) for path in (self.output / ADAPTERS).glob("*/*")}
+            finished = {(one["arm"], str(one["seed"])) for one in self._finished() if one["for"] == "seed" and "metrics" in one}
+            if lost := len(finished - kept):
+                say(f"adapters of finished runs that were not kept: {lost}; to have them, remove the files of these runs")
+        for work in (self.output / WORK).glob("*/*"):  # of a process that was killed when its run was finished
+            if (self.output / RUNS / work.parent.name / f"{work.name}.json").is_file():
+                shutil.rmtree(work, ignore_errors=True)
         if not self._to_do()[0]:
             return
         if not self._seconds():
