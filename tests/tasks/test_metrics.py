@@ -345,7 +345,7 @@ def test_the_first_metric_of_a_kind_is_the_mean_of_what_its_rows_are_worth(
     records = _labelled(["good", "bad"]) if kind == "label" else _choices() if kind == "choice" else _short(kind)
     written = [("2 b c", True), ("a b", True), ("bill 2", True), ("x 3", False)]
     monkeypatch.setattr("gatewise.tasks.metrics.write_texts", lambda *_, **__: written)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}\n{% endfor %}")
     answers: list[dict[str, Any]] = []
     metrics = evaluate(llama, tokenizer, records, answers=answers)
     rows = [worth(answer) for answer in answers]
