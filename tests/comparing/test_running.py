@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from rich.console import Console
 from tiny_run import stop_at, write_recipe, write_rows
@@ -114,6 +116,30 @@ def test_rates_are_found_on_tuning_rows_alone_and_final_seeds_tuned_nothing(
     assert sorted(final) == sorted((method, best[method], seed, ["dev", "test"]) for method in best for seed in (0, 1))
     once = [tuple(call[:3]) for call in trainings.calls]
     assert len(once) == len(set(once))
+
+
+def test_what_was_forgotten_has_the_trained_models_memory_and_costs_no_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.cycle = self
+
+    models: list[weakref.ref[Model]] = []
+
+    def quality(method: str, rate: float, seed: int) -> float:
+        models.append(weakref.ref(Model()))
+        return 0.5
+
+    def forgotten(*_: Any, **__: Any) -> float:
+        assert models[-1]() is None
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Trainings(tmp_path, monkeypatch, quality)
+    monkeypatch.setattr(running, "forgotten", forgotten)
+    content = compared(recipe, ["lora"], rates=1, console=(console := Console(file=io.StringIO(), width=200)))
+    assert (content["missing"], content["arms"][0]["mean"]["dev"]) == (0, 50)
+    assert "warning: what was forgotten could not be measured: CUDA out of memory" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_run_that_diverges_is_the_worst_of_its_rates_and_the_comparison_goes_on(

@@ -382,9 +382,7 @@ class _Comparison:
         work, begun = self.output / WORK / run.name, time.monotonic()
         if (work / METRICS).is_file() or what_is_kept(work, run.recipe.parts()[1]) is None:
             shutil.rmtree(work, ignore_errors=True)
-        gc.collect()  # models are in cycles, and the next one wants their place
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _make_room()
         resumed, measured = work.is_dir(), ("dev", "test") if run.is_final else ("tuning",)
         self.progress.say(f"{run.arm.name} at {run.rate:.3g}, seed {run.seed}{', from its last checkpoint' if resumed else ''}")
         result: dict[str, Any] = {
@@ -428,9 +426,10 @@ class _Comparison:
                 "seconds": round(done.seconds["total"] - done.seconds["evaluation"], 1),
             }
             if run.is_final:
+                _make_room()
                 try:
                     result["forgotten"] = forgotten(done.adapter, device=run.recipe.device)
-                except GatewiseError as error:  # the run is whole without it
+                except (GatewiseError, torch.OutOfMemoryError) as error:  # the run is whole without it
                     self.progress.say(f"warning: what was forgotten could not be measured: {error}")
             if run.is_final and self.keep_adapters:
                 kept = self.output / ADAPTERS / run.arm.name / str(run.seed)
@@ -479,6 +478,13 @@ class _Comparison:
             rate = None if step is None else rate_at(own, step)
             told.append({"name": arm.name, "parameters": arm.parameters, "learning_rate": rate, "recipe_rate": own})
         return told
+
+
+def _make_room() -> None:
+    """Gives back the memory of the last model: models are in cycles, and the next one wants their place."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _result(path: Path) -> dict[str, Any]:
