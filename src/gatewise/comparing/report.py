@@ -251,6 +251,11 @@ def _notes(arms: Sequence[Mapping[str, Any]], final: Mapping[str, Sequence[Run]]
             notes.append(f"{name} diverged with {len(diverged)} of {len(runs)} seeds, which are in no mean and in no pair")
     if not any(arm["rates"] for arm in arms) and any(final.values()):
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
+    for arm in arms:
+        tried = [one["learning_rate"] for one in arm["rates"]]
+        for end, edge in (("lowest", min(tried, default=None)), ("highest", max(tried, default=None))):
+            if arm["learning_rate"] and edge and math.isclose(arm["learning_rate"], edge, rel_tol=1e-3):
+                notes.append(f"{arm['name']}'s rate, {edge:.3g}, is the {end} that was tried: one beyond it may be better")
     if missing:
         notes.append(f"{missing} runs are missing")
     return notes
