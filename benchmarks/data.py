@@ -1,12 +1,12 @@
 """Makes the rows of the benchmarks' reasoning tasks, with the package reasoning-gym: questions of one kind at one difficulty.
 
 A task is a data set of reasoning-gym with its dials. Its questions are cut down to what changes from one to the next, so that a
-row has some fifteen tokens, and a run with SmolLM2-135M takes minutes on one processor core. Train, dev and test have no question
+row has some twenty tokens, and a run with SmolLM2-135M takes minutes on one processor core. Train, dev and test have no question
 in common. The same seed makes the same rows.
 
     pip install '.[benchmarks]'
     python benchmarks/data.py                          # all tasks, into benchmarks/recipes/data, where the recipes look for them
-    python benchmarks/data.py --tasks legs --data-dir DATA --rows 3000 300 500 --seed 0
+    python benchmarks/data.py --tasks spiral --data-dir DATA --rows 3000 300 500 --seed 0
 """
 
 import argparse

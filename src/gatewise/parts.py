@@ -301,7 +301,12 @@ class Method(Part):
         raise NotImplementedError
 
     def saved_config(self, run: Run, base: "PreTrainedModel") -> "PeftConfig":
-        """The configuration of the adapter as it will be saved, as far as that is known: what it stores is counted of it."""
+        """The configuration of the adapter as it will be saved, as far as that is known: what it stores is counted of it.
+
+        Args:
+            run: has its recipe, its task and its numbers of steps, and nothing else.
+            base: on the meta device, so that it has shapes alone.
+        """
         return self.config(run, base)
 
     def resized(self, size: int) -> dict[str, Any]:
