@@ -351,7 +351,16 @@ class _Comparison:
 
     @contextmanager
     def _claimed(self, run: _Run) -> Iterator[bool]:
-        """Whether the run is this process's to make. Asked of the folder once it is claimed: another may have ended it just now."""
+        """Whether the run is this process's to make. Asked of the folder once it is claimed: another may have ended it just now.
+
+        Raises:
+            GatewiseError: meanwhile the rows have changed, or the arm in the plan.
+        """
+        if _fingerprints(run.recipe) != self._plan["files"]:
+            raise GatewiseError(
+                f"the files of data are not those that the comparison in {self.output} began with: put them back, or give another "
+                "folder"
+            )
         path = self.output / WORK / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
