@@ -244,7 +244,7 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
         compared(recipe, overrides=["peft.use_rslora=true"])
     assert not compared(recipe)["missing"]
     trainings.quality = lambda *_: float((tmp_path / "train.jsonl").write_text((tmp_path / "dev.jsonl").read_text()))
-    with pytest.raises(GatewiseError, match="the files of data are not those that the comparison in .* began with"):
+    with pytest.raises(GatewiseError, match=r"the files of data are not those that the comparison in .* began with"):
         compared(recipe, seeds=4)  # they change while it runs
     with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
         compared(recipe, overrides=["data.tuning=6"])

@@ -356,11 +356,6 @@ class _Comparison:
         Raises:
             GatewiseError: meanwhile the rows have changed, or the arm in the plan.
         """
-        if _fingerprints(run.recipe) != self._plan["files"]:
-            raise GatewiseError(
-                f"the files of data are not those that the comparison in {self.output} began with: put them back, or give another "
-                "folder"
-            )
         path = self.output / WORK / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -382,6 +377,11 @@ class _Comparison:
             yield False
             return
         try:
+            if _fingerprints(run.recipe) != self._plan["files"]:
+                raise GatewiseError(
+                    f"the files of data are not those that the comparison in {self.output} began with: put them back, or give "
+                    "another folder"
+                )
             yield self.result(run) is None
         finally:
             lock.release()
