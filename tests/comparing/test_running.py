@@ -219,10 +219,25 @@ def test_what_came_out_is_left_to_a_process_that_added_an_arm_meanwhile(
 
 def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
-    monkeypatch.setattr(running, "_tried", lambda *_: 59.0)
-    made = compared(recipe, budget_minutes=0.5)  # of each method three rates, two of them twice more, and two seeds
+    monkeypatch.setattr(running, "_tried", lambda *_: 20.0)
+    made = compared(recipe, budget_minutes=0.25)  # of each method three rates, two of them twice more, and two seeds
     assert (trainings.calls, made["missing"]) == ([], 2 * (3 + 2 + 2 + 2))
     assert compared(recipe, budget_minutes=1)["missing"] == 0
+
+
+def test_an_arm_that_cannot_be_trained_is_refused_before_any_is(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(arm: Arm, *_: Any) -> float:
+        if arm.name == "dora":
+            raise GatewiseError("arm dora: does not fit")
+        return 0.0
+
+    trainings = Trainings(tmp_path, monkeypatch)
+    monkeypatch.setattr(running, "_tried", tried)
+    with pytest.raises(GatewiseError, match="arm dora: does not fit"):
+        compared(recipe)
+    assert trainings.calls == []
 
 
 def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be_added(

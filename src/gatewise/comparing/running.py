@@ -180,7 +180,7 @@ class _Comparison:
 
     def __post_init__(self) -> None:
         self._found: dict[str, dict[str, Any]] = {}
-        self._tried: float | None = None
+        self._tried: dict[str, float] = {}
 
     # The plan -----------------------------------------------------------------------------------------------------------
 
@@ -257,8 +257,11 @@ class _Comparison:
                 shutil.rmtree(work, ignore_errors=True)
         if not self._to_do()[0]:
             return
-        if not self._seconds():
-            self._tried = _tried(self.arms[0], self.output, self.progress)
+        for arm in self.arms:  # what cannot be trained is refused before anything is
+            if not self._seconds(arm):
+                # All have the same rows: what there is to tell of them is told once.
+                progress = ConsoleProgress(_SILENT) if self._tried else self.progress
+                self._tried[arm.name] = _tried(arm, self.output, progress)
         left, seconds = self._to_do()
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         say(f"{left} runs left{more}: about {duration(seconds)} in one process")
@@ -317,15 +320,14 @@ class _Comparison:
         left = [self._left(arm) for arm in self.arms]
         return sum(left), sum(count * self._takes(arm) for arm, count in zip(self.arms, left, strict=True))
 
-    def _seconds(self, arm: Arm | None = None) -> list[float]:
-        """What finished runs of an arm, or of all, took."""
-        names = [arm.name] if arm else [one.name for one in self.arms]
-        return [one["whole_seconds"] for one in self._found.values() if one["arm"] in names and one["whole_seconds"] is not None]
+    def _seconds(self, arm: Arm) -> list[float]:
+        """What finished runs of an arm took."""
+        return [one["whole_seconds"] for one in self._found.values() if one["arm"] == arm.name and one["whole_seconds"] is not None]
 
     def _takes(self, arm: Arm, of: Callable[[list[float]], float] = statistics.median) -> float:
-        """What a run of an arm takes, by those that are finished."""
-        known = self._seconds(arm) or self._seconds()
-        return of(known) if known else self._tried or 0.0
+        """What a run of an arm takes, by those that are finished, or by steps that were tried."""
+        known = self._seconds(arm)
+        return of(known) if known else self._tried.get(arm.name, 0.0)
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
@@ -574,13 +576,22 @@ def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
-    """About the seconds of one run: of loading, and of a step that is tried; measuring a row is half of training with it."""
+    """About the seconds of one run: of loading, and of a step that is tried; measuring a row is half of training with it.
+
+    Raises:
+        GatewiseError: the arm cannot be trained.
+    """
+    _make_room()
     begun, recipe = time.monotonic(), arm.recipe
     task, method = recipe.parts()
     device = pick_device(recipe.device)
     dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
     with quiet(bars=True):
-        run = prepared(recipe, task, method, output, device, dtype, None, progress)
+        try:
+            run = prepared(recipe, task, method, output, device, dtype, None, progress)
+            run.arguments(run.steps)
+        except GatewiseError as error:
+            raise GatewiseError(f"arm {arm.name}: {error}") from error
         if next(run.model.parameters()).device.type != device.type:
             run.model.to(device)
         loading = time.monotonic() - begun
