@@ -3,7 +3,6 @@
 import argparse
 import fcntl
 import json
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,10 +10,6 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from gatewise.internals.cpu_features import multiplies_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 Run = dict[str, Any]
@@ -106,10 +101,3 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
     mark = "+" if sign else ""
     deviation = f" (sd {statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):{mark}.{digits}f}{deviation}"
-
-
-def machine() -> Run:
-    """The processor, how it multiplies bfloat16, and the threads that were used."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"processor": name, "multiplies_bfloat16": multiplies_bfloat16(), "threads": torch.get_num_threads()}

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from benchmark_data import TEMPLATES, load_task, teacher_forced
-from campaign import append, claimed, machine, read
+from campaign import append, claimed, read
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
@@ -42,7 +42,7 @@ from gatewise.compress.order import ORDERS as KEPT_ORDERS
 from gatewise.compress.order import moves, rank_values
 from gatewise.compress.recovery import RATE_OF_RUN, Recovery, recover, refit
 from gatewise.models import load_model, load_tokenizer
-from gatewise.models.device import pick_dtype
+from gatewise.models.device import machine, pick_dtype
 from gatewise.sites import sites_in_order
 from gatewise.tasks import PadCollator, encode, evaluate
 from gatewise.tasks.encoding import encode_classification

@@ -39,11 +39,12 @@ from typing import Any
 import openai
 import psutil
 import torch
-from campaign import RESULTS, append, machine
+from campaign import RESULTS, append
 from peft import LoraConfig, get_peft_model
 
 from gatewise import RoutedLoraConfig
 from gatewise.models import load_model, load_tokenizer
+from gatewise.models.device import machine
 
 BASE, KEY = "base", "soak-key"
 TOKENS = 16  # of a known answer, at most

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from campaign import append, machine, read
+from campaign import append, read
 from gatewise_mdt import Extractor, read_trees, swapped_copies
 from gatewise_mdt.extraction.served import ServedExtractor
+
+from gatewise.models.device import machine
 
 RESULTS_FILE = Path(__file__).parent / "results" / "mdt_served.jsonl"
 MAX_NEW_TOKENS = 384

@@ -294,7 +294,9 @@ def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(GatewiseError, match=r"0\.01-0\.json is damaged: remove it, and the same command makes the run again"):
             compared(recipe, ["lora"], rates=1)
     damaged.unlink()
-    (left := tmp_path / "out/work/lora/0.01-1/checkpoints").mkdir(parents=True)  # by a process that was killed when it was done
+    (left := tmp_path / "out" / running.WORK / "lora/0.01-1/checkpoints").mkdir(
+        parents=True
+    )  # by a process that was killed when it was done
     console = Console(file=io.StringIO(), width=200)
     made = compared(recipe, ["lora"], rates=1, keep_adapters=True, console=console)
     assert made["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
@@ -373,7 +375,7 @@ def test_a_checkpoint_that_another_fault_keeps_from_use_is_kept(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
-    (kept := tmp_path / "out/work/lora/0.01-0/kept").mkdir(parents=True)
+    (kept := tmp_path / "out" / running.WORK / "lora/0.01-0/kept").mkdir(parents=True)
     monkeypatch.setattr(running, "what_is_kept", lambda work, _: "step 2" if (work / "kept").exists() else None)
 
     def fails(*_: Any, **settings: Any) -> RunResult:

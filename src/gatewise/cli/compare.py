@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from gatewise.cli.options import INTERRUPTED
 from gatewise.files import finite
 from gatewise.flags import JsonOption
 
-INTERRUPTED = 130
 _SEVERAL = ("--methods", "--set")
 
 

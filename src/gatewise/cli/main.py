@@ -23,7 +23,16 @@ from gatewise.cli.compare import SeveralValues, compare
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
-from gatewise.cli.options import ColumnsOption, LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
+from gatewise.cli.options import (
+    INTERRUPTED,
+    ColumnsOption,
+    LabelsOption,
+    LimitOption,
+    PromptOption,
+    SplitOption,
+    at_hand,
+    print_table,
+)
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError, needs, reason_of
@@ -34,7 +43,7 @@ if TYPE_CHECKING:
     from gatewise.runs.recipe import Recipe
     from gatewise.runs.run import RunResult
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 SECONDS_FOR_OTHERS = 5
 
 

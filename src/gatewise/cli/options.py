@@ -9,6 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+INTERRUPTED = 130
+"""The exit code after an interrupt."""
+
 SplitOption = Annotated[str | None, typer.Option(help="Split of a data set, or of a file what its run took out: dev, test.")]
 PromptOption = Annotated[
     str | None,

@@ -23,7 +23,7 @@ from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
 from gatewise.parts import DEFAULT_TASK, METHODS, TASKS
 from gatewise.progress import quiet
-from gatewise.runs.recipe import Recipe, changed, checked, load_recipe, read_tree, takes
+from gatewise.runs.recipe import Recipe, by_key, changed, checked, load_recipe, read_tree, takes
 
 CONTROLS: dict[str, tuple[str, ...]] = {
     "random": ("alora", "allocation.score=random", "allocation.score_options=null"),
@@ -176,17 +176,14 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, list[str]]:
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
     tree |= _taken_over(base, alone.method) | {key: own[key] for key in sections if key in own}
     tree["training"] = {**tree["training"], **{key: rates[key] for key in RATES if key in rates}}
-    shared, told = checked(tree, str(path)).model_dump(), []
-    for key, value in alone.model_dump(exclude_unset=True).items():
-        if key in _NOT_SHARED or key in sections:
-            continue
-        is_section = isinstance(value, dict)
-        for path_of, mine, theirs in (
-            [(f"{key}.{k}", one, shared[key].get(k)) for k, one in value.items()] if is_section else [(key, value, shared[key])]
-        ):
-            if mine != theirs and path_of not in {f"training.{rate}" for rate in RATES}:
-                told.append(f"{path_of} is {theirs}, as all arms have it, and not {mine} as in {path}")
-    return tree, told
+    shared = by_key(checked(tree, str(path)).model_dump())
+    its_own: Any = {**dict.fromkeys([*_NOT_SHARED, *sections], True), "training": set(RATES)}
+    said = by_key(alone.model_dump(exclude_unset=True, exclude=its_own))
+    return tree, [
+        f"{key} is {shared.get(key)}, as all arms have it, and not {mine} as in {path}"
+        for key, mine in said.items()
+        if mine != shared.get(key)
+    ]
 
 
 # What they store ------------------------------------------------------------------------------------------------------

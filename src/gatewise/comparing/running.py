@@ -16,7 +16,6 @@ import gc
 import hashlib
 import json
 import math
-import platform
 import shutil
 import statistics
 import time
@@ -37,13 +36,12 @@ from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_a
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
 from gatewise.files import finite, write_json
-from gatewise.internals.cpu_features import multiplies_bfloat16
-from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.device import machine
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.runs.dry_run import duration, timed_step
+from gatewise.runs.dry_run import duration, ready, timed_step
 from gatewise.runs.launch import is_launched
-from gatewise.runs.recipe import Recipe
-from gatewise.runs.run import METRICS, prepared, train, what_is_kept
+from gatewise.runs.recipe import Recipe, by_key
+from gatewise.runs.run import METRICS, train, what_is_kept
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
@@ -179,7 +177,7 @@ class _Comparison:
     keep_adapters: bool
 
     def __post_init__(self) -> None:
-        self._found: dict[str, dict[str, Any]] = {}
+        self._found: dict[Path, dict[str, Any]] = {}
         self._tried: dict[str, float] = {}
 
     # The plan -----------------------------------------------------------------------------------------------------------
@@ -276,9 +274,13 @@ class _Comparison:
     def result(self, run: _Run) -> dict[str, Any] | None:
         """What a run came to, or None where it is not finished."""
         path = self.output / RUNS / f"{run.name}.json"
-        if run.name not in self._found and path.is_file():
-            self._found[run.name] = _result(path)
-        return self._found.get(run.name)
+        return self._read(path) if path in self._found or path.is_file() else None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """What the run of a file came to. A finished run does not change, so its file is read once."""
+        if path not in self._found:
+            self._found[path] = _result(path)
+        return self._found[path]
 
     def _trial(self, arm: Arm, trial: Trial) -> _Run:
         step, seed = trial
@@ -369,7 +371,7 @@ class _Comparison:
             else:
                 is_free = True
                 one = _read(self.output / PLAN, self._plan)["arms"].get(run.arm.name, {"method": None})
-                before, now = _by_key(one), _by_key(self._plan["arms"][run.arm.name])
+                before, now = by_key(one), by_key(self._plan["arms"][run.arm.name])
                 if any(before[key] != now[key] for key in before.keys() & now.keys()):
                     lock.release()
                     raise GatewiseError(
@@ -402,7 +404,7 @@ class _Comparison:
             "seed": run.seed,
             "for": "seed" if run.is_final else "rate",
             "metric": self.metric,
-            "machine": machine(run.recipe),
+            "machine": machine(run.recipe.device),
         }
         try:
             done = train(run.recipe, work, resume=resumed, console=_SILENT, measured=measured, before=False)
@@ -479,7 +481,7 @@ class _Comparison:
     def _finished(self) -> list[dict[str, Any]]:
         """What the finished runs of all arms came to."""
         paths = [path for arm in self.arms for path in sorted((self.output / RUNS / arm.name).glob("*.json"))]
-        return [_result(path) for path in paths]
+        return [self._read(path) for path in paths]
 
     def _arms(self) -> list[dict[str, Any]]:
         """The arms, with the rates that were found for them."""
@@ -561,18 +563,10 @@ def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[s
         if arm not in now["arms"]:
             yield f"arm {arm} was there, now it is not"
             continue
-        one, other, own = _by_key(recipe), _by_key(now["arms"][arm]), _by_key(given[arm])
+        one, other, own = by_key(recipe), by_key(now["arms"][arm]), by_key(given[arm])
         for key in other:
             if (key in one or key in own) and one.get(key) != other[key]:
                 yield f"{key} of {arm} was {one.get(key)!r}, now {other[key]!r}"
-
-
-def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as "section.key" -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
@@ -583,31 +577,12 @@ def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
     """
     _make_room()
     begun, recipe = time.monotonic(), arm.recipe
-    task, method = recipe.parts()
-    device = pick_device(recipe.device)
-    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
     with quiet(bars=True):
         try:
-            run = prepared(recipe, task, method, output, device, dtype, None, progress)
-            run.arguments(run.steps)
+            run, method = ready(recipe, output, progress)
         except GatewiseError as error:
             raise GatewiseError(f"arm {arm.name}: {error}") from error
-        if next(run.model.parameters()).device.type != device.type:
-            run.model.to(device)
         loading = time.monotonic() - begun
         step, usual, _ = timed_step(run, method)
-    rows = sum(len(task.measured[part]) for part in ("dev", "test") if part in task.measured)
+    rows = sum(len(run.task.measured[part]) for part in ("dev", "test") if part in run.task.measured)
     return loading + step * (run.steps + 0.5 * rows / len(usual) / recipe.training.gradient_accumulation)
-
-
-def machine(recipe: Recipe) -> dict[str, Any]:
-    """Where runs of a recipe are made here: numbers may differ from one kind of machine to another."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    device = pick_device(recipe.device)
-    return {
-        "processor": processor,
-        "multiplies_bfloat16": multiplies_bfloat16(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }

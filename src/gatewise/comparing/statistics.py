@@ -90,22 +90,23 @@ def difference(a: Array, b: Array) -> Difference:
 def _parts(d: Array) -> tuple[Array, Array]:
     """A / (S n) and B / (S n) of differences of shape (..., S, n)."""
     seeds, rows = d.shape[-2:]
+    if rows == 1:
+        of_seeds = d[..., 0].var(-1, ddof=1)
+        return of_seeds / seeds, np.zeros_like(of_seeds)
+    of_seeds, of_rows, rest, more = _variances(d)
+    more = more / (seeds * rows)
+    return np.maximum(rows * of_seeds, rest) * more, np.maximum(seeds * of_rows - rest, 0) * more
+
+
+def _variances(d: Array) -> tuple[Array, Array, Array, Array]:
+    """Variances of the means of seeds, of the means of rows, and of the rest of (..., S, n), and 1 + 2 / rows that differ."""
+    seeds, rows = d.shape[-2:]
     d = d - d.mean((-2, -1), keepdims=True)
     of_seeds, of_rows = d.mean(-1), d.mean(-2)
-    a = rows * (of_seeds**2).sum(-1) / (seeds - 1)
-    if rows == 1:
-        return a / seeds, np.zeros_like(a)
-    b = seeds * (of_rows**2).sum(-1) / (rows - 1)
     rest = ((d - of_seeds[..., None] - of_rows[..., None, :]) ** 2).sum((-2, -1)) / ((seeds - 1) * (rows - 1))
-    more = _more(of_rows) / (seeds * rows)
-    return np.maximum(a, rest) * more, np.maximum(b - rest, 0) * more
-
-
-def _more(of_rows: Array) -> Array:
-    """1 + 2 / rows that differ, of the rows' differences from their mean."""
     squares = of_rows**2
     differ = squares.sum(-1) ** 2 / np.maximum((squares**2).sum(-1), 1e-300)
-    return 1 + 2 / np.maximum(differ, 1)
+    return (of_seeds**2).sum(-1) / (seeds - 1), squares.sum(-1) / (rows - 1), rest, 1 + 2 / np.maximum(differ, 1)
 
 
 def _half_width(by_seed: Array, by_row: Array, seeds: int, rows: int, level: float = 0.05) -> Array:
@@ -155,11 +156,8 @@ def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
         d = np.asarray(b, float) - np.asarray(a, float)
         seeds, rows = d.shape
         if seeds > 1 and rows > 1:
-            d = d - d.mean()
-            of_seeds, of_rows = d.mean(1), d.mean(0)
-            rest = ((d - of_seeds[:, None] - of_rows) ** 2).sum() / ((seeds - 1) * (rows - 1))
-            parts = max(of_seeds.var(ddof=1) - rest / rows, 0), max(of_rows.var(ddof=1) - rest / seeds, 0), rest
-            found.append(_more(of_rows) * np.array(parts))
+            of_seeds, of_rows, rest, more = _variances(d)
+            found.append(more * np.array([max(of_seeds - rest / rows, 0), max(of_rows - rest / seeds, 0), rest]))
     return Spread(*np.sqrt(np.mean(found, 0)).tolist()) if np.any(found) else None
 
 

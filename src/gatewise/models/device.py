@@ -6,13 +6,14 @@ A device is "auto" (a CUDA GPU, else Apple's, else the CPU), "cpu", "cuda", "cud
 
 import ctypes
 import gc
+import platform
 import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gatewise.errors import GatewiseError
 
@@ -114,6 +115,24 @@ def peak_memory(device: "torch.device") -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8") if status.exists() else "", re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def machine(device: "str | torch.device" = "auto") -> dict[str, Any]:
+    """Where something was computed: numbers and times may differ from one kind of machine to another."""
+    import torch
+
+    from gatewise.internals.cpu_features import multiplies_bfloat16
+
+    device = pick_device(device)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return {
+        "processor": next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+        ),
+        "multiplies_bfloat16": multiplies_bfloat16(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
 
 
 def has_bfloat16(device: "torch.device") -> bool:

@@ -18,7 +18,7 @@ from rich.text import Text
 from gatewise.checks import printable
 from gatewise.losses import IGNORED, scored
 from gatewise.models.device import peak_memory, pick_device, pick_dtype
-from gatewise.parts import METHODS, TASKS, Features, Method, Run
+from gatewise.parts import Features, Method, Run
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.recipe import Recipe
 from gatewise.runs.run import check_services, prepared
@@ -36,15 +36,8 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
         GatewiseError: as ``train``, for all but the output folder.
     """
     check_services(recipe)
-    progress = ConsoleProgress(stderr)
-    task, method = TASKS[recipe.task](recipe), METHODS[recipe.method](recipe)
-    device = pick_device(recipe.device)
-    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
     with quiet(bars=True):
-        run = prepared(recipe, task, method, Path(output), device, dtype, None, progress)
-        run.arguments(run.steps)  # refuses what does not work here
-        if next(run.model.parameters()).device.type != device.type:
-            run.model.to(device)
+        run, method = ready(recipe, Path(output), ConsoleProgress(stderr))
         console.print(_rows(run))
         is_plain = console.color_system is None or console.no_color
         how = "stands in [[ ]]" if is_plain else "is green"
@@ -53,6 +46,22 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
             console.print(Text.assemble(("| ", "dim"), _shown(run, row, is_plain)), soft_wrap=True, highlight=False)
         for name, fact in _facts(run, method):
             console.print(f"{name:<12}{fact}", soft_wrap=True, highlight=False, markup=False)
+
+
+def ready(recipe: Recipe, output: Path, progress: ConsoleProgress) -> tuple[Run, Method]:
+    """A run whose model stands where it will train, and its method. Nothing is written.
+
+    Raises:
+        GatewiseError: as ``train``, for all but the output folder.
+    """
+    task, method = recipe.parts()
+    device = pick_device(recipe.device)
+    dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, progress.say)
+    run = prepared(recipe, task, method, output, device, dtype, None, progress)
+    run.arguments(run.steps)  # refuses what does not work here
+    if next(run.model.parameters()).device.type != device.type:
+        run.model.to(device)
+    return run, method
 
 
 def _rows(run: Run) -> Table:

@@ -313,6 +313,14 @@ def takes(tree: Mapping[str, Any], override: str) -> bool:
     return True
 
 
+def by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says as "section.key" -> value, and what stands in no section by its own name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def recipe_as_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that ``load_recipe`` reads back to an equal recipe."""
     stream = io.StringIO()

@@ -44,10 +44,10 @@ from gatewise.parts import METHODS, TASKS, Features, Measured, Method, Report, R
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.card import write_card_of
 from gatewise.runs.hub import check_upload, upload
-from gatewise.runs.recipe import Recipe, TorchOptimizer, load_recipe, recipe_as_yaml
+from gatewise.runs.recipe import Recipe, TorchOptimizer, by_key, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
-from gatewise.tasks.splitting import taken_out
+from gatewise.tasks.splitting import selected, taken_out
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, ROWS = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "rows.json"
 MEASURED = ("tuning", "dev", "test")
@@ -261,7 +261,7 @@ def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: 
         raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
     if not written or what_is_kept(output, method) is None:
         raise GatewiseError(f"there is no complete checkpoint in {output} to resume from: leave --resume out to begin a run")
-    before, now = _by_key(load_recipe(output / RECIPE)), _by_key(recipe)
+    before, now = _fixed(load_recipe(output / RECIPE)), _fixed(recipe)
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
             raise GatewiseError(
@@ -272,12 +272,9 @@ def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: 
     return found[-1] if found else None
 
 
-def _by_key(recipe: Recipe) -> dict[str, Any]:
-    """What a resumed run may not change, as "section.key" -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in recipe.model_dump(exclude={"launch"}).items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """What a resumed run may not change, by key."""
+    return {key: value for key, value in by_key(recipe.model_dump(exclude={"launch"})).items() if key not in _FREE_TO_CHANGE}
 
 
 def what_is_kept(output: Path, method: Method) -> str | None:
@@ -376,7 +373,7 @@ def _set_aside(task: Task, count: int, progress: ConsoleProgress) -> None:
             "most: give more rows, or leave the key out"
         )
     parts = [[at for at in range(len(rows)) if (at in taken) == is_taken] for is_taken in (False, True)]
-    task.train, tuning = (rows.select(at) if hasattr(rows, "select") else [rows[i] for i in at] for at in parts)
+    task.train, tuning = (selected(rows, at) for at in parts)
     task.measured = {"tuning": tuning, **task.measured}
     progress.say(f"data.tuning: {len(taken)} of the {len(rows)} rows of data.train are not trained on")
 

@@ -11,6 +11,7 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED
 from gatewise.tasks.chat import Answers, ChatFormat, conversation, encode_chat, is_conversation
 from gatewise.tasks.encoding import PadCollator, token_ids
+from gatewise.tasks.splitting import selected
 
 R = TypeVar("R", bound=Sequence[Any])
 
@@ -40,8 +41,7 @@ def hold_out(
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: min(n, max(1, len(rows) // 4))].tolist()
     features = [_features(dict(rows[at]), f"row {at}", tokenizer, max_length, assistant) for at in sorted(drawn)]
     kept = [at for at in range(len(rows)) if at not in set(drawn)]
-    others: Any = rows.select(kept) if hasattr(rows, "select") else [rows[at] for at in kept]
-    return others, PadCollator(tokenizer)(features)
+    return selected(rows, kept), PadCollator(tokenizer)(features)
 
 
 def _features(

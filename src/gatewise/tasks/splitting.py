@@ -93,6 +93,11 @@ def taken_out(units: Sequence[str], count: int) -> set[int]:
     return taken
 
 
+def selected(rows: Any, at: Sequence[int]) -> Any:
+    """Some of the rows of ``Records``, a ``datasets.Dataset`` or a list, by their positions."""
+    return rows.select(at) if hasattr(rows, "select") else [rows[one] for one in at]
+
+
 def load_part(
     source: str,
     split: str | None,
