@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_run import write_recipe
 
+from gatewise.adapters.lora import rank_settings
 from gatewise.comparing.arms import CONTROLS, Arm, arms_of
 from gatewise.errors import GatewiseError
 from gatewise.parts import METHODS
@@ -153,3 +156,32 @@ def test_arms_store_as_much_as_the_first(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, names: tuple[str, ...], overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(GatewiseError, match=said):
         arms(write_recipe(tmp_path), *names, overrides=overrides)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_ranks_that_inspect_suggested_are_an_arm(method: str, tmp_path: Path) -> None:
+    ends = ("q_proj", "v_proj", "down_proj")
+    modules = [f"model.layers.{layer}.{'mlp' if end == 'down_proj' else 'self_attn'}.{end}" for layer in (0, 1) for end in ends]
+    ranks = dict(zip(modules, (3, 1, 2, 1, 3, 1), strict=True))
+    pattern = {"target_modules": modules, **rank_settings(ranks, dict.fromkeys(modules, 2.0))}
+    (tmp_path / "pattern.json").write_text(json.dumps(pattern))
+    file = tmp_path / "suggested.yaml"
+    file.write_text(json.dumps({"method": method, "peft": {"pattern": str(tmp_path / "pattern.json")}}))
+    arm = arms(write_recipe(tmp_path), "lora", file, same_size=True)["suggested"]
+    (tmp_path / "pattern.json").unlink()  # the recipe has what was in it
+    done = train(arm.recipe, tmp_path / "out", console=Console(quiet=True))
+    saved = load_file(done.adapter / "adapter_model.safetensors")
+    found = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(a)
+        for name, a in saved.items()
+        if "lora_A" in name
+    }
+    assert found == ranks
+    assert arm.parameters == done.parameters["adapter"] == sum(one.numel() for one in saved.values())
+    config = LoraConfig.from_pretrained(str(done.adapter))
+    scales = {config.alpha_pattern.get(key, config.lora_alpha) / rank for key, rank in config.rank_pattern.items()}
+    assert scales | {config.lora_alpha / config.r} == {2.0}
+    other = json.dumps(pattern | {"target_modules": ["model.layers.9.self_attn.q_proj"]})
+    (tmp_path / "pattern.json").write_text(other)
+    with pytest.raises(GatewiseError, match=r"peft.pattern: 'model.layers.9.self_attn.q_proj' is no linear module of "):
+        arms(write_recipe(tmp_path), "lora", file)

@@ -66,6 +66,10 @@ def test_merge_keys_bring_the_keys_of_another_section_but_not_over_own_ones(file
     assert (recipe.prompts.tau, recipe.prompts.phm) == (0.5, 8)
 
 
+SUGGESTED = "{r: 1, lora_alpha: 2, rank_pattern: {}, alpha_pattern: {}, target_modules: [q_proj]}"
+"""As ``gatewise inspect --suggest`` writes it."""
+
+
 @pytest.mark.parametrize("section", ["peft", "allocation", "training"])
 def test_an_empty_section_has_its_defaults(file: Path, section: str) -> None:
     plain = load_recipe(file)
@@ -216,6 +220,17 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             "peft: {init_lora_weights: olora}\nquantization: nf4",
             ("method=lora",),
             "quantization is nf4, but peft.init_lora_weights changes the base's weights: leave one out",
+        ),
+        (
+            "peft: {pattern: nowhere.json}",
+            ("method=lora",),
+            "peft.pattern: expected a file that `gatewise inspect ADAPTER --scores",
+        ),
+        (f"peft: {{pattern: {SUGGESTED}}}", (), "peft.pattern is given, but method alora has ranks of its own: take lora or dora"),
+        (
+            f"peft: {{use_rslora: true, pattern: {SUGGESTED}}}",
+            ("method=lora",),
+            "is given with use_rslora or a start that has ranks",
         ),
         ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
     ],

@@ -1,11 +1,14 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
+import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from peft import LoraConfig, PeftModel
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,11 +30,33 @@ Modules = Annotated[
     AfterValidator(_modules),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
+PATTERN = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
+"""What ``gatewise inspect --suggest`` writes."""
+
+
+def _pattern(value: Any) -> Any:
+    """The file that is named, read, so that a recipe that is written down holds the ranks themselves."""
+    read = value
+    if isinstance(value, str):
+        try:
+            read = json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            read = None
+    if value is not None and (not isinstance(read, dict) or read.keys() != PATTERN):
+        raise ValueError("expected a file that `gatewise inspect ADAPTER --scores --data ROWS --suggest BUDGET --out FILE` wrote")
+    return read
+
+
+Pattern = Annotated[dict[str, Any] | None, BeforeValidator(_pattern), WithJsonSchema({"type": ["string", "object", "null"]})]
 Start = Literal[True, "gaussian", "eva", "pissa", "pissa_niter_16", "olora", "corda", "lora_ga"]
 
 
 class PeftSection(Section):
-    """The settings of ``peft.LoraConfig``. With adalora, ``r`` is the mean rank at the end."""
+    """The settings of ``peft.LoraConfig``. With adalora, ``r`` is the mean rank at the end.
+
+    ``pattern`` is a file that ``gatewise inspect --suggest`` wrote, for lora and dora: it has modules, ranks and alphas in place of
+    ``r``, ``lora_alpha`` and ``target_modules``.
+    """
 
     r: Count = 8
     lora_alpha: Count = 16
@@ -40,6 +65,7 @@ class PeftSection(Section):
     lora_dropout: Share = 0.0
     use_rslora: bool = False
     init_lora_weights: Start = True
+    pattern: Pattern = None
 
 
 class Lora(Method):
@@ -52,8 +78,20 @@ class Lora(Method):
     peft: PeftSection
     _start: dict[str, tuple[Tensor, Tensor]] | None = None
 
+    def __init__(self, recipe: Any) -> None:
+        super().__init__(recipe)
+        if self.peft.pattern:
+            self.size_key = None
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A start that needs a base model of the adapter's own, or more than LoRA has."""
+        """A start that needs a base model of the adapter's own, or more than LoRA has; ranks from a file, with others."""
+        if self.peft.pattern and self.recipe.method not in ("lora", "dora"):
+            yield (
+                "peft.pattern",
+                f"is given, but method {self.recipe.method} has ranks of its own: take lora or dora, or leave it out",
+            )
+        if self.peft.pattern and (self.peft.use_rslora or self.peft.init_lora_weights not in (True, "gaussian")):
+            yield "peft.pattern", "is given with use_rslora or a start that has ranks of its own: leave one of the two out"
         if self.peft.init_lora_weights not in self.starts:
             known = ", ".join("true" if one is True else one for one in self.starts)
             yield (
@@ -74,6 +112,8 @@ class Lora(Method):
         Raises:
             GatewiseError: a module that the base model does not have.
         """
+        pattern = self.peft.pattern or {}
+        _check_modules("peft.pattern", pattern.get("target_modules"), base, self.recipe.model)
         _check_modules("peft.target_modules", self.peft.target_modules, base, self.recipe.model)
         _check_modules("peft.exclude_modules", self.peft.exclude_modules, base, self.recipe.model)
         whole = list(getattr(base, "trained_whole", ()))
@@ -88,16 +128,21 @@ class Lora(Method):
             **SETTINGS.get(str(self.peft.init_lora_weights), {}),
             "modules_to_save": whole or None,
             "task_type": run.task.task_type,
+            **{key: value for key, value in pattern.items() if key != "r"},
         }
+
+    @property
+    def _rank(self) -> int:
+        return int((self.peft.pattern or {}).get("r", self.peft.r))
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Plain LoRA."""
-        return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **self.settings(run, base))
+        return LoraConfig(r=self._rank, use_rslora=self.peft.use_rslora, **self.settings(run, base))
 
     def saved_config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """With its start beside it, where it is saved with that, see ``gatewise.adapters.starts``."""
         config = self.config(run, base)
-        config.r, config.init_lora_weights = self.peft.r * (2 if self.changes_base else 1), True
+        config.r, config.init_lora_weights = self._rank * (2 if self.changes_base else 1), True
         return config
 
     def resized(self, size: int) -> dict[str, Any]:
@@ -139,7 +184,7 @@ class Dora(Lora):
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """LoRA with magnitudes."""
-        return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, use_dora=True, **self.settings(run, base))
+        return LoraConfig(r=self._rank, use_rslora=self.peft.use_rslora, use_dora=True, **self.settings(run, base))
 
 
 def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> None:
@@ -147,6 +192,8 @@ def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> N
     if names is None or names == "all-linear":
         return
     linear = {path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if key == "peft.pattern" and isinstance(names, str) and any(re.fullmatch(names, path) for path in linear):
+        return  # a regular expression, as the names of some of its modules end those of others
     for name in [names] if isinstance(names, str) else names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):
             endings = sorted({path.rpartition(".")[2] for path in linear})

@@ -117,7 +117,7 @@ def arms_of(
         own, count, told = recipes[name], stored(recipes[name]), [*trees[name][1]]
         if same_size and count != target:
             own, count = _fitted(own, count, target, stored)
-        key = METHODS[own.method].size_key
+        key = METHODS[own.method](own).size_key
         if own is not recipes[name]:
             told.append(f"has {key} {_value(own, key)} and not {_value(recipes[name], key)}, to store as much as {first}")
         if abs(count - target) > 0.01 * target:
