@@ -73,7 +73,7 @@ class Lora(Method):
 
     files: tuple[str, ...] = ("ranks.png",)
     is_lora = True
-    size_key = "peft.r"
+    size_key: str | None = "peft.r"
     starts: tuple[Any, ...] = get_args(Start)
     peft: PeftSection
     _start: dict[str, tuple[Tensor, Tensor]] | None = None
