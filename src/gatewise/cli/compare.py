@@ -1,7 +1,6 @@
 """The ``compare`` command: methods side by side, each at the learning rate that suits it."""
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,21 +19,16 @@ class SeveralValues(TyperCommand):
     """Lets one ``--methods`` or ``--set`` have several values: ``--methods a b`` is ``--methods a --methods b``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeats the option before each value but the first."""
-        return super().parse_args(ctx, [*_repeated(args)])
-
-
-def _repeated(words: Sequence[str]) -> Iterator[str]:
-    option, values = None, 0
-    for word in words:
-        if word.startswith("-"):
-            option, _, value = word.partition("=")
-            option, values = (option if option in _SEVERAL else None), len(value)
-        elif option:
-            if values:
-                yield option
-            values += 1
-        yield word
+        """Puts the option before each of its values."""
+        words: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = name if (name := word.partition("=")[0]) in _SEVERAL else None
+            elif option and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, words)
 
 
 def compare(
@@ -75,6 +69,7 @@ def compare(
       gatewise compare my.yaml --methods lora alora --seeds 3 --rates 3 --set training.max_steps=100 --out compared
     """
     from gatewise.comparing import compare as run
+    from gatewise.comparing.report import table
 
     try:
         content = run(
@@ -89,22 +84,14 @@ def compare(
             console=Console(stderr=True),
         )
     except KeyboardInterrupt:
-        if not as_json and (result := out / "compare.json").is_file():
-            _show(json.loads(result.read_text(encoding="utf-8")))
         typer.echo(f"interrupted: what is finished is in {out}; give the same command to go on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         typer.echo(json.dumps(finite(content)))
         return
-    _show(content)
+    Console().print(table(content))
+    for line in (content["sentence"], *content["notes"]):
+        typer.echo(line)
     typer.echo(f"written: {out}/compare.json{', compare.png' if (out / 'compare.png').exists() else ''}")
     if content["missing"]:
         typer.echo("give the same command to go on")
-
-
-def _show(content: dict[str, Any]) -> None:
-    from gatewise.comparing.report import table
-
-    Console().print(table(content))
-    for line in filter(None, (content["sentence"], *content["notes"])):
-        typer.echo(line)

@@ -17,11 +17,9 @@ import hashlib
 import json
 import math
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +38,13 @@ from gatewise.models.device import machine
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.dry_run import duration, ready, timed_step
 from gatewise.runs.launch import is_launched
-from gatewise.runs.recipe import Recipe, by_key
-from gatewise.runs.run import METRICS, train, what_is_kept
+from gatewise.runs.recipe import Recipe, by_key, checked
+from gatewise.runs.run import train
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
-_ALWAYS = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
 
 
 def compare(
@@ -81,13 +78,10 @@ def compare(
     Raises:
         GatewiseError: anything in recipe, data or folder that a user can put right.
     """
-    console, output = console or Console(stderr=True), Path(output)
-    deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    if not 1 <= seeds <= FIRST_SEED or rates < 1:
-        raise GatewiseError(f"seeds is {seeds} and rates {rates}: expected 1 to {FIRST_SEED} seeds, and at least 1 rate")
+    output, progress = Path(output), ConsoleProgress(console or Console(stderr=True))
+    deadline = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     if is_launched():
         raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
-    progress = ConsoleProgress(console)
     with quiet(bars=True):
         arms = arms_of(Path(recipe), methods, overrides, progress.say)
     task = arms[0].recipe.parts()[0]
@@ -96,10 +90,9 @@ def compare(
     if rates > 1 and tuning is None:
         count = len(task.train)
         tuning = min(MOST_TUNING, max(LEAST_TUNING, count // 10), count // 4)
-    arms = [_one_of_many(arm, tuning) for arm in arms]
     metric = task.metrics[0] if task.metrics else "loss"
     comparison = _Comparison(
-        arms,
+        [_one_of_many(arm, tuning) for arm in arms],
         seeds,
         rates,
         metric,
@@ -111,12 +104,8 @@ def compare(
         keep_adapters=keep_adapters,
     )
     comparison.agree()
-    comparison.tell()
-    try:
-        comparison.work()
-    except KeyboardInterrupt:
-        comparison.report()
-        raise
+    comparison.look_ahead()
+    comparison.work()
     return comparison.report()
 
 
@@ -143,15 +132,19 @@ def _one_of_many(arm: Arm, tuning: int | None) -> Arm:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of an arm: of its search for a rate, or of its final seeds."""
+    """One run of an arm: of its search for a rate, or of its final seeds. ``step`` is on the grid of rates."""
 
     arm: Arm
-    rate: float
+    step: int
     seed: int
 
     @property
     def is_final(self) -> bool:
         return self.seed < FIRST_SEED
+
+    @property
+    def rate(self) -> float:
+        return rate_at(self.arm.recipe.training.learning_rate, self.step)
 
     @property
     def name(self) -> str:
@@ -165,6 +158,14 @@ class _Run:
 
 @dataclass
 class _Comparison:
+    """A comparison, as one of the processes that share its folder sees it.
+
+    Attributes:
+        rows: how many there are to tell by, of test or dev.
+        found: what finished runs came to, by name.
+        tried: seconds of a run of each arm that has no finished one, by steps that were tried.
+    """
+
     arms: list[Arm]
     seeds: int
     rates: int
@@ -173,231 +174,158 @@ class _Comparison:
     rows: int
     output: Path
     progress: ConsoleProgress
-    deadline: float | None
+    deadline: float
     keep_adapters: bool
-
-    def __post_init__(self) -> None:
-        self._found: dict[Path, dict[str, Any]] = {}
-        self._tried: dict[str, float] = {}
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: dict[str, float] = field(default_factory=dict)
 
     # The plan -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the folder is for."""
+        arms = {arm.name: _fixed(arm.recipe) for arm in self.arms}
+        return {"seeds": self.seeds, "rates": self.rates, "files": _fingerprints(self.arms[0].recipe), "arms": arms}
+
+    @property
+    def planning(self) -> FileLock:
+        """Held while the plan is written, and while a run that was made by it is."""
+        return FileLock(self.output / WORK / "plan.lock")
+
     def agree(self) -> None:
-        """Writes what the folder is for, or checks that it is for this.
+        """Writes the plan. Where there is one, runs may only be added to it.
 
         Raises:
-            GatewiseError: it is for another comparison.
+            GatewiseError: the folder is for another comparison, or for something else.
         """
-        plan = {
-            "seeds": self.seeds,
-            "rates": self.rates,
-            "files": _fingerprints(self.arms[0].recipe),
-            "arms": {arm.name: arm.recipe.model_dump(mode="json", exclude=_FREE_TO_CHANGE) for arm in self.arms},
-        }
-        path, self._plan = self.output / PLAN, json.loads(json.dumps(plan))
-        others = GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
+        path, plan = self.output / PLAN, self.plan
         try:
             there = {one.name for one in self.output.iterdir()} if self.output.exists() else set()
             if there and not there & {PLAN, WORK}:
-                raise others
+                raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
             (self.output / WORK).mkdir(parents=True, exist_ok=True)
-            with self._planning():
-                if path.is_file():
-                    before = _read(path, plan)
-                    given = {arm.name: arm.recipe.model_dump(mode="json", exclude_defaults=True) for arm in self.arms}
-                    if problems := list(_at_odds(before, self._plan, given, self._begun(before["arms"]))):
-                        raise GatewiseError(
-                            f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the "
-                            "same settings; only arms, seeds and rates may be added, and arms without a finished run changed"
-                        )
-                elif any(one.name != WORK for one in self.output.iterdir()):
-                    raise others
+            with self.planning:
+                begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
+                if begun and path.is_file() and (problems := [*_at_odds(_read(path), plan, begun)]):
+                    raise GatewiseError(
+                        f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the same "
+                        "settings; only arms, seeds and rates may be added, and arms without a finished run changed"
+                    )
                 write_json(path, plan)
         except OSError as error:
             raise GatewiseError(f"{self.output} cannot be written ({error.strerror or error}): give another folder") from error
 
-    def _planning(self) -> FileLock:
-        """Held while the plan is changed, and while a run is claimed by it."""
-        return FileLock(self.output / WORK / "plan.lock")
+    def look_ahead(self) -> None:
+        """Says what will be done and how long it takes, and tries what has not run yet.
 
-    def _begun(self, names: Iterable[str]) -> set[str]:
-        """The arms that have a finished run, or one that a process is making."""
-
-        def is_held(path: Path) -> bool:
-            try:
-                FileLock(path).acquire(timeout=0).lock.release()
-            except Timeout:
-                return True
-            return False
-
-        finished = {name for name in names if any((self.output / RUNS / name).glob("*.json"))}
-        return finished | {name for name in names if any(map(is_held, (self.output / WORK / name).glob("*.lock")))}
-
-    def tell(self) -> None:
-        """Says what will be done, and how long it takes."""
-        say = self.progress.say
+        Raises:
+            GatewiseError: an arm cannot be trained, of which none is then.
+        """
+        self._look()
         for arm in self.arms:
             grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
-            say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds; {self._left(arm)} runs left")
+            self.progress.say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds")
             for line in arm.told:
-                say(f"{arm.name} {line}")
-        training = self.arms[0].recipe.training
-        if training.load_best or training.early_stopping_patience is not None:
-            say("the final runs go by dev while they train (load_best, early_stopping_patience): only test is a fair measure then")
+                self.progress.say(f"{arm.name} {line}")
         self._tell_outlook()
-        if self.keep_adapters:
-            kept = {(path.parent.name, path.name) for path in (self.output / ADAPTERS).glob("*/*")}
-            finished = {(one["arm"], str(one["seed"])) for one in self._finished() if one["for"] == "seed" and "metrics" in one}
-            if lost := len(finished - kept):
-                say(f"adapters of finished runs that were not kept: {lost}; to have them, remove the files of these runs")
-        for work in (self.output / WORK).glob("*/*"):  # of a process that was killed when its run was finished
-            if (self.output / RUNS / work.parent.name / f"{work.name}.json").is_file():
-                shutil.rmtree(work, ignore_errors=True)
-        if not self._to_do()[0]:
+        if not self._wanted():
             return
-        for arm in self.arms:  # what cannot be trained is refused before anything is
-            if not self._seconds(arm):
-                # All have the same rows: what there is to tell of them is told once.
-                progress = ConsoleProgress(_SILENT) if self._tried else self.progress
-                self._tried[arm.name] = _tried(arm, self.output, progress)
-        left, seconds = self._to_do()
+        for arm in self.arms:
+            if self._takes(arm) is None:  # all have the same rows: what there is to tell of them is told once
+                self.tried[arm.name] = _tried(arm, self.output, ConsoleProgress(_SILENT) if self.tried else self.progress)
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
-        say(f"{left} runs left{more}: about {duration(seconds)} in one process")
+        self.progress.say(f"{self._what_is_left()}{more}")
 
     def _tell_outlook(self) -> None:
         """Says how large a difference has to be to be found."""
-        if found := outlook(self._finished(), self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better):
-            self.progress.say(found)
+        runs = [*self.found.values()]
+        if line := outlook(runs, self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better):
+            self.progress.say(line)
 
     # What is left to do -------------------------------------------------------------------------------------------------
 
-    def result(self, run: _Run) -> dict[str, Any] | None:
-        """What a run came to, or None where it is not finished."""
-        path = self.output / RUNS / f"{run.name}.json"
-        return self._read(path) if path in self._found or path.is_file() else None
+    def _look(self) -> None:
+        """Reads what this or another process has finished since."""
+        for path in sorted((self.output / RUNS).glob("*/*.json")):
+            name = f"{path.parent.name}/{path.stem}"
+            if name not in self.found:
+                self.found[name] = _read(path)
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        """What the run of a file came to. A finished run does not change, so its file is read once."""
-        if path not in self._found:
-            self._found[path] = _result(path)
-        return self._found[path]
+    def _score(self, arm: Arm, imagined: Collection[str], trial: Trial) -> Score | None:
+        """How good a run was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
+        run = _Run(arm, *trial)
+        if run.name in self.found:
+            metrics = self.found[run.name].get("metrics", {}).get("tuning", {})
+            signs = ((self.metric, -1 if self.lower_is_better else 1), ("loss", -1))
+            value, loss = (-math.inf if metrics.get(name) is None else sign * metrics[name] for name, sign in signs)
+            return value, loss
+        if run.name in imagined:
+            is_within = run.step in range(1 - self.rates // 2, (self.rates - 1) // 2)
+            return 1e9 if is_within else -1e9, -abs(run.step)
+        return None
 
-    def _trial(self, arm: Arm, trial: Trial) -> _Run:
-        step, seed = trial
-        return _Run(arm, rate_at(arm.recipe.training.learning_rate, step), seed)
-
-    def _score(self, arm: Arm, trial: Trial) -> Score | None:
-        result = self.result(self._trial(arm, trial))
-        return None if result is None else _score(result, self.lower_is_better)
-
-    def _finals(self, arm: Arm, step: int) -> list[_Run]:
-        return [self._trial(arm, (step, seed)) for seed in range(self.seeds)]
-
-    def _wanted(self) -> list[_Run]:
+    def _wanted(self, imagined: Collection[str] = ()) -> list[_Run]:
         """The runs that can be made now, in order: rates first, then seed by seed, so that there are pairs whenever it stops."""
-        tuning: list[_Run] = []
-        finals: list[_Run] = []
+        tuning, finals = list[_Run](), list[_Run]()
         for arm in self.arms:
-            trials, step = best_rate(self.rates, partial(self._score, arm))
-            tuning += [self._trial(arm, trial) for trial in trials]
-            finals += [] if step is None else self._finals(arm, step)
-        return [run for run in (*tuning, *sorted(finals, key=lambda run: run.seed)) if self.result(run) is None]
+            trials, step = best_rate(self.rates, partial(self._score, arm, imagined))
+            tuning += [_Run(arm, *trial) for trial in trials]
+            finals += [] if step is None else [_Run(arm, step, seed) for seed in range(self.seeds)]
+        wanted = (*tuning, *sorted(finals, key=lambda run: run.seed))
+        return [run for run in wanted if run.name not in self.found and run.name not in imagined]
 
-    def _left(self, arm: Arm) -> int:
-        """How many runs an arm has left, if its grid does not grow."""
-        imagined: dict[Trial, Score] = {}
+    def _left(self) -> list[_Run]:
+        """All runs that are left, if no grid grows: as if rates within it, which are not run yet, were the best."""
+        left: list[_Run] = []
+        while wanted := self._wanted({run.name for run in left}):
+            left += wanted
+        return left
 
-        def score(trial: Trial) -> Score | None:
-            return self._score(arm, trial) or imagined.get(trial)
+    def _takes(self, arm: Arm) -> float | None:
+        """At most the seconds of a run of an arm, by those that are finished, or by steps that were tried."""
+        known = [one["whole_seconds"] for one in self.found.values() if one["arm"] == arm.name and one["whole_seconds"]]
+        return max(known, default=self.tried.get(arm.name))
 
-        while True:
-            trials, step = best_rate(self.rates, score)
-            if step is not None:
-                return len(imagined) + sum(self.result(run) is None for run in self._finals(arm, step))
-            within = range(1 - self.rates // 2, (self.rates - 1) // 2)
-            imagined |= {trial: (1e9 if trial[0] in within else -1e9, -abs(trial[0])) for trial in trials}
-
-    def _to_do(self) -> tuple[int, float]:
-        """How many runs are left, and about how many seconds they take one after the other."""
-        left = [self._left(arm) for arm in self.arms]
-        return sum(left), sum(count * self._takes(arm) for arm, count in zip(self.arms, left, strict=True))
-
-    def _seconds(self, arm: Arm) -> list[float]:
-        """What finished runs of an arm took."""
-        return [one["whole_seconds"] for one in self._found.values() if one["arm"] == arm.name and one["whole_seconds"] is not None]
-
-    def _takes(self, arm: Arm, of: Callable[[list[float]], float] = statistics.median) -> float:
-        """What a run of an arm takes, by those that are finished, or by steps that were tried."""
-        known = self._seconds(arm)
-        return of(known) if known else self._tried.get(arm.name, 0.0)
+    def _what_is_left(self) -> str:
+        left = self._left()
+        return f"{len(left)} runs left, about {duration(sum(self._takes(run.arm) or 0 for run in left))} in one process"
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
     def work(self) -> None:
         """Makes the runs that are left, and waits for those that other processes do, as long as there is time."""
-        waits = False
+        has_waited = False
         while wanted := self._wanted():
-            rest = math.inf if self.deadline is None else self.deadline - time.monotonic()
-            in_time = [run for run in wanted if self._takes(run.arm, max) < rest]
+            rest = self.deadline - time.monotonic()
+            in_time = [run for run in wanted if (self._takes(run.arm) or 0) < rest]
             if not in_time:
-                break
-            for run in in_time:
-                with self._claimed(run) as is_free:
-                    if is_free:
-                        waits = False
-                        self._make(run)
-                        break
-            else:
-                if not waits:
+                return
+            if not any(map(self._taken, in_time)):  # the first that is free is made
+                if not has_waited:
                     self.progress.say("waiting for runs that other processes do")
-                waits = True
+                has_waited = True
                 time.sleep(0.5)
+                self._look()
 
-    @contextmanager
-    def _claimed(self, run: _Run) -> Iterator[bool]:
-        """Whether the run is this process's to make. Asked of the folder once it is claimed: another may have ended it just now.
-
-        Raises:
-            GatewiseError: meanwhile the rows have changed, or the arm in the plan.
-        """
+    def _taken(self, run: _Run) -> bool:
+        """Makes a run, or returns False if another process is making it."""
         path = self.output / WORK / f"{run.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        with self._planning():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                is_free = False
-            else:
-                is_free = True
-                one = _read(self.output / PLAN, self._plan)["arms"].get(run.arm.name, {"method": None})
-                before, now = by_key(one), by_key(self._plan["arms"][run.arm.name])
-                if any(before[key] != now[key] for key in before.keys() & now.keys()):
-                    lock.release()
-                    raise GatewiseError(
-                        f"{run.arm.name} is no longer in the plan of {self.output} as it was: another process changed it"
-                    )
-        if not is_free:
-            yield False
-            return
         try:
-            if _fingerprints(run.recipe) != self._plan["files"]:
-                raise GatewiseError(
-                    f"the files of data are not those that the comparison in {self.output} began with: put them back, or give "
-                    "another folder"
-                )
-            yield self.result(run) is None
-        finally:
-            lock.release()
+            with FileLock(path).acquire(timeout=0):
+                self._look()  # another process may have ended it just now
+                if run.name not in self.found:
+                    self._make(run)
+        except Timeout:
+            return False
+        return True
 
     def _make(self, run: _Run) -> None:
         """Trains, measures, and writes what came of it. A run that was interrupted goes on from its last checkpoint."""
         work, begun = self.output / WORK / run.name, time.monotonic()
-        if (work / METRICS).is_file() or what_is_kept(work, run.recipe.parts()[1]) is None:
-            shutil.rmtree(work, ignore_errors=True)
-        _make_room()
         resumed, measured = work.is_dir(), ("dev", "test") if run.is_final else ("tuning",)
         self.progress.say(f"{run.arm.name} at {run.rate:.3g}, seed {run.seed}{', from its last checkpoint' if resumed else ''}")
+        _make_room()
         result: dict[str, Any] = {
             "arm": run.arm.name,
             "learning_rate": run.rate,
@@ -410,22 +338,11 @@ class _Comparison:
             done = train(run.recipe, work, resume=resumed, console=_SILENT, measured=measured, before=False)
         except DivergedError as error:
             result["diverged"], told = True, f"diverged: {error}"
-        except GatewiseError:
+        except GatewiseError as error:
             if not resumed:
                 raise
-            # What was left of it is of another version, or damaged. If it cannot be made anew either, that is not why.
-            aside = work.with_name(f"{work.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            if work.is_dir():
-                work.rename(aside)
-            try:
-                self._make(run)
-            except GatewiseError:
-                if aside.is_dir():
-                    shutil.rmtree(work, ignore_errors=True)
-                    aside.rename(work)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
+            self.progress.say(f"  which cannot go on and begins again: {error}")
+            shutil.rmtree(work)
             return
         else:
             metrics = {name: both["after"] for name, both in done.metrics.items()}
@@ -452,10 +369,17 @@ class _Comparison:
         result["whole_seconds"] = round(time.monotonic() - begun, 1)
         if resumed:  # only a part of it was made here
             result["seconds"] = result["whole_seconds"] = None
-        write_json(self.output / RUNS / f"{run.name}.json", finite(result))
+        with self.planning:
+            agreed, plan = _read(self.output / PLAN), self.plan
+            if agreed["files"] != plan["files"] or agreed["arms"].get(run.arm.name) != plan["arms"][run.arm.name]:
+                raise GatewiseError(
+                    f"the files of data, or {run.arm.name} in the plan, are not what the comparison in {self.output} began with: "
+                    "put them back, or give another folder"
+                )
+            write_json(self.output / RUNS / f"{run.name}.json", finite(result))
         shutil.rmtree(work, ignore_errors=True)
-        left, seconds = self._to_do()
-        self.progress.say(f"  {told}; {left} left, about {duration(seconds)}" if left else f"  {told}")
+        self._look()
+        self.progress.say(f"  {told}; {self._what_is_left()}")
         if not run.is_final and all(arm["learning_rate"] for arm in self._arms()):
             self._tell_outlook()
 
@@ -463,31 +387,21 @@ class _Comparison:
 
     def report(self) -> dict[str, Any]:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
-        missing, _ = self._to_do()
-        content = report(self._finished(), self._arms(), lower_is_better=self.lower_is_better, missing=missing)
-        plan = _read(self.output / PLAN, self._plan)
-        if (plan["seeds"], plan["rates"], len(plan["arms"])) != (self.seeds, self.rates, len(self.arms)):
-            self.progress.say(f"another process has added to the comparison: {RESULT} is left to it")
-            return content
+        runs = [*self.found.values()]
+        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=len(self._left()))
         write_json(self.output / RESULT, finite(content))
-        if not any(arm["rates"] for arm in content["arms"]):
-            return content
-        try:
-            draw(content, self.output / PICTURE)
-        except GatewiseError as error:  # there is no matplotlib
-            self.progress.say(f"warning: no {PICTURE}: {error}")
+        if any(arm["rates"] for arm in content["arms"]):
+            try:
+                draw(content, self.output / PICTURE)
+            except GatewiseError as error:  # there is no matplotlib
+                self.progress.say(f"warning: no {PICTURE}: {error}")
         return content
-
-    def _finished(self) -> list[dict[str, Any]]:
-        """What the finished runs of all arms came to."""
-        paths = [path for arm in self.arms for path in sorted((self.output / RUNS / arm.name).glob("*.json"))]
-        return [self._read(path) for path in paths]
 
     def _arms(self) -> list[dict[str, Any]]:
         """The arms, with the rates that were found for them."""
         told = []
         for arm in self.arms:
-            own, (_, step) = arm.recipe.training.learning_rate, best_rate(self.rates, partial(self._score, arm))
+            own, (_, step) = arm.recipe.training.learning_rate, best_rate(self.rates, partial(self._score, arm, ()))
             rate = None if step is None else rate_at(own, step)
             told.append({"name": arm.name, "parameters": arm.parameters, "learning_rate": rate, "recipe_rate": own})
         return told
@@ -500,38 +414,17 @@ def _make_room() -> None:
         torch.cuda.empty_cache()
 
 
-def _result(path: Path) -> dict[str, Any]:
-    """What the run that a file is named after came to."""
-    found = _read(path, _ALWAYS)
-    if (found["arm"], f"{found['learning_rate']:.3g}-{found['seed']}") != (path.parent.name, path.stem):
-        raise GatewiseError(f"{path} has another name than its run: remove it if it is a copy")
-    return found
-
-
-def _read(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Reads a file that a comparison wrote.
-
-    Raises:
-        GatewiseError: it is not whole.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """Reads a file that a comparison wrote."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not set(keys) <= found.keys():
-        again = "give another folder" if path.name == PLAN else "remove it, and the same command makes the run again"
-        raise GatewiseError(f"{path} is damaged: {again}")
-    return found
+        raise GatewiseError(f"{path} is damaged: remove it, and give the same command again") from None
 
 
-def _score(result: Mapping[str, Any], lower_is_better: bool) -> Score:
-    """How good the run of a rate was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
-    if result.get("diverged"):
-        return -math.inf, -math.inf
-    metrics, name = result["metrics"]["tuning"], result["metric"]
-    signs = ((name, -1 if lower_is_better else 1), ("loss", -1))
-    value, loss = (-math.inf if metrics.get(key) is None else sign * metrics[key] for key, sign in signs)
-    return value, loss
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """What may not change of an arm that has begun."""
+    return recipe.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
 
 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -540,33 +433,25 @@ def _fingerprints(recipe: Recipe) -> dict[str, str]:
     return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
 
 
-def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any], begun: set[str]) -> Iterator[str]:
-    """Why one plan does not go on with another: only arms, seeds and rates may be added, and arms that have not begun changed.
-
-    Args:
-        given: what is no default in the recipes. Another version of gatewise may have written a plan without keys of this one, or
-            with others.
-    """
-    if not begun:
-        return
+def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], begun: Collection[str]) -> Iterator[str]:
+    """Why one plan does not go on with another, of whose arms some have begun."""
     for name in ("seeds", "rates"):
         if now[name] < before[name]:
             yield f"{name} was {before[name]}, now {now[name]}"
     for key in before["files"].keys() | now["files"].keys():
         if before["files"].get(key) != now["files"].get(key):
             yield f"the rows of {key} are others"
-    if next(iter(before["arms"])) != next(iter(now["arms"])):
-        yield f"the first arm was {next(iter(before['arms']))}, now {next(iter(now['arms']))}"
-    for arm, recipe in before["arms"].items():
-        if arm not in begun:
-            continue
-        if arm not in now["arms"]:
+    first, other = next(iter(before["arms"])), next(iter(now["arms"]))
+    if first != other:
+        yield f"the first arm was {first}, now {other}"
+    for arm, tree in before["arms"].items():
+        if arm in begun and arm not in now["arms"]:
             yield f"arm {arm} was there, now it is not"
-            continue
-        one, other, own = by_key(recipe), by_key(now["arms"][arm]), by_key(given[arm])
-        for key in other:
-            if (key in one or key in own) and one.get(key) != other[key]:
-                yield f"{key} of {arm} was {one.get(key)!r}, now {other[key]!r}"
+        elif arm in begun:
+            was = by_key(_fixed(checked(tree, PLAN)))  # with defaults for keys that the version that wrote it had not
+            for key, value in by_key(now["arms"][arm]).items():
+                if was.get(key) != value:
+                    yield f"{key} of {arm} was {was.get(key)!r}, now {value!r}"
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
@@ -576,13 +461,13 @@ def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
         GatewiseError: the arm cannot be trained.
     """
     _make_room()
-    begun, recipe = time.monotonic(), arm.recipe
+    begun = time.monotonic()
     with quiet(bars=True):
         try:
-            run, method = ready(recipe, output, progress)
+            run, method = ready(arm.recipe, output, progress)
         except GatewiseError as error:
             raise GatewiseError(f"arm {arm.name}: {error}") from error
         loading = time.monotonic() - begun
         step, usual, _ = timed_step(run, method)
-    rows = sum(len(run.task.measured[part]) for part in ("dev", "test") if part in run.task.measured)
-    return loading + step * (run.steps + 0.5 * rows / len(usual) / recipe.training.gradient_accumulation)
+    rows = sum(len(run.task.measured.get(part, ())) for part in ("dev", "test"))
+    return loading + step * (run.steps + 0.5 * rows / len(usual) / arm.recipe.training.gradient_accumulation)
