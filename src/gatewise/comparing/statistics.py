@@ -67,13 +67,12 @@ ASSUMED = Spread(seeds=1.0, rows=100 * math.sqrt(0.1 / 3), rest=100 * math.sqrt(
 the rows, a third of which would be the same with other seeds."""
 
 
-def difference(a: Array, b: Array) -> Difference:
+def difference(d: Array) -> Difference:
     """The mean of b - a, with what seeds and rows leave open.
 
     Args:
-        a, b: (seeds, rows), each cell of the same seed and row; (seeds, 1) where rows have no numbers of their own.
+        d: b - a, (seeds, rows); (seeds, 1) where rows have no numbers of their own.
     """
-    d = np.asarray(b, float) - np.asarray(a, float)
     seeds, rows = d.shape
     mean, over = float(d.mean()), "seeds and rows" if rows > 1 else "seeds"
     if seeds < 2:
@@ -148,12 +147,11 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 # How much can be found ------------------------------------------------------------------------------------------------------
 
 
-def spread(pairs: Sequence[tuple[Array, Array]]) -> Spread | None:
+def spread(pairs: Sequence[Array]) -> Spread | None:
     """The spread of pairs of arms, each as for ``difference`` and as uncertain where few rows differ, on average; None where none
     has two seeds and rows, or all are the same."""
     found = []
-    for a, b in pairs:
-        d = np.asarray(b, float) - np.asarray(a, float)
+    for d in pairs:
         seeds, rows = d.shape
         if seeds > 1 and rows > 1:
             of_seeds, of_rows, rest, more = _variances(d)
@@ -185,10 +183,6 @@ def needed(size: float, rows: int, seeds: int, known: Spread = ASSUMED, comparis
         found = detectable(rows, seeds, known, comparisons)
         return found is not None and found <= size
 
-    many = range(1, 101), range(1, 1_000_001)
-    more_seeds = bisect_left(many[0], True, key=lambda seeds: enough(rows, seeds))
-    more_rows = bisect_left(many[1], True, key=lambda rows: enough(rows, seeds))
-    return (
-        many[0][more_seeds] if more_seeds < len(many[0]) else None,
-        many[1][more_rows] if more_rows < len(many[1]) else None,
-    )
+    more_seeds = bisect_left(range(101), True, key=lambda seeds: enough(rows, seeds))
+    more_rows = bisect_left(range(1, 1_000_001), True, key=lambda rows: enough(rows, seeds)) + 1
+    return more_seeds if more_seeds <= 100 else None, more_rows if more_rows <= 1_000_000 else None
