@@ -1,0 +1,78 @@
+"""What reading tears apart: random documents of each format with known rows and conditions, as the tests make them. No model.
+
+A fact is a sentence, or a row of a table with what stands over it. It is torn if no passage says all of its words with none of
+another fact's between them. Where each passage that has a part of it says that it should be compared with the document, it is
+"torn, noted", else "torn". "kept, noted" says how many of those that are read well are doubted.
+
+    python mdt/benchmarks/reading.py                      # 300 documents a format; writes results/reading.json
+    python mdt/benchmarks/reading.py --only pdf --show    # and which facts are torn
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from random import Random
+
+from gatewise.files import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reading_corpus import SHAPES, Fact, content, count, facts_of, torn
+from reading_pdf import COLUMNS, LINES, pdf_of
+
+RESULTS = Path(__file__).parent / "results" / "reading.json"
+Made = tuple[str, bytes, str, list[Fact]]
+"""A variant's name, a document, its suffix, and its facts."""
+
+
+def pdfs(documents: int, seed: int) -> Iterator[Made]:
+    """Each kind of lines in one and two columns of text, in turn, with a table of each shape in turn, on some two of them."""
+    variants = list(product(LINES, COLUMNS))
+    for number in range(documents):
+        random = Random(seed + number)
+        lines, columns = variants[number % len(variants)]
+        shape = SHAPES[number // len(variants) % len(SHAPES)]
+        shapes = [shape] if random.random() < 0.6 else [shape, random.choice(SHAPES)]
+        parts = content(random, shapes)
+        yield f"{lines}, {columns} column{'s' * (columns > 1)}", pdf_of(parts, random, lines, columns), ".pdf", facts_of(parts)
+
+
+FORMATS: dict[str, Callable[[int, int], Iterator[Made]]] = {"pdf": pdfs}
+
+
+def main() -> None:
+    """Counts, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=300, help="of each format")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=FORMATS, help="one format alone")
+    parser.add_argument("--show", action="store_true", help="print the facts that are torn without a note")
+    parser.add_argument("--keep", type=Path, help="a folder for the documents with such facts")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {}
+    for name in [options.only] if options.only else FORMATS:
+        counts: dict[str, Counter[str]] = {}
+        for number, (variant, file, suffix, facts) in enumerate(FORMATS[name](options.documents, options.seed)):
+            counted = count(file, suffix, facts)
+            counts.setdefault(variant, Counter()).update({"documents": 1, **counted})
+            if counted["torn"] and options.show:
+                print(
+                    f"  {name} {number}, {variant}:", *(" | ".join(one.pieces) for one in torn(file, suffix, facts)), sep="\n    "
+                )
+            if counted["torn"] and options.keep:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / f"{number}{suffix}").write_bytes(file)
+        keys = ("documents", "facts", "torn", "torn, noted", "kept, noted")
+        found[name] = {variant: {key: counted[key] for key in keys} for variant, counted in counts.items()}
+        found[name]["all"] = {key: sum(counted[key] for counted in counts.values()) for key in keys}
+        for variant, one in found[name].items():
+            print(f"{name}, {variant}: " + ", ".join(f"{value} {key}" for key, value in one.items()))
+    write_json(options.out, found)
+
+
+if __name__ == "__main__":
+    main()
