@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from gatewise_mdt.documents.document import Document
+from gatewise_mdt.documents.document import LOWERED, RAISED, Document, one_line
 from gatewise_mdt.documents.reading import document_of
 from mdt_models import pdf
 
@@ -49,6 +49,41 @@ def test_a_footnote_stays_where_it_is_printed_with_a_note() -> None:
         "a In acute illness.",
     ]
     assert [["perhaps a footnote" in note for note in block.notes] for block in blocks] == [[], [True], [True]]
+
+
+@pytest.mark.parametrize(
+    ("before", "raised", "after", "said"),
+    [
+        ("below 130/80", "1", " mmHg", "below 130/80[1] mmHg"),
+        ("Give 5", "2", " mg daily", "Give 5[2] mg daily"),
+        ("Give 10", "2", " mg daily", "Give 10[2] mg daily"),
+        ("Give 5 mg", "3,4", " daily", "Give 5 mg[3,4] daily"),
+        ("Give 50", "a", " mg", "Give 50[a] mg"),
+        ("for 10", "1", ".", "for 10[1]."),
+        ("platelets below 10", "9", "/L", "platelets below 10^9/L"),
+        ("2 × 10", "6", " units", "2 × 10^6 units"),
+        ("10", "-3", " mol", "10^-3 mol"),
+        ("above 30 kg/m", "2", ",", "above 30 kg/m2,"),
+        ("3 ml min", "-1", "", "3 ml min-1"),
+        ("on the 1", "st", " day", "on the 1st day"),
+        ("above 38", "o", "C", "above 38°C"),
+    ],
+)
+def test_a_superscript_is_a_power_a_reference_or_a_part_of_its_word(before: str, raised: str, after: str, said: str) -> None:
+    assert one_line(f"{before}{RAISED}{raised}{LOWERED}{after}") == said
+
+
+def test_a_mark_after_a_number_is_doubted_in_a_note() -> None:
+    pytest.importorskip("reportlab")
+    from reportlab.lib.styles import ParagraphStyle
+    from reportlab.platypus import Paragraph, SimpleDocTemplate
+
+    made = io.BytesIO()
+    text = "Aim at 130/80<super rise=4 size=5>1</super> mmHg in most people who have had a stroke."
+    SimpleDocTemplate(made).build([Paragraph(text, ParagraphStyle("p", fontSize=11, leading=13))])
+    (block,) = document_of(made.getvalue(), "a.pdf", ".pdf").blocks
+    assert block.text == "Aim at 130/80[1] mmHg in most people who have had a stroke."
+    assert block.notes[0].startswith('"130/80[1]": what is raised after a number was taken for the mark of a note')
 
 
 BODY = "\n".join([WHOLE] * 3)

@@ -10,6 +10,11 @@ from typing import Literal
 # until all of a paragraph is known.
 RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
 _MARK = re.compile(rf"\s*{NOTE}([^{NOTE}]*){NOTE}")  # of a footnote
+_SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?")
+_REFERS_AFTER = re.compile(r"(?:[^\W\d_]{3}|[a-z)][.,;:?!]|(?<![^\W\d_])(?:m?g|kg|[µμ]g|m?[lL]|d[lL]|IU|U|h)|%)$")
+_MEASURED = (
+    r"\s*(?:m?g|kg|mcg|[µμ]g|micro\w+|m[lL]|mm\s?Hg|%|mmol|tablets?|puffs?|drops?|times|hours?|days?|weeks?|months?|years?)\b"
+)
 UNKNOWN = "\ufffd"
 """Stands for a sign that a document gives no meaning to."""
 Kind = Literal["paragraph", "item", "row", "footnote"]
@@ -91,12 +96,32 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
 
 
 def one_line(said: str) -> str:
-    """One line of text; a superscript after a number is marked, as 10 to the 9th is not 109, and one that refers to a source."""
+    """One line of text; a superscript is a power ("10^9"), refers to a note ("daily[3]"), or is a part of a word ("m2", "1st")."""
     joined = said.replace(LOWERED + RAISED, "")
-    marked = re.sub(rf"(?<=\d){RAISED}(?=[-−–+]?\d)", "^", joined)
-    # After a word or a full stop it is a reference, unless the word is a unit: "visits[3]", and "30 kg/m2".
-    marked = re.sub(rf"([^\W\d_]{{3}}|[a-z)][.,;:?!]){RAISED}([\d,–-]+|[a-z]|[*†‡§¶]{{1,3}}){LOWERED}", r"\1[\2]", marked)
+    marked = _SUPERSCRIPT.sub(lambda found: superscript(joined[: found.start()], found[1], joined[found.end() :]), joined)
     return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
+
+
+def superscript(before: str, raised: str, after: str) -> str:
+    """A superscript between two texts, as it stands in plain text.
+
+    After a number it is a power of ten, "10^9/L", or refers to a note: 130/80 with a raised 1 is not 130/801, and no power either.
+    """
+    reference = re.fullmatch(r"\d[\d,–-]*|[a-z]|[*†‡§¶]{1,3}", raised)
+    if before[-1:].isdigit():
+        if re.fullmatch(r"[-−–+]\d+", raised) or (re.fullmatch(r"\d{1,2}", raised) and _is_power_of_ten(before, raised, after)):
+            return f"^{raised}"
+        if raised in ("o", "0") and re.match(r"\s?[CF]\b", after):
+            return "°"
+        return f"[{raised}]" if reference else raised
+    # After a word or a full stop it is a reference, unless the word is a unit of length: "visits[3]", "5 mg[a]", but "30 kg/m2".
+    return f"[{raised}]" if reference and _REFERS_AFTER.search(before) else raised
+
+
+def _is_power_of_ten(before: str, raised: str, after: str) -> bool:
+    times = re.search(r"[x×·*]\s?10$", before)
+    ten = re.search(r"(?<![\d.,/–-])10$", before) and raised != "1" and not re.match(_MEASURED, after)
+    return bool(times or ten)
 
 
 def quoted_list(texts: Sequence[str], places: Sequence[str] = (), most: int = 20) -> str:
