@@ -52,10 +52,11 @@ class Trainings:
         monkeypatch.setattr(running, "train", self.train)
         monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
         monkeypatch.setattr(running, "arms_of", self.arms_of)
+        monkeypatch.setattr(running, "same_size", lambda arms: arms)
         monkeypatch.setattr(running, "draw", lambda _, out: out.touch())
         monkeypatch.setattr(running, "forgotten", lambda *_, **__: 0.1)
 
-    def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str], say: Any) -> list[Arm]:
+    def arms_of(self, recipe: Path, names: Sequence[str], overrides: Sequence[str]) -> list[Arm]:
         return [Arm(name, load_recipe(recipe, [*overrides, f"method={name}"]), (), 1) for name in names]
 
     def train(self, recipe: Recipe, output: Path, *, measured: Sequence[str], resume: bool, **_: Any) -> RunResult:

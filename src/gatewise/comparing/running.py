@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from gatewise.comparing.arms import Arm, arms_of
+from gatewise.comparing.arms import Arm, arms_of, same_size
 from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at
 from gatewise.comparing.report import draw, outlook, report
@@ -82,8 +82,9 @@ def compare(
     deadline = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     if is_launched():
         raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
-    with quiet(bars=True):
-        arms = arms_of(Path(recipe), methods, overrides, progress.say)
+    arms = arms_of(recipe, methods, overrides)
+    progress.say("counting what each arm stores")
+    arms = same_size(arms)
     task = arms[0].recipe.parts()[0]
     task.read(None)
     tuning = arms[0].recipe.data.tuning
