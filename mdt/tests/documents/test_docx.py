@@ -191,3 +191,65 @@ def test_footnotes_follow_what_refers_to_them_and_a_table_of_contents_is_left_ou
     document.add_paragraph("Give it.")
     assert texts(document) == ["Give it."]
     assert read(document).notes == ('gout.docx: a table of contents was left out: "1 Adults 5"',)
+
+
+def listed(level: int, number: str, indent: int | None = None) -> Any:
+    moved = "" if indent is None else f'<w:ind w:left="{indent}"/>'
+    return f'<w:pPr><w:numPr><w:ilvl w:val="{level}"/><w:numId w:val="{number}"/></w:numPr>{moved}</w:pPr>'
+
+
+def with_list(document: Any, *levels: tuple[str, str], number: str = "77") -> None:
+    """A list of the document's own, its levels given as Word's name of the kind of numbers and what stands around them."""
+    kinds = [
+        f'<w:lvl w:ilvl="{i}"><w:start w:val="1"/><w:numFmt w:val="{kind}"/><w:lvlText w:val="{text}"/>'
+        f'<w:pPr><w:ind w:left="{360 * (i + 1)}"/></w:pPr></w:lvl>'
+        for i, (kind, text) in enumerate(levels)
+    ]
+    root = document.part.numbering_part.element
+    root.insert(0, element("abstractNum", "".join(kinds), f'w:abstractNumId="{number}"'))
+    root.append(element("num", f'<w:abstractNumId w:val="{number}"/>', f'w:numId="{number}"'))
+    anew = '<w:lvlOverride w:ilvl="0"><w:startOverride w:val="1"/></w:lvlOverride>'
+    root.append(element("num", f'<w:abstractNumId w:val="{number}"/>{anew}', f'w:numId="{number}1"'))
+
+
+def test_lists_keep_their_depth_by_level_style_and_indent() -> None:
+    document = docx.Document()
+    document.add_heading("Heart failure", 1)
+    for style, text in (("", "In pregnancy:"), (" 2", "stop warfarin"), ("", "Give bisoprolol")):
+        document.add_paragraph(text, style=f"List Bullet{style}")
+    document.add_paragraph("Follow-up.")
+    for text, indent in (("- In infants:", 0), ("- half the dose", 400), ("- Give rest", 0)):
+        document.add_paragraph(text).paragraph_format.left_indent = indent * 635
+    document.add_paragraph("Diabetes.")
+    with_list(document, ("bullet", "o"), ("bullet", "-"))
+    for level, text in ((0, "Adults:"), (1, "metformin"), (0, "Rest")):
+        document.element.body.insert(-1, element("p", listed(level, "77") + run(text)))
+    document.element.body.insert(-1, element("p", '<w:pPr><w:ind w:left="360"/></w:pPr>' + run("and water")))
+    assert [one.passage for one in split_passages(read(document))] == [
+        "In pregnancy: stop warfarin",
+        "Give bisoprolol. Follow-up. In infants: half the dose",
+        "Give rest. Diabetes. Adults: metformin",
+        "Rest and water",
+    ]
+
+
+def test_steps_have_the_numbers_that_word_shows() -> None:
+    document = docx.Document()
+    with_list(document, ("decimal", "Step %1:"), ("lowerLetter", "%1.%2)"), ("upperRoman", "%3."), ("chineseCounting", "%4、"))
+    steps = [("77", 0), ("77", 0), ("77", 1), ("77", 1), ("77", 2), ("77", 3), ("77", 0), ("771", 0), ("0", 0)]
+    for number, level in steps:
+        document.element.body.insert(-1, element("p", listed(level, number) + run("so")))
+    assert [text.removesuffix("so").strip() for text in texts(document)] == [
+        "Step 1:", "Step 2:", "2.a)", "2.b)", "I.", "一、", "Step 3:", "Step 1:", "",
+    ]  # fmt: skip
+
+
+def test_a_list_in_a_cell_is_parted_and_one_within_it_noted() -> None:
+    document = table("Drug|Action", "warfarin|")
+    cell = document.tables[0].cell(1, 1)
+    cell.paragraphs[0].text, cell.paragraphs[0].style = "In pregnancy:", "List Bullet"
+    cell.add_paragraph("stop", style="List Number 2")
+    cell.add_paragraph("Else go on", style="List Bullet")
+    (only,) = read(document).blocks
+    assert only.text == "Drug: warfarin. Action: In pregnancy: 1. stop; Else go on."
+    assert any("a list within a list" in note for note in only.notes)

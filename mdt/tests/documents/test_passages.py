@@ -155,3 +155,50 @@ def test_an_id_stays_with_a_text_under_its_headings() -> None:
     assert [one.id for one in read(f"# Preface\n\nRead all of it.\n\n{source}")][1:] == ids  # it moved
     assert [one.id for one in read(source.replace("Give rest.", "Give water."))] == [ids[0], ANY, ids[2]]
     assert ids[1] not in [one.id for one in read(source.replace("# Children", "# Infants"))]
+
+
+PREGNANT = "In pregnancy: stop warfarin; give LMWH"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "said"),
+    [
+        (
+            ".md",
+            "- In pregnancy:\n  - stop warfarin\n  - give LMWH\n- Give bisoprolol 2.5 mg",
+            [PREGNANT, "Give bisoprolol 2.5 mg"],
+        ),
+        (
+            ".txt",
+            "- In pregnancy:\n  - stop warfarin\n  - give LMWH\n- Give bisoprolol 2.5 mg",
+            [PREGNANT, "Give bisoprolol 2.5 mg"],
+        ),
+        (
+            ".txt",
+            "1. Pregnant:\n   - stop it\n2. Give rest\n3. Skip step 1.",
+            ["1. Pregnant: stop it", "2. Give rest; 3. Skip step 1."],
+        ),
+        (".md", "- Pregnancy\n  - stop it\n\n    and rest\n- Give it", ["Pregnancy: stop it and rest", "Give it"]),
+        (".md", "- In pregnancy:\n\n  stop it\n- Give it", ["In pregnancy: stop it", "Give it"]),
+        (".md", "In pregnancy:\n\n- stop it\n\nGive bisoprolol.", ["In pregnancy: stop it", "Give bisoprolol."]),
+        (".md", "Give one of these:\n\n- 5 mg\n\nMeasure INR.", ["Give one of these: 5 mg. Measure INR."]),
+        (".md", "All:\n\n- Pregnant:\n  - stop it\n- Give it\n- Rest", ["All: Pregnant: stop it", "All: Give it; Rest"]),
+        (".md", "- If pregnant:\n  - stop it\n- Otherwise give it", ["If pregnant: stop it; Otherwise give it"]),
+        (".md", "- 妊娠：\n  - 停用华法林\n- 给予比索洛尔", ["妊娠：停用华法林", "给予比索洛尔"]),
+        (".md", "1. Test\n1. If low:\n   1. wait\n1. Skip step 1", ["1. Test; 2. If low: 1. wait", "3. Skip step 1"]),
+    ],
+)
+def test_an_inner_item_belongs_to_its_outer_item_and_the_next_outer_one_does_not(suffix: str, text: str, said: list[str]) -> None:
+    assert [one.passage for one in read(f"# Heart failure\n\n{text}" if suffix == ".md" else text, suffix)] == said
+
+
+def test_what_an_item_stands_under_is_said_again_with_each_piece_of_it() -> None:
+    found = read(f"- In pregnancy:\n  - {'Stop it. ' * 12}\n  - give {'rest ' * 40}\n- Give it", most=90)
+    assert len(found) > 4
+    assert all(one.passage.startswith("In pregnancy: ") for one in found[:-1])
+    assert found[-1].passage == "Give it"
+
+
+def test_a_step_that_stands_in_another_passage_is_noted() -> None:
+    last = read("1. Test\n2. If low:\n   - wait\n3. Skip step 1")[-1]
+    assert (last.passage, last.notes) == ("3. Skip step 1", ("it refers to step 1, which stands in another passage",))

@@ -29,6 +29,8 @@ class Block:
         where: its place, such as "line 12" or "page 3".
         kind: of text: a paragraph, an item of a list, a row of a table, or a footnote, which stands after what refers to it.
         stem: of a row: its beginning, which is said again where the row does not fit into one passage.
+        depth: how many items of lists it stands under: 0 for an outer item and for what is in no list, 1 for an inner item, and for
+            a second paragraph of an outer one.
         notes: what has to be known of how it was read, a sentence each.
     """
 
@@ -38,6 +40,7 @@ class Block:
     kind: Kind = "paragraph"
     stem: str = ""
     notes: tuple[str, ...] = ()
+    depth: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ text, misses headings by outline level or by a style based on a heading, and dro
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, one_line, quoted_list, with_footnotes
-from gatewise_mdt.documents.headings import is_label, number_depth
+from gatewise_mdt.documents.headings import SENTENCE_END, is_label, number_depth
+from gatewise_mdt.documents.numbering import STEP, ListPlace, Numbering, left_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -45,7 +46,9 @@ _SYMBOLS = {
     0xB7: "•", 0xB8: "÷", 0xB9: "≠", 0xBB: "≈", 0x3C: "<", 0x3D: "=", 0x3E: ">", 0x2B: "+", 0x2D: "-", 0x61: "α", 0x62: "β",
     0x63: "χ", 0x64: "δ", 0x65: "ε", 0x67: "γ", 0x6B: "κ", 0x6C: "λ", 0x6D: "μ", 0x44: "Δ",
 }  # fmt: skip
+_DEEP_CELL = "a cell of the table has a list within a list, which is read as one: compare it with the document"
 _BODY = 9  # the outline level of text
+_TYPED = re.compile(r"(?:[•●▪■◦‣∙○\uf0b7\uf0a7]\s*|[-–*]\s+(?=[^\W\d_]))(?=\S)")  # a bullet that is a part of the text
 _LARGER = 1.15  # of the size of most text: a line in such letters is a heading
 
 
@@ -63,7 +66,8 @@ def read_docx(content: bytes, name: str) -> Document:
     try:
         opened = docx.Document(io.BytesIO(content))
         beside = list(_parts_beside(opened))
-        reading = _Reading(_Styles(opened.styles.element), {key: said for key, kind, said in beside if kind.endswith("notes")})
+        footnotes = {key: said for key, kind, said in beside if kind.endswith("notes")}
+        reading = _Reading(_Styles(opened.styles.element), footnotes, Numbering(_numbering(opened)))
         body = opened.element.body
         blocks = tuple(reading.read(body))
         left_out = [(kind, said) for key, kind, said in beside if key not in reading.referred and any(map(str.isalpha, said))]
@@ -155,8 +159,10 @@ def _is_on(element: Any, attribute: str) -> bool:
 class _Reading:
     """The walk through a document's body."""
 
-    def __init__(self, styles: _Styles, footnotes: dict[str, str]) -> None:
+    def __init__(self, styles: _Styles, footnotes: dict[str, str], numbering: Numbering) -> None:
         self.styles, self.footnotes = styles, footnotes  # by their kind and number
+        self.numbering = numbering
+        self.lists: list[ListPlace] = []  # the items that the paragraph may stand under, the outermost first
         self.referred: set[str] = set()  # footnotes that the text refers to
         self.left: Counter[str] = Counter()  # what cannot be read as it stands
         self.hidden: list[str] = []
@@ -164,7 +170,7 @@ class _Reading:
         self.looks: dict[int, tuple[float, bool]] = {}  # of what may be a heading by its look alone, by the ids of blocks
         self.sizes: Counter[float] = Counter()  # letters of each size
         self.number = 0  # of the paragraph or table
-        self.boxed = False
+        self.boxed = self.deep_cells = False
         self.within: Any = None  # the paragraph that is being read
 
     def read(self, body: Any) -> Iterator[Block]:
@@ -195,15 +201,66 @@ class _Reading:
         else:
             outline = self.styles.outline(paragraph)
             level = outline + 2 if outline < _BODY else 0
-            listed = paragraph.find(f"{_W}pPr/{_W}numPr") is not None or any(name.startswith("list") for name in names)
-            item = listed and not level
-            block = Block(said, level, where, "item" if item else "paragraph")
+            place, number = self._in_list(paragraph, names)
+            item = place is not None and not level
+            if not level and place is None and (typed := _TYPED.match(said.lstrip())):
+                item, said = True, said.lstrip()[typed.end() :]
+            depth = 0 if level else self._depth(place or ListPlace("", 0, self._indent(paragraph) or 0), item, one_line(said))
+            block = Block(
+                f"{number} {said}" if item and number else said, level, where, "item" if item else "paragraph", depth=depth
+            )
             look = self.styles.look(paragraph)
             self.sizes[look[0]] += len(said)
-            if not (level or item or self.boxed):
+            if not (level or item or depth or self.boxed):
                 self.looks[id(block)] = look
             yield block
         yield from self._text_boxes(paragraph, where)
+
+    def _in_list(self, paragraph: Any, names: Sequence[str]) -> tuple[ListPlace | None, str]:
+        """Where an item stands, and the number that Word shows before it; None for a paragraph that is no item."""
+        holders = (paragraph, *self.styles.of_paragraph(paragraph))
+        properties = next((found for one in holders if (found := one.find(f"{_W}pPr/{_W}numPr")) is not None), None)
+        if properties is not None:
+            name = _value(properties.find(f"{_W}numId"))
+            styles = [one.get(f"{_W}styleId", "") for one in holders[1:]]
+            own = properties.find(f"{_W}ilvl")
+            level = self.numbering.level_of(name, styles[0] if styles else "") if own is None else _number(own, 0)
+            if name not in ("", "0"):  # 0 takes a paragraph out of the list of its style
+                indent = self._indent(paragraph)
+                return ListPlace(name, level, STEP * (level + 1) if indent is None else indent), self.numbering.next_number(
+                    name, level
+                )
+        style = next((found for name in names if (found := re.fullmatch(r"list(?: bullet| number)?(?: (\d))?", name))), None)
+        if style is None or properties is not None:
+            return None, ""
+        indent = self._indent(paragraph)
+        return ListPlace("", 0, STEP * int(style[1] or 1) if indent is None else indent), ""
+
+    def _indent(self, paragraph: Any) -> int | None:
+        """How far a paragraph is moved in, by what it says itself, its style or its list."""
+        for holder in (paragraph, *self.styles.of_paragraph(paragraph)):
+            indent, properties = holder.find(f"{_W}pPr/{_W}ind"), holder.find(f"{_W}pPr/{_W}numPr")
+            if indent is not None and (left := left_of(indent)) is not None:
+                return left
+            if properties is not None:
+                name, own = _value(properties.find(f"{_W}numId")), properties.find(f"{_W}ilvl")
+                level = self.numbering.level_of(name, holder.get(f"{_W}styleId", "")) if own is None else _number(own, 0)
+                if (left := self.numbering.indent(name, level)) is not None:
+                    return left
+        return None
+
+    def _depth(self, place: ListPlace, item: bool, said: str) -> int:
+        """How many items a paragraph stands under; an item is one of those for what comes after it."""
+        if not said:
+            return 0
+        if item:
+            while self.lists and not place.is_below(self.lists[-1]):
+                self.lists.pop()
+            self.lists.append(place)
+            return len(self.lists) - 1
+        while self.lists and not 0 < self.lists[-1].indent <= place.indent:
+            self.lists.pop()
+        return len(self.lists)
 
     def _with_headings(self, blocks: list[Block]) -> list[Block]:
         """The blocks, in which bold or large lines that read like headings are such, below those that have a style."""
@@ -240,6 +297,7 @@ class _Reading:
             self.boxed = was
             return
         self.number += 1
+        self.lists = []
         where = f"paragraph {self.number}, a table"
         spanning: dict[int, str] = {}
         made: list[list[Cell]] = []
@@ -252,7 +310,7 @@ class _Reading:
             cells: list[Cell] = []
             column = _number(row.find(f"{_W}trPr/{_W}gridBefore"), 0)
             for cell in _inside(row, "tc"):
-                text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else one_line(self._all(cell))
+                text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else self._cell(cell)
                 merge = cell.find(f"{_W}tcPr/{_W}vMerge")
                 if merge is None:
                     spanning.pop(column, None)
@@ -264,8 +322,30 @@ class _Reading:
                 cells.append(Cell(text, column, span, all(self.styles.look(one)[1] for one in cell.iter(f"{_W}p"))))
                 column += span
             made.append(cells)
-        yield from table_blocks(made, [where] * len(made), headers or (1 if self.styles.heads_tables(table) else None))
+        blocks = table_blocks(made, [where] * len(made), headers or (1 if self.styles.heads_tables(table) else None))
+        notes, self.deep_cells = ((_DEEP_CELL,) if self.deep_cells else ()), False
+        yield from (replace(block, notes=(*block.notes, *notes)) for block in blocks)
         yield from self._text_boxes(table, where)
+
+    def _cell(self, cell: Any) -> str:
+        """The text of a cell, in which the items of a list are parted."""
+        said = ""
+        within: list[ListPlace] = []
+        for child in cell:
+            place, number = None, ""
+            if child.tag == f"{_W}p":
+                names = [_name(style) for style in self.styles.of_paragraph(child)]
+                place, number = self._in_list(child, names)
+            part = one_line(f"{number} {self._said(child)}")
+            if not part:
+                continue
+            if place is not None:
+                deeper = bool(within) and place.is_below(within[-1])
+                self.deep_cells |= deeper
+                said += "" if not said or SENTENCE_END.search(said) else ":" if deeper else ";"
+                within.append(place)
+            said = f"{said} {part}".strip()
+        return said
 
     def _all(self, element: Any) -> str:
         return "".join(map(self._said, element))
@@ -352,6 +432,14 @@ def _left_out(parts: list[tuple[str, str]]) -> Iterator[str]:
         yield f"the {kind if kind.endswith('s') else f'{kind}s'} were left out: {quoted_list(list(texts))}"
 
 
+def _numbering(opened: Any) -> Any:
+    """What the document says of its lists; None if it says nothing."""
+    from docx.oxml import parse_xml
+
+    parts = [one.target_part for one in opened.part.rels.values() if one.reltype.endswith("/numbering") and not one.is_external]
+    return parse_xml(parts[0].blob) if parts else None
+
+
 def _parts_beside(opened: Any) -> Iterator[tuple[str, str, str]]:
     """What stands outside the body, each with a key and its kind."""
     from docx.oxml import parse_xml
@@ -362,5 +450,5 @@ def _parts_beside(opened: Any) -> Iterator[tuple[str, str, str]]:
             continue
         root = parse_xml(relation.target_part.blob)
         for part in [root] if kind in ("header", "footer") else root:
-            reading = _Reading(_Styles(root), {})
+            reading = _Reading(_Styles(root), {}, Numbering(None))
             yield f"{kind} {part.get(f'{_W}id', relation.rId)}", kind, one_line(reading._all(part))

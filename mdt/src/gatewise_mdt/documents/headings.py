@@ -43,6 +43,11 @@ _IMPERATIVE = re.compile(
     r"|hold|drain|supplement|correct|follow|discharge|return)(?!\s+(?:of|in|and|for|up)\b)\s+\S+)\b",
     re.IGNORECASE,
 )
+_NO_ORDER = re.compile(
+    r"(?:if|unless|when|whenever|otherwise|then|else|only|no|not|never|do|don['’]t|stop|avoid|omit|discontinue|withhold|withdraw"
+    r"|exclude|remove|restrict|suspend|cease|defer|limit|hold|delay|taper|reduce)\b",
+    re.IGNORECASE,
+)
 _TELLING = re.compile(
     r"\b(?:should|must|may|can|cannot|could|will|would|shall|needs?|not|never|contraindicated|recommended|avoid(?:ed)?|daily|once"
     r"|twice|three\s+times|every\s+(?:day|other|\d+)|as\s+needed)\b",
@@ -82,6 +87,12 @@ def tells_what_to_do(text: str) -> bool:
     """Whether a text begins as an instruction or a condition does: "Do not …", "If …"."""
     said = unnumbered(text)
     return bool(_IMPERATIVE.match(said) or (_HAN.search(said) and _CHINESE_TELLING.match(said)))
+
+
+def is_order(text: str) -> bool:
+    """Whether a text begins by saying what is to be done: "Give one of these:", but not "If …:", "Avoid:" or "In pregnancy:"."""
+    said = unnumbered(text)
+    return bool(_IMPERATIVE.match(said)) and not _NO_ORDER.match(said)
 
 
 def reads_as_sentence(text: str) -> bool:

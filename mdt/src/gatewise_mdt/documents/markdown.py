@@ -51,6 +51,8 @@ def read_markdown(text: str, name: str) -> Document:
 
 def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
     level = above = items = 0
+    numbers: list[int | None] = []  # of the lists around, the number of the next item; None where items have a bullet
+    mark = ""  # of the item that begins
     underlined = False
     table: list[list[Cell]] | None = None
     for number, token in enumerate(tokens):
@@ -59,8 +61,15 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
             level, underlined = int(token.tag[1:]), token.markup in ("-", "=")
         elif token.type == "heading_close":
             level = 0
+        elif token.type in ("ordered_list_open", "bullet_list_open"):
+            numbers.append(int(token.attrGet("start") or 1) if token.type == "ordered_list_open" else None)
+        elif token.type in ("ordered_list_close", "bullet_list_close"):
+            numbers.pop()
         elif token.type in ("list_item_open", "list_item_close"):
             items += token.nesting
+            if token.nesting > 0:
+                mark = "" if numbers[-1] is None else f"{numbers[-1]}{token.markup} "
+                numbers[-1] = None if numbers[-1] is None else numbers[-1] + 1
         elif token.type == "table_open":
             table, places, headers = [], [], 0
         elif token.type == "tr_open" and table is not None:
@@ -73,7 +82,7 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
         elif token.type == "thead_close" and table is not None:
             headers = int(any(cell.text for cell in table[0]))
         elif token.type == "table_close" and table is not None:
-            yield from table_blocks(table, places, headers)
+            yield from (replace(block, depth=items) for block in table_blocks(table, places, headers))
             table = None
         elif token.type == "inline" and table is not None:
             cells.append(_text(_inline(token.children or ())))
@@ -89,10 +98,11 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
             else:
                 first = bool(items) and tokens[number - 2].type == "list_item_open"
                 notes = (_HTML_TABLE,) if _HTML_CELL.search(token.content) else ()
-                yield Block(said, 0, where, "item" if first else "paragraph", notes=notes)
+                own = f"{mark}{said}" if first else said
+                yield Block(own, 0, where, "item" if first else "paragraph", notes=notes, depth=items - first)
         elif token.type in ("fence", "code_block"):
             content = _text(token.content) if token.type == "code_block" else " ".join(f"{token.info} {token.content}".split())
-            yield Block(content, 0, where)
+            yield Block(content, 0, where, depth=items)
 
 
 def _is_bold(token: Any) -> bool:

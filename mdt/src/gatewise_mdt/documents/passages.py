@@ -14,7 +14,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.document import Block, Document, sections
-from gatewise_mdt.documents.headings import is_instruction_alone, lead_of, population_mark, population_of
+from gatewise_mdt.documents.headings import is_instruction_alone, is_order, lead_of, population_mark, population_of
 from gatewise_mdt.documents.language import has_han, is_chinese
 
 # Characters of a passage; the published ones have about 70 (Chinese) and 250 (English). Chinese says more with one.
@@ -37,6 +37,9 @@ _DEPENDENT = re.compile(
 )
 
 
+_NUMBER = re.compile(r"\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)、]\s+")  # of an item
+_STEP = re.compile(r"\bsteps?\s+(\d{1,2})\b|步骤\s*(\d{1,2})|第\s*(\d{1,2})\s*步", re.IGNORECASE)
+_COLON = re.compile(r"[:：]$")
 _REFERS = re.compile(r"(?:otherwise|else|if\s+(?:not|so)|in\s+(?:this|that)\s+case)\b|否则|不然|反之", re.IGNORECASE)
 
 
@@ -94,6 +97,7 @@ class _Unit:
     Attributes:
         block: the number of its block.
         bound: it says nothing without the unit before.
+        apart: it has to begin a passage, as what the one before stands under is not said of it.
         head: what has to be said again where it comes to begin a passage; empty for the unit before.
         joint: what stands between the unit before and this one.
     """
@@ -104,6 +108,7 @@ class _Unit:
     where: str
     block: int = 0
     bound: bool = False
+    apart: bool = False
     head: str = ""
     joint: str = " "
     notes: tuple[str, ...] = ()
@@ -191,25 +196,83 @@ def _of_group(
     lead = lead_of(others)
     units = list(_units(group, starts, mark + 1 if mark else 0))
     about = " ".join(named.replace("@", " ").split())
+    numbered = {found[1] for block in group if block.kind == "item" and (found := re.match(r"\(?(\d{1,2})[.)、]", block.text))}
     for packed in _pack(units, lead, most):
         if any(map(str.isalnum, packed.text)):
-            notes = tuple(dict.fromkeys(packed.notes))
+            notes = tuple(dict.fromkeys([*packed.notes, *_steps_elsewhere(packed.text, numbered)]))
             yield Passage(f"{lead}{packed.text}", about, headings, packed.where, packed.start, packed.end, notes)
 
 
+@dataclass
+class _Over:
+    """What blocks may stand under: an item of a list, or a line that ends in a colon.
+
+    Attributes:
+        depth: of an item its own; of a line that of the item that it stands in, -1 without one.
+        listed: whether an item stands under it.
+        nested: whether what stands under it stands deeper, so that the next item beside it does not.
+    """
+
+    text: str
+    depth: int
+    is_item: bool
+    used: bool = False
+    listed: bool = False
+    nested: bool = False
+
+    def holds(self, block: Block) -> bool:
+        if self.is_item:
+            # "- In pregnancy:" and then items beside it, as where no one knows how deep an item is.
+            flat = block.kind == "item" and block.depth == self.depth and not self.nested and bool(_COLON.search(self.text))
+            return block.depth > self.depth or flat
+        return block.depth > self.depth and (block.kind == "item" or block.depth > self.depth + 1 or not self.used)
+
+    @property
+    def is_confusing(self) -> bool:
+        """Whether what comes after all that stands under it would be read as standing under it too."""
+        return self.nested if self.is_item else self.listed and not is_order(self.text)
+
+
+def _under(over: list[_Over], block: Block) -> bool:
+    """Takes away what a block does not stand under; whether it has to be parted from what did."""
+    parted = False
+    while over and not over[-1].holds(block):
+        parted |= over.pop().is_confusing
+    if over:
+        last = over[-1]
+        last.used = True
+        last.listed |= block.kind == "item"
+        last.nested |= block.depth > last.depth and (block.kind == "item" or not re.search(r"[.!?。！？]$", last.text))
+    return parted
+
+
+def _said_of(over: Sequence[_Over]) -> str:
+    """What a block stands under, as the beginning of its text."""
+    texts = [one.text if _ENDS.search(one.text) else f"{one.text}{'：' if has_han(one.text[-1]) else ':'}" for one in over]
+    return "".join(text if text[-1] in "：，。；" else f"{text} " for text in texts).strip()
+
+
+def _steps_elsewhere(text: str, numbered: set[str]) -> Iterator[str]:
+    """Notes on steps that a passage refers to and that stand in another one."""
+    for number in dict.fromkeys(filter(None, (one for found in _STEP.finditer(text) for one in found.groups()))):
+        if number in numbered and not re.search(rf"(?<![\d.]){number}[.)、]\s", text):
+            yield f"it refers to step {number}, which stands in another passage"
+
+
 def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iterator[_Unit]:
-    before = stem = ""  # the unit before, and what a list is of: "give one of these:"
+    before = ""  # the unit before
+    over: list[_Over] = []
     for number, block in enumerate(group):
         skip = skipped if number == 0 else 0
-        if block.kind != "item" and not re.search(r"[:：]$", before):
-            stem = ""
+        parted = _under(over, block)
+        head = _said_of(over)
         whole = block.kind == "row" and bool(block.stem)
         spans = [(skip, len(block.text))] if whole else [(skip + i, skip + j) for i, j in _sentences(block.text[skip:])]
         for place, (first, last) in enumerate(spans):
             text = block.text[first:last].strip()
             start = starts[id(block)] + block.text.index(text, first)
-            opens, refers = place == 0 and number > 0, bool(_DEPENDENT.match(text))
-            listed = opens and bool(stem)
+            opens, refers = place == 0 and number > 0, bool(_DEPENDENT.match(_NUMBER.sub("", text, count=1)))
+            apart = opens and parted and not refers and block.kind != "footnote"
             notes = block.notes if place == 0 else ()
             if not before and _REFERS.match(text):
                 notes = (*notes, f'"{text[:40]}{"…" if len(text) > 40 else ""}" refers to what is not under its heading')
@@ -219,25 +282,39 @@ def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iter
                 start + len(text),
                 block.where,
                 number,
-                bool(before) and (refers or listed or (opens and block.kind == "footnote")),
-                block.stem if whole else stem if listed and not refers else "",
-                _joint(before, text, opens, opens and block.kind == group[number - 1].kind == "item"),
+                bool(before) and not apart and (refers or bool(head) or (opens and block.kind == "footnote")),
+                apart,
+                " ".join(filter(None, (head, block.stem))) if whole else head if not refers else "",
+                _joint(before, text, opens, _beside(group[number - 1], block) if opens else ""),
                 notes,
             )
             before = text
-        if re.search(r"[:：]$", before) and block.kind != "row":
-            stem = before
+        if block.kind == "item" and spans:
+            over.append(_Over(before, block.depth, is_item=True))
+        elif block.kind != "row" and _COLON.search(before):
+            over.append(_Over(before, block.depth - 1, is_item=False))
 
 
-def _joint(before: str, text: str, opens: bool, items: bool) -> str:
-    """What stands between two sentences, or between two blocks of which the first may have no full stop."""
+def _beside(first: Block, second: Block) -> str:
+    """What parts two blocks of which the first has no full stop, as English has it; empty where that is not known."""
+    if first.kind == second.kind == "item" and second.depth > first.depth:
+        return ":"
+    return ";" if first.kind == second.kind == "item" else ""
+
+
+def _joint(before: str, text: str, opens: bool, sign: str) -> str:
+    """What stands between two sentences, or between two blocks of which the first may have no full stop.
+
+    Args:
+        sign: see :func:`_beside`.
+    """
     if not before:
         return ""
     chinese = has_han(before[-1]) or before[-1] in "。！？；：，、）”"
     if not opens or _ENDS.search(before):
         return "" if chinese else " "
-    if items and not re.search(r"\b(?:and|or)$|[和或]$", before):
-        return "；" if chinese else "; "
+    if sign and not re.search(r"\b(?:and|or)$|[和或]$", before):
+        return {";": "；", ":": "："}[sign] if chinese else f"{sign} "
     if re.match(r"[\"“(]?(?:[A-Z\u3400-\u9fff]|\d+(?:\.\d+)+\s)", text):
         return "。" if chinese else ". "
     return "" if chinese else " "
@@ -255,7 +332,7 @@ def _sentences(text: str) -> list[tuple[int, int]]:
 
 @dataclass
 class _Packed:
-    """A passage that is being filled."""
+    """A passage that is being filled; without an end it has nothing of its own yet."""
 
     text: str = ""
     where: str = ""
@@ -266,13 +343,27 @@ class _Packed:
     def grown(self, units: Sequence[_Unit]) -> int:
         """The length that it would have with more units."""
         return len(self.text) + sum(
-            len(unit.joint) * bool(self.text or number) + len(unit.text) for number, unit in enumerate(units)
+            len(unit.joint if number else self._joint(unit)) + len(unit.text) for number, unit in enumerate(units)
         )
+
+    def _joint(self, unit: _Unit) -> str:
+        """What stands before the next unit: nothing at the beginning, and what is said again ends as it did before."""
+        if not self.text or self.end:
+            return unit.joint if self.text else ""
+        return "" if self.text[-1] in "：，。；" else " "
+
+    def begin(self, unit: _Unit, head: str, room: int) -> None:
+        """Says again what a unit stands under that begins the passage."""
+        if head and (len(head) + 1 + len(unit.text) <= room or 3 * len(head) <= room < len(unit.text)):
+            self.text, self.where, self.start = head, unit.where, unit.start
+            self.notes.append(f'"{head[:60]}{"…" if len(head) > 60 else ""}" is said again, as the text was cut after it')
+        elif unit.bound or head:
+            self.notes.append("the passage begins with what belongs to the end of the one before")
 
     def add(self, unit: _Unit) -> None:
         if not self.text:
             self.where, self.start = unit.where, unit.start
-        self.text += (unit.joint if self.text else "") + unit.text
+        self.text += self._joint(unit) + unit.text
         self.end = unit.end
         self.notes += unit.notes
 
@@ -282,15 +373,13 @@ def _pack(units: Sequence[_Unit], lead: str, most: int | None) -> Iterator[_Pack
     held = _Packed()
     for chain in _chains(units, blocks=True):
         room = _room(chain, lead, most)
-        if held.grown(chain) <= room:
-            for unit in chain:
-                held.add(unit)
-            continue
-        if held.text:
+        if held.end and (chain[0].apart or held.grown(chain) > room):
             yield held
-        held = _Packed()
+            held = _Packed()
+        if chain[0].apart:
+            held.begin(chain[0], chain[0].head, room)
         for cluster in [chain] if held.grown(chain) <= room else _chains(chain, blocks=False):
-            if held.text and held.grown(cluster) > room:
+            if held.end and held.grown(cluster) > room:
                 yield held
                 held = _Packed()
             if held.grown(cluster) <= room:
@@ -299,7 +388,7 @@ def _pack(units: Sequence[_Unit], lead: str, most: int | None) -> Iterator[_Pack
                 continue
             yield from _pack_too_long(cluster, room, held)
             held = _Packed()
-    if held.text:
+    if held.end:
         yield held
 
 
@@ -323,26 +412,23 @@ def _pack_too_long(cluster: Sequence[_Unit], room: int, held: _Packed) -> Iterat
     """What belongs together and does not fit into one passage: each further one begins with what it refers to."""
     before = ""
     for unit in [part for one in cluster for part in _parts(one, room)]:
-        if held.text and held.grown([unit]) > room:
+        if held.end and held.grown([unit]) > room:
             yield held
             held = _Packed()
-            head = unit.head or (before if unit.bound else "")
-            if head and len(head) + 1 + len(unit.text) <= room:
-                held.text, held.where, held.start = head, unit.where, unit.start
-                held.notes.append(f'"{head[:60]}{"…" if len(head) > 60 else ""}" is said again, as the text was cut after it')
-            elif unit.bound:
-                held.notes.append("the passage begins with what belongs to the end of the one before")
+            held.begin(unit, unit.head or (before if unit.bound else ""), room)
         rest = unit
         while held.grown([rest]) > room:
-            cut = _between_words(rest.text, room)
+            cut = _between_words(rest.text, room - len(held.text) - bool(held.text))
             held.add(_part(rest, 0, cut))
             held.notes.append("a sentence that is longer than a passage was cut between words")
             yield held
             held = _Packed()
             rest = _part(rest, cut, len(rest.text))
+            if unit.bound or unit.head:
+                held.begin(rest, unit.head, room)
         held.add(rest)
         before = unit.text
-    if held.text:
+    if held.end:
         yield held
 
 

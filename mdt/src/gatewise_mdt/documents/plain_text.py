@@ -38,6 +38,7 @@ _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
 _BULLET = re.compile(r"[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]\s+(?=\S)")
+_ITEM_NUMBER = re.compile(r"\(?(\d{1,2}|[a-z])(?:[.)]\s+|、\s*)(?=\S)")
 _SURE_BULLET = re.compile(r"[•●▪■◦‣∙○\uf0b7\uf0a7]\s*(?=\S)")
 
 
@@ -63,33 +64,62 @@ def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named
 def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block]:
     longest = max((len(line.text.strip()) for line in lines), default=0)
     held: list[str] = []
-    place, item = "", False
+    place, item, depth = "", False, 0
+    items: list[int] = []  # how far the items are moved in that the line may stand under, the outermost first
 
-    def block() -> Block:
+    def block(below: str) -> Block:
         is_one = not item and len(held) == 1 and stands_alone_as_heading(held[0]) and (named or number_of(held[0]) is not None)
-        made = Block(join_lines(held), int(is_one), place, "item" if item else "paragraph")
+        # "In pregnancy:" over a list is said of its items, and not of all that comes after it.
+        is_one &= not (re.search(r"[:：]$", held[0]) and _BULLET.match(below))
+        made = Block(join_lines(held), int(is_one), place, "item" if item else "paragraph", depth=depth)
         held.clear()
         return made
 
-    following = [*(line.text.strip() for line in lines[1:]), "", ""]
-    for (where, raw, full), after in zip([*lines, Line("", "")], following, strict=False):
-        line = raw.strip()
+    stripped = [*(line.text.strip() for line in lines), "", ""]
+    for number, (where, raw, full) in enumerate([*lines, Line("", "")]):
+        line, after = stripped[number], stripped[number + 1]
         before = held[-1] if held else ""
         bullet = _bullet(line, before, item)
         alone = population_mark(line) > 0 or _is_numbered_heading(line, before, after)
-        if held and (not line or alone or bullet or (printed and stands_like_heading(line) and SENTENCE_END.search(before))):
-            yield block()
+        counted = not printed and not bullet and not alone and _is_counted(line, before, after, item)
+        if held and (not line or alone or bullet or counted or (printed and _ends_before(line, before))):
+            yield block(next(filter(None, stripped[number:]), ""))
         if not line:
             item = False
             continue
         if not held:
-            place, item = where, bool(bullet)
+            place, item = where, bool(bullet or counted)
+            moved = 0 if printed else len(raw.expandtabs(4)) - len(raw.expandtabs(4).lstrip())
+            while items and (moved <= items[-1] or alone):
+                items.pop()
+            depth = len(items)
+            if item:
+                items.append(moved)
         held.append(line[bullet:] if bullet else line)
         short = len(line) < 0.75 * (full or longest)
         # A line that goes on in small letters or with a number is a sentence that was broken, however short it is.
         title = named and len(held) == 1 and not item and stands_like_heading(line) and (not after or _begins_anew(after))
         if alone or (printed and short and (title or SENTENCE_END.search(line))):
-            yield block()
+            yield block(after)
+
+
+def _ends_before(line: str, before: str) -> bool:
+    """Whether a paragraph of a printed page ends before a line."""
+    return bool(stands_like_heading(line) and SENTENCE_END.search(before))
+
+
+def _is_counted(line: str, before: str, after: str, in_list: bool) -> bool:
+    """Whether a line is an item with a number, "2. Stop it": in a list, or before the next number or an inner item."""
+    number = _ITEM_NUMBER.match(line)
+    if number is None:
+        return False
+    following = _ITEM_NUMBER.match(after)
+    goes_on = following is not None and (_counts(following[1]) == _counts(number[1]) + 1 or _counts(following[1]) == 1)
+    return in_list or ((before == "" or before[-1] in ":：") and (goes_on or bool(_BULLET.match(after))))
+
+
+def _counts(number: str) -> int:
+    return int(number) if number.isdigit() else ord(number) - ord("a") + 1
 
 
 def _bullet(line: str, before: str, in_list: bool) -> int:
