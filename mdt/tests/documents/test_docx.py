@@ -253,3 +253,13 @@ def test_a_list_in_a_cell_is_parted_and_one_within_it_noted() -> None:
     (only,) = read(document).blocks
     assert only.text == "Drug: warfarin. Action: In pregnancy: 1. stop; Else go on."
     assert any("a list within a list" in note for note in only.notes)
+
+
+def test_two_rows_of_headers_under_a_table_style() -> None:
+    document = table("Drug|Dose if eGFR is||", "|>= 60|30-59|< 30", "apixaban|5 mg|2.5 mg|avoid")
+    made = document.tables[0]
+    made.style = "Light List"
+    made.cell(0, 1).merge(made.cell(0, 3)).text = "Dose if eGFR is"
+    made.cell(0, 0).merge(made.cell(1, 0)).text = "Drug"
+    (only,) = texts(document)
+    assert only == "Drug: apixaban. Dose if eGFR is >= 60: 5 mg. Dose if eGFR is 30-59: 2.5 mg. Dose if eGFR is < 30: avoid."

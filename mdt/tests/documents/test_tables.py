@@ -83,3 +83,43 @@ def test_headers_over_nothing_but_empty_rows_are_a_row() -> None:
 
 def test_cells_without_headers_are_read_one_after_the_other() -> None:
     assert texts(rows("Low risk|Stop it.", "Give|5 mg"), 0) == ["Low risk: Stop it.", "Give 5 mg"]
+
+
+EGFR = [Cell("Drug", 0), Cell("Dose if eGFR is", 1, 3)]
+BODY = rows("apixaban|5 mg|2.5 mg|none", "digoxin|125|62.5|ask")
+
+
+@pytest.mark.parametrize("headers", [1, None])
+@pytest.mark.parametrize(
+    ("top", "said"),
+    [
+        ([EGFR, row_of(["", ">= 60", "30-59", "< 30"])], "Dose if eGFR is {}: "),
+        ([EGFR, row_of(["Drug", ">= 60", "30-59", "< 30"])], "Dose if eGFR is {}: "),
+        (rows("Drug|Dose if eGFR is||", "|>= 60|30-59|< 30"), "Dose if eGFR is {}: "),
+        ([[Cell("Drug", 0), Cell("Dose, adults", 1, 3)], row_of(["", ">= 60 kg", "30-59 kg", "< 30 kg"])], "Dose, adults, {} kg: "),
+    ],
+)
+def test_headers_of_several_rows_are_joined_in_each_column(top: list[list[Cell]], said: str, headers: int | None) -> None:
+    labels = [said.format(range) for range in (">= 60", "30-59", "< 30")]
+    assert texts([*top, *BODY], headers)[0] == f"Drug: apixaban. {labels[0]}5 mg. {labels[1]}2.5 mg. {labels[2]}none."
+
+
+def test_headers_of_three_rows() -> None:
+    groups = [Cell("", 0), Cell("Adults", 1, 2), Cell("Children", 3, 2)]
+    made = [[Cell("Drug", 0), Cell("Dose", 1, 4)], groups, *rows("|oral|i.v|oral|i.v", "a|1 mg|2 mg|3 mg|4 mg")]
+    assert texts(made, 1)[0].startswith("Drug: a. Dose, Adults, oral: 1 mg. Dose, Adults, i.v: 2 mg. Dose, Children, oral: 3 mg.")
+
+
+def test_a_row_below_a_wide_header_is_no_header_if_it_names_a_drug_or_has_a_dose() -> None:
+    for first in ("apixaban|5 mg|2.5 mg|none", "rivaroxaban|full|half|none"):
+        made = table_blocks([EGFR, *rows(first, "digoxin|1|2|3")], ["page 1"] * 3, 1)
+        assert len(made) == 2
+        assert all("that have none of their own: compare the table" in block.notes[0] for block in made)
+
+
+def test_a_weight_or_a_laboratory_value_over_a_column_is_no_dose() -> None:
+    for head in ("< 30 kg|>= 30 kg", "30-59 kg|60 kg", "below 3.5 mmol/L|above 3.5 mmol/L", "SpO2 < 92%|SpO2 >= 92%"):
+        assert texts(rows(f"Drug|{head}", "amoxicillin|250 mg|500 mg"))[0].startswith(
+            f"Drug: amoxicillin. {head.split('|')[0]}: 250 mg."
+        )
+    assert len(texts(rows("Drug|10-20 mg|5 mg/kg", "amoxicillin|250 mg|500 mg"))) == 2

@@ -61,6 +61,13 @@ _RELATIVE = re.compile(r"\b(?:who|whom|whose|that|which)\b.*", re.IGNORECASE)
 _DOSE = re.compile(
     r"\d\s*(?:(?:mg|mcg|[µμ]g|ug|g|kg|ml|l|iu|units?|mmol|tablets?|puffs?|drops?)\b|%|毫克|微克|克|毫升|片|单位)", re.IGNORECASE
 )
+# "< 30 kg", "30-59 %" and "K 3.5 mmol/L" are of patients, and no doses.
+_OF_PATIENTS = re.compile(
+    r"(?:(?:[<>≤≥=]+|\b(?:below|above|over|under|up to|(?:less|more) than|at least)|低于|高于|大于|小于)\s*)?"
+    r"(?:\d+(?:\.\d+)?\s*(?:-|–|—|to|and|至|~|～)\s*)?\d+(?:\.\d+)?\s*"
+    r"(?:kg\b|公斤|千克|%|[munµμ]?(?:mol|g|IU|U)\s*/\s*d?l\b)",
+    re.IGNORECASE,
+)
 _COMPARISON = re.compile(r"[<>≤≥=]\s*\d")
 _CHINESE_TELLING = re.compile(
     r"首选|禁用|禁忌(?![证症])|慎用|停用|避免|给予|服用|口服|注射(?!剂)|不宜|不应|不可|不能|不得|不要|不用|不予|(?<![适反效相对响])应(?![用激答])"
@@ -79,8 +86,8 @@ def stands_like_heading(line: str) -> bool:
 
 
 def gives_dose(text: str) -> bool:
-    """Whether a text has a dose in it, such as "5 mg"."""
-    return bool(_DOSE.search(text))
+    """Whether a text has a dose in it, such as "5 mg"; a patient's weight or a laboratory value ("< 30 kg") is none."""
+    return bool(_DOSE.search(_OF_PATIENTS.sub(" ", text)))
 
 
 def tells_what_to_do(text: str) -> bool:

@@ -48,20 +48,25 @@ def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None
 
     Args:
         places: of each row, for the blocks.
-        headers: how many rows at the top are its headers; None where the document does not say, and the look of the first row has
-            to tell.
+        headers: how many rows at the top are its headers, at least: where the last of them has a cell over several columns that the
+            row below names one by one, that is a header too. None where the document does not say, and the look of the first row
+            has to tell.
     """
     filled = [[replace(cell, text=" ".join(cell.text.split())) for cell in row] for row in rows]
-    known = headers is not None
-    count = min(headers, len(rows)) if headers is not None else header_count(filled)
+    count = _all_headers(filled, min(headers, len(rows))) if headers is not None else header_count(filled)
+    if count > 1:
+        filled = [*map(_spread, filled[: count - 1], filled[1:count]), *filled[count - 1 :]]
     said = [number for number, row in enumerate(filled) if any(cell.text for cell in row)]
     if not said or said[-1] < count:  # nothing below that they could head
         count = 0
     top = [header_of(filled[:count], column) for column in range(_width(filled))]
     notes: list[str] = []
-    if count and not known:
-        notes.append(f"the first row of the table was taken for its headers: {_quoted(top)}")
-    elif not count and len(said) > 1 and max(map(len, filled)) > 1:
+    if count and count != headers:
+        which = "the first row of the table was" if count == 1 else f"the first {count} rows of the table were"
+        notes.append(f"{which} taken for its headers: {_quoted(top)}")
+    if count and _is_split(filled[count - 1]):
+        notes.append("a header stands over several columns that have none of their own: compare the table with the document")
+    if not count and len(said) > 1 and max(map(len, filled)) > 1:
         notes.append("no headers were found in the table")
     if count and (idle := _idle(filled[count:], top)):
         notes.append(f"headers of the table were left out, as nothing stands under: {_quoted(idle)}")
@@ -91,17 +96,57 @@ def _is_over_all(row: Row, width: int) -> bool:
 
 
 def header_count(rows: Sequence[Row]) -> int:
-    """How many rows at the top of a table look like its headers: one, or two if a cell of the first covers several columns."""
-    if not _looks_like_header(rows):
-        return 0
-    grouped = len(rows) > 2 and any(cell.span > 1 for cell in rows[0]) and not any(gives_dose(cell.text) for cell in rows[1])
-    return 2 if grouped else 1
+    """How many rows at the top of a table look like its headers: one, or more if cells of the first cover several columns."""
+    return _all_headers(rows, 1) if _looks_like_header(rows) else 0
+
+
+def _all_headers(rows: Sequence[Row], count: int) -> int:
+    """How many rows are headers, where it is known of some at the top."""
+    while 0 < count < len(rows) - 1 and _names_columns(rows[count - 1], rows[count]):
+        count += 1
+    return count
+
+
+def _names_columns(row: Row, below: Row) -> bool:
+    """Whether a row names, one by one, the columns that a header above covers: "Dose if eGFR is", then "≥ 60", "30-59", "< 30"."""
+    wide = [cell for cell in _spread(row, below) if cell.span > 1 and cell.text]
+    named = [cell for cell in below if cell.text]
+    if not wide or not named or any(_END.search(cell.text) or len(cell.text) > _LONGEST_HEADER for cell in named):
+        return False
+    if any(gives_dose(cell.text) or tells_what_to_do(cell.text) for cell in named):
+        return False
+    inside = [cell for cell in named if any(one.column <= cell.column < one.column + one.span for one in wide)]
+    beside = [cell for cell in named if cell not in inside and cell.text != header_of([row], cell.column)]
+    # The name of a drug beside it would make it a row like all others.
+    return len(inside) > len(wide) and not beside and all(cell.span < max(one.span for one in wide) for cell in inside)
+
+
+def _spread(row: Row, below: Row) -> list[Cell]:
+    """A row of headers whose cells cover the empty ones after them, if the row below names those and not the first column."""
+    said = {cell.column for cell in below if cell.text}
+    made: list[Cell] = []
+    for cell in row:
+        empty = not cell.text and cell.span == 1 and cell.column in said
+        if empty and made and made[-1].text and made[-1].column > 0 and made[-1].column in said and 0 not in said:
+            made[-1] = replace(made[-1], span=made[-1].span + 1)
+        else:
+            made.append(cell)
+    return made
+
+
+def _is_split(row: Row) -> bool:
+    """Whether a cell of the last row of headers covers several columns, but not all of them."""
+    return any(cell.text and 1 < cell.span < _width([row]) for cell in row)
 
 
 def header_of(rows: Sequence[Row], column: int) -> str:
     """What the header rows say above a column, from the top."""
     said = [cell.text for row in rows for cell in row if cell.column <= column < cell.column + cell.span and cell.text]
-    return ", ".join(dict.fromkeys(text.rstrip(":：") for text in said))
+    named = ""
+    for text in dict.fromkeys(text.rstrip(":：") for text in said):
+        goes_on = re.search(r"\b(?:is|are|if|when|for|with|of|in|at|by|from)$", named)  # "Dose if eGFR is", then "< 30"
+        named += f"{' ' if goes_on else ', ' if named else ''}{text}"
+    return named
 
 
 def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], notes: tuple[str, ...]) -> Iterator[Block]:
