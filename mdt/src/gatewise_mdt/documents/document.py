@@ -11,7 +11,13 @@ from typing import Literal
 RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
 _MARK = re.compile(rf"\s*{NOTE}([^{NOTE}]*){NOTE}")  # of a footnote
 _SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?")
-_REFERS_AFTER = re.compile(r"(?:[^\W\d_]{3}|[a-z)][.,;:?!]|(?<![^\W\d_])(?:m?g|kg|[µμ]g|m?[lL]|d[lL]|IU|U|h)|%)$")
+_SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SMALL_NUMBER = re.compile(r"(?<=\d)[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_MARKED_NUMBER = re.compile(r"[\d./–-]*\d\[[^\]]{1,5}\]")
+_RAISED_NOTE = "what is raised after a number was taken for the mark of a note: compare it with the document"
+_REFERS_AFTER = re.compile(
+    r"(?:[^\W\d_]{3}|[a-z)][.,;:?!]|[\u3400-\u9fff)）”。，；：、]|(?<![^\W\d_])(?:m?g|kg|[µμ]g|m?[lL]|d[lL]|IU|U|h)|%)$"
+)
 _MEASURED = (
     r"\s*(?:m?g|kg|mcg|[µμ]g|micro\w+|m[lL]|mm\s?Hg|%|mmol|tablets?|puffs?|drops?|times|hours?|days?|weeks?|months?|years?)\b"
 )
@@ -102,7 +108,22 @@ def one_line(said: str) -> str:
     """One line of text; a superscript is a power ("10^9"), refers to a note ("daily[3]"), or is a part of a word ("m2", "1st")."""
     joined = said.replace(LOWERED + RAISED, "")
     marked = _SUPERSCRIPT.sub(lambda found: superscript(joined[: found.start()], found[1], joined[found.end() :]), joined)
+    marked = _SMALL_NUMBER.sub(lambda found: _small_number(marked, found), marked)
     return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
+
+
+def in_one_line(block: Block) -> Block:
+    """A block with its text and stem in one line, and a note on what may be the mark of a note or a power."""
+    text = one_line(block.text)
+    doubted = [one for one in _MARKED_NUMBER.findall(text) if one not in block.text]
+    notes = (*block.notes, f"{quoted_list(doubted)}: {_RAISED_NOTE}") if doubted else block.notes
+    return replace(block, text=text, stem=one_line(block.stem), notes=notes)
+
+
+def _small_number(text: str, found: re.Match[str]) -> str:
+    """A small raised number that is a sign of its own, which stays unless it refers to a note."""
+    said = superscript(text[: found.start()], found[0].translate(_SMALL_DIGITS), text[found.end() :])
+    return said if said.startswith("[") else found[0]
 
 
 def superscript(before: str, raised: str, after: str) -> str:

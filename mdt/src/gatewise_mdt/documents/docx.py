@@ -12,7 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, one_line, quoted_list, with_footnotes
+from gatewise_mdt.documents.document import (
+    LOWERED,
+    NOTE,
+    RAISED,
+    UNKNOWN,
+    Block,
+    Document,
+    in_one_line,
+    one_line,
+    quoted_list,
+    with_footnotes,
+)
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label, number_depth
 from gatewise_mdt.documents.numbering import STEP, ListPlace, Numbering, left_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
@@ -176,7 +187,7 @@ class _Reading:
     def read(self, body: Any) -> Iterator[Block]:
         """All blocks, with headings and footnotes."""
         for block in self._with_headings(list(self.blocks(body))):
-            yield from with_footnotes(replace(block, text=one_line(block.text), stem=one_line(block.stem)), self.footnotes)
+            yield from with_footnotes(in_one_line(block), self.footnotes)
 
     def blocks(self, container: Any) -> Iterator[Block]:
         for child in container:
@@ -336,7 +347,7 @@ class _Reading:
             if child.tag == f"{_W}p":
                 names = [_name(style) for style in self.styles.of_paragraph(child)]
                 place, number = self._in_list(child, names)
-            part = one_line(f"{number} {self._said(child)}")
+            part = " ".join(f"{number} {self._said(child)}".split())
             if not part:
                 continue
             if place is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gatewise_mdt.documents.document import NOTE, Block, Document, quoted_list, with_footnotes
+from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, Block, Document, in_one_line, quoted_list, with_footnotes
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label, reads_as_sentence
 from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
 
@@ -27,6 +27,7 @@ _FOOTNOTE = re.compile(r"^ {0,3}\[\^([^\]\s]+)\]:[ \t]*(.*(?:\n(?:[ ]{2,}|\t)\S.
 _REFERENCE = re.compile(r"\[\^([^\]\s]+)\]")
 _HTML_CELL = re.compile(r"<t[dh]\b", re.IGNORECASE)
 _HTML_TABLE = "this is a table in HTML, read as text, so that no cell has its header beside it: compare it with the document"
+_PANDOC_RAISED = re.compile(r"(?<=[\w.,;:)%])\^([^\s^]{1,8})\^")
 _NESTING = 200  # of lists; deeper ones would be left out
 
 
@@ -45,7 +46,7 @@ def read_markdown(text: str, name: str) -> Document:
     markdown.disable(["html_inline", "html_block", "autolink", "blockquote", "reference"])
     blocks: list[Block] = []
     for block in _blocks(markdown.parse(source), source.split("\n")):
-        blocks += with_footnotes(_with_note_marks(block, footnotes), footnotes)
+        blocks += with_footnotes(in_one_line(_with_note_marks(block, footnotes)), footnotes)
     return Document(name, tuple(blocks), tuple(notes))
 
 
@@ -147,15 +148,15 @@ def _inline(children: Any) -> str:
 
 
 def _text(said: str) -> str:
-    """One line without tags; superscripts of numbers are marked, 10<sup>9</sup> is not 109."""
+    """One line without tags, in which superscripts are marked: of 10<sup>9</sup> and Pandoc's 10^9^."""
 
     def kept(found: re.Match[str]) -> str:
         closing, tag = found[1], found[2].lower()
-        if tag == "sup" and not closing and said[: found.start()][-1:].isdigit():
-            return "^"
+        if tag == "sup":
+            return LOWERED if closing else RAISED
         return " " if tag in _APART.split() else ""
 
-    return " ".join(_TAG.sub(kept, said).split())
+    return " ".join(_PANDOC_RAISED.sub(rf"{RAISED}\1{LOWERED}", _TAG.sub(kept, said)).split())
 
 
 def _escape_doubtful_marks(text: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, RAISED, UNKNOWN, Block, Document, one_line, quoted_list
+from gatewise_mdt.documents.document import LOWERED, RAISED, UNKNOWN, Block, Document, in_one_line, one_line, quoted_list
 from gatewise_mdt.documents.headings import is_label, number_depth, reads_as_sentence, stands_like_heading, with_levels
 from gatewise_mdt.documents.page import EDGE, PageItem, PageLine, PageTable, items_of
 from gatewise_mdt.documents.plain_text import Line, blocks_without_levels, join_lines
@@ -28,8 +28,6 @@ _PAGE_NUMBER = re.compile(
 )
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
-_MARKED_NUMBER = re.compile(r"[\d./–-]*\d\[[^\]]{1,5}\]")
-_RAISED_NOTE = "what is raised after a number was taken for the mark of a note: compare it with the document"
 _APART = "its words stand apart on the page, as in a table without rules: compare it with the document"
 
 
@@ -203,14 +201,7 @@ def _blocks(pages: Sequence[_Page]) -> list[Block]:
                 reading.line(item, page.where)
             else:
                 reading.take_table(item, page.where)
-    return [_in_one_line(block) for block in reading.finished()]
-
-
-def _in_one_line(block: Block) -> Block:
-    text = one_line(block.text)
-    doubted = RAISED in block.text and _MARKED_NUMBER.findall(text)
-    notes = (*block.notes, f"{quoted_list(doubted)}: {_RAISED_NOTE}") if doubted else block.notes
-    return replace(block, text=text, stem=one_line(block.stem), notes=notes)
+    return [in_one_line(block) for block in reading.finished()]
 
 
 def _look(line: PageLine) -> tuple[float, bool]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from gatewise_mdt.documents.document import Block, Document
+from gatewise_mdt.documents.document import Block, Document, in_one_line
 from gatewise_mdt.documents.headings import (
     SENTENCE_END,
     is_heading,
@@ -46,7 +46,8 @@ def read_plain_text(text: str, name: str) -> Document:
     """Reads plain text."""
     lines = [Line(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
     notes = (f"{name} has page breaks: headers, footers and page numbers are not told from its text; give the PDF itself",)
-    return Document(name, tuple(with_levels(blocks_without_levels(lines))), notes if "\f" in text else ())
+    blocks = map(in_one_line, with_levels(blocks_without_levels(lines)))
+    return Document(name, tuple(blocks), notes if "\f" in text else ())
 
 
 def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named: bool = True) -> list[Block]:

@@ -17,6 +17,7 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_HEADER = 60
+_SHORT = re.compile(r"(?:^|[\s.])[a-z]{1,4}\.$")  # "i.v."
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def _names_columns(row: Row, below: Row) -> bool:
     """Whether a row names, one by one, the columns that a header above covers: "Dose if eGFR is", then "≥ 60", "30-59", "< 30"."""
     wide = [cell for cell in _spread(row, below) if cell.span > 1 and cell.text]
     named = [cell for cell in below if cell.text]
-    if not wide or not named or any(_END.search(cell.text) or len(cell.text) > _LONGEST_HEADER for cell in named):
+    sentence = any(len(cell.text) > _LONGEST_HEADER or (_END.search(cell.text) and not _SHORT.search(cell.text)) for cell in named)
+    if not wide or not named or sentence:
         return False
     if any(gives_dose(cell.text) or tells_what_to_do(cell.text) for cell in named):
         return False
