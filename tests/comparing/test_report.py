@@ -90,7 +90,7 @@ def test_one_method_is_better() -> None:
     assert content["sentence"].endswith("By dev one would take alora.")
     assert content["notes"] == [
         "alora stores 1,030 parameters, 3.0% more than lora's 1,000",
-        "lora's rate, 0.001, is the lowest that was tried: one beyond it may be better",
+        "lora's rate, 0.001, is at the edge of those tried: one beyond may be better",
         "2 runs are missing",
     ]
 

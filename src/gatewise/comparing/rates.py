@@ -7,6 +7,7 @@ depends on the results alone, and not on when they came or who made them, so tha
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 FACTOR = 1.8
 """Between two rates of a grid."""
@@ -24,6 +25,10 @@ def rate_at(rate: float, step: int) -> float:
     return float(f"{rate * FACTOR**step:.3g}") if step else rate
 
 
+class _MissingError(Exception):
+    """Has the runs that must be made before more can be said."""
+
+
 def best_rate(rates: int, score: Callable[[Trial], Score | None]) -> tuple[list[Trial], int | None]:
     """The step of the best rate, or the runs that have to be made before more can be said.
 
@@ -34,42 +39,34 @@ def best_rate(rates: int, score: Callable[[Trial], Score | None]) -> tuple[list[
     Returns:
         Runs to be made, and the step; one of the two is empty.
     """
-    if rates == 1:
-        return [], 0
-    low, high, spare = -(rates // 2), (rates - 1) // 2, rates
 
     def ranked(steps: Iterable[int], seeds: int) -> list[int]:
         """Best first; of equals the lowest rate."""
-        return sorted(sorted(steps), key=lambda step: _mean([score((step, FIRST_SEED + i)) for i in range(seeds)]), reverse=True)
+        scores: dict[int, list[Any]] = {step: [score((step, FIRST_SEED + i)) for i in range(seeds)] for step in sorted(steps)}
+        if wanted := [(step, FIRST_SEED + i) for step, own in scores.items() for i, one in enumerate(own) if one is None]:
+            raise _MissingError(wanted)
+        means = {step: [sum(one) / seeds for one in zip(*own, strict=True)] for step, own in scores.items()}
+        return sorted(means, key=means.__getitem__, reverse=True)
 
-    def missing(steps: Iterable[int], seeds: int) -> list[Trial]:
-        return [trial for step in steps for i in range(seeds) if score(trial := (step, FIRST_SEED + i)) is None]
-
-    while True:
-        if wanted := missing(range(low, high + 1), 1):
-            return wanted, None
-        best = ranked(range(low, high + 1), 1)[0]
-        if low < best < high or not spare:
-            break
-        low, high, spare = low - (best == low), high + (best == high), spare - 1
-    better = ranked(range(low, high + 1), 1)[: max(2, math.ceil(rates / 2))]
-    if wanted := missing(better, 2):
-        return wanted, None
-    last = ranked(better, 2)[:2]
-    if wanted := missing(last, 3):
-        return wanted, None
-    best = ranked(last, 3)[0]
-    while best in (low, high) and spare:
-        low, high, spare = low - (best == low), high + (best == high), spare - 1
-        beyond = low if best == low + 1 else high
-        for seeds in (1, 2, 3):  # given up as soon as it is no better on the same seeds
-            if wanted := missing([beyond], seeds):
-                return wanted, None
-            if ranked([best, beyond], seeds)[0] == best:
-                return [], best
-        best = beyond
+    if rates == 1:
+        return [], 0
+    low, high, spare = -(rates // 2), (rates - 1) // 2, rates
+    try:
+        while (best := ranked(range(low, high + 1), 1)[0]) in (low, high) and spare:
+            low, high, spare = low - (best == low), high + (best == high), spare - 1
+        better = ranked(range(low, high + 1), 1)[: max(2, math.ceil(rates / 2))]
+        best = ranked(ranked(better, 2)[:2], 3)[0]
+        while best in (low, high) and spare:
+            low, high, spare = low - (best == low), high + (best == high), spare - 1
+            beyond = low if best == low + 1 else high
+            if any(ranked([best, beyond], seeds)[0] == best for seeds in (1, 2, 3)):  # at once where one seed says so
+                break
+            best = beyond
+    except _MissingError as missing:
+        return missing.args[0], None
     return [], best
 
 
-def _mean(scores: list[Score | None]) -> Score:
-    return tuple(sum(values) / len(values) for values in zip(*(one for one in scores if one is not None), strict=True))
+def runs_of_search(rates: int) -> int:
+    """How many runs it takes to find the best of so many rates, if it is not at the edge."""
+    return rates + max(2, math.ceil(rates / 2)) + 2 if rates > 1 else 0

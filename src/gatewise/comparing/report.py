@@ -103,14 +103,16 @@ def outlook(
 def _in_unit(runs: Sequence[Run], lower_is_better: bool) -> tuple[list[Run], str | None, str | None]:
     """The runs with their numbers in the unit that is told: ``value`` and ``rows``, by part. And the metric and the unit."""
     metric = next((run["metric"] for run in runs), None)
-    values = [{part: of[metric] for part, of in run.get("metrics", {}).items() if of.get(metric) is not None} for run in runs]
-    is_share = not lower_is_better and all(0 <= value <= 1 for of in values for value in of.values())
+    values = [of[metric] for run in runs for of in run.get("metrics", {}).values() if of.get(metric) is not None]
+    is_share = not lower_is_better and all(0 <= value <= 1 for value in values)
     scale = 100 if is_share else 1
-    scaled: list[Run] = []
-    for run, of in zip(runs, values, strict=True):
-        rows = {part: scale * np.array(one, float) for part, one in run.get("rows", {}).items() if None not in one}
-        scaled.append({**run, "value": {part: scale * value for part, value in of.items()}, "rows": rows})
-    return scaled, metric, "points" if is_share else metric
+
+    def scaled(run: Run) -> Run:
+        value = {part: scale * of[metric] for part, of in run.get("metrics", {}).items() if of.get(metric) is not None}
+        rows = {part: scale * np.array(of, float) for part, of in run.get("rows", {}).items() if None not in of}
+        return {**run, "value": value, "rows": rows}
+
+    return [*map(scaled, runs)], metric, "points" if is_share else metric
 
 
 def _at_rate(runs: Sequence[Run], arm: Mapping[str, Any], what: str) -> list[Run]:
@@ -196,17 +198,15 @@ def _worth(rates: Mapping[float, Sequence[Run]], chosen: float | None, lower: bo
     of the rows, in one search of all arms in twenty; None where rows have no numbers.
     """
     near = {rate: of for rate, of in rates.items() if chosen and 1 / NEAR <= rate / chosen <= NEAR}
-    searched, found = arms * len(near) * (len(near) - 1) // 2, []
-    for best in (of for rate, of in near.items() if chosen and _same(rate, chosen)):
-        for of in near.values():
-            d = (-1 if lower else 1) * _pairs(of, best, "tuning").d
-            if of is not best and len(d):
-                found.append((max(float(d.mean()), 0.0), by_chance_of_rows(d, searched)))
+    best: Sequence[Run] = next((of for rate, of in near.items() if chosen and _same(rate, chosen)), ())
+    pairs = [_pairs(of, best, "tuning").d * (-1 if lower else 1) for of in near.values() if of is not best]
+    searched = arms * len(near) * (len(near) - 1) // 2
+    found = [(max(float(d.mean()), 0.0), by_chance_of_rows(d, searched)) for d in pairs if len(d)]
     return max(found, key=lambda one: one[0], default=(None, None))
 
 
 def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, missing: int) -> list[str]:
-    first, notes = arms[0], []
+    first, notes = arms[0], list[str]()
     for arm in arms:
         more = arm["parameters"] / max(first["parameters"], 1) - 1
         if abs(more) > ROOM:
@@ -218,14 +218,17 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
     for arm in arms:
         tried = [one["learning_rate"] for one in arm["rates"]]
-        for end, edge in (("lowest", min(tried, default=None)), ("highest", max(tried, default=None))):
-            if arm["learning_rate"] and edge and _same(arm["learning_rate"], edge):
-                notes.append(f"{arm['name']}'s rate, {edge:.3g}, is the {end} that was tried: one beyond it may be better")
+        if tried and arm["learning_rate"] and any(_same(arm["learning_rate"], edge) for edge in (min(tried), max(tried))):
+            notes.append(
+                f"{arm['name']}'s rate, {arm['learning_rate']:.3g}, is at the edge of those tried: one beyond may be better"
+            )
     if missing:
         notes.append(f"{missing} runs are missing")
-    for name, one in pairs.items():
-        if one.left_out:
-            notes.append(f"{name}: {one.left_out} seeds ran on another kind of machine than {first['name']}'s and are in no pair")
+    notes += [
+        f"{name}: {one.left_out} seeds ran on another kind of machine than {first['name']}'s and are in no pair"
+        for name, one in pairs.items()
+        if one.left_out
+    ]
     if any(one.d.shape[1] == 1 for one in pairs.values() if len(one.d)):
         notes.append("rows have no numbers of their own here: intervals are over seeds alone, and other rows may say otherwise")
     if not all(one.is_mean for one in pairs.values()):
@@ -272,11 +275,11 @@ def _sentences(content: Content) -> list[str]:
         said.append(f"Worse: {'; '.join(map(tell, losses))}.")
     if alone := {arm["name"] for arm in content["arms"][1:]} - {one["arm"] for one in differences}:
         said.append(f"Not compared, as there is no pair of runs: {', '.join(sorted(alone))}.")
-    for arm in content["arms"]:
-        if arm["diverged"]:
-            said.append(
-                f"{arm['diverged']} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: they are in no mean and no pair."
-            )
+    said += [
+        f"{arm['diverged']} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: they are in no mean and no pair."
+        for arm in content["arms"]
+        if arm["diverged"]
+    ]
     if content["detectable"] is not None and not wins:
         said.append(f"A difference of {_size(content['detectable'], unit)} would be found four times in five.")
     if worth := [arm for arm in content["arms"] if arm["rate_is_worth"]]:
@@ -353,20 +356,11 @@ def draw(content: Content, out: str | Path) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         for at, arm in enumerate(content["arms"]):
             colour, mark = _COLOURS[at % len(_COLOURS)], _MARKS[at % len(_MARKS)]
-            tried = [(one["learning_rate"], [value for value in one["tuning"] if value is not None]) for one in arm["rates"]]
-            means = [(rate, fmean(values)) for rate, values in tried if values]
-            for rate, values in tried:
-                axes.plot([rate] * len(values), values, mark, color=colour, alpha=0.45, markersize=3.5)
-            axes.plot(
-                [rate for rate, _ in means],
-                [mean for _, mean in means],
-                mark + "-",
-                color=colour,
-                label=arm["name"],
-                markersize=4.5,
-            )
-            for rate, mean in means:
-                if arm["learning_rate"] and _same(rate, arm["learning_rate"]):
-                    axes.plot([rate], [mean], "o", markersize=12, fillstyle="none", color=colour)
+            runs = [(one["learning_rate"], value) for one in arm["rates"] for value in one["tuning"] if value is not None]
+            means = {rate: fmean(value for other, value in runs if other == rate) for rate, _ in runs}
+            chosen = [rate for rate in means if arm["learning_rate"] and _same(rate, arm["learning_rate"])]
+            axes.plot(*np.reshape(runs, (-1, 2)).T, mark, color=colour, alpha=0.45, markersize=3.5)
+            axes.plot([*means], [*means.values()], mark + "-", color=colour, label=arm["name"], markersize=4.5)
+            axes.plot(chosen, [means[rate] for rate in chosen], "o", markersize=12, fillstyle="none", color=colour)
         figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return Path(out)

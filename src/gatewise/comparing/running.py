@@ -21,6 +21,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rich.console import Console
 
 from gatewise.comparing.arms import Arm, arms_of, same_size
 from gatewise.comparing.forgetting import forgotten
-from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at
+from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
 from gatewise.files import finite, write_json
@@ -79,10 +80,15 @@ def compare(
         GatewiseError: anything in recipe, data or folder that a user can put right.
     """
     output, progress = Path(output), ConsoleProgress(console or Console(stderr=True))
-    deadline = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    deadline = time.monotonic() + (math.inf if budget_minutes is None else 60 * budget_minutes)
     if is_launched():
         raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
     arms = arms_of(recipe, methods, overrides)
+    if (processes := arms[0].recipe.launch.processes) > 1:
+        raise GatewiseError(
+            f"launch.processes is {processes}, but compare trains each run in one process: leave it out, and start the same "
+            "command several times to share the work"
+        )
     progress.say("counting what each arm stores")
     arms = same_size(arms)
     task = arms[0].recipe.parts()[0]
@@ -101,34 +107,20 @@ def compare(
         rows=len(task.measured.get("test", task.measured["dev"])),
         output=output,
         progress=progress,
-        deadline=deadline,
         keep_adapters=keep_adapters,
     )
     comparison.agree()
     comparison.look_ahead()
-    comparison.work()
+    comparison.work(deadline)
     return comparison.report()
 
 
 def _one_of_many(arm: Arm, tuning: int | None) -> Arm:
-    """The arm with rows to tune on, and without what is not for a run that is one of many.
-
-    Raises:
-        GatewiseError: its runs would need several processes.
-    """
-    recipe = arm.recipe
-    if recipe.launch.processes > 1:
-        raise GatewiseError(
-            f"{arm.name}: launch.processes is {recipe.launch.processes}, but compare trains each run in one process: leave it out, "
-            "and start the same command several times to share the work"
-        )
-    changes = {
-        "push_to_hub": None,
-        "seed": 0,
-        "data": recipe.data.model_copy(update={"tuning": tuning}),
-        "training": recipe.training.model_copy(update={"report_to": []}),
-    }
-    return replace(arm, recipe=recipe.model_copy(update=changes))
+    """The arm with rows to tune on, and without what is not for a run that is one of many."""
+    data = arm.recipe.data.model_copy(update={"tuning": tuning})
+    training = arm.recipe.training.model_copy(update={"report_to": []})
+    changes = {"push_to_hub": None, "seed": 0, "data": data, "training": training}
+    return replace(arm, recipe=arm.recipe.model_copy(update=changes))
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,6 @@ class _Comparison:
     rows: int
     output: Path
     progress: ConsoleProgress
-    deadline: float
     keep_adapters: bool
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
@@ -188,11 +179,6 @@ class _Comparison:
         arms = {arm.name: _fixed(arm.recipe) for arm in self.arms}
         return {"seeds": self.seeds, "rates": self.rates, "files": _fingerprints(self.arms[0].recipe), "arms": arms}
 
-    @property
-    def planning(self) -> FileLock:
-        """Held while the plan is written, and while a run that was made by it is."""
-        return FileLock(self.output / WORK / "plan.lock")
-
     def agree(self) -> None:
         """Writes the plan. Where there is one, runs may only be added to it.
 
@@ -204,8 +190,7 @@ class _Comparison:
             there = {one.name for one in self.output.iterdir()} if self.output.exists() else set()
             if there and not there & {PLAN, WORK}:
                 raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
-            (self.output / WORK).mkdir(parents=True, exist_ok=True)
-            with self.planning:
+            with self._lock("plan"):
                 begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
                 if begun and path.is_file() and (problems := [*_at_odds(_read(path), plan, begun)]):
                     raise GatewiseError(
@@ -237,6 +222,12 @@ class _Comparison:
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         self.progress.say(f"{self._what_is_left()}{more}")
 
+    def _lock(self, name: str) -> FileLock:
+        """Of the plan, or of a run. The system lets go of it when its process ends, however it ends."""
+        path = self.output / WORK / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
     def _tell_outlook(self) -> None:
         """Says how large a difference has to be to be found."""
         runs = [*self.found.values()]
@@ -252,35 +243,34 @@ class _Comparison:
             if name not in self.found:
                 self.found[name] = _read(path)
 
-    def _score(self, arm: Arm, imagined: Collection[str], trial: Trial) -> Score | None:
+    def _score(self, arm: Arm, trial: Trial) -> Score | None:
         """How good a run was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
-        run = _Run(arm, *trial)
-        if run.name in self.found:
-            metrics = self.found[run.name].get("metrics", {}).get("tuning", {})
-            signs = ((self.metric, -1 if self.lower_is_better else 1), ("loss", -1))
-            value, loss = (-math.inf if metrics.get(name) is None else sign * metrics[name] for name, sign in signs)
-            return value, loss
-        if run.name in imagined:
-            is_within = run.step in range(1 - self.rates // 2, (self.rates - 1) // 2)
-            return 1e9 if is_within else -1e9, -abs(run.step)
-        return None
+        result = self.found.get(_Run(arm, *trial).name)
+        if result is None:
+            return None
+        metrics = result.get("metrics", {}).get("tuning", {})
+        signs = {self.metric: -1 if self.lower_is_better else 1, "loss": -1}
+        return tuple(-math.inf if metrics.get(name) is None else sign * metrics[name] for name, sign in signs.items())
 
-    def _wanted(self, imagined: Collection[str] = ()) -> list[_Run]:
+    def _search(self, arm: Arm) -> tuple[list[_Run], list[_Run]]:
+        """The runs that the search for an arm's rate needs now; or, when it is found, the final ones at it."""
+        trials, step = best_rate(self.rates, partial(self._score, arm))
+        finals = [] if step is None else [_Run(arm, step, seed) for seed in range(self.seeds)]
+        return [_Run(arm, *trial) for trial in trials], finals
+
+    def _wanted(self) -> list[_Run]:
         """The runs that can be made now, in order: rates first, then seed by seed, so that there are pairs whenever it stops."""
-        tuning, finals = list[_Run](), list[_Run]()
-        for arm in self.arms:
-            trials, step = best_rate(self.rates, partial(self._score, arm, imagined))
-            tuning += [_Run(arm, *trial) for trial in trials]
-            finals += [] if step is None else [_Run(arm, step, seed) for seed in range(self.seeds)]
-        wanted = (*tuning, *sorted(finals, key=lambda run: run.seed))
-        return [run for run in wanted if run.name not in self.found and run.name not in imagined]
+        tuning, finals = zip(*map(self._search, self.arms), strict=True)
+        runs = [*chain(*tuning), *sorted(chain(*finals), key=lambda run: run.seed)]
+        return [run for run in runs if run.name not in self.found]
 
-    def _left(self) -> list[_Run]:
-        """All runs that are left, if no grid grows: as if rates within it, which are not run yet, were the best."""
-        left: list[_Run] = []
-        while wanted := self._wanted({run.name for run in left}):
-            left += wanted
-        return left
+    def _left(self, arm: Arm) -> int:
+        """How many runs of an arm are left, if its grid does not grow."""
+        tuning, finals = self._search(arm)
+        if finals:
+            return sum(run.name not in self.found for run in finals)
+        tried = sum(one["arm"] == arm.name and one["for"] == "rate" for one in self.found.values())
+        return max(runs_of_search(self.rates) - tried, len(tuning)) + self.seeds
 
     def _takes(self, arm: Arm) -> float | None:
         """At most the seconds of a run of an arm, by those that are finished, or by steps that were tried."""
@@ -288,16 +278,17 @@ class _Comparison:
         return max(known, default=self.tried.get(arm.name))
 
     def _what_is_left(self) -> str:
-        left = self._left()
-        return f"{len(left)} runs left, about {duration(sum(self._takes(run.arm) or 0 for run in left))} in one process"
+        left = {arm.name: self._left(arm) for arm in self.arms}
+        seconds = sum(left[arm.name] * (self._takes(arm) or 0) for arm in self.arms)
+        return f"{sum(left.values())} runs left, about {duration(seconds)} in one process"
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
-    def work(self) -> None:
+    def work(self, deadline: float) -> None:
         """Makes the runs that are left, and waits for those that other processes do, as long as there is time."""
         has_waited = False
         while wanted := self._wanted():
-            rest = self.deadline - time.monotonic()
+            rest = deadline - time.monotonic()
             in_time = [run for run in wanted if (self._takes(run.arm) or 0) < rest]
             if not in_time:
                 return
@@ -310,10 +301,8 @@ class _Comparison:
 
     def _taken(self, run: _Run) -> bool:
         """Makes a run, or returns False if another process is making it."""
-        path = self.output / WORK / f"{run.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(path).acquire(timeout=0):
+            with self._lock(run.name).acquire(timeout=0):
                 self._look()  # another process may have ended it just now
                 if run.name not in self.found:
                     self._make(run)
@@ -370,7 +359,7 @@ class _Comparison:
         result["whole_seconds"] = round(time.monotonic() - begun, 1)
         if resumed:  # only a part of it was made here
             result["seconds"] = result["whole_seconds"] = None
-        with self.planning:
+        with self._lock("plan"):  # in which nobody changes it
             agreed, plan = _read(self.output / PLAN), self.plan
             if agreed["files"] != plan["files"] or agreed["arms"].get(run.arm.name) != plan["arms"][run.arm.name]:
                 raise GatewiseError(
@@ -389,7 +378,7 @@ class _Comparison:
     def report(self) -> dict[str, Any]:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
         runs = [*self.found.values()]
-        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=len(self._left()))
+        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=sum(map(self._left, self.arms)))
         write_json(self.output / RESULT, finite(content))
         if any(arm["rates"] for arm in content["arms"]):
             try:
@@ -400,19 +389,21 @@ class _Comparison:
 
     def _arms(self) -> list[dict[str, Any]]:
         """The arms, with the rates that were found for them."""
-        told = []
-        for arm in self.arms:
-            own, (_, step) = arm.recipe.training.learning_rate, best_rate(self.rates, partial(self._score, arm, ()))
-            rate = None if step is None else rate_at(own, step)
-            told.append({"name": arm.name, "parameters": arm.parameters, "learning_rate": rate, "recipe_rate": own})
-        return told
+        return [
+            {
+                "name": arm.name,
+                "parameters": arm.parameters,
+                "learning_rate": finals[0].rate if (finals := self._search(arm)[1]) else None,
+                "recipe_rate": arm.recipe.training.learning_rate,
+            }
+            for arm in self.arms
+        ]
 
 
 def _make_room() -> None:
     """Gives back the memory of the last model: models are in cycles, and the next one wants their place."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _read(path: Path) -> dict[str, Any]:

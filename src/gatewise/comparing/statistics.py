@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,13 +136,9 @@ def by_chance_of_rows(d: Array, comparisons: int) -> float | None:
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """p of several comparisons, so that a false one among them all is as rare as p says. Those without a p have none."""
-    order = sorted((p, at) for at, p in enumerate(ps) if p is not None)
-    adjusted: list[float | None] = [None] * len(ps)
-    largest = 0.0
-    for place, (p, at) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - place)))
-        adjusted[at] = largest
-    return adjusted
+    there = sorted(p for p in ps if p is not None)
+    adjusted = [*accumulate((min(1.0, p * (len(there) - place)) for place, p in enumerate(there)), max)]
+    return [None if p is None else adjusted[there.index(p)] for p in ps]
 
 
 # How much can be found ------------------------------------------------------------------------------------------------------
