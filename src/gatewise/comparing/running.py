@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -180,26 +180,47 @@ class _Comparison:
         return {"seeds": self.seeds, "rates": self.rates, "files": _fingerprints(self.arms[0].recipe), "arms": arms}
 
     def agree(self) -> None:
-        """Writes the plan. Where there is one, runs may only be added to it.
+        """Writes the plan. Arms of an earlier one that have begun stay in it.
 
         Raises:
             GatewiseError: the folder is for another comparison, or for something else.
         """
-        path, plan = self.output / PLAN, self.plan
         try:
             there = {one.name for one in self.output.iterdir()} if self.output.exists() else set()
             if there and not there & {PLAN, WORK}:
                 raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
             with self._lock("plan"):
                 begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
-                if begun and path.is_file() and (problems := [*_at_odds(_read(path), plan, begun)]):
-                    raise GatewiseError(
-                        f"{self.output} holds another comparison: {'; '.join(problems[:5])}. Give another folder, or the same "
-                        "settings; only arms, seeds and rates may be added, and arms without a finished run changed"
-                    )
-                write_json(path, plan)
+                arms = self._check(begun) if begun and PLAN in there else {}
+                write_json(self.output / PLAN, {**self.plan, "arms": arms | self.plan["arms"]})
         except OSError as error:
             raise GatewiseError(f"{self.output} cannot be written ({error.strerror or error}): give another folder") from error
+
+    def _check(self, begun: Collection[str]) -> dict[str, Any]:
+        """Returns the arms of the plan in the folder.
+
+        Raises:
+            GatewiseError: its rows, or its arms of those that have begun, are others.
+        """
+        before, plan = _read(self.output / PLAN), self.plan
+        files, now = before["files"], plan["files"]
+        changed = [f"the rows of {key} are others" for key in files | now if files.get(key) != now.get(key)]
+        for arm in [arm for arm in plan["arms"] if arm in begun and arm in before["arms"]]:
+            was = by_key(_fixed(checked(before["arms"][arm], PLAN)))  # with defaults for keys that an older version had not
+            mine = by_key(plan["arms"][arm])
+            changed += [f"{key} of {arm} was {was.get(key)!r}, now {mine[key]!r}" for key in mine if was.get(key) != mine[key]]
+        if changed:
+            raise GatewiseError(
+                f"{self.output} holds another comparison: {'; '.join(changed[:5])}. Put that back, or give another folder: only "
+                "arms without a finished run may change"
+            )
+        return before["arms"]
+
+    def _lock(self, name: str) -> FileLock:
+        """Of the plan, or of a run. The system lets go of it when its process ends, however it ends."""
+        path = self.output / WORK / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
     def look_ahead(self) -> None:
         """Says what will be done and how long it takes, and tries what has not run yet.
@@ -221,12 +242,6 @@ class _Comparison:
                 self.tried[arm.name] = _tried(arm, self.output, ConsoleProgress(_SILENT) if self.tried else self.progress)
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         self.progress.say(f"{self._what_is_left()}{more}")
-
-    def _lock(self, name: str) -> FileLock:
-        """Of the plan, or of a run. The system lets go of it when its process ends, however it ends."""
-        path = self.output / WORK / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
 
     def _tell_outlook(self) -> None:
         """Says how large a difference has to be to be found."""
@@ -359,13 +374,8 @@ class _Comparison:
         result["whole_seconds"] = round(time.monotonic() - begun, 1)
         if resumed:  # only a part of it was made here
             result["seconds"] = result["whole_seconds"] = None
-        with self._lock("plan"):  # in which nobody changes it
-            agreed, plan = _read(self.output / PLAN), self.plan
-            if agreed["files"] != plan["files"] or agreed["arms"].get(run.arm.name) != plan["arms"][run.arm.name]:
-                raise GatewiseError(
-                    f"the files of data, or {run.arm.name} in the plan, are not what the comparison in {self.output} began with: "
-                    "put them back, or give another folder"
-                )
+        with self._lock("plan"):
+            self._check({run.arm.name})  # another process may have changed it meanwhile, or somebody the rows
             write_json(self.output / RUNS / f"{run.name}.json", finite(result))
         shutil.rmtree(work, ignore_errors=True)
         self._look()
@@ -423,27 +433,6 @@ def _fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of the files that the rows come from."""
     files = {key: Path(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
     return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
-
-
-def _at_odds(before: Mapping[str, Any], now: Mapping[str, Any], begun: Collection[str]) -> Iterator[str]:
-    """Why one plan does not go on with another, of whose arms some have begun."""
-    for name in ("seeds", "rates"):
-        if now[name] < before[name]:
-            yield f"{name} was {before[name]}, now {now[name]}"
-    for key in before["files"].keys() | now["files"].keys():
-        if before["files"].get(key) != now["files"].get(key):
-            yield f"the rows of {key} are others"
-    first, other = next(iter(before["arms"])), next(iter(now["arms"]))
-    if first != other:
-        yield f"the first arm was {first}, now {other}"
-    for arm, tree in before["arms"].items():
-        if arm in begun and arm not in now["arms"]:
-            yield f"arm {arm} was there, now it is not"
-        elif arm in begun:
-            was = by_key(_fixed(checked(tree, PLAN)))  # with defaults for keys that the version that wrote it had not
-            for key, value in by_key(now["arms"][arm]).items():
-                if was.get(key) != value:
-                    yield f"{key} of {arm} was {was.get(key)!r}, now {value!r}"
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
