@@ -86,12 +86,11 @@ def test_one_method_is_better() -> None:
     assert (first["seconds"], first["peak_memory"], first["forgotten"]) == (12, 10**9, 0.25)
     low, high = known.low, known.high
     told = f"Better than lora beyond chance on test: alora {known.mean:+.1f}, {low:+.1f} to {high:+.1f}, p {known.p:.2g}."
-    assert content["sentence"].startswith(f"Not all runs are finished. {told}")
+    assert content["sentence"].startswith(f"2 runs are missing. {told}")
     assert content["sentence"].endswith("By dev one would take alora.")
     assert content["notes"] == [
         "alora stores 1,030 parameters, 3.0% more than lora's 1,000",
         "lora's rate, 0.001, is at the edge of those tried: one beyond may be better",
-        "2 runs are missing",
     ]
 
 
@@ -230,7 +229,7 @@ def test_what_will_be_found() -> None:
     assert "as far as the tuning runs differ" in after
     same = [run(name, 1e-3, seed, {"tuning": np.ones(ROWS)}) for name in ("lora", "alora") for seed in range(1000, 1003)]
     assert outlook(same, arms, 500, 5) == before  # and not 0.0 points
-    assert outlook([], arms, 500, 1) == "one seed cannot say what is chance: give --seeds 3 or more"
+    assert outlook([], arms, 500, 1) is None
     assert outlook([], arms, 500, 5, lower_is_better=True) is None
 
 

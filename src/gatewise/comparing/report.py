@@ -47,8 +47,10 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
     every = [run for of in final.values() for run in of]
     part = next((name for name in ("test", "dev") if any(name in run["value"] for run in every)), None)
     first, *others = final
-    pairs = {name: _pairs(final[first], final[name], part) for name in others}
-    found = {name: difference(one.d) for name, one in pairs.items() if len(one.d)}
+    tried = {name: _pairs(final[first], final[name], part) for name in others}
+    pairs = {name: one.d for name, one in tried.items() if len(one.d)}
+    found = {name: difference(d) for name, d in pairs.items()}
+    known, shapes = spread([*pairs.values()]), [d.shape for d in pairs.values()]
     told = [_arm(arm, runs, final[arm["name"]], lower_is_better, len(arms)) for arm in arms]
     means = {arm["name"]: arm["mean"]["dev"] for arm in told if "dev" in arm["mean"]}
     content: Content = {
@@ -59,14 +61,14 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
         "sentence": "",
         "arms": told,
         "differences": [
-            {"arm": name, **asdict(one), "p_holm": p, "part": part, "seeds": len(pairs[name].d)}
+            {"arm": name, **asdict(one), "p_holm": p, "part": part, "seeds": len(pairs[name])}
             for (name, one), p in zip(found.items(), holm([one.p for one in found.values()]), strict=True)
         ],
-        "detectable": _detectable([pairs[name].d for name in found]),
+        "detectable": known and detectable(min(n for _, n in shapes), min(n for n, _ in shapes), known, len(pairs)),
         "chosen_on_dev": (min if lower_is_better else max)(means, key=means.__getitem__, default=None),
         "missing": missing,
         "machines": [*{str(run.get("machine")): run.get("machine") for run in every}.values()],
-        "notes": _notes(told, pairs, metric, missing),
+        "notes": _notes(told, tried, metric),
     }
     content["sentence"] = " ".join(_sentences(content))
     return content
@@ -84,12 +86,10 @@ def outlook(
     runs, _, unit = _in_unit(runs, lower_is_better)
     first, *others = (_at_rate(runs, arm, "rate") for arm in arms)
     known = spread([_pairs(first, one, "tuning").d for one in others])
-    if not others or (known is None and unit != "points"):
+    smallest = detectable(rows, seeds, known or ASSUMED, len(others)) if others else None
+    if smallest is None or (known is None and unit != "points"):
         return None
     basis = "as far as the tuning runs differ" if known else "if seeds differ by 1 point and two runs on 10% of the rows"
-    smallest = detectable(rows, seeds, known or ASSUMED, len(others))
-    if smallest is None:
-        return "one seed cannot say what is chance: give --seeds 3 or more"
     line = f"with {rows:,} rows and {seeds} seeds a difference of {_size(smallest, unit)} is found four times in five, {basis}"
     if unit == "points" and smallest > 2:
         more_seeds, more_rows = needed(2, rows, seeds, known or ASSUMED, len(others))
@@ -117,12 +117,12 @@ def _in_unit(runs: Sequence[Run], lower_is_better: bool) -> tuple[list[Run], str
 
 def _at_rate(runs: Sequence[Run], arm: Mapping[str, Any], what: str) -> list[Run]:
     """The runs of an arm for a rate or a seed, at the rate that was chosen for it."""
-    rate, own = arm["learning_rate"], [run for run in runs if run["arm"] == arm["name"] and run["for"] == what]
-    return sorted((run for run in own if rate and _same(run["learning_rate"], rate)), key=lambda run: run["seed"])
+    own = [run for run in runs if run["arm"] == arm["name"] and run["for"] == what]
+    return sorted((run for run in own if _is(arm["learning_rate"], run["learning_rate"])), key=lambda run: run["seed"])
 
 
-def _same(rate: float, other: float) -> bool:
-    return math.isclose(rate, other, rel_tol=1e-3)
+def _is(chosen: float | None, rate: float) -> bool:
+    return chosen is not None and math.isclose(rate, chosen, rel_tol=1e-3)
 
 
 def _kind(run: Run) -> Any:
@@ -198,14 +198,14 @@ def _worth(rates: Mapping[float, Sequence[Run]], chosen: float | None, lower: bo
     of the rows, in one search of all arms in twenty; None where rows have no numbers.
     """
     near = {rate: of for rate, of in rates.items() if chosen and 1 / NEAR <= rate / chosen <= NEAR}
-    best: Sequence[Run] = next((of for rate, of in near.items() if chosen and _same(rate, chosen)), ())
+    best: Sequence[Run] = next((of for rate, of in near.items() if _is(chosen, rate)), ())
     pairs = [_pairs(of, best, "tuning").d * (-1 if lower else 1) for of in near.values() if of is not best]
     searched = arms * len(near) * (len(near) - 1) // 2
     found = [(max(float(d.mean()), 0.0), by_chance_of_rows(d, searched)) for d in pairs if len(d)]
     return max(found, key=lambda one: one[0], default=(None, None))
 
 
-def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, missing: int) -> list[str]:
+def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None) -> list[str]:
     first, notes = arms[0], list[str]()
     for arm in arms:
         more = arm["parameters"] / max(first["parameters"], 1) - 1
@@ -218,12 +218,10 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
     for arm in arms:
         tried = [one["learning_rate"] for one in arm["rates"]]
-        if tried and arm["learning_rate"] and any(_same(arm["learning_rate"], edge) for edge in (min(tried), max(tried))):
+        if tried and any(_is(arm["learning_rate"], edge) for edge in (min(tried), max(tried))):
             notes.append(
                 f"{arm['name']}'s rate, {arm['learning_rate']:.3g}, is at the edge of those tried: one beyond may be better"
             )
-    if missing:
-        notes.append(f"{missing} runs are missing")
     notes += [
         f"{name}: {one.left_out} seeds ran on another kind of machine than {first['name']}'s and are in no pair"
         for name, one in pairs.items()
@@ -234,14 +232,6 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
     if not all(one.is_mean for one in pairs.values()):
         notes.append(f"differences are of the mean of each row's own {metric}, which is not the {metric} of all rows together")
     return notes
-
-
-def _detectable(pairs: Sequence[Array]) -> float | None:
-    """The difference that these rows and seeds find four times in five, by how far they differ."""
-    known, shapes = spread(pairs), [d.shape for d in pairs if min(d.shape) > 1]
-    if known is None:
-        return None
-    return detectable(min(rows for _, rows in shapes), min(seeds for seeds, _ in shapes), known, len(pairs))
 
 
 # In words, as a table, as a picture -----------------------------------------------------------------------------------------
@@ -263,7 +253,7 @@ def _sentences(content: Content) -> list[str]:
 
     beyond = [one for one in differences if one["p_holm"] is not None and one["p_holm"] < WIN]
     wins, losses = ([one for one in beyond if sign * better * one["mean"] > 0] for sign in (1, -1))
-    said = ["Not all runs are finished."] if content["missing"] and differences else []
+    said = [f"{content['missing']} runs are missing."] if content["missing"] else []
     where = f"{first} beyond chance on {content['part']}"
     if wins:
         said.append(f"Better than {where}: {'; '.join(map(tell, wins))}.")
@@ -358,7 +348,7 @@ def draw(content: Content, out: str | Path) -> Path:
             colour, mark = _COLOURS[at % len(_COLOURS)], _MARKS[at % len(_MARKS)]
             runs = [(one["learning_rate"], value) for one in arm["rates"] for value in one["tuning"] if value is not None]
             means = {rate: fmean(value for other, value in runs if other == rate) for rate, _ in runs}
-            chosen = [rate for rate in means if arm["learning_rate"] and _same(rate, arm["learning_rate"])]
+            chosen = [rate for rate in means if _is(arm["learning_rate"], rate)]
             axes.plot(*np.reshape(runs, (-1, 2)).T, mark, color=colour, alpha=0.45, markersize=3.5)
             axes.plot([*means], [*means.values()], mark + "-", color=colour, label=arm["name"], markersize=4.5)
             axes.plot(chosen, [means[rate] for rate in chosen], "o", markersize=12, fillstyle="none", color=colour)

@@ -175,9 +175,11 @@ class _Comparison:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the folder is for."""
-        arms = {arm.name: _fixed(arm.recipe) for arm in self.arms}
-        return {"seeds": self.seeds, "rates": self.rates, "files": _fingerprints(self.arms[0].recipe), "arms": arms}
+        """What the folder is for: with fingerprints of the files that the rows come from."""
+        data, arms = self.arms[0].recipe.data, {arm.name: _fixed(arm.recipe) for arm in self.arms}
+        paths = {f"data.{key}": Path(str(getattr(data, key))) for key in ("train", "dev", "test")}
+        files = {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
+        return {"seeds": self.seeds, "rates": self.rates, "files": files, "arms": arms}
 
     def agree(self) -> None:
         """Writes the plan. Arms of an earlier one that have begun stay in it.
@@ -230,9 +232,7 @@ class _Comparison:
         """
         self._look()
         for arm in self.arms:
-            grid = f"{self.rates} learning rates around {arm.recipe.training.learning_rate:g}" if self.rates > 1 else "one rate"
-            self.progress.say(f"{arm.name}: {arm.parameters:,} parameters, {grid}, then {self.seeds} seeds")
-            for line in arm.told:
+            for line in (f"has {arm.parameters:,} parameters", *arm.told):
                 self.progress.say(f"{arm.name} {line}")
         self._tell_outlook()
         if not self._wanted():
@@ -358,7 +358,7 @@ class _Comparison:
                 "parameters": done.parameters["adapter"],
                 "peak_memory": done.peak_memory,
                 "steps": done.steps,
-                "seconds": round(done.seconds["total"] - done.seconds["evaluation"], 1),
+                "seconds": None if resumed else round(done.seconds["total"] - done.seconds["evaluation"], 1),
             }
             if run.is_final:
                 _make_room()
@@ -367,13 +367,8 @@ class _Comparison:
                 except (GatewiseError, torch.OutOfMemoryError) as error:  # the run is whole without it
                     self.progress.say(f"warning: what was forgotten could not be measured: {error}")
             if run.is_final and self.keep_adapters:
-                kept = self.output / ADAPTERS / run.arm.name / str(run.seed)
-                shutil.rmtree(kept, ignore_errors=True)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                done.adapter.rename(kept)
-        result["whole_seconds"] = round(time.monotonic() - begun, 1)
-        if resumed:  # only a part of it was made here
-            result["seconds"] = result["whole_seconds"] = None
+                shutil.copytree(done.adapter, self.output / ADAPTERS / run.arm.name / str(run.seed), dirs_exist_ok=True)
+        result["whole_seconds"] = None if resumed else round(time.monotonic() - begun, 1)  # of a resumed run only a part is known
         with self._lock("plan"):
             self._check({run.arm.name})  # another process may have changed it meanwhile, or somebody the rows
             write_json(self.output / RUNS / f"{run.name}.json", finite(result))
@@ -427,12 +422,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _fixed(recipe: Recipe) -> dict[str, Any]:
     """What may not change of an arm that has begun."""
     return recipe.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-
-
-def _fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Of the files that the rows come from."""
-    files = {key: Path(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
-    return {f"data.{key}": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items() if path.is_file()}
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:

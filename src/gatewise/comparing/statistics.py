@@ -90,23 +90,24 @@ def difference(d: Array) -> Difference:
 def _parts(d: Array) -> tuple[Array, Array]:
     """A / (S n) and B / (S n) of differences of shape (..., S, n)."""
     seeds, rows = d.shape[-2:]
-    if rows == 1:
-        of_seeds = d[..., 0].var(-1, ddof=1)
-        return of_seeds / seeds, np.zeros_like(of_seeds)
     of_seeds, of_rows, rest, more = _variances(d)
     more = more / (seeds * rows)
     return np.maximum(rows * of_seeds, rest) * more, np.maximum(seeds * of_rows - rest, 0) * more
 
 
 def _variances(d: Array) -> tuple[Array, Array, Array, Array]:
-    """Variances of the means of seeds, of the means of rows, and of the rest of (..., S, n), and 1 + 2 / rows that differ."""
+    """Variances of the means of seeds, of the means of rows, and of the rest of (..., S, n), and 1 + 2 / rows that differ.
+
+    Where rows have no numbers of their own (n = 1), all is of the seeds.
+    """
     seeds, rows = d.shape[-2:]
     d = d - d.mean((-2, -1), keepdims=True)
     of_seeds, of_rows = d.mean(-1), d.mean(-2)
-    rest = ((d - of_seeds[..., None] - of_rows[..., None, :]) ** 2).sum((-2, -1)) / ((seeds - 1) * (rows - 1))
+    rest = ((d - of_seeds[..., None] - of_rows[..., None, :]) ** 2).sum((-2, -1)) / ((seeds - 1) * max(rows - 1, 1))
     squares = of_rows**2
     differ = squares.sum(-1) ** 2 / np.maximum((squares**2).sum(-1), 1e-300)
-    return (of_seeds**2).sum(-1) / (seeds - 1), squares.sum(-1) / (rows - 1), rest, 1 + 2 / np.maximum(differ, 1)
+    more = 1 + (rows > 1) * 2 / np.maximum(differ, 1)
+    return (of_seeds**2).sum(-1) / (seeds - 1), squares.sum(-1) / max(rows - 1, 1), rest, more
 
 
 def _half_width(by_seed: Array, by_row: Array, seeds: int, rows: int, level: float = 0.05) -> Array:
