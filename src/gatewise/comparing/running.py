@@ -34,7 +34,7 @@ from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
-from gatewise.files import finite, write_json
+from gatewise.files import check_new_file, finite, write_json
 from gatewise.models.device import machine
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.dry_run import duration, ready, timed_step
@@ -90,13 +90,13 @@ def compare(
             "command several times to share the work"
         )
     progress.say("counting what each arm stores")
-    arms = same_size(arms)
+    with quiet(bars=True):
+        arms = same_size(arms)
     task = arms[0].recipe.parts()[0]
     task.read(None)
     tuning = arms[0].recipe.data.tuning
     if rates > 1 and tuning is None:
-        count = len(task.train)
-        tuning = min(MOST_TUNING, max(LEAST_TUNING, count // 10), count // 4)
+        tuning = min(MOST_TUNING, max(LEAST_TUNING, len(task.train) // 10), len(task.train) // 4)
     metric = task.metrics[0] if task.metrics else "loss"
     comparison = _Comparison(
         [_one_of_many(arm, tuning) for arm in arms],
@@ -187,16 +187,14 @@ class _Comparison:
         Raises:
             GatewiseError: the folder is for another comparison, or for something else.
         """
-        try:
-            there = {one.name for one in self.output.iterdir()} if self.output.exists() else set()
-            if there and not there & {PLAN, WORK}:
-                raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
-            with self._lock("plan"):
-                begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
-                arms = self._check(begun) if begun and PLAN in there else {}
-                write_json(self.output / PLAN, {**self.plan, "arms": arms | self.plan["arms"]})
-        except OSError as error:
-            raise GatewiseError(f"{self.output} cannot be written ({error.strerror or error}): give another folder") from error
+        there = {one.name for one in self.output.iterdir()} if self.output.is_dir() else set()
+        if there and not there & {PLAN, WORK}:
+            raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
+        check_new_file(self.output / PLAN)
+        with self._lock("plan"):
+            begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
+            arms = self._check(begun) if begun and PLAN in there else {}
+            write_json(self.output / PLAN, {**self.plan, "arms": arms | self.plan["arms"]})
 
     def _check(self, begun: Collection[str]) -> dict[str, Any]:
         """Returns the arms of the plan in the folder.
