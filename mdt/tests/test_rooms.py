@@ -17,7 +17,7 @@ import gatewise
 
 PACKAGE = Path(str(mdt.__file__)).parent
 # Each may import from those before it, and from the files at the top of mdt.
-ROOMS = ("formats", "documents", "evaluation", "extraction", "training", "pointing", "review", "commands")
+ROOMS = ("checking", "formats", "documents", "evaluation", "extraction", "training", "pointing", "review", "commands")
 
 
 def imported(file: Path) -> list[str]:

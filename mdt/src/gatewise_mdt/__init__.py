@@ -11,6 +11,7 @@ At the top lie what every room needs: ``tree`` with its rules (``checks``) and r
 
 | room          | its story                                                                              |
 |---------------|----------------------------------------------------------------------------------------|
+| ``checking``  | what of its text a tree has lost or turned round                                       |
 | ``formats``   | a tree becomes the lines that a model writes, and is read back; and what people look at and hand on |
 | ``documents`` | a guideline becomes passages                                                           |
 | ``evaluation``| trees against trees                                                                    |
@@ -24,7 +25,8 @@ Each word has one meaning, in code, messages and documentation. A *passage* is a
 *record* is a passage with its tree in a file. A *turn* is a condition with the answer taken there, an *edit* a change of a tree
 in a review, which makes a new *version* of the passage; the *history* has them all. A *fault*
 is what is wrong with something that was given (a document, a file, a tree), a *mistake* is where a prediction differs from the
-gold tree. A *note* says what was put right or left out of what was read, a *warning* what has to be known of an extraction.
+gold tree. An *item* is something of its text that a tree seems to have lost or turned round. A *note* says what was put right or
+left out of what was read, a *warning* what has to be known of an extraction.
 
 Names are imported when first used. Every tree, hand-written or extracted, needs review by a clinician.
 """
@@ -33,6 +35,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gatewise_mdt.checking.items import Item, items
     from gatewise_mdt.evaluation.agreement import Agreement, agree
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names in it.
 _HOME = {
+    "checking.items": ("Item", "items"),
     "evaluation.agreement": ("Agreement", "agree"),
     "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
@@ -72,6 +76,7 @@ __all__ = [
     "DecisionTree",
     "Extraction",
     "Extractor",
+    "Item",
     "Mistake",
     "Node",
     "Parsed",
@@ -87,6 +92,7 @@ __all__ = [
     "count_mistakes",
     "evaluate",
     "in_text_order",
+    "items",
     "linearise",
     "load_extractor",
     "locate",

@@ -1,8 +1,8 @@
-"""The ``mdt`` commands: extracting, showing, measuring, reviewing and comparing trees, and preparing rows to train on."""
+"""The ``mdt`` commands: extracting, showing, checking, measuring, reviewing and comparing trees, and preparing rows to train on."""
 
 import typer
 
-from gatewise_mdt.commands import agree, carry, evaluate, extract, passages, prepare, review, show
+from gatewise_mdt.commands import agree, carry, check, evaluate, extract, passages, prepare, review, show
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,6 +23,7 @@ for command in (
     extract.extract,
     prepare.prepare,
     evaluate.evaluate,
+    check.check,
     review.review,
     agree.agree,
     carry.carry,

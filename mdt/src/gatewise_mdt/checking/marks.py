@@ -1,0 +1,484 @@
+"""The marks of a passage: its numbers with their units, limits, frequencies, what it forbids, and where it speaks of conditions.
+
+They are rules of thumb in English and Chinese, and no reading. All positions are of the folded text
+(:func:`gatewise_mdt.wholes.fold`), in which case, widths and kinds of dashes are one.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from gatewise_mdt.wholes import Folded, fold
+
+HAN = "\u3400-\u9fff"
+_WORD = "[a-z0-9]"  # what an English word is made of, in folded text
+
+
+def _any(words: str) -> str:
+    return "(?:" + "|".join(sorted(map(re.escape, words.split()), key=len, reverse=True)) + ")"
+
+
+def set_of(words: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(words.split())
+
+
+def _words(*patterns: str) -> str:
+    """English words or phrases that stand alone."""
+    return rf"(?<!{_WORD})(?:{'|'.join(patterns)})(?!{_WORD})"
+
+
+class Span(NamedTuple):
+    """Characters of the folded text."""
+
+    begin: int
+    end: int
+
+    def overlaps(self, other: "Span") -> bool:
+        return self.begin < other.end and other.begin < self.end
+
+    def holds(self, other: "Span") -> bool:
+        return self.begin <= other.begin and other.end <= self.end
+
+
+# ---- numbers ----
+
+DIGITS = r"\d+(?:[.,·]\d+)*"
+_SPELT = _any("one two three four five six seven eight nine ten eleven twelve")
+_HAN_DIGITS = "[一二两三四五六七八九十半]"
+_DOSE_UNIT = (
+    _any(
+        "mg g μg ng kg milligram milligrams microgram micrograms gram grams iu miu u ku ᴍu l ml dl meq mmol μmol mol unit units"
+        " drop drops puff puffs tablet tablets capsule capsules sachet sachets ampoule ampoules vial vials spray sprays"
+    )
+    + rf"(?!{_WORD})"
+)
+_HAN_DOSE_UNIT = "万?" + _any("毫克 微克 克 毫升 升 单位 国际单位 片 粒 丸 滴 支 瓶 袋 喷 揿 u iu")
+_UNIT = rf"(?: ?(?:million |万)?{_DOSE_UNIT}| ?{_HAN_DOSE_UNIT})"
+# Not the digits of names ("Th2", "5-HT", "vitamin B12", "COVID-19"), of lists ("1)", "2、") and of references ("[3]").
+_NUMBER = re.compile(
+    rf"(?<![a-z0-9.α-ω^])(?<![a-z]-)(?<!\[)(?<![\[\d],){DIGITS}"
+    rf"(?:(?:{_UNIT})?(?: ?[-~/×] ?| (?:to|or|and|x) | ?[至到或和] ?){DIGITS})*"
+    rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、]|\.(?: |$)(?=[a-z]))"
+)
+_SPELT_NUMBER = re.compile(
+    rf"(?<![a-z-])({_SPELT}(?: (?:to|or) {_SPELT})?) (?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
+)
+_TAIL = re.compile(_UNIT)
+_TIME = re.compile(
+    rf"[ -]?(?:{_any('day days week weeks month months year years hour hours h d w wk min minutes cycle cycles course courses')}"
+    rf"(?!{_WORD})|个?(?:疗程|周期|小时|星期|月|年|岁|周|天|日|分钟))"
+)
+_PER_WEIGHT = re.compile(
+    rf"(?:{_UNIT})? ?(?P<per>[(\[]? ?(?:/ ?\(?(?:kg|m2)"
+    rf"|(?:per|for each|for every|each) (?:kg|kilo|kilogram|body weight|m2|square metre)"
+    rf"|每 ?(?:千克|公斤|kg|平方米|m2)(?:体重)?|·?kg\^?-1)(?!{_WORD}))"
+)
+
+
+Kind = Literal["dose", "time", "number"]
+
+
+class Number(NamedTuple):
+    """A number or a range in the text.
+
+    Attributes:
+        kind: with a unit that drugs are measured in, of time, or another one.
+        end: behind the unit.
+        digits: where each of its numbers stands.
+        per_weight: where it says "per kg", if it does.
+    """
+
+    begin: int
+    end: int
+    kind: Kind
+    digits: tuple[Span, ...]
+    per_weight: Span | None
+
+    @property
+    def span(self) -> Span:
+        return Span(self.begin, self.end)
+
+
+def numbers_of(text: str) -> list[Number]:
+    """The numbers of a folded text."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        digits = tuple(Span(*one.span()) for one in re.compile(DIGITS).finditer(text, *match.span()))
+        dose, time = _TAIL.match(text, match.end()), _TIME.match(text, match.end())
+        per = _PER_WEIGHT.match(text, match.end())
+        kind: Kind = "dose" if dose else "time" if time else "number"
+        end = dose.end() if dose else time.end() if time else match.end()
+        found.append(Number(match.start(), end, kind, digits, Span(*per.span("per")) if per else None))
+    for match in _SPELT_NUMBER.finditer(text):  # "seven days"
+        found.append(Number(*match.span(), "time", (Span(*match.span(1)),), None))
+    return sorted(found)
+
+
+def value(digits: str) -> str:
+    """A number to compare: "1,000" is "1000", "0.50" is "0.5"."""
+    plain = re.sub(r",(?=\d{3}(?!\d))", "", digits).replace("·", ".").replace(",", ".")
+    return (plain.rstrip("0").rstrip(".") if "." in plain else plain).lstrip("0") or "0"
+
+
+def quantities(text: str) -> set[tuple[str, str]]:
+    """The (value, unit) of a folded text, the unit also of the first numbers of a range; "" for none that doses have."""
+    found = set()
+    for number in numbers_of(text):
+        unit = "".join(text[number.digits[-1].end : number.end].split()) if number.kind == "dose" else ""
+        found |= {(value(text[span.begin : span.end]), unit) for span in number.digits}
+    return found
+
+
+# ---- limits and frequencies ----
+
+_LIMIT = re.compile(
+    r"[<>≤≥]=?|"
+    + _words(
+        "max(?:imum|imal|imally)?",
+        "min(?:imum|imal)",
+        "at (?:least|most)",
+        "(?:no|not) (?:more|less|fewer|greater|higher|longer|later|earlier) than",
+        "(?:not|never) (?:to )?(?:be )?exceed(?:ed|ing)?",
+        "up to",
+        "(?:more|less|fewer|greater|higher|lower|longer|older|younger|larger|smaller) than(?: or equal to)?",
+        "exceed(?:s|ing|ed)?",
+        "above|below|under|over",
+        "or (?:more|less|older|younger|above|below|higher|lower|greater)(?! than)",
+    )
+    + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]"
+    r"|不少于|不多于|不足|极量"
+)
+_BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily dose of bisoprolol for these patients is 5 mg"
+    r"[^.;。,<>≤≥\d]{0,60}"
+)
+_AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (]?")
+
+_PERIOD = "(?:day|week|month|year|night|hour|fortnight|morning|evening)"
+_TIMES = rf"(?:once|twice|thrice|(?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? (?:times?|x))"
+_FREQUENCY = re.compile(
+    _words(
+        rf"{_TIMES}(?: (?:or|to) {_TIMES})?"
+        rf"(?: ?/ ?{_PERIOD}| (?:an?|per|each|every|in (?:a|one)) {_PERIOD}| (?:dai|week|month|year)ly)",
+        rf"every (?:other|second|third|alternate|(?:{DIGITS}|{_SPELT})(?:(?: to | or | ?- ?)(?:{DIGITS}|{_SPELT}))?)"
+        rf" ?(?:{_PERIOD}|h)s?",
+        rf"(?:on )?alternate {_PERIOD}s?",
+        "(?:bi)?weekly|monthly|fortnightly|nightly",
+        r"q ?d|b\.?i\.?d|t\.?i\.?d|q\.?i\.?d|q\.?o\.?d|q ?\d+ ?(?:h|d|w)",
+    )
+    + rf"|(?<=[gul\d])(?:qd|bid|tid|qid|qod|q\d+h)(?!{_WORD})"
+    + rf"|(?:每[日天周月年晚晨]|[一1]日|隔[日天]|\d+ ?[日天]|日)(?:口服|服用?|给药?|静[滴注])? ?(?:{DIGITS}|{_HAN_DIGITS})"
+    rf"(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?次"
+    rf"|(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?次 ?(?:/|每) ?(?:d(?!{_WORD})|[日天周月年]|小时)"
+    rf"|[每隔] ?(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?"
+    r"(?:个?(?:小时|月|星期|疗程)|[日天周年]|h|d)"
+    rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
+)
+_DAILY = re.compile(
+    _words("daily", "(?:per|a|each|every) day", "/ ?d(?:ay)?") + rf"|(?<=[a-z{HAN}\d])/ ?d(?:ay)?(?!{_WORD})|每[日天]"
+)
+
+
+_BESIDE = re.compile(rf"(?:[a-z{HAN} ()/·]|\d(?!\d*[a-z])){{0,24}}")
+_HAN_BESIDE = re.compile(rf"[{HAN}]{{0,4}}")
+
+
+class Prohibition(NamedTuple):
+    """Words that forbid, what they are about, and where else a drug may stand that they are about."""
+
+    cue: Span
+    scope: Span
+    wide: Span
+
+
+class Limit(NamedTuple):
+    """Words or a sign that make a number a limit, and the number."""
+
+    words: Span
+    number: Number
+
+
+# ---- sentences, what is forbidden, conditions ----
+
+_SENTENCE_END = re.compile(r"[。；！？;!?\n]|(?<!e\.g)(?<!i\.e)(?<!vs)\.(?=\s|$)")
+_CONTRAST = re.compile(
+    _words("but", "however", "instead", "otherwise", "unless", "except", "whereas", "although")
+    + "|但是?|除非|否则|然而|而(?=应|可|[^且])"
+)
+_ADVERB = (
+    r"(?:(?:be|been|routinely|generally|usually|currently|normally|always|currently|any|longer|strongly|longer|further|therefore|also"
+    r"|yet|necessarily|the|first|preferred|a|an|in general|typically|considered|primarily|as) ){0,4}"
+)
+_NOT = r"(?:not|never|no longer|cannot|can ?not|[a-z]+n't)"
+_DONE = (
+    r"(?:recommended|advised|advisable|advocated|indicated|suggested|suitable|appropriate|preferred|preferable|used|given|administered"
+    r"|prescribed|offered|performed|continued|taken|started|treated|initiated|considered|warranted|necessary|needed|required|applied"
+    r"|combined|an? option|option|choice|use|give|offer|receive|take|prescribe|start|administer|perform|combine|recommend|advise"
+    r"|suggest|advocate)"
+)
+_FORBIDS_AFTER = re.compile(  # "do not give X"
+    _words(
+        rf"(?:do|should|must|may|can|shall|need|is|are|we do)? ?{_NOT} (?:to )?{_ADVERB}"
+        r"(?:give|use|offer|prescribe|start|administer|take|perform|receive|recommend|advise|suggest|combine"
+        r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
+        r"(?: (?:the )?(?:routine )?use of)?",
+        r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?",
+        r"(?:stop|discontinue|withhold)(?: (?:the )?use of| taking)?",
+        r"rather than|instead of",
+        r"should (?:be )?avoid(?: (?:the )?use of)?",
+        r"(?:recommend|advise)(?:ed|d|s)? against(?: (?:the )?use of)?",
+        rf"{_NOT} {_ADVERB}(?:be )?treated with",
+        r"there is no (?:indication|role|place) for",
+    )
+)
+_FORBIDS_BEFORE = re.compile(  # "X is not recommended"
+    _words(
+        rf"(?:is|are|be|was|were|should|must|may|can|could|shall|has|have) {_NOT} (?:to )?{_ADVERB}(?:be )?{_ADVERB}{_DONE}"
+        r"(?! (?:well|in time)(?!\w))",
+        rf"(?:should|must) {_NOT}",
+        rf"cannot be {_DONE}",
+        rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
+        r"(?:is|are|be) (?:\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped|discontinued"
+        r"|inadvisable|inappropriate|unsuitable)",
+        r"contra-?indicated",
+    )
+)
+_HAN_FORBIDS = re.compile(
+    r"禁用|禁止(?:使用|应用)?|禁忌(?![证症])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
+    r"|不(?:再|作)?(?:常规)?(?:建议|推荐|主张|提倡)(?:常规|进行|使用|应用|给予|采用|单独|首选|行|用)*"
+    r"|不(?:宜|应|得|可|能|要|需)(?:再|常规|继续|单独|长期)*(?:使用|应用|给予|采用|服用|进行|选用|首选|行|用(?!力)|给|予)"
+    r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜)(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
+)
+_PEOPLE_ONLY = re.compile(r"(?:患者|病人|妇女|孕妇|患儿|者|人)(?:中?均?应?|亦应|也应)?$|^[^、]{0,16}(?:患者|者)中")
+_POINTS_BACK = re.compile(r"[这此其该]|" + _words("it|they|this|these|them|those drugs"))
+_HAN_BEFORE = re.compile(r"\s*(?:于|用于|者|$|[，。；,.;:：、）)])")
+_POSITIVE = re.compile(
+    _words(
+        "recommended|should|may|can|could|must|is|are|be|preferred|effective|consider|give|use|administer|start|suggested|advisable"
+    )
+    + "|应|可|宜|推荐|建议|采用|给予|首选|选用|使用|有效"
+)
+_NEXT_PART = re.compile(
+    r",| and (?=(?:give|use|start|offer|refer|consider|treat|switch|may|should|can|must)\b)|\b(?:other than|apart from|except)\b"
+)
+_ADVISES = re.compile(_words("recommended|should|may|can|could|must|is|are|be|preferred|suggested|advisable") + "|应|可|推荐|建议")
+_CAUTION = re.compile(
+    _words("replaced?", "cautio(?:n|us|usly)", "careful(?:ly)?", "worsen|aggravate|risk of") + "|慎|加重|诱发|小心|注意"
+)
+_EXCEPTION = re.compile(_words("unless", "except", "only (?:in|if|when|for)") + "|除非|除了|仅|只有")
+_PEOPLE = "(?:patients?|those|individuals?|adults?|children|infants?|people|persons?|women|men|cases?|subjects?|neonates?)"
+_WITH = "(?:with|who|whose|of|where|in which|that|at|under|over|aged|without|receiving|having|presenting)"
+_CONDITION = re.compile(
+    _words(
+        "if|when|whenever|where|once",
+        rf"(?:in|for|among|of) (?:[a-z0-9-]+ ){{0,5}}?(?:{_PEOPLE}|pregnancy|disease)(?: {_WITH})?",
+        rf"(?:{_PEOPLE}|anyone) {_WITH}",
+        "in case of|in cases of|in the (?:presence|absence|event) of|during|after|in the setting of|unless|until",
+        "who|whose",
+    )
+    + "|对于?|如果?(?!.{0,2}[、])|若|当|一旦|凡|有(?=.{1,20}[者时])|合并|伴|出现|发生"
+)
+_CONDITION_END = re.compile(
+    r"[,:]|(?<=[者时])"
+    + "|"
+    + _words(
+        r"(?:is|are|was|were) (?:also )?(?:not )?(?:\w+ly )?"
+        r"(?:recommended|advised|indicated|suggested|preferred|considered|used|given|administered)",
+        "should|can be|may be|could be|must|may consider|may benefit",
+    )
+    + "|应|可(?!能)|宜|推荐|建议|采用|给予|首选|选用|禁用|忌用|不宜|不推荐|不建议|需"
+)
+_OTHERWISE = re.compile(
+    _words("otherwise", "if not", "in other cases", "in all other(?: cases| patients)?", "the remaining patients", "all others?")
+    + "|否则|反之|其[余他](?:患者|情况|病例|人)"
+)
+_ADVICE = re.compile(
+    _words(
+        "recommend(?:ed|s)?|should|advis(?:ed|able)|suggest(?:ed|s)?|indicated|considered|preferred|must|give|use|administer(?:ed)?"
+        "|offer(?:ed)?|start(?:ed)?|treated|avoid(?:ed)?|stop|take|prescribe|choice|can be|may be|do not|contraindicated"
+        "|discontinue"
+    )
+    + "|推荐|建议|应|宜|可|首选|给予|治疗|禁|忌|采用|使用|选用|需|避免"
+)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a passage says that a tree should have, as far as rules of thumb can tell."""
+
+    passage: str
+
+    @cached_property
+    def folded(self) -> Folded:
+        return fold(self.passage)
+
+    @property
+    def text(self) -> str:
+        return self.folded.text
+
+    @cached_property
+    def numbers(self) -> list[Number]:
+        return numbers_of(self.text)
+
+    @cached_property
+    def limits(self) -> list[Limit]:
+        """The words that make a number a limit; those without a number are left out."""
+        found = []
+        for match in _LIMIT.finditer(self.text):
+            after = next((one for one in self.numbers if one.begin >= match.end()), None)
+            before = next((one for one in reversed(self.numbers) if one.end <= match.start()), None)
+            if (
+                before
+                and match[0][:2] in ("or", "以上", "以下", "以内")
+                and _AFTER_NUMBER.fullmatch(self.text, before.digits[-1].end, match.start())
+            ):
+                found.append(Limit(Span(*match.span()), before))
+            elif after and _BEFORE_NUMBER.fullmatch(self.text, match.end(), after.begin):
+                found.append(Limit(Span(*match.span()), after))
+        return found
+
+    @cached_property
+    def frequencies(self) -> list[tuple[Span, Number | None]]:
+        """How often something is done ("twice weekly", "every 7 days", 每日三次), with the dose beside it."""
+        return [(Span(*match.span()), self._dose_beside(Span(*match.span()))) for match in _FREQUENCY.finditer(self.text)]
+
+    def _dose_beside(self, span: Span) -> Number | None:
+        doses = [one for one in self.numbers if one.kind == "dose"]
+        before = next((one for one in reversed(doses) if one.end <= span.begin), None)
+        after = next((one for one in doses if one.begin >= span.end), None)
+        if before and _BESIDE.fullmatch(self.text, before.end, span.begin):
+            return before
+        return after if after and _HAN_BESIDE.fullmatch(self.text, span.end, after.begin) else None
+
+    @cached_property
+    def daily(self) -> list[tuple[Span, Number]]:
+        """ "daily", "per day", 每日 beside a dose, with the dose."""
+        spans = [Span(*match.span()) for match in _DAILY.finditer(self.text)]
+        alone = [one for one in spans if not any(other.begin <= one.begin < other.end for other, _ in self.frequencies)]
+        return [(one, dose) for one in alone if (dose := self._dose_beside(one)) is not None]
+
+    @cached_property
+    def sentences(self) -> list[Span]:
+        ends = [match.end() for match in _SENTENCE_END.finditer(self.text)]
+        bounds = sorted({0, *ends, len(self.text)})
+        return [Span(a, b) for a, b in pairwise(bounds) if self.text[a:b].strip()]
+
+    def sentence_at(self, place: int) -> Span:
+        return next((one for one in self.sentences if one.begin <= place < one.end), Span(0, len(self.text)))
+
+    @cached_property
+    def clauses(self) -> list[Span]:
+        """The sentences, cut before words of contrast."""
+        made = []
+        for sentence in self.sentences:
+            cuts = [match.start() for match in _CONTRAST.finditer(self.text, *sentence)]
+            bounds = sorted({sentence.begin, *cuts, sentence.end})
+            made += [Span(a, b) for a, b in pairwise(bounds)]
+        return made
+
+    @cached_property
+    def conditions(self) -> list[Span]:
+        """Where the passage says for whom or when, from the word that begins it."""
+        found: list[Span] = []
+        for sentence in self.sentences:
+            at = sentence.begin
+            while (match := _CONDITION.search(self.text, at, sentence.end)) is not None:
+                end = _CONDITION_END.search(self.text, match.end(), sentence.end)
+                stop = end.start() if end else sentence.end
+                found.append(Span(match.start(), max(stop, match.end())))
+                at = max(stop, match.end())
+        return found
+
+    def in_condition(self, place: int) -> bool:
+        return any(one.begin <= place < one.end for one in self.conditions)
+
+    @cached_property
+    def forbidden(self) -> list[Prohibition]:
+        """What the passage forbids."""
+        found = [(*one, self._wide(*one)) for clause in self.clauses for one in self._forbidden_in(clause)]
+        return [Prohibition(cue, scope, wide) for cue, scope, wide in found if scope.begin < scope.end]
+
+    def _wide(self, cue: Span, scope: Span) -> Span:
+        """Where a drug may stand that a prohibition is of: its sentence, and all before it where it names people only."""
+        sentence = self.sentence_at(cue.begin)
+        about = self.text[scope.begin : scope.end].strip()
+        if _PEOPLE_ONLY.search(about) or _POINTS_BACK.search(about) or len(about) <= 2:
+            return Span(0, sentence.end)
+        return sentence
+
+    def _forbidden_in(self, clause: Span) -> Iterator[tuple[Span, Span]]:
+        text, held = self.text, []
+        for match in _FORBIDS_AFTER.finditer(text, *clause):
+            if self._is_condition_cue(match.start(), clause):
+                continue
+            held.append(match.span())
+            yield Span(*match.span()), Span(match.end(), self._ahead(match.end(), clause))
+        for match in _FORBIDS_BEFORE.finditer(text, *clause):
+            if any(a < match.end() and match.start() < b for a, b in held) or self._is_condition_cue(match.start(), clause):
+                continue
+            yield Span(*match.span()), Span(self._back(match.start(), clause), match.start())
+        for match in _HAN_FORBIDS.finditer(text, *clause):
+            cue, end = Span(*match.span()), _to_comma(text, match.end(), clause.end)
+            about, looks_back = text[cue.end : end], _HAN_BEFORE.match(text, cue.end, clause.end) is not None
+            if not looks_back and re.fullmatch(r"[^、]{1,9}(?:的患?者|患者|者|时)\s*", about):
+                continue  # 不宜手术的患者 are people
+            if match[0] == "避免" and about[:1] != "用" and text[clause.begin : cue.begin].rstrip()[-1:] == ",":
+                continue  # a purpose
+            begin = max(text.rfind(sign, clause.begin, cue.begin) for sign in ",:") + 1
+            yield cue, Span(max(begin, clause.begin), cue.begin) if looks_back else Span(cue.end, end)
+
+    def _is_condition_cue(self, place: int, clause: Span) -> bool:
+        """Whether a negation belongs to a condition ("who should not be given X", "if X is not suitable")."""
+        before = self.text[max(clause.begin, place - 60) : place]
+        if re.search(r"\b(?:if|when|where|that|whom|whose)\b[^,;]*$", before):
+            return True
+        return re.search(r"(?<!, )\b(?:who|those)\b *(?:[a-z]+ *)?$", before) is not None
+
+    def _ahead(self, place: int, clause: Span) -> int:
+        """Where a prohibition that looks ahead ends: before the next verb of advice."""
+        for match in _NEXT_PART.finditer(self.text, place, clause.end):
+            rest = self.text[match.end() : _to_comma(self.text, match.end(), clause.end)]
+            if match[0] != "," or _POSITIVE.search(rest):
+                return match.start()
+        return clause.end
+
+    def _back(self, place: int, clause: Span) -> int:
+        """Where what a prohibition is about begins: behind the last part with a verb of its own."""
+        begin = clause.begin
+        for match in re.compile("[,:]| and ").finditer(self.text, clause.begin, place):
+            if _ADVISES.search(self.text[begin : match.start()]):
+                begin = match.end()
+        return begin
+
+    def warns(self, place: int) -> bool:
+        """Whether the sentence at a place asks for caution or tells of harm."""
+        return _CAUTION.search(self.text, *self.sentence_at(place)) is not None
+
+    def has_exception(self, place: int) -> bool:
+        """Whether what the sentence at a place says has an exception ("unless", 除非)."""
+        return _EXCEPTION.search(self.text, *self.sentence_at(place)) is not None
+
+    @cached_property
+    def recommends(self) -> bool:
+        """Whether the passage advises anything."""
+        return _ADVICE.search(self.text) is not None
+
+    @cached_property
+    def otherwise(self) -> list[Span]:
+        """ "Otherwise", 否则: what is to be done where no condition holds."""
+        return [Span(*match.span()) for match in _OTHERWISE.finditer(self.text)]
+
+
+def _to_comma(text: str, begin: int, end: int) -> int:
+    """The end of this part of a clause."""
+    found = re.compile("[,;。]").search(text, begin, end)
+    return found.start() if found else end
+
+
+@lru_cache(maxsize=64)
+def marks_of(passage: str) -> Marks:
+    """The marks of a passage."""
+    return Marks(passage)
