@@ -54,6 +54,33 @@ _MARKED = [
     "<div>{}</div>",
     "<!-- {} -->",
 ]
+_PAGE = [
+    "<p>Give {} 5 mg.</p>",
+    "<h2>Adults with {}</h2>",
+    "<ul>",
+    "<ol>",
+    "<li>{}",
+    "</li>",
+    "</ul>",
+    "<table>",
+    "<tr>",
+    "<th>{}",
+    "<td colspan=2>{}",
+    "<td rowspan=3>{}",
+    "</table>",
+    "<div>{}",
+    "</div>",
+    "<b>{}</b>",
+    "<br>- {}",
+    "<nav>{}</nav>",
+    "<p hidden>{}</p>",
+    "<dt>{}",
+    "<dd>{}",
+    "<main>",
+    "<article>{}",
+    "<footer>{}",
+    "{}",
+]
 
 
 def _numbered(lines: Sequence[str]) -> tuple[str, list[str]]:
@@ -67,11 +94,11 @@ def _numbered(lines: Sequence[str]) -> tuple[str, list[str]]:
     return "\n".join(made), words
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".html"])
 @properties
 @given(data=st.data())
 def test_every_word_is_somewhere(suffix: str, data: st.DataObject) -> None:
-    kinds = _LINES + (_MARKED if suffix == ".md" else ["\f"])
+    kinds = _PAGE if suffix == ".html" else _LINES + (_MARKED if suffix == ".md" else ["\f"])
     text, words = _numbered(data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=25)))
     try:
         document = document_of(text.encode(), "a", suffix)

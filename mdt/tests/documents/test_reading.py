@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gatewise_mdt.documents.headings import population_mark
 from gatewise_mdt.documents.passages import Passage, split_passages
-from gatewise_mdt.documents.reading import documents_in, read_document
+from gatewise_mdt.documents.reading import document_of, documents_in, read_document
 from mdt_models import pdf
 
 from gatewise.errors import GatewiseError
@@ -89,11 +89,19 @@ def locked() -> bytes:
         ("x.txt", b"12. 34", "has no words"),
         ("x.txt", "é".encode("latin-1"), "not UTF-8 text (byte 1)"),
         ("x.txt", b"a\x00b", "zero bytes"),
-        ("x.rtf", b"x", "ends in '.rtf', expected .txt, .md, .pdf or .docx"),
+        ("x.rtf", b"x", "ends in '.rtf', expected .txt, .md, .html, .pdf or .docx"),
         ("x.pdf", b"%PDF-1.4 and nothing", "cannot be read as PDF"),
         ("x.pdf", pdf("", ""), "has no text on its 2 pages, as scanned pages have none: run text recognition (OCR) over it first"),
         ("x.pdf", None, "locked with a password"),
         ("x.docx", b"PK and nothing", "cannot be read as DOCX"),
+        (
+            "x.doc",
+            b"x",
+            "x.doc is in the old format of Word (.doc), which is not read: open it in Word or LibreOffice, and save it as",
+        ),
+        ("x.docx", b"\xd0\xcf\x11\xe0", "old format of Word, or locked with a password: open it"),
+        ("x.txt", "Größe über Müller".encode("latin-1"), "not UTF-8 text (byte 3)"),
+        ("x.txt", b"\xff\xfeabc", "not UTF-16-LE text"),
         ("x.md", b"# Only a heading", "has no passage"),
     ],
 )
@@ -142,3 +150,29 @@ def test_what_in_a_folder_is_no_document(tmp_path: Path) -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "e.txt")  # which would be read for ever
     assert documents_in([tmp_path]) == [tmp_path / "a.txt", tmp_path / "d.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("a.txt", f"患者{FLARE}".encode("utf-16"), "a.txt was read as UTF-16-LE, by the mark at its beginning"),
+        ("a.md", b"\xfe\xff" + f"患者{FLARE}".encode("utf-16-be"), "a.md was read as UTF-16-BE, by the mark at its beginning"),
+        (
+            "a.txt",
+            FLARE.encode("utf-16-be"),
+            "a.txt was read as UTF-16-BE, as every other byte is zero: look whether its letters are right",
+        ),
+        (
+            "a.txt",
+            "患者停用华法林。".encode("gb18030"),
+            "a.txt was read as GB18030, as it is no UTF-8: look whether its letters are right",
+        ),
+        ("a.htm", "<meta charset=gb2312>患者停用".encode("gbk"), "a.htm was read as GB18030, as it says itself"),
+        ("a.html", "<meta charset='latin1'>Café".encode("cp1252"), "a.html was read as CP1252, as it says itself"),
+        ("a.txt", "患者".encode("utf-8-sig"), None),
+    ],
+)
+def test_other_encodings_are_told_by_their_marks_and_noted(name: str, content: bytes, note: str | None) -> None:
+    document = document_of(content, name, Path(name).suffix)
+    assert document.notes == ((note,) if note else ())
+    assert any(said in document.text for said in ("患者", FLARE, "Café"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def carry(
     old: Annotated[str, typer.Argument(help="The older guideline, or the file of corrections of its review.", show_default=False)],
-    new: Annotated[str, typer.Argument(help="The newer guideline: .txt, .md, .pdf or .docx.", show_default=False)],
+    new: Annotated[str, typer.Argument(help="The newer guideline: .txt, .md, .html, .pdf or .docx.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option("--out", "--output", "-o", help="The newer review's file of corrections. [default: NEW.review.jsonl]"),

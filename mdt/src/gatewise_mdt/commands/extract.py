@@ -23,7 +23,7 @@ from gatewise_mdt.relations import Language
 def extract(
     files: Annotated[
         list[str],
-        typer.Argument(help="Texts: .txt, .md, .pdf or .docx files, or folders with such; - is stdin.", show_default=False),
+        typer.Argument(help="Texts: .txt, .md, .html, .pdf or .docx files, or folders with such; - is stdin.", show_default=False),
     ],
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
     server: ServerOption = None,

@@ -19,7 +19,7 @@ CharactersOption = Annotated[
 
 
 def passages(
-    file: Annotated[str, typer.Argument(help="A text: .txt, .md, .pdf or .docx; - is stdin.", show_default=False)],
+    file: Annotated[str, typer.Argument(help="A text: .txt, .md, .html, .pdf or .docx; - is stdin.", show_default=False)],
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
     as_json: JsonOption = False,

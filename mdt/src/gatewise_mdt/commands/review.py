@@ -28,7 +28,7 @@ NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or a
 def review(
     file: Annotated[
         str | None,
-        typer.Argument(help="A text (.txt, .md, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
+        typer.Argument(help="A text (.txt, .md, .html, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter; without one, trees are only corrected.")] = None,
     out: Annotated[

@@ -105,7 +105,7 @@ class Numbering:
         def counted(found: re.Match[str]) -> str:
             one = levels.get(int(found[1]) - 1, own)
             number = counts.get(int(found[1]) - 1, one.start)
-            return "" if one.format == "none" else _written(number, "decimal" if own.legal else one.format)
+            return "" if one.format == "none" else written(number, "decimal" if own.legal else one.format)
 
         return "" if own.format == "bullet" else re.sub(r"%(\d)", counted, own.text).strip()
 
@@ -141,7 +141,7 @@ def _number(said: Any, otherwise: int = 0) -> int:
     return int(said) if isinstance(said, str) and re.fullmatch(r"[0-9]{1,6}", said) else otherwise
 
 
-def _written(number: int, kind: str) -> str:
+def written(number: int, kind: str) -> str:
     """A number in one of Word's ways of writing them; in digits where it is one of the others."""
     if kind in ("lowerLetter", "upperLetter") and number > 0:
         letter = chr(ord("a") + (number - 1) % 26) * ((number - 1) // 26 + 1)

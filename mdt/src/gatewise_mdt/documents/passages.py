@@ -291,13 +291,19 @@ def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iter
             before = text
         if block.kind == "item" and spans:
             over.append(_Over(before, block.depth, is_item=True))
-        elif block.kind != "row" and _COLON.search(before):
+        elif block.kind != "row" and (_COLON.search(before) or (_leads(group, number) and not _ENDS.search(before))):
             over.append(_Over(before, block.depth - 1, is_item=False))
+
+
+def _leads(group: Sequence[Block], number: int) -> bool:
+    """Whether a list follows a block."""
+    after = group[number + 1 : number + 2]
+    return bool(after) and after[0].kind == "item" and after[0].depth == group[number].depth and group[number].kind == "paragraph"
 
 
 def _beside(first: Block, second: Block) -> str:
     """What parts two blocks of which the first has no full stop, as English has it; empty where that is not known."""
-    if first.kind == second.kind == "item" and second.depth > first.depth:
+    if second.kind == "item" and (first.kind == "paragraph" or (first.kind == "item" and second.depth > first.depth)):
         return ":"
     return ";" if first.kind == second.kind == "item" else ""
 

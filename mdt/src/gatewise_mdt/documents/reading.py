@@ -1,5 +1,6 @@
-"""Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
+"""Documents to extract from: plain text, Markdown, HTML, PDF and DOCX, read into headings and paragraphs with their places."""
 
+import codecs
 import hashlib
 import os
 import re
@@ -13,12 +14,26 @@ from gatewise.files import content_of
 from gatewise_mdt.documents.document import Document, quoted_list
 from gatewise_mdt.documents.docx import read_docx
 from gatewise_mdt.documents.headings import headings_without_text
+from gatewise_mdt.documents.html import read_html
 from gatewise_mdt.documents.markdown import read_markdown
 from gatewise_mdt.documents.pdf import read_pdf
 from gatewise_mdt.documents.plain_text import read_plain_text
 
 STDIN = "-"
-_SUFFIXES = ".txt, .md, .pdf or .docx"
+_SUFFIXES = ".txt, .md, .html, .pdf or .docx"
+_OLD_WORD, _OLE = ".doc", b"\xd0\xcf\x11\xe0"
+_OLD_WORD_SAID = "open it in Word or LibreOffice, and save it as .docx or PDF"
+# The marks at the beginnings of files, those of four bytes first.
+_MARKS = {
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF32_LE: "UTF-32-LE",
+    codecs.BOM_UTF32_BE: "UTF-32-BE",
+    codecs.BOM_UTF16_LE: "UTF-16-LE",
+    codecs.BOM_UTF16_BE: "UTF-16-BE",
+}
+_LOOK = "look whether its letters are right"
+_CHARSET = re.compile(rb"<(?:meta\b[^>]*?charset\s*=|\?xml\b[^>]*?encoding\s*=)\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "iso8859-1": "cp1252", "ascii": "cp1252"}  # as browsers read them
 
 
 def read_document(path: str | Path) -> Document:
@@ -57,7 +72,8 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
             inside += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
         if faults:
             raise GatewiseError(f"{path} cannot be read ({reason_of(faults[0])})")
-        readable = [one for one in inside if one.suffix.lower() in _READERS and not one.name.startswith("~$")]
+        known = {*SUFFIXES, _OLD_WORD}  # which is refused in a sentence
+        readable = [one for one in inside if one.suffix.lower() in known and not one.name.startswith("~$")]
         documents = [one for one in readable if one.is_file() or one.is_symlink()]  # a link to nothing is told, not passed over
         if not documents:
             raise GatewiseError(f"{path} has no document: expected files in it that end in {_SUFFIXES}")
@@ -78,6 +94,8 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     _check_suffix(suffix, name)
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
+    if content.startswith(_OLE):
+        raise GatewiseError(f"{name} is in the old format of Word, or locked with a password: {_OLD_WORD_SAID}, without a password")
     read = _READERS[suffix.lower()](content, name)
     blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
@@ -89,25 +107,96 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     return replace(read, blocks=blocks, notes=notes, sha256=hashlib.sha256(content).hexdigest())
 
 
+def _text(read: Callable[[str, str], Document]) -> Callable[[bytes, str], Document]:
+    """Reads bytes as text first; the document's notes say where they were not in UTF-8."""
+
+    def read_bytes(content: bytes, name: str) -> Document:
+        text, encoding = _decode(content, name, _charset(content) if read is read_html else "")
+        document = read(re.sub("[\x02-\x04]", "", text).replace("\r\n", "\n").replace("\r", "\n"), name)
+        said = (f"{name} was read as {encoding}",) if encoding else ()
+        return replace(document, notes=(*said, *document.notes))
+
+    return read_bytes
+
+
 _READERS: dict[str, Callable[[bytes, str], Document]] = {
-    ".txt": lambda content, name: read_plain_text(_decode(content, name), name),
-    ".md": lambda content, name: read_markdown(_decode(content, name), name),
-    ".markdown": lambda content, name: read_markdown(_decode(content, name), name),
+    ".txt": _text(read_plain_text),
+    ".md": _text(read_markdown),
+    ".markdown": _text(read_markdown),
+    ".html": _text(read_html),
+    ".htm": _text(read_html),
+    ".xhtml": _text(read_html),
     ".pdf": read_pdf,
     ".docx": read_docx,
 }
+SUFFIXES = tuple(_READERS)
+"""Of the names of documents that can be read."""
 
 
-def _decode(content: bytes, name: str) -> str:
+def _decode(content: bytes, name: str, declared: str) -> tuple[str, str]:
+    """The text of a file, and how its bytes were read where that is not UTF-8 and had to be found out."""
+    mark = next((one for one in _MARKS if content.startswith(one)), b"")
+    encoding = _MARKS.get(mark, "UTF-8")
     try:
-        text = content.decode("utf-8-sig")
+        text = content[len(mark) :].decode(encoding)
+        found = f"{encoding}, by the mark at its beginning" if encoding != "UTF-8" else ""
     except UnicodeDecodeError as error:
-        raise GatewiseError(f"{name}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
+        other = "" if mark else _other_encoding(content, declared)
+        if not other:
+            raise GatewiseError(f"{name}: not {encoding} text (byte {error.start + 1}); save the file as UTF-8") from error
+        text, found = (
+            content.decode(other),
+            other.upper() + (", as it says itself" if other == declared else f", as it is no UTF-8: {_LOOK}"),
+        )
+    if "\x00" in text and not mark and len(content) % 2 == 0:  # English in two bytes a letter, one of them zero
+        first = content[0] == 0
+        other = "UTF-16-BE" if first else "UTF-16-LE"
+        letters = content[int(first) :: 2]
+        if content[int(not first) :: 2].count(0) > 0.8 * len(letters) and not letters.count(0):
+            text, found = content.decode(other, "replace"), f"{other}, as every other byte is zero: {_LOOK}"
     if "\x00" in text:
         raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_SUFFIXES}")
-    return re.sub("[\x02-\x04]", "", text).replace("\r\n", "\n").replace("\r", "\n")
+    return text, found
+
+
+def _other_encoding(content: bytes, declared: str) -> str:
+    """In what a text is that is no UTF-8: as it says itself, or GB18030 if that makes Chinese of it; empty if neither."""
+    for encoding in filter(None, (declared, "gb18030")):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding == declared or _is_likely_chinese(text):
+            return encoding
+    return ""
+
+
+def _is_likely_chinese(text: str) -> bool:
+    """Whether a text has common Chinese characters in rows; Western letters read as Chinese make rare ones, each by itself."""
+    others = [sign for sign in text if sign > "\x7f"]
+    common = [
+        sign for sign in others if re.match("[\u3000-\u303f\uff00-\uffef]", sign) or b"\xb0" <= _in_gb2312(sign) <= b"\xd7\xff"
+    ]
+    rows = sum(len(row) for row in re.findall(r"[\u3000-\u9fff\uff00-\uffef]{2,}", text))
+    return len(common) > 0.8 * len(others) and rows > 0.6 * len(others)
+
+
+def _in_gb2312(sign: str) -> bytes:
+    return sign.encode("gb2312", "replace")
+
+
+def _charset(content: bytes) -> str:
+    """The encoding that a page names for itself; empty if it names none, or one that is not known."""
+    found = _CHARSET.search(content[:4096])
+    try:
+        name = codecs.lookup(found[1].decode("ascii", "replace")).name if found else ""
+    except LookupError:
+        return ""
+    return _WIDER.get(name, name)
 
 
 def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() == _OLD_WORD:
+        raise GatewiseError(f"{name} is in the old format of Word (.doc), which is not read: {_OLD_WORD_SAID}")
     if suffix.lower() not in _READERS:
         raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_SUFFIXES}")

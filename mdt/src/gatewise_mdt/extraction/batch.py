@@ -117,7 +117,7 @@ def read_pieces(
     """The passages of documents; those that cannot be read go to the faults.
 
     Args:
-        files: .txt, .md, .pdf or .docx; "-" is standard input.
+        files: .txt, .md, .html, .pdf or .docx; "-" is standard input.
         language: of all documents; None finds it out.
         population: of all passages, instead of what documents and headings say.
         most_characters: of a passage; None takes 800 of English and 300 of Chinese.

@@ -7,6 +7,7 @@ from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of
 from gatewise_mdt.documents.passages import split_passages
+from gatewise_mdt.documents.reading import SUFFIXES as DOCUMENTS
 from gatewise_mdt.documents.reading import document_of
 from gatewise_mdt.records import SUFFIXES, trees_of
 from gatewise_mdt.review.passage import Passage, passage_of
@@ -48,9 +49,9 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
         return [passage_of(record) for record in read.records], [*read.faults.values(), *read.notes]
-    if suffix not in (".txt", ".md", ".markdown", ".pdf", ".docx"):
+    if suffix not in (*DOCUMENTS, ".doc"):
         raise GatewiseError(
-            f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
+            f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .html, .pdf, .docx) or trees (.json, .jsonl)"
         )
     document = document_of(content, name, suffix)
     made = []

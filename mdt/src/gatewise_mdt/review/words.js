@@ -35,7 +35,7 @@ const CHINESE = {
   "Approved ✓": "已批准 ✓",
   "Add a text": "添加文本",
   "Text": "文本",
-  "or a file: a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)": "或文件：文本（.txt、.md、.pdf、.docx）或决策树（.json、.jsonl）",
+  "or a file: a text (.txt, .md, .html, .pdf, .docx) or trees (.json, .jsonl)": "或文件：文本（.txt、.md、.html、.pdf、.docx）或决策树（.json、.jsonl）",
   "Whom the text is about, if it does not say": "适用人群（若文中未写明）",
   "Close": "关闭",
   "Add": "添加",

@@ -1,0 +1,101 @@
+"""HTML: lists and tables as they are marked, what is not shown left out, and nothing without a word."""
+
+import pytest
+from gatewise_mdt.documents.document import Document
+from gatewise_mdt.documents.passages import split_passages
+from gatewise_mdt.documents.reading import document_of
+
+
+def read(source: str) -> Document:
+    return document_of(source.encode(), "gout.html", ".html")
+
+
+def passages(source: str) -> list[str]:
+    return [one.text for one in split_passages(read(source))]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "<h1>Gout</h1><p>Give\n <b>5</b>&nbsp;mg.</p>and <i>rest</i><div>Stop it</div>",
+            ["Gout", "Give 5 mg.", "and rest", "Stop it"],
+        ),
+        ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80[1] mmHg, CO2"]),
+        ("<p>If ALT &lt; 3 give it<br><br>Else stop", ["If ALT < 3 give it", "Else stop"]),
+        ("<p>Stop:<br>- naproxen<br>• warfarin", ["Stop:", "naproxen", "warfarin"]),
+        (
+            "<p>Give it</p><p><strong>Renal failure</strong></p><p><b>Do not give it.</b></p>",
+            ["Give it", "Renal failure", "Do not give it."],
+        ),
+        ("<ol start=3><li>Test<li value=7>Skip step 3<li>Go</ol>", ["3. Test", "7. Skip step 3", "8. Go"]),
+        ("<ol type=a><li>Test</ol><ol reversed><li>x<li type=I>y</ol>", ["a. Test", "2. x", "I. y"]),
+        ("<table><tr><td>Only a box<p>and more</table>", ["Only a box", "and more"]),
+        (
+            "<p class=MsoListParagraph style='mso-list:l0 level1 lfo1'><span style='mso-list:Ignore'>2.&nbsp;</span>Test",
+            ["2. Test"],
+        ),
+    ],
+)
+def test_what_is_marked_is_read(source: str, said: list[str]) -> None:
+    assert [block.text for block in read(source).blocks] == said
+
+
+def test_inner_items_belong_to_their_outer_items() -> None:
+    inner = "<ul><li>stop <b>warfarin</b><li>give LMWH</ul>"
+    assert passages(f"<h1>Heart failure</h1><ul><li>In pregnancy:{inner}<li>Give bisoprolol<p>and rest</ul>") == [
+        "Heart failure@In pregnancy: stop warfarin; give LMWH",
+        "Heart failure@Give bisoprolol and rest",
+    ]
+    assert passages("<dl><dt>In pregnancy<dd>stop it<dt>Others<dd>give it</dl>") == ["In pregnancy: stop it", "Others: give it"]
+    word = "".join(
+        f"<p style='mso-list:l0 level{level} lfo1'>{text}" for level, text in ((1, "Pregnant:"), (2, "stop"), (1, "Give it"))
+    )
+    assert passages(word) == ["Pregnant: stop", "Give it"]
+
+
+def test_cells_over_columns_and_rows_keep_their_headers() -> None:
+    top = "<thead><tr><th rowspan=2>Drug<th colspan=3>Dose if eGFR is<tr><th>&ge; 60<th>30-59<th>&lt; 30</thead>"
+    rows = "<tr><td rowspan=2>apixaban<td>5 mg<td>2.5 mg<td>none<tr><td>6 mg<td colspan=2><ul><li>ask<li>stop</ul>"
+    blocks = read(f"<table><caption>Doses</caption>{top}{rows}<tfoot><tr><td colspan=4>Not in infants.</table>").blocks
+    egfr = "Dose if eGFR is"
+    assert [block.text for block in blocks] == [
+        "Doses",
+        f"Drug: apixaban. {egfr} ≥ 60: 5 mg. {egfr} 30-59: 2.5 mg. {egfr} < 30: none.",
+        f"Drug: apixaban. {egfr} ≥ 60: 6 mg. {egfr} 30-59 and {egfr} < 30: ask; stop.",
+        "Not in infants.",
+    ]
+
+
+def test_a_table_that_only_sets_things_side_by_side_is_no_table() -> None:
+    assert passages("<table><tr><td><h2>Adults</h2><p>Give it.<td><h2>Children</h2>Ask.</table>") == [
+        "Adults@Give it.",
+        "Children@Ask.",
+    ]
+    (row,) = read("<table><tr><th>Drug<th>Dose<tr><td>a<td><table><tr><td>1<td>2</table></table>").blocks
+    assert "compare it with the document" in row.notes[0]
+
+
+def test_a_footnote_follows_what_refers_to_it() -> None:
+    link = '<sup><a href="#fn1">1</a></sup>'
+    document = read(f'<p>Give it{link}.<p>Rest.<ol><li id="fn1">Not in infants. <a href="#r">↩</a></ol>')
+    assert [block.text for block in document.blocks] == ["Give it.", "Footnote: Not in infants.", "Rest."]
+
+
+def test_what_is_not_shown_or_leads_elsewhere_is_left_out_and_the_rest_noted() -> None:
+    hidden = (
+        "<script>let x = 1</script><style>p {}</style><template>no</template><p hidden>never</p><p style='display: none'>so</p>"
+    )
+    page = (
+        f"<nav>Home</nav><header><h1>Gout</h1>Join</header><main>{hidden}<del>5</del> Give it.<img alt='flow chart'><svg/></main>"
+    )
+    document = read(f"<html><head><title>t</title></head><body>{page}<footer>Imprint</footer>Ends</body></html>")
+    assert [block.text for block in document.blocks] == ["Gout", "5 Give it."]
+    assert document.notes == (
+        'gout.html: what stands around the text was left out: "Ends", "Home", "Gout Join", "Imprint"',
+        'gout.html: hidden text was left out: "never", "so"',
+        'gout.html: 1 picture could not be read, which the page calls "flow chart": look there for text that matters',
+        "gout.html: 1 picture could not be read: look there for text that matters",
+        'gout.html: text that is struck through was read like any other: "5"',
+    )
+    assert passages("<body><header><h1>Gout</h1></header><p>Give it.</p><aside>Join</aside>") == ["Gout@Give it."]
