@@ -106,7 +106,7 @@ def test_no_method_is_better() -> None:
     assert f"A difference of {content['detectable']:.1f} points would be found four times in five." in content["sentence"]
     assert content["detectable"] > abs(found["mean"])
     content = report([*finals("lora", 0.7, [0]), *finals("alora", 0.9, [0])], [arm("lora"), arm("alora")])
-    assert content["sentence"].startswith("What is chance cannot be told (best: alora +")
+    assert content["sentence"].startswith("No method is better than lora beyond chance on test (best: alora +")
     assert ", one seed does not say how much another would change)." in content["sentence"]
 
 

@@ -10,6 +10,7 @@ Numbers are in percent points, and those of losses and the like, of which less i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -160,10 +161,9 @@ def _pairs(a: Sequence[Run], b: Sequence[Run], part: str | None) -> _Pairs:
 def _arm(arm: Mapping[str, Any], runs: Sequence[Run], final: Sequence[Run], lower: bool, arms: int) -> Content:
     """What is told of one of so many arms."""
     by_part = {part: [run["value"][part] for run in final if part in run["value"]] for part in ("dev", "test")}
-    rates: dict[float, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run["learning_rate"], run["seed"])):
-        if run["for"] == "rate" and run["arm"] == arm["name"]:
-            rates.setdefault(run["learning_rate"], []).append(run)
+    tried = [run for run in runs if run["for"] == "rate" and run["arm"] == arm["name"]]
+    tried.sort(key=lambda run: (run["learning_rate"], run["seed"]))
+    rates = {rate: [*of] for rate, of in groupby(tried, lambda run: run["learning_rate"])}
     worth, chance = _worth(rates, arm["learning_rate"], lower, arms)
     costs = {
         name: [run[name] for run in final if run.get(name) is not None]
@@ -257,10 +257,8 @@ def _sentences(content: Content) -> list[str]:
     where = f"{first} beyond chance on {content['part']}"
     if wins:
         said.append(f"Better than {where}: {'; '.join(map(tell, wins))}.")
-    elif any(one["p"] is not None for one in differences):
-        said.append(f"No method is better than {where} (best: {tell(differences[0])}).")
     elif differences:
-        said.append(f"What is chance cannot be told (best: {tell(differences[0])}).")
+        said.append(f"No method is better than {where} (best: {tell(differences[0])}).")
     if losses:
         said.append(f"Worse: {'; '.join(map(tell, losses))}.")
     if alone := {arm["name"] for arm in content["arms"][1:]} - {one["arm"] for one in differences}:
@@ -285,7 +283,7 @@ def _sentences(content: Content) -> list[str]:
 
 def table(content: Content) -> Group:
     """How good the arms are, and what they cost; a column that no arm has anything in is left out."""
-    number = ".1f" if content["unit"] == "points" else ".3f"
+    number, signed = ("{:.1f}", "{:+.1f}") if content["unit"] == "points" else ("{:.3f}", "{:+.3f}")
     found = {one["arm"]: one for one in content["differences"]}
     quality, costs = [], []
     for arm in content["arms"]:
@@ -294,11 +292,11 @@ def table(content: Content) -> Group:
             {
                 "": arm["name"],
                 "rate": _cell("{:.2g}", arm["learning_rate"]),
-                "dev ±sd": _cell(f"{{:{number}}}", mean.get("dev")) + _cell(f" ±{{:{number}}}", sd.get("dev")),
-                "test ±sd": _cell(f"{{:{number}}}", mean.get("test")) + _cell(f" ±{{:{number}}}", sd.get("test")),
-                f"from {content['arms'][0]['name']}": _cell(f"{{:+{number}}}", one.get("mean"))
-                + _cell(f" ({{:{number}}}", one.get("low"))
-                + _cell(f" to {{:{number}}})", one.get("high")),
+                "dev ±sd": _cell(number, mean.get("dev")) + _cell(f" ±{number}", sd.get("dev")),
+                "test ±sd": _cell(number, mean.get("test")) + _cell(f" ±{number}", sd.get("test")),
+                f"from {content['arms'][0]['name']}": _cell(signed, one.get("mean"))
+                + _cell(f" ({number}", one.get("low"))
+                + _cell(f" to {number})", one.get("high")),
                 "p (Holm)": _cell("{:.2g}", one.get("p_holm")),
             }
         )

@@ -243,8 +243,7 @@ class _Comparison:
 
     def _tell_outlook(self) -> None:
         """Says how large a difference has to be to be found."""
-        runs = [*self.found.values()]
-        if line := outlook(runs, self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better):
+        if line := outlook([*self.found.values()], self._arms(), self.rows, self.seeds, lower_is_better=self.lower_is_better):
             self.progress.say(line)
 
     # What is left to do -------------------------------------------------------------------------------------------------
@@ -380,14 +379,11 @@ class _Comparison:
 
     def report(self) -> dict[str, Any]:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
-        runs = [*self.found.values()]
-        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=sum(map(self._left, self.arms)))
+        runs, left = [*self.found.values()], sum(map(self._left, self.arms))
+        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=left)
         write_json(self.output / RESULT, finite(content))
         if any(arm["rates"] for arm in content["arms"]):
-            try:
-                draw(content, self.output / PICTURE)
-            except GatewiseError as error:  # there is no matplotlib
-                self.progress.say(f"warning: no {PICTURE}: {error}")
+            draw(content, self.output / PICTURE)
         return content
 
     def _arms(self) -> list[dict[str, Any]]:
