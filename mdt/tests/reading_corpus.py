@@ -268,7 +268,8 @@ def _label_before(words: Sequence[str], value: str, labels: set[str]) -> str | N
 
 def is_noted(fact: Fact, passages: Sequence[Passage]) -> bool:
     """Whether each passage that has a part of a fact says that it should be compared with the document."""
-    names = {fact.pieces[0], *(piece for piece in fact.pieces if re.search(r"\d", piece)), *(value for _, value in fact.labelled)}
+    doses = [piece for piece in fact.pieces if re.search(r"\d", piece) and piece not in FREQUENCIES]
+    names = {fact.pieces[0], *doses, *(value for _, value in fact.labelled)}
     having = [one for one in passages if any(True for _ in _places(one.text, names))]
     return bool(having) and all(any("compare" in note for note in one.notes) for one in having)
 

@@ -71,7 +71,7 @@ class _Writer:
         rows: list[list[str]] = [[*[""] * plain, table.over, *[""] * (table.bands - 1)]] if table.over else []
         rows += [list(table.headers), *([*row, *[""] * (len(table.headers) - len(row))] for row in table.rows)]
         bold = random.random() < 0.7
-        widths = self._widths(rows, 12)
+        widths = self._widths(rows)
         style: list[Any] = [
             ("FONT", (0, 0), (-1, -1), self.font, self.size, self.cell.leading),
             ("TOPPADDING", (0, 0), (-1, -1), padding),
@@ -100,22 +100,24 @@ class _Writer:
         style = ParagraphStyle("head", parent=self.cell, fontName=self.bold) if bold else self.cell
         return text if fits else Paragraph(text, style)
 
-    def _widths(self, rows: Sequence[Sequence[str]], padding: float) -> list[float]:
-        """As wide as the longest cell, or what is left of the column of text, which long cells share."""
-        needed = [
-            max(stringWidth(row[column], self.bold, self.size) for row in rows if len([text for text in row if text]) > 1)
-            + padding
-            + 1
-            for column in range(len(rows[-1]))
-        ]
-        room = max(self.width * self.random.choice((0.7, 0.9, 1.0)), min(sum(needed), self.width))
-        if sum(needed) <= room:
+    def _widths(self, rows: Sequence[Sequence[str]]) -> list[float]:
+        """As wide as the longest cell, or what is left of the column of text beside the longest words, which long cells share."""
+
+        def widest(column: int, *, words: bool) -> float:
+            texts = [row[column] for row in rows if sum(map(bool, row)) > 1]
+            parts = [part for text in texts for part in (text.split() if words else [text])]
+            return max((stringWidth(part, self.bold, self.size) for part in parts), default=0.0) + 13
+
+        columns = range(len(rows[-1]))
+        needed = [widest(column, words=False) for column in columns]
+        if sum(needed) <= self.width:
+            room = max(self.width * self.random.choice((0.7, 0.9, 1.0)), sum(needed))
             spare = (room - sum(needed)) / len(needed) * self.random.choice((0.0, 0.3, 1.0))
             return [width + spare for width in needed]
-        fair = self.width / len(needed)
-        short = [width for width in needed if width <= fair]
-        rest = (self.width - sum(short)) / (len(needed) - len(short))
-        return [width if width <= fair else rest for width in needed]
+        least = [widest(column, words=True) for column in columns]
+        rest = max(0.0, self.width - sum(least))
+        wanted = sum(needed) - sum(least)
+        return [low + rest * (high - low) / wanted for low, high in zip(least, needed, strict=True)]
 
     def _drawn(self, top: int, count: int) -> list[Any]:
         thin, thick = (0.5, colors.black), (1.0, colors.black)

@@ -1,4 +1,4 @@
-"""Pages laid out by a program: columns in their order, ruled tables, and what stands apart without rules."""
+"""Pages laid out by a program: columns in their order, tables with and without rules."""
 
 import io
 from collections.abc import Sequence
@@ -72,11 +72,12 @@ def test_cells_over_columns_and_rows_keep_their_headers() -> None:
     ]
 
 
-def test_a_table_without_rules_is_read_line_by_line_with_a_note() -> None:
+def test_a_table_without_rules_is_read_by_rows() -> None:
     rows = [["Drug", "Dose"], ["morphine", "5 mg"], ["oxycodone", "2.5 mg"]]
     blocks = read([p(LONG), Table(rows, colWidths=[90, 90]), p(LONG)]).blocks
-    assert [block.text for block in blocks] == [LONG, "Drug Dose", "morphine 5 mg", "oxycodone 2.5 mg", LONG]
-    assert [["without rules" in note for note in block.notes] for block in blocks] == [[], [True], [True], [True], []]
+    assert [block.text for block in blocks] == [LONG, "Drug: morphine. Dose: 5 mg.", "Drug: oxycodone. Dose: 2.5 mg.", LONG]
+    assert [len(block.notes) for block in blocks] == [0, 1, 1, 0]
+    assert blocks[1].notes[0].startswith("the first row of the table was taken for its headers")
 
 
 def test_words_in_a_frame_and_outside_the_cells_of_a_table_are_kept() -> None:

@@ -1,7 +1,7 @@
-"""PDF: columns, ruled tables and headings, found by where and how the words are printed.
+"""PDF: columns, tables and headings, found by where and how the words are printed.
 
-A table without rules is read line by line, with a note. Footnotes stay where they are printed. What no reader of text sees, scanned
-pages and pictures, is said in notes.
+Where it is not certain how a table is to be read, a note says so. Footnotes stay where they are printed. What no text reader sees,
+scanned pages and pictures, is said in notes.
 """
 
 import io
@@ -15,7 +15,8 @@ from typing import Any
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.documents.document import LOWERED, RAISED, UNKNOWN, Block, Document, in_one_line, one_line, quoted_list
 from gatewise_mdt.documents.headings import is_label, number_depth, reads_as_sentence, stands_like_heading, with_levels
-from gatewise_mdt.documents.page import EDGE, PageItem, PageLine, PageTable, items_of
+from gatewise_mdt.documents.lines import EDGE, PageLine, PageTable
+from gatewise_mdt.documents.page import PageItem, items_of
 from gatewise_mdt.documents.plain_text import Line, blocks_without_levels, join_lines
 from gatewise_mdt.documents.tables import Cell, header_count, table_blocks
 
@@ -28,6 +29,7 @@ _PAGE_NUMBER = re.compile(
 )
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
+_BESIDE = "it was read as a column of text, but stands beside another as the cells of a table do: compare it with the document"
 _APART = "its words stand apart on the page, as in a table without rules: compare it with the document"
 
 
@@ -235,6 +237,7 @@ class _Reading:
     heading: list[PageLine] = field(default_factory=list)
     where: str = ""
     in_footnote: bool = False
+    doubted: bool = False
     table: PageTable | None = None
     headers: list[list[Cell]] = field(default_factory=list)
 
@@ -245,6 +248,9 @@ class _Reading:
 
     def line(self, line: PageLine, where: str) -> None:
         self.table = None
+        if line.doubted != self.doubted:
+            self._close()
+            self.doubted = line.doubted
         if line.apart:
             self._close()
             self.in_footnote = False
@@ -293,7 +299,8 @@ class _Reading:
 
     def _close_lines(self) -> None:
         lines, self.lines = self.lines, []
-        self.blocks += blocks_without_levels(lines, printed=True, named=not self.looks)
+        made = blocks_without_levels(lines, printed=True, named=not self.looks)
+        self.blocks += [replace(block, notes=(*block.notes, _BESIDE)) for block in made] if self.doubted else made
 
     def take_table(self, table: PageTable, where: str) -> None:
         """A table, which may go on with the columns and headers of one on the page before."""
@@ -307,10 +314,11 @@ class _Reading:
             count = len(self.headers)
             if [_said(row) for row in rows[:count]] != [_said(row) for row in self.headers]:
                 rows = [*self.headers, *rows]
-            self.blocks += table_blocks(rows, [where] * len(rows), count)
-            return
-        self.headers = rows[: header_count(rows)]
-        self.blocks += table_blocks(rows, [where] * len(rows))
+            made = table_blocks(rows, [where] * len(rows), count)
+        else:
+            self.headers = rows[: header_count(rows) if table.headers is None else table.headers]
+            made = table_blocks(rows, [where] * len(rows), table.headers)
+        self.blocks += [replace(block, notes=(*table.notes, *block.notes)) for block in made]
 
 
 def _said(row: Sequence[Cell]) -> list[str]:

@@ -98,6 +98,10 @@ def _is_over_all(row: Row, width: int) -> bool:
 
 def header_count(rows: Sequence[Row]) -> int:
     """How many rows at the top of a table look like its headers: one, or more if cells of the first cover several columns."""
+    # What stands over several columns alone, "Maximum dose", is above a row of headers.
+    over = len(rows) > 2 and any(cell.text and cell.column > 0 and cell.span > 1 for cell in rows[0]) and not header_of(rows[:1], 0)
+    if over and header_of(rows[1:2], 0) and _looks_like_header(rows[1:]):
+        return 1 + _all_headers(rows[1:], 1)
     return _all_headers(rows, 1) if _looks_like_header(rows) else 0
 
 

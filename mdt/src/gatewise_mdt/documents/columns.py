@@ -1,0 +1,246 @@
+"""Columns of running text on a page, told from the columns of a table by where lines begin and what goes on over them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from statistics import median
+
+from gatewise_mdt.documents.language import has_han
+from gatewise_mdt.documents.lines import EDGE, Drawn, PageTable, Word, is_mark, lines_of, pieces_of
+
+_GUTTER = 8.0  # points between columns of text
+_LEAST_LINES = 4  # on each side of a gutter
+_APART = 1.2  # of the size of letters: between cells, and hardly ever between words of a sentence
+_NEAR = 30.0  # points between strips of the same columns
+_ALIKE = 1.5  # points between the tops of lines that stand beside each other
+_NARROWEST = 12.0  # of the size of letters: a column of running text
+
+_Placed = Word | PageTable
+
+
+@dataclass
+class _Side:
+    """The lines on one side of a strip of white.
+
+    Attributes:
+        whole: all of each line; where it is in pieces, ``lines`` has the piece next to the strip.
+    """
+
+    whole: list[list[Word]]
+    is_left: bool = True
+
+    @cached_property
+    def lines(self) -> list[list[Word]]:
+        return [list(pieces_of(line, _APART))[-1 if self.is_left else 0] for line in self.whole]
+
+    @cached_property
+    def x0(self) -> float:
+        return min(word.x0 for line in self.lines for word in line)
+
+    @cached_property
+    def x1(self) -> float:
+        return max(word.x1 for line in self.lines for word in line)
+
+    @cached_property
+    def size(self) -> float:
+        return median(word.size for line in self.lines for word in line)
+
+    @cached_property
+    def tops(self) -> list[float]:
+        return [min(word.top for word in line) for line in self.lines]
+
+    @cached_property
+    def bottoms(self) -> list[float]:
+        return [max(word.bottom for word in line) for line in self.lines]
+
+    @cached_property
+    def whites(self) -> list[float]:
+        return [top - bottom for top, bottom in zip(self.tops[1:], self.bottoms[:-1], strict=True)]
+
+    @cached_property
+    def goes_on(self) -> list[bool]:
+        """For each line whether it surely goes on with the text of the one above, as running text does."""
+        return [False, *(self._goes_on(place) for place in range(1, len(self.lines)))]
+
+    def _goes_on(self, place: int) -> bool:
+        above, line = self.lines[place - 1], self.lines[place]
+        if self.whites[place - 1] > 0.8 * self.size or self.has_room(place):
+            return False
+        if has_han(line[0].text):
+            return above[-1].x1 - above[0].x0 > 0.8 * (self.x1 - self.x0)
+        return len(above) > 3 and line[0].text[:1].islower()
+
+    def has_room(self, place: int) -> bool:
+        """Whether the first word of a line would have had its place at the end of the line above."""
+        above, first = self.lines[place - 1], self.lines[place][0]
+        width = first.size if has_han(first.text) else first.x1 - first.x0
+        return self.x1 - above[-1].x1 > width + 0.25 * first.size + 0.5
+
+    @cached_property
+    def more(self) -> float:
+        """White between lines that is more than there is within a paragraph or a cell."""
+        within = [white for white, goes_on in zip(self.whites, self.goes_on[1:], strict=True) if goes_on]
+        usual = median(within) if within else max(0.0, min(self.whites, default=0.0))
+        return min(usual + max(1.5, 0.18 * self.size), 0.9 * self.size)
+
+    @cached_property
+    def gaps(self) -> list[tuple[float, float]]:
+        """From where to where there is more white than between lines."""
+        return [(low, high) for low, high in zip(self.bottoms[:-1], self.tops[1:], strict=True) if high - low > self.more]
+
+    @cached_property
+    def begins(self) -> list[int]:
+        """The lines that surely begin something: after more white than there is between lines, or after room."""
+        return [0, *(place for place in range(1, len(self.lines)) if self.whites[place - 1] > self.more or self.has_room(place))]
+
+    @cached_property
+    def is_prose(self) -> bool:
+        """Whether it has running text: lines that go on over several."""
+        return sum(self.goes_on) >= 3 and self.x1 - self.x0 > _NARROWEST * self.size
+
+    def is_of_prose(self, place: int) -> bool:
+        return self.goes_on[place] or (place + 1 < len(self.lines) and self.goes_on[place + 1])
+
+
+def usual_white(lines: Sequence[list[Word]]) -> float:
+    """White between the lines of paragraphs; 0 where there are none."""
+    if not lines:
+        return 0.0
+    side = _Side(list(lines))
+    whites = [side.whites[place - 1] for place in range(1, len(lines)) if side.goes_on[place]]
+    return median(whites) if whites else 0.0
+
+
+@dataclass(frozen=True)
+class Gutter:
+    """White between two columns of running text.
+
+    Attributes:
+        doubted: what stands on both sides begins and ends at the same heights, as the cells of a table do.
+    """
+
+    x: float
+    top: float
+    bottom: float
+    doubted: bool = False
+
+
+def gutter(placed: Sequence[_Placed], drawn: Drawn, height: float) -> Gutter | None:
+    """The highest strip of white that parts two columns of running text."""
+    of_tables: list[tuple[float, float, float]] = []
+    for x, start, end in _strips(placed):
+        if any(abs(x - one) < _NEAR and top <= start and end <= bottom for one, top, bottom in of_tables):
+            continue
+        between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end and isinstance(one, Word)]
+        left = _Side(list(lines_of([one for one in between if one.x1 <= x])))
+        right = _Side(list(lines_of([one for one in between if one.x1 > x])), is_left=False)
+        if len(left.lines) < _LEAST_LINES or len(right.lines) < _LEAST_LINES:
+            continue
+        alike = _are_parted_alike(left, right) or _begin_alike(left, right)
+        if not _part_text(left, right, alike, x, drawn, height):
+            of_tables.append((x, start, end))
+            continue
+        least = _LEAST_LINES * left.size
+        for top, bottom in _tables_across(left, right, x, drawn):
+            if top - start >= least:
+                return Gutter(x, start, top, alike)
+            start = bottom
+        return Gutter(x, start, end, alike) if end - start >= least else None
+    return None
+
+
+def _strips(placed: Sequence[_Placed]) -> Iterator[tuple[float, float, float]]:
+    """Strips of white with something on both sides, the highest first: the middle of each, and from where to where it goes."""
+    x0, x1 = min(one.x0 for one in placed), max(one.x1 for one in placed)
+    top, bottom = min(one.top for one in placed), max(one.bottom for one in placed)
+    least = _LEAST_LINES * median(one.bottom - one.top for one in placed)
+    strips: list[tuple[float, float, float, float]] = []
+    for place in range(int(x0 + 0.2 * (x1 - x0)), int(x0 + 0.8 * (x1 - x0)), 2):
+        x = float(place)
+        crossing = sorted((one.top, one.bottom) for one in placed if one.x0 < x + _GUTTER and one.x1 > x)
+        at = top
+        for start, end in [*crossing, (bottom, bottom)]:
+            if start - at >= least:
+                strips.append((at - start, x, at, start))
+            at = max(at, end)
+    seen: set[tuple[int, int, int]] = set()
+    for _, x, start, end in sorted(strips):
+        key = (round(start), round(end), sum(one.x1 <= x for one in placed))
+        if key not in seen:
+            seen.add(key)
+            yield x + _GUTTER / 2, start, end
+
+
+def _part_text(left: _Side, right: _Side, alike: bool, x: float, drawn: Drawn, height: float) -> bool:
+    """Whether two columns are of running text, and not of a table.
+
+    Two columns of running text are, however alike they are, if no rules go over both of them. One beside short lines is, if these
+    begin where it goes on.
+    """
+    if not (left.is_prose or right.is_prose):
+        return False
+    top, bottom = max(left.tops[0], right.tops[0], EDGE * height), min(left.bottoms[-1], right.bottoms[-1], (1 - EDGE) * height)
+    if sum(rule.x0 < x - _GUTTER and x + _GUTTER < rule.x1 and top < rule.y < bottom for rule in drawn.rules) > 1:
+        return False
+    return (left.is_prose and right.is_prose) or (not alike and _beginnings(left, right)[1] > 1)
+
+
+def _are_parted_alike(left: _Side, right: _Side) -> bool:
+    """Whether white parts both sides at the same heights, as it does the rows of a table."""
+    top, bottom = max(left.tops[0], right.tops[0]), min(left.bottoms[-1], right.bottoms[-1])
+    first, second = ([(low, high) for low, high in side.gaps if top - 1 < low and high < bottom + 1] for side in (left, right))
+    both = [(one, other) for one in first for other in second if min(one[1], other[1]) - max(one[0], other[0]) > 1.5]
+    return len(both) >= 2 and len(both) >= 0.8 * min(len(first), len(second)) and len(both) >= 0.6 * max(len(first), len(second))
+
+
+def _begin_alike(left: _Side, right: _Side) -> bool:
+    """Whether what begins on one side begins on the other, and little begins beside what goes on."""
+    alike, against = _beginnings(left, right)
+    return alike >= 2 and against <= 0.25 * alike
+
+
+def _beginnings(left: _Side, right: _Side) -> tuple[int, int]:
+    """How many lines begin something on both sides, and how many on one where the other goes on."""
+    alike = against = 0
+    for one, other in ((left, right), (right, left)):
+        for place in one.begins[1:]:
+            top = one.tops[place]
+            beside = next((number for number, at in enumerate(other.tops) if abs(at - top) < _ALIKE), None)
+            if beside is None:
+                within = any(first < top < second for first, second in pairwise(other.tops))
+                against += within
+            elif beside in other.begins:
+                alike += 1
+            elif other.goes_on[beside]:
+                against += 1
+    return alike, against
+
+
+def _tables_across(left: _Side, right: _Side, x: float, drawn: Drawn) -> Iterator[tuple[float, float]]:
+    """From where to where tables go that stand over two columns of text: short lines beside each other."""
+    runs: list[list[tuple[int, int]]] = [[]]
+    for place, top in enumerate(left.tops):
+        beside = next((number for number, at in enumerate(right.tops) if abs(at - top) < _ALIKE), None)
+        row = beside is not None and not left.is_of_prose(place) and not right.is_of_prose(beside)
+        listed = is_mark(left.lines[place][0].text)
+        if beside is None or not row or listed:
+            runs.append([])
+            continue
+        if runs[-1] and not (runs[-1][-1][0] == place - 1 and runs[-1][-1][1] == beside - 1):
+            runs.append([])
+        runs[-1].append((place, beside))
+    for run in runs:
+        if not run:
+            continue
+        top = min(left.tops[run[0][0]], right.tops[run[0][1]])
+        bottom = max(left.bottoms[run[-1][0]], right.bottoms[run[-1][1]])
+        size = left.size
+        ruled = any(one.x0 < x - _GUTTER and x + _GUTTER < one.x1 and top - size < one.y < bottom + size for one in drawn.rules)
+        # Where both sides have columns of their own, they are two tables.
+        own = all(
+            2 * sum(len(list(pieces_of(side.whole[row[number]], _APART))) > 1 for row in run) > len(run)
+            for number, side in enumerate((left, right))
+        )
+        if (len(run) > 2 and not own) or (ruled and len(run) > 1):
+            yield top - 0.1, bottom + 0.1
