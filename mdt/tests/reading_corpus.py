@@ -255,15 +255,16 @@ def is_kept(fact: Fact, facts: Sequence[Fact], passages: Sequence[Passage]) -> b
                 last += 1
             held = [said for _, said in found[first : last + 1]]
             before = [said for where, said in found if where < at and said in groups]
-            has_labels = all(_label_before(held, value, conditions) == label for label, value in fact.labelled)
+            has_labels = all(label in _labels_before(held, value, conditions) for label, value in fact.labelled)
             if own <= set(held) and has_labels and (not fact.under or tuple(before[-len(fact.under) :]) == fact.under):
                 return True
     return False
 
 
-def _label_before(words: Sequence[str], value: str, labels: set[str]) -> str | None:
-    at = words.index(value) if value in words else 0
-    return next((word for word in reversed(words[:at]) if word in labels), None)
+def _labels_before(words: Sequence[str], value: str, labels: set[str]) -> set[str | None]:
+    """The last label before each place of a value."""
+    places = [place for place, word in enumerate(words) if word == value]
+    return {next((word for word in reversed(words[:place]) if word in labels), None) for place in places}
 
 
 def is_noted(fact: Fact, passages: Sequence[Passage]) -> bool:
