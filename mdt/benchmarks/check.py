@@ -58,7 +58,7 @@ _NEGATED = re.compile(
     r"|^(?:avoid(?:ing)?|do not (?:use|give))\s+|^(?:不[宜应推荐建议]{1,2}(?:使用|行|用)?|避免(?:使用)?|无需|禁止|忌)",
     re.IGNORECASE,
 )
-_NOT = re.compile(r"^(?:not|no|without|absence of|do not|does not|cannot|无|未|不|没有|非)\s*", re.IGNORECASE)
+_NOT = re.compile(r"^(?:(?:not|no|without|absence of|do not|does not|cannot)\s+|(?:无|未|不|没有|非)\s*)", re.IGNORECASE)
 
 
 def _relation(triple: Sequence[str]) -> str:

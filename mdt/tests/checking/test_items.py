@@ -238,6 +238,43 @@ def test_a_mistake_is_listed(name: str) -> None:
     assert (case.kind, case.words) not in {(item.kind, item.words) for item in items_of(case.passage, case.right)}
 
 
+@pytest.mark.parametrize(
+    ("passage", "tree"),
+    [
+        (  # where it holds there is nothing to do
+            "Give ibuprofen unless there is a peptic ulcer.",
+            tree_of(node("C", [P, SIGN, "peptic ulcer"]), node("D"), node("D", [P, DRUG, "ibuprofen"])),
+        ),
+        ("Drink water to relieve pain.", leaf([P, PLAN, "Drink water"])),  # a purpose
+        ("Give 2 g in type 2 diabetes [3].", leaf([P, DRUG, "2 g in type 2 diabetes"])),  # numbers that are names
+        ("Give iron, and avoid tea.", leaf([P, DRUG, "iron"], [P, PLAN, "avoid tea"])),
+        ("Do not use antibiotics other than penicillin.", leaf([P, DRUG, "penicillin"], [P, AVOID, "antibiotics"])),
+        ("Levodopa is preferred and metoclopramide must not be used.", leaf([P, DRUG, "Levodopa"], [P, AVOID, "metoclopramide"])),
+        ("若无禁忌证，应使用阿司匹林。", on([Q, FACT, "无禁忌证"], [Q, GIVE, "阿司匹林"])),
+        ("ACEI可用于治疗，但高血钾的患者禁用。", tree_of(
+            node("C", [Q, FACT, "高血钾"]), node("D", [Q, NEVER, "ACEI"]), node("D", [Q, GIVE, "ACEI"]))),
+        ("不宜手术的患者推荐放疗。", on([Q, FACT, "不宜手术"], [Q, DO, "放疗"])),
+    ],
+)  # fmt: skip
+def test_what_a_tree_says_as_its_text_does_is_not_listed(passage: str, tree: DecisionTree) -> None:
+    assert [(item.kind, item.words) for item in items_of(passage, tree) if not item.hint] == []
+
+
+def test_a_drug_that_the_text_gives_to_some_and_forbids_to_others() -> None:
+    passage = "Start methotrexate 15 mg once weekly. Women who plan a pregnancy must not take methotrexate."
+    both = tree_of(
+        node("C", [P, BASIC, "plan a pregnancy"]),
+        node("D", [P, AVOID, "methotrexate"]),
+        node("D", [P, DRUG, "methotrexate"], ["methotrexate", DOSE, "15 mg once weekly"], joined="and"),
+    )
+    kinds = {"forbidden though given", "prohibition", "given though forbidden"}
+    assert not kinds & {item.kind for item in items_of(passage, both)}
+    for relation, kind in ((AVOID, "forbidden though given"), (DRUG, "prohibition")):
+        nodes = both.to_preorder()
+        nodes[1]["triples"][0][1] = nodes[2]["triples"][0][1] = relation
+        assert kind in {item.kind for item in items_of(passage, tree_of(*nodes))}
+
+
 def test_trees_that_say_what_their_text_says_have_few_items() -> None:
     found = {name: [item for item in items_of(case.passage, case.right) if not item.hint] for name, case in CASES.items()}
     assert sum(map(len, found.values())) <= len(CASES) / 5, found

@@ -58,11 +58,11 @@ _DOSE_UNIT = (
 )
 _HAN_DOSE_UNIT = "万?" + _any("毫克 微克 克 毫升 升 单位 国际单位 片 粒 丸 滴 支 瓶 袋 喷 揿 u iu")
 _UNIT = rf"(?: ?(?:million |万)?{_DOSE_UNIT}| ?{_HAN_DOSE_UNIT})"
-# Not the digits of names ("Th2", "5-HT", "vitamin B12", "COVID-19"), of lists ("1)", "2、") and of references ("[3]").
+# Not the digits of names ("Th2", "5-HT", "COVID-19", "type 2", "step 3"), of lists ("1)", "2、") and of references ("[3]").
 _NUMBER = re.compile(
-    rf"(?<![a-z0-9.α-ω^])(?<![a-z]-)(?<!\[)(?<![\[\d],){DIGITS}"
-    rf"(?:(?:{_UNIT})?(?: ?[-~/×] ?| (?:to|or|and|x) | ?[至到或和] ?){DIGITS})*"
-    rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、]|\.(?: |$)(?=[a-z]))"
+    rf"(?<![a-z0-9.α-ω^])(?<![a-z]-)(?<!\[)(?<![\[\d],)(?<!type )(?<!step )(?<!table )(?<!figure ){DIGITS}"
+    rf"(?:(?:{_UNIT}|万)?(?: ?[-~/×] ?| (?:to|or|and|x) | ?[至到或和] ?){DIGITS})*"
+    rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、型]|\.(?: |$)(?=[a-z]))"
 )
 _SPELT_NUMBER = re.compile(
     rf"(?<![a-z-])({_SPELT}(?: (?:to|or) {_SPELT})?) (?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
@@ -253,6 +253,9 @@ _HAN_FORBIDS = re.compile(
     r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜)(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
 )
 _PEOPLE_ONLY = re.compile(r"(?:患者|病人|妇女|孕妇|患儿|者|人)(?:中?均?应?|亦应|也应)?$|^[^、]{0,16}(?:患者|者)中")
+_HAN_PEOPLE = re.compile(  # "不宜手术的患者", but not "不宜给肝硬化的患者使用"
+    r"[^、]{1,9}?(?:的(?:患者|病人|患儿|妇女|人)|(?<!患)者(?=[应可宜首推建行需]|\s*$))(?!.*[使应]用)|[^、]{1,9}(?:患者|时)\s*$"
+)
 _POINTS_BACK = re.compile(r"[这此其该]|" + _words("it|they|this|these|them|those drugs"))
 _HAN_BEFORE = re.compile(r"\s*(?:于|用于|者|$|[，。；,.;:：、）)])")
 _POSITIVE = re.compile(
@@ -423,7 +426,7 @@ class Marks:
         for match in _HAN_FORBIDS.finditer(text, *clause):
             cue, end = Span(*match.span()), _to_comma(text, match.end(), clause.end)
             about, looks_back = text[cue.end : end], _HAN_BEFORE.match(text, cue.end, clause.end) is not None
-            if not looks_back and re.fullmatch(r"[^、]{1,9}(?:的患?者|患者|者|时)\s*", about):
+            if not looks_back and _HAN_PEOPLE.match(about):
                 continue  # 不宜手术的患者 are people
             if match[0] == "避免" and about[:1] != "用" and text[clause.begin : cue.begin].rstrip()[-1:] == ",":
                 continue  # a purpose
@@ -453,9 +456,18 @@ class Marks:
                 begin = match.end()
         return begin
 
+    def advises(self, place: int) -> bool:
+        """Whether the sentence at a place advises something."""
+        return _ADVICE.search(self.text, *self.sentence_at(place)) is not None
+
     def warns(self, place: int) -> bool:
         """Whether the sentence at a place asks for caution or tells of harm."""
         return _CAUTION.search(self.text, *self.sentence_at(place)) is not None
+
+    def is_exception(self, place: int) -> bool:
+        """Whether the part of a sentence at a place begins with "unless", 除非."""
+        clause = next((one for one in self.clauses if one.begin <= place < one.end), None)
+        return clause is not None and _EXCEPTION.match(self.text, *clause) is not None
 
     def has_exception(self, place: int) -> bool:
         """Whether what the sentence at a place says has an exception ("unless", 除非)."""

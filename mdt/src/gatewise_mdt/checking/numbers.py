@@ -45,7 +45,7 @@ def other_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
         lost = sorted(f"{number} {unit}".strip() for number, unit in own if not _stands(known, number, unit))
         if lost:
             yield Finding(None, held.node, f"The tree says {{words}}, but the text has no {lost[0]}.", held.triple.object)
-        elif own:
+        elif own or re.search(DIGITS, held.triple.object):
             yield Finding(None, held.node, "The tree says {words}, but the text says it otherwise.", held.triple.object)
 
 
@@ -131,6 +131,8 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
     if any(_OF.fullmatch(text, one.end, dose.begin) or _OF.fullmatch(text, dose.end, one.begin) for one in own):
         return None
     near = [one for one in names if sentence.begin <= one.begin < sentence.end and not one.overlaps(dose)]
+    if (one := _respective(marks, dose, sentence, near)) is not None:
+        return None if any(map(one.overlaps, own)) else one
     before = [one for one in near if one.end <= dose.begin and not re.search("[;；。]", text[one.end : dose.begin])]
     after = [one for one in near if one.begin >= dose.end and _OF.fullmatch(text, dose.end, one.begin)]
     if after and (not before or re.search("of|的", text[dose.end : after[0].begin])):
@@ -143,6 +145,16 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
     if any(one.overlaps(place) for one in group for place in own) or any(text[one.begin : one.end] in words for one in group):
         return None
     return group[0]
+
+
+def _respective(marks: Marks, dose: Span, sentence: Span, names: list[Span]) -> Span | None:
+    """The drug of a dose in "A and B, 5 mg and 10 mg respectively"."""
+    if not re.search("respectively|分别", marks.text[sentence.begin : sentence.end]):
+        return None
+    doses = [span for one in marks.numbers if one.kind == "dose" and sentence.holds(one.span) for span in one.digits]
+    before = [one for one in names if doses and one.end <= doses[0].begin]
+    place = next((at for at, one in enumerate(doses) if dose.holds(one)), None)
+    return before[place] if place is not None and len(before) == len(doses) > 1 else None
 
 
 def _listed(marks: Marks, name: Span, names: list[Span]) -> list[Span]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, letters, quoted
+from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, quoted
 from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.numbers import LISTING
 from gatewise_mdt.wholes import fold
@@ -24,8 +24,19 @@ def _forbidden_at(marks: Marks, span: Span) -> Span | None:
     return next((one.cue for one in marks.forbidden if one.scope.holds(span)), None)
 
 
-def _may_be_forbidden(marks: Marks, span: Span) -> bool:
-    return marks.warns(span.begin) or any(one.wide.begin <= span.begin < one.wide.end for one in marks.forbidden)
+def _may_be_forbidden(marks: Marks, cover: Cover, span: Span) -> bool:
+    """Whether what stands at a place may be what some words forbid, if these name no other drug that the tree avoids."""
+    avoided = [place for held in cover.held if held.relation == AVOIDS for place in held.objects if not place.overlaps(span)]
+    for _, scope, wide in marks.forbidden:
+        named = any(map(scope.holds, avoided)) and not any(_are_listed(marks, span, one) for one in avoided)
+        if scope.holds(span) or (wide.holds(span) and not named):
+            return True
+    return marks.warns(span.begin)
+
+
+def _are_listed(marks: Marks, one: Span, other: Span) -> bool:
+    first, second = sorted((one, other))
+    return LISTING.fullmatch(marks.text, first.end, second.begin) is not None
 
 
 def given_though_forbidden(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -40,32 +51,34 @@ def given_though_forbidden(marks: Marks, cover: Cover) -> Iterator[Finding]:
         if all(cues) and (cue := cues[0]) is not None and not marks.has_exception(cue.begin):
             sentence = f"The tree gives {quoted(held.triple.object)}, which the text forbids: {{words}}."
             yield Finding(hull(cue, said[0]), held.node, sentence)
-        elif (pair := next((pair for one in beside if (pair := _in_one_list(marks, held, one))), None)) is not None:
+        elif (pair := next((pair for one in beside if (pair := _in_one_list(marks, cover, held, one))), None)) is not None:
             sentence = (
                 f"The tree gives {quoted(held.triple.object)}, which the text names beside one that the tree forbids: {{words}}."
             )
             yield Finding(hull(*pair), held.node, sentence)
 
 
-def _in_one_list(marks: Marks, given: Held, avoided: Held) -> tuple[Span, Span] | None:
+def _in_one_list(marks: Marks, cover: Cover, given: Held, avoided: Held) -> tuple[Span, Span] | None:
     """Where two drugs stand beside each other in what may be forbidden."""
-    for one in given.objects:
-        for other in avoided.objects:
-            first, second = sorted((one, other))
-            if (
-                not one.overlaps(other)
-                and LISTING.fullmatch(marks.text, first.end, second.begin)
-                and _may_be_forbidden(marks, first)
-            ):
-                return first, second
-    return None
+    pairs = ((one, other) for one in given.objects for other in avoided.objects if not one.overlaps(other))
+    found = (pair for pair in pairs if _are_listed(marks, *pair) and _may_be_forbidden(marks, cover, min(pair)))
+    return next(found, None)
 
 
 def forbidden_though_given(marks: Marks, cover: Cover) -> Iterator[Finding]:
-    """A drug that the tree forbids and the text nowhere."""
+    """A drug that the tree forbids and the text nowhere; or that the text also gives, and no triple does."""
+    given = [place for held in cover.held if held.relation in GIVES for place in (*held.objects, *cover.parts(held.triple.object))]
     for held in cover.held:
-        if held.relation == AVOIDS and held.objects and not any(_may_be_forbidden(marks, place) for place in held.objects):
-            yield Finding(held.objects[0], held.node, "The tree forbids {words}, and the text does not.")
+        if held.relation != AVOIDS or not held.objects:
+            continue
+        free = [place for place in held.objects if not _may_be_forbidden(marks, cover, place)]
+        if len(free) == len(held.objects):
+            yield Finding(free[0], held.node, "The tree forbids {words}, and the text does not.")
+            continue
+        for place in free:
+            if marks.advises(place.begin) and not marks.in_condition(place.begin) and not any(map(place.overlaps, given)):
+                yield Finding(place, held.node, "The tree forbids {words}, and the text also gives it, which no triple does.")
+                break
 
 
 def lost_prohibitions(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -84,22 +97,34 @@ def lost_prohibitions(marks: Marks, cover: Cover) -> Iterator[Finding]:
             yield Finding(hull(cue, lost[0]), None, "The text forbids, and no triple does: {words}.")
 
 
-_NOT_BEFORE = re.compile(
-    r"(?:(?<![a-z-])(?:no|not|without|never|cannot|no longer|absence of|lack of|non-?|[a-z]+n't|neither|nor) ?"
-    r"(?:be |have |had |any |a |an |the |to |been ){0,3}"
-    r"|(?<![有除])[不无未非](?:[能宜应]|存在|伴有?|合并)?|没有)$"
+_NO = r"(?<![a-z-])(?:no|not|without|never|cannot|no longer|absence of|lack of|non-?|[a-z]+n't|neither|nor)"
+_HAN_NO = "(?:(?<![有除])[不无未非](?:[能宜应]|存在|伴有?|合并)?|没有)"
+_NOT_BEFORE = re.compile(  # "no X", and of "without X or Y" the Y
+    rf"(?:{_NO} ?(?:be |have |had |any |a |an |the |to |been ){{0,3}}|(?<![a-z-])without [^,.;:]{{1,40}} or |{_HAN_NO})$"
 )
 
 
 def lost_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
-    """A phrase that stands in the text behind a "not" everywhere, without it in the tree."""
+    """A phrase that stands behind a "not" where the text speaks of its node, without it in the tree."""
+    whole = [place for held in cover.held for place in held.objects]
     for held in cover.held:
-        if held.relation == AVOIDS or _is_negated(held.triple.object) or not held.objects:
+        if held.relation == AVOIDS or not held.objects:
             continue
-        cues = [_NOT_BEFORE.search(marks.text, max(0, place.begin - 24), place.begin) for place in held.objects]
-        if all(cues) and (cue := cues[0]) is not None and not cover.touches(letters(marks.text, Span(*cue.span()))):
-            yield Finding(
-                Span(cue.start(), held.objects[0].end),
-                held.node,
-                f"The tree says {quoted(held.triple.object)}, the text {{words}}.",
-            )
+        place = _meant(marks, cover, held)
+        if (cue := _NOT_BEFORE.search(marks.text, max(0, place.begin - 60), place.begin)) is not None:
+            said = Span(cue.start(), place.end)
+            if not any(one.holds(said) for one in whole):
+                yield Finding(said, held.node, f"The tree says {quoted(held.triple.object)}, the text {{words}}.")
+
+
+def _meant(marks: Marks, cover: Cover, held: Held) -> Span:
+    """Which place of a phrase is meant: the one that is nearest to the other phrases of its node and of the one that follows it."""
+    both = cover.tree.children[held.node]
+    nodes = (held.node,) if both is None else (held.node, both[0])
+    others = [one.objects for one in cover.held if one.node in nodes and one is not held and one.objects]
+
+    def away(place: Span) -> int:
+        sentence = marks.sentence_at(place.begin)
+        return sum(min(abs(place.begin - one.begin) + (0 if sentence.holds(one) else 500) for one in places) for places in others)
+
+    return min(held.objects, key=away)

@@ -28,7 +28,7 @@ RULES: tuple[Rule, ...] = (
     Rule("given though forbidden", prohibitions.given_though_forbidden, 0.6),
     Rule("forbidden though given", prohibitions.forbidden_though_given, 0.96),
     Rule("dose of another drug", numbers.other_drugs_doses, 0.62),
-    Rule("number not in the text", numbers.other_numbers, 0.81),
+    Rule("number not in the text", numbers.other_numbers, 0.76),
     Rule("dose", numbers.lost_doses, 0.75),
     Rule("number", numbers.lost_numbers, 0.59),
     Rule("limit", numbers.lost_limits, 0.86),
