@@ -20,7 +20,8 @@ from random import Random
 from gatewise.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from reading_corpus import SHAPES, Fact, content, count, facts_of, torn
+from reading_corpus import LISTS, SHAPES, Fact, Part, content, content_with_lists, count, facts_of, torn
+from reading_markup import docx_of, html_of, markdown_of
 from reading_pdf import COLUMNS, LINES, pdf_of
 
 RESULTS = Path(__file__).parent / "results" / "reading.json"
@@ -40,7 +41,26 @@ def pdfs(documents: int, seed: int) -> Iterator[Made]:
         yield f"{lines}, {columns} column{'s' * (columns > 1)}", pdf_of(parts, random, lines, columns), ".pdf", facts_of(parts)
 
 
-FORMATS: dict[str, Callable[[int, int], Iterator[Made]]] = {"pdf": pdfs}
+def marked(write: Callable[[list[Part], Random], bytes], suffix: str) -> Callable[[int, int], Iterator[Made]]:
+    """Documents of a format that marks lists and tables: a table of each shape and a list of each kind, in turn, on some two."""
+
+    def documents(count: int, seed: int) -> Iterator[Made]:
+        for number in range(count):
+            random = Random(seed + number)
+            shape, kind = SHAPES[number % len(SHAPES)], LISTS[number // len(SHAPES) % len(LISTS)]
+            lists = [kind] if random.random() < 0.6 else [kind, random.choice([other for other in LISTS if other != "steps"])]
+            parts = content_with_lists(random, [shape], lists)
+            yield f"{kind} list", write(parts, random), suffix, facts_of(parts)
+
+    return documents
+
+
+FORMATS: dict[str, Callable[[int, int], Iterator[Made]]] = {
+    "pdf": pdfs,
+    "docx": marked(docx_of, ".docx"),
+    "md": marked(markdown_of, ".md"),
+    "html": marked(html_of, ".html"),
+}
 
 
 def main() -> None:

@@ -75,11 +75,13 @@ class Fact:
         labelled: of a row: pairs of a header that is a condition and the value under it. The header must come before its value,
             with no other such header between.
         under: conditions that must be the last to come before it, as the line that a list is of.
+        listed: it is said by a list, or after one: of the conditions of lists none but its own may come before it in its passage.
     """
 
     pieces: tuple[str, ...]
     labelled: tuple[tuple[str, str], ...] = ()
     under: tuple[str, ...] = ()
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,54 @@ class Table:
             yield Fact(tuple(filter(None, row[:plain])), tuple(pair for pair in labelled if pair[1]), group)
 
 
-Part = Heading | Prose | Table
+@dataclass(frozen=True)
+class Item:
+    """An item of a list.
+
+    Attributes:
+        text: what it says.
+        fact: the words of it that belong together; empty for a condition, which its items are said of.
+        condition: the words that its items are said of.
+        inner: the items of a list in it.
+        more: a second paragraph of it, which is an order.
+    """
+
+    text: str
+    fact: tuple[str, ...] = ()
+    condition: str = ""
+    inner: tuple["Item", ...] = ()
+    more: "Item | None" = None
+
+    def facts(self, under: tuple[str, ...]) -> Iterator[Fact]:
+        if self.fact:
+            yield Fact(self.fact, (), under, listed=True)
+        below = (*under, self.condition) if self.condition else under
+        for item in (*self.inner, *filter(None, (self.more,))):
+            yield from item.facts(below)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A list, with a line before it that it is of, or none, and an order after it that it says nothing of.
+
+    Attributes:
+        numbered: whether the outer items have numbers.
+    """
+
+    items: tuple[Item, ...]
+    lead: Item | None = None
+    after: Item | None = None
+    numbered: bool = False
+
+    def facts(self) -> Iterator[Fact]:
+        under = (self.lead.condition,) if self.lead else ()
+        for item in self.items:
+            yield from item.facts(under)
+        if self.after:
+            yield from self.after.facts(())
+
+
+Part = Heading | Prose | Table | Listing
 
 
 class Draw:
@@ -163,6 +212,63 @@ def content(random: Random, shapes: Sequence[str]) -> list[Part]:
             parts.append(prose(draw))
         parts += [table(draw, shape), prose(draw)]
     return parts
+
+
+def content_with_lists(random: Random, shapes: Sequence[str], lists: Sequence[str]) -> list[Part]:
+    """What a document says that has lists of some kinds as well."""
+    parts = content(random, shapes)
+    draw = Draw(random)
+    for known in DRUGS + CONDITIONS:  # each comes once in a document
+        said = repr(parts).lower()
+        draw.drugs = [one for one in draw.drugs if one != known or known.lower() not in said]
+        draw.conditions = [one for one in draw.conditions if one != known or known.lower() not in said]
+    draw.amounts = [one for one in draw.amounts if not re.search(rf"(?<![\d.]){re.escape(str(one))}(?![\d.])", repr(parts))]
+    for kind in lists:
+        # Not beside another list, of which it would be a part.
+        places = [at for at in range(1, len(parts) + 1) if not any(isinstance(one, Listing) for one in parts[at - 1 : at + 1])]
+        at = random.choice(places)
+        parts[at:at] = [Heading(random.choice(HEADINGS), 2)] * (random.random() < 0.3) + [listing(draw, kind)]
+    return parts
+
+
+LISTS = ("nested", "deep", "steps", "lead", "paragraphs", "terms")
+
+
+def listing(draw: Draw, kind: str) -> Listing:
+    """A list of a kind: "nested" has items under some of its items, and "lead" a line before it."""
+    random = draw.random
+
+    def order(number: str = "") -> Item:
+        drug, dose, often = draw.drug(), draw.dose(), random.choice(FREQUENCIES)
+        said = random.choice((f"Give {drug} {dose} {often}", f"{drug} {dose} {often}", f"start {drug} at {dose}"))
+        return Item(f"{said}{random.choice(('', '', '.'))}", (f"{number} {said}",) if number else (drug, dose))
+
+    def condition(inner: Sequence[Item], more: Item | None = None) -> Item:
+        name = draw.condition()
+        said = random.choice((f"In {name}:", f"{name}:", name, f"If there is {name}:", f"People with {name}"))
+        return Item(said, (), name, tuple(inner), more)
+
+    def some(most: int = 3) -> list[Item]:
+        return [order() for _ in range(random.randint(1, most))]
+
+    def mixed() -> list[Item]:
+        return random.sample([condition(some()), *some(), condition(some(2)), order()], k=random.randint(3, 4))
+
+    after = order() if random.random() < 0.5 else None
+    if kind == "deep":
+        inner = [order(), condition(some(2)), order()]
+        return Listing((condition(random.sample(inner, 3)), order(), condition(some(2)), order()), after=after)
+    if kind == "steps":
+        items = [order(f"{number}.") for number in range(1, random.randint(4, 6))]
+        place = random.randint(1, len(items) - 1)
+        said = f"If it helps, skip step {place} and give {draw.drug()} {draw.dose()}"
+        items[place] = Item(said, (f"{place + 1}. {said}",))
+        return Listing(tuple(items), numbered=True, after=after)
+    if kind == "lead":
+        return Listing(tuple(random.choice((mixed, some))()), condition([]), after)
+    if kind == "paragraphs":
+        return Listing((condition([], order()), order(), condition(some(2), order()), order()), after=after)
+    return Listing(tuple(mixed()), after=after, numbered=random.random() < 0.3)
 
 
 def prose(draw: Draw) -> Prose:
@@ -243,6 +349,7 @@ def is_kept(fact: Fact, facts: Sequence[Fact], passages: Sequence[Passage]) -> b
     conditions = {label for one in facts for label, _ in one.labelled}
     others = {word for one in facts if one != fact for word in (*one.pieces, *(value for _, value in one.labelled))} - own
     groups = {condition for one in facts for condition in one.under}
+    of_lists = {condition for one in facts for condition in one.under if one.listed}
     for passage in passages:
         found = sorted(_places(passage.text, own | others | conditions | groups))
         for place, (at, word) in enumerate(found):
@@ -256,7 +363,8 @@ def is_kept(fact: Fact, facts: Sequence[Fact], passages: Sequence[Passage]) -> b
             held = [said for _, said in found[first : last + 1]]
             before = [said for where, said in found if where < at and said in groups]
             has_labels = all(label in _labels_before(held, value, conditions) for label, value in fact.labelled)
-            if own <= set(held) and has_labels and (not fact.under or tuple(before[-len(fact.under) :]) == fact.under):
+            over = [said for said in before if said in of_lists] if fact.listed else before[len(before) - len(fact.under) :]
+            if own <= set(held) and has_labels and tuple(over) == fact.under:
                 return True
     return False
 

@@ -1,5 +1,7 @@
 """Tables as sentences: every value with its header, and no value taken for one."""
 
+from dataclasses import replace
+
 import pytest
 from gatewise_mdt.documents.document import Block
 from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
@@ -62,7 +64,7 @@ def test_a_first_row_is_a_header_only_if_it_looks_like_one(said: tuple[str, ...]
     if headed:
         assert made[0].notes[0].startswith("the first row of the table was taken for its headers: ")
     elif len(said) > 1:
-        assert made[0].notes == ("no headers were found in the table",)
+        assert made[0].notes == ("no headers were found in the table: compare it with the document",)
 
 
 @pytest.mark.parametrize("headers", [1, None])
@@ -123,3 +125,24 @@ def test_a_weight_or_a_laboratory_value_over_a_column_is_no_dose() -> None:
             f"Drug: amoxicillin. {head.split('|')[0]}: 250 mg."
         )
     assert len(texts(rows("Drug|10-20 mg|5 mg/kg", "amoxicillin|250 mg|500 mg"))) == 2
+
+
+def test_a_row_with_one_cell_alone_names_what_is_below_with_a_note_if_nothing_marks_it() -> None:
+    below = ["amoxicillin|500 mg|daily", "doxycycline|100 mg|daily"]
+    made = table_blocks(rows("Drug|Dose|When", "Penicillin allergy||", *below, "naproxen||"), ["page 1"] * 5, 1)
+    assert [block.text for block in made] == [
+        "Penicillin allergy. Drug: amoxicillin. Dose: 500 mg. When: daily.",
+        "Penicillin allergy. Drug: doxycycline. Dose: 100 mg. When: daily.",
+        "Penicillin allergy. Drug: naproxen.",
+    ]
+    assert all('"Penicillin allergy" stands alone in its row' in block.notes[-1] for block in made)
+    bold = [replace(cell, bold=bool(cell.text)) for cell in row_of(["Allergy", "", ""])]
+    first = table_blocks([*rows("Drug|Dose|When"), bold, *rows(*below)], ["page 1"] * 4, 1)[0]
+    assert (first.text, first.notes) == ("Allergy. Drug: amoxicillin. Dose: 500 mg. When: daily.", ())
+
+
+def test_a_label_below_another_is_said_with_a_note() -> None:
+    over = [[Cell(text, 0, 3)] for text in ("Renal failure", "Mild")]
+    made = table_blocks([*rows("Drug|Dose|When"), *over, *rows("a|5 mg|daily")], ["page 1"] * 4, 1)
+    assert [block.text for block in made] == ["Renal failure", "Mild. Drug: a. Dose: 5 mg. When: daily."]
+    assert '"Renal failure" stands alone in its row' in made[1].notes[0]

@@ -25,7 +25,7 @@ from gatewise_mdt.documents.document import (
     with_footnotes,
 )
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label, number_depth
-from gatewise_mdt.documents.numbering import STEP, ListPlace, Numbering, left_of
+from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -216,7 +216,7 @@ class _Reading:
             item = place is not None and not level
             if not level and place is None and (typed := _TYPED.match(said.lstrip())):
                 item, said = True, said.lstrip()[typed.end() :]
-            depth = 0 if level else self._depth(place or ListPlace("", 0, self._indent(paragraph) or 0), item, one_line(said))
+            depth = 0 if level or not one_line(said) else self._depth(paragraph, place, item)
             block = Block(
                 f"{number} {said}" if item and number else said, level, where, "item" if item else "paragraph", depth=depth
             )
@@ -238,38 +238,34 @@ class _Reading:
             level = self.numbering.level_of(name, styles[0] if styles else "") if own is None else _number(own, 0)
             if name not in ("", "0"):  # 0 takes a paragraph out of the list of its style
                 indent = self._indent(paragraph)
-                return ListPlace(name, level, STEP * (level + 1) if indent is None else indent), self.numbering.next_number(
-                    name, level
-                )
+                return _place(name, level, indent, level), self.numbering.next_number(name, level)
         style = next((found for name in names if (found := re.fullmatch(r"list(?: bullet| number)?(?: (\d))?", name))), None)
         if style is None or properties is not None:
             return None, ""
         indent = self._indent(paragraph)
-        return ListPlace("", 0, STEP * int(style[1] or 1) if indent is None else indent), ""
+        return _place("", 0, indent, int(style[1] or 1) - 1), ""
 
-    def _indent(self, paragraph: Any) -> int | None:
-        """How far a paragraph is moved in, by what it says itself, its style or its list."""
+    def _indent(self, paragraph: Any) -> Indent:
+        """How far a paragraph is moved in, by what it says itself, its list or its style."""
+        found = Indent()
         for holder in (paragraph, *self.styles.of_paragraph(paragraph)):
-            indent, properties = holder.find(f"{_W}pPr/{_W}ind"), holder.find(f"{_W}pPr/{_W}numPr")
-            if indent is not None and (left := left_of(indent)) is not None:
-                return left
+            found, properties = found.over(indent_of(holder)), holder.find(f"{_W}pPr/{_W}numPr")
             if properties is not None:
                 name, own = _value(properties.find(f"{_W}numId")), properties.find(f"{_W}ilvl")
                 level = self.numbering.level_of(name, holder.get(f"{_W}styleId", "")) if own is None else _number(own, 0)
-                if (left := self.numbering.indent(name, level)) is not None:
-                    return left
-        return None
+                found = found.over(self.numbering.indent(name, level))
+        return found
 
-    def _depth(self, place: ListPlace, item: bool, said: str) -> int:
+    def _depth(self, paragraph: Any, place: ListPlace | None, item: bool) -> int:
         """How many items a paragraph stands under; an item is one of those for what comes after it."""
-        if not said:
-            return 0
+        indent = self._indent(paragraph)
         if item:
-            while self.lists and not place.is_below(self.lists[-1]):
+            own = place or _place("", 0, indent, 0)
+            while self.lists and not own.is_below(self.lists[-1]):
                 self.lists.pop()
-            self.lists.append(place)
+            self.lists.append(own)
             return len(self.lists) - 1
-        while self.lists and not 0 < self.lists[-1].indent <= place.indent:
+        while self.lists and not self.lists[-1].holds(indent.left or 0):
             self.lists.pop()
         return len(self.lists)
 
@@ -416,6 +412,13 @@ class _Reading:
             yield f"hidden text was left out: {quoted_list(hidden)}"
         if self.contents:
             yield f"a table of contents was left out: {quoted_list(self.contents, most=3)}"
+
+
+def _place(name: str, level: int, indent: Indent, depth: int) -> ListPlace:
+    """Where an item of a list stands; one that no indent is known of, as deep as its style or level says."""
+    if indent.left is None:
+        return ListPlace(name, level, STEP * depth, STEP * (depth + 1))
+    return ListPlace(name, level, indent.mark, indent.left)
 
 
 def _inside(table: Any, tag: str) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, Block, Document, in_one_line, quoted_list, with_footnotes
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label, reads_as_sentence
-from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
+from gatewise_mdt.documents.tables import Cell, table_blocks
 
 # Tags that go away and leave their content; <del> and <s> stay, as what they strike out must not pass for valid.
 _INLINE = "a abbr address b big cite code dfn em font i ins kbd mark q ruby rt rp small span strong sub sup tt u var wbr"
@@ -74,11 +74,12 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
         elif token.type == "table_open":
             table, places, headers = [], [], 0
         elif token.type == "tr_open" and table is not None:
-            row, cells = token.map[0] if token.map else -1, list[str]()
+            row, cells = token.map[0] if token.map else -1, list[Cell]()
         elif token.type == "tr_close" and table is not None:
             held = re.sub(r"^\s*\|?|(?<!\\)\|?\s*$", "", lines[row]) if row >= 0 else ""
             beyond = re.split(r"(?<!\\)\|", held)[len(cells) :]  # a row may have more than the first one
-            table.append(row_of([*cells, *(_text(cell.replace("\\|", "|").strip()) for cell in beyond)]))
+            said_beyond = [_text(cell.replace("\\|", "|").strip()) for cell in beyond]
+            table.append([*cells, *(Cell(said, len(cells) + place) for place, said in enumerate(said_beyond))])
             places.append(f"line {row + 1}" if row >= 0 else "")
         elif token.type == "thead_close" and table is not None:
             headers = int(any(cell.text for cell in table[0]))
@@ -86,7 +87,7 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
             yield from (replace(block, depth=items) for block in table_blocks(table, places, headers))
             table = None
         elif token.type == "inline" and table is not None:
-            cells.append(_text(_inline(token.children or ())))
+            cells.append(Cell(_text(_inline(token.children or ())), len(cells), bold=_is_bold(token)))
         elif token.type == "inline":
             said = _text(_inline(token.children or ()))
             # A line of "---" under a sentence was meant to part it from the next.

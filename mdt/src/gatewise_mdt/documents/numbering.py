@@ -16,11 +16,33 @@ _HAN = "零一二三四五六七八九"
 
 
 @dataclass(frozen=True)
+class Indent:
+    """How far a paragraph is moved in, in twentieths of a point; None where it is not said.
+
+    Attributes:
+        left: its lines.
+        first: the first of them from the others, where the mark of an item stands.
+    """
+
+    left: int | None = None
+    first: int | None = None
+
+    def over(self, other: "Indent") -> "Indent":
+        """With what another one says beside."""
+        return Indent(other.left if self.left is None else self.left, other.first if self.first is None else self.first)
+
+    @property
+    def mark(self) -> int:
+        """Where the first line begins."""
+        return (self.left or 0) + (self.first or 0)
+
+
+@dataclass(frozen=True)
 class _Level:
     start: int
     format: str
     text: str
-    indent: int | None
+    indent: "Indent"
     style: str  # the style of paragraphs that are of this level
     restarts: bool
     legal: bool  # all numbers in digits
@@ -33,18 +55,24 @@ class ListPlace:
     Attributes:
         list: which list, as the document names it; "" for one without numbering of its own.
         level: in that list, from 0.
-        indent: how far its text is moved in, in twentieths of a point.
+        mark: how far its number or bullet is moved in, in twentieths of a point.
+        left: how far its other lines are.
     """
 
     list: str
     level: int
-    indent: int
+    mark: int
+    left: int
 
     def is_below(self, other: "ListPlace") -> bool:
         """Whether it is an item of the list in another item."""
         if self.list and self.list == other.list:
             return self.level > other.level
-        return self.indent >= other.indent + STEP // 3
+        return self.mark >= other.mark + STEP // 3
+
+    def holds(self, left: int) -> bool:
+        """Whether a paragraph that is no item, and whose lines are moved in so far, stands in the item."""
+        return left >= self.mark + STEP // 3 or left >= self.left > 0
 
 
 class Numbering:
@@ -82,9 +110,10 @@ class Numbering:
         """The level of a list whose paragraphs have a style; the first without one."""
         return next((level for level, one in self._levels.get(name, {}).items() if one.style == style), 0)
 
-    def indent(self, name: str, level: int) -> int | None:
+    def indent(self, name: str, level: int) -> Indent:
+        """How far the paragraphs of a list are moved in."""
         one = self._levels.get(name, {}).get(level)
-        return one.indent if one else None
+        return one.indent if one else Indent()
 
     def next_number(self, name: str, level: int) -> str:
         """What Word shows before the next paragraph of a list, such as "2." or "b)"; empty before one with a bullet."""
@@ -112,14 +141,13 @@ class Numbering:
 
 def _levels(base: Any) -> Iterator[tuple[int, _Level]]:
     for one in base.iter(f"{_W}lvl"):
-        indent = one.find(f"{_W}pPr/{_W}ind")
         yield (
             _number(one.get(f"{_W}ilvl")),
             _Level(
                 _number(_value(one.find(f"{_W}start"), "1"), 1),
                 _value(one.find(f"{_W}numFmt"), "decimal"),
                 _value(one.find(f"{_W}lvlText")),
-                None if indent is None else left_of(indent),
+                indent_of(one),
                 _value(one.find(f"{_W}pStyle")),
                 _value(one.find(f"{_W}lvlRestart"), "1") != "0",
                 one.find(f"{_W}isLgl") is not None,
@@ -127,9 +155,17 @@ def _levels(base: Any) -> Iterator[tuple[int, _Level]]:
         )
 
 
-def left_of(indent: Any) -> int | None:
-    """How far an indent moves a text in, in twentieths of a point; None where it does not say."""
-    said = indent.get(f"{_W}left", indent.get(f"{_W}start"))
+def indent_of(holder: Any) -> Indent:
+    """What a paragraph, a style or a level of a list says of how far it is moved in."""
+    said = holder.find(f"{_W}pPr/{_W}ind")
+    if said is None:
+        return Indent()
+    hanging = _twips(said.get(f"{_W}hanging"))
+    first = _twips(said.get(f"{_W}firstLine")) if hanging is None else -hanging
+    return Indent(_twips(said.get(f"{_W}left", said.get(f"{_W}start"))), first)
+
+
+def _twips(said: str | None) -> int | None:
     return int(float(said)) if said and re.fullmatch(r"-?\d{1,6}(?:\.\d+)?", said) else None
 
 

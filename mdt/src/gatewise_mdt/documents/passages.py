@@ -14,7 +14,14 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.document import Block, Document, sections
-from gatewise_mdt.documents.headings import is_instruction_alone, is_order, lead_of, population_mark, population_of
+from gatewise_mdt.documents.headings import (
+    is_instruction_alone,
+    is_order,
+    lead_of,
+    population_mark,
+    population_of,
+    reads_as_sentence,
+)
 from gatewise_mdt.documents.language import has_han, is_chinese
 
 # Characters of a passage; the published ones have about 70 (Chinese) and 250 (English). Chinese says more with one.
@@ -285,27 +292,35 @@ def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iter
                 bool(before) and not apart and (refers or bool(head) or (opens and block.kind == "footnote")),
                 apart,
                 " ".join(filter(None, (head, block.stem))) if whole else head if not refers else "",
-                _joint(before, text, opens, _beside(group[number - 1], block) if opens else ""),
+                _joint(before, text, opens, _beside(group, number) if opens else ""),
                 notes,
             )
             before = text
         if block.kind == "item" and spans:
             over.append(_Over(before, block.depth, is_item=True))
-        elif block.kind != "row" and (_COLON.search(before) or (_leads(group, number) and not _ENDS.search(before))):
+        elif block.kind != "row" and (_COLON.search(before) or _leads(group, number)):
             over.append(_Over(before, block.depth - 1, is_item=False))
 
 
 def _leads(group: Sequence[Block], number: int) -> bool:
-    """Whether a list follows a block."""
-    after = group[number + 1 : number + 2]
-    return bool(after) and after[0].kind == "item" and after[0].depth == group[number].depth and group[number].kind == "paragraph"
+    """Whether a block names what a list after it is of, though no colon says so: "In pregnancy"."""
+    block, after = group[number], group[number + 1] if number + 1 < len(group) else None
+    if after is None or block.kind != "paragraph" or (after.kind, after.depth) != ("item", block.depth):
+        return False
+    return not (_ENDS.search(block.text) or reads_as_sentence(block.text))
 
 
-def _beside(first: Block, second: Block) -> str:
-    """What parts two blocks of which the first has no full stop, as English has it; empty where that is not known."""
-    if second.kind == "item" and (first.kind == "paragraph" or (first.kind == "item" and second.depth > first.depth)):
-        return ":"
-    return ";" if first.kind == second.kind == "item" else ""
+def _beside(group: Sequence[Block], number: int) -> str:
+    """What parts a block from the one before that has no full stop, as English has it; empty where that is not known."""
+    first, second = group[number - 1], group[number]
+    if second.kind == "footnote" or first.kind not in ("item", "paragraph"):
+        return ""
+    if first.kind == "item":
+        if second.depth <= first.depth:
+            return ";" if second.kind == "item" or second.text[:1].islower() else ""
+        named = reads_as_sentence(second.text) and not reads_as_sentence(first.text)
+        return ":" if second.kind == "item" or named else ""
+    return (":" if _leads(group, number - 1) else ".") if second.kind == "item" else ""
 
 
 def _joint(before: str, text: str, opens: bool, sign: str) -> str:
@@ -320,7 +335,7 @@ def _joint(before: str, text: str, opens: bool, sign: str) -> str:
     if not opens or _ENDS.search(before):
         return "" if chinese else " "
     if sign and not re.search(r"\b(?:and|or)$|[和或]$", before):
-        return {";": "；", ":": "："}[sign] if chinese else f"{sign} "
+        return {";": "；", ":": "：", ".": "。"}[sign] if chinese else f"{sign} "
     if re.match(r"[\"“(]?(?:[A-Z\u3400-\u9fff]|\d+(?:\.\d+)+\s)", text):
         return "。" if chinese else ". "
     return "" if chinese else " "

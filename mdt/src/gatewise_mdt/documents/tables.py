@@ -17,6 +17,7 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_HEADER = 60
+_DOUBT = '"{}" stands alone in its row, and may be said of the rows below it: compare the table with the document'
 _SHORT = re.compile(r"(?:^|[\s.])[a-z]{1,4}\.$")  # "i.v."
 
 
@@ -68,7 +69,7 @@ def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None
     if count and _is_split(filled[count - 1]):
         notes.append("a header stands over several columns that have none of their own: compare the table with the document")
     if not count and len(said) > 1 and max(map(len, filled)) > 1:
-        notes.append("no headers were found in the table")
+        notes.append("no headers were found in the table: compare it with the document")
     if count and (idle := _idle(filled[count:], top)):
         notes.append(f"headers of the table were left out, as nothing stands under: {_quoted(idle)}")
     return list(_blocks(filled[count:], places[count:], top if count else [], tuple(notes)))
@@ -157,25 +158,41 @@ def header_of(rows: Sequence[Row], column: int) -> str:
 
 def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], notes: tuple[str, ...]) -> Iterator[Block]:
     width = _width(rows)
-    label, waiting = "", None  # of a row over all columns that names what the rows below it are about
-    for row, where in zip(rows, places, strict=True):
+    label, waiting = "", None  # of a row that names what the rows below it are about
+    doubt: tuple[str, ...] = ()  # whether it does
+    for number, (row, where) in enumerate(zip(rows, places, strict=True)):
         said = [cell for cell in row if cell.text]
         if not said:
             continue
-        if _is_over_all(row, width):
-            if waiting is not None:
-                yield waiting
-            alone = Block(said[0].text, 0, where, "row", notes=notes)
-            is_label = not (reads_as_sentence(alone.text) or _END.search(alone.text))
-            label, waiting = (alone.text, alone) if is_label else (label, None)
-            if not is_label:
-                yield alone
-            continue
+        whole, alone = _is_over_all(row, width), _is_alone(rows, number)
+        if whole or alone:
+            block = Block(said[0].text, 0, where, "row", notes=notes)
+            is_label = not (reads_as_sentence(block.text) or _END.search(block.text))
+            if is_label or whole:
+                if waiting is not None:
+                    yield waiting
+                if waiting is not None and is_label:  # of two rows, one below the other, the first may name more than the second
+                    doubt = (_DOUBT.format(waiting.text),)
+                elif is_label:
+                    doubt = () if whole or said[0].bold else (_DOUBT.format(block.text),)
+                if is_label:
+                    block = replace(block, notes=(*notes, *doubt))
+                label, waiting = (block.text, block) if is_label else (label, None)
+                if not is_label:
+                    yield block
+                continue
         waiting = None
         text, stem = _row(said, top, label)
-        yield Block(text, 0, where, "row", stem, notes)
+        yield Block(text, 0, where, "row", stem, (*notes, *doubt))
     if waiting is not None:
         yield waiting
+
+
+def _is_alone(rows: Sequence[Row], number: int) -> bool:
+    """Whether a row says something in its first cell alone, and those below say more, as a name of what they are about."""
+    said = [[cell for cell in row if cell.text] for row in rows]
+    following = [row for row in said[number + 1 :] if row]
+    return len(said[number]) == 1 and said[number][0].column == 0 and bool(following) and any(len(row) > 1 for row in following[:2])
 
 
 def _row(row: Row, top: Sequence[str], label: str) -> tuple[str, str]:
