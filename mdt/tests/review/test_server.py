@@ -135,9 +135,12 @@ def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None
     assert call("/api/save")[0] == 404  # not by GET
 
 
+SCRIPTS = ("page.js", "editor.js", "calls.js", "history.js", "items.js")
+
+
 def test_all_words_of_the_page_are_there_in_chinese() -> None:
     folder = resources.files("gatewise_mdt.review")
-    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js", "history.js"))
+    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
     asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
     page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -155,6 +158,7 @@ def test_every_answer_is_locked_up(ask: Caller) -> None:
         "/editor.js",
         "/calls.js",
         "/history.js",
+        "/items.js",
         "/words.js",
         "/page.css",
         "/views.css",

@@ -64,9 +64,10 @@ class Cover:
 
     def _covered_by(self, triples: Iterable[Triple]) -> bytearray:
         made = bytearray(len(self.marks.text))
-        for phrase in {part for triple in triples for part in (triple.object, triple.subject)}:
-            for begin, end in self.places(phrase) or self.parts(phrase):
-                made[begin:end] = b"\1" * (end - begin)
+        said = [span for triple in triples for span in self.places(triple.object) or self.parts(triple.object)]
+        said += [span for triple in triples for span in self.places(triple.subject)]  # people, of whom parts say little
+        for begin, end in said:
+            made[begin:end] = b"\1" * (end - begin)
         return made
 
     def has(self, span: Span) -> bool:

@@ -3,6 +3,7 @@
 import { Failed, WINDOW, base64, element, get, inOrder, post } from "./calls.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
+import { showItems } from "./items.js";
 import { choose, language, tr, translatePage } from "./words.js";
 
 const at = id => document.getElementById(id);
@@ -375,6 +376,7 @@ function showTree() {
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
+  showItems(at, passage, goTo);
   showSure();
   at("kept").hidden = !passage.kept;
   showBeside();
@@ -441,9 +443,12 @@ function showValidity() {
     place.className = "warn";
     const places = absent.flatMap((i, k) => [k ? ", " : "", goTo(i)]);
     place.replaceChildren(tr("A valid tree, but some phrases are not in the text: "), ...places);
+  } else if (passage.items.some(item => !item.hint)) {
+    place.className = "warn";
+    place.replaceChildren(tr("A valid tree, but look below at what it may have left out of the text or turned round."));
   } else {
     place.className = "good";
-    place.replaceChildren(tr("A valid tree; every phrase is in the text."));
+    place.replaceChildren(tr("A valid tree; every phrase is in the text, and the rules find nothing left out."));
   }
 }
 

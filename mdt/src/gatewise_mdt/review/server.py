@@ -44,6 +44,7 @@ _PAGES = {
     "/editor.js": ("review", "editor.js"),
     "/calls.js": ("review", "calls.js"),
     "/history.js": ("review", "history.js"),
+    "/items.js": ("review", "items.js"),
     "/words.js": ("review", "words.js"),
     "/page.css": ("review", "page.css"),
     "/views.css": ("formats", "page.css"),

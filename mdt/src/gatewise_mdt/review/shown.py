@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gatewise_mdt.checking.items import items_of
 from gatewise_mdt.formats.page import pieces_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
 from gatewise_mdt.formats.views import FORMATS
@@ -81,6 +82,7 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": _drawing(passage, passage.now, tree, focusable=True) if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
+        "items": _items(passage, tree) if passage.is_valid else [],
         "warnings": list(passage.now.warnings),
         "made_with": passage.now.extraction,
         "extraction": other,
@@ -89,6 +91,18 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "redo": len(passage.future),
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
     }
+
+
+def _items(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
+    """What the tree seems to have lost of its text, with the places of the words as a browser counts them in the passage."""
+    after = passage.text.partition("@")[2] if "@" in passage.text else passage.text
+    before = len(after) - len(after.lstrip())
+
+    def counted(place: int) -> int:
+        return len(after[: before + place].encode("utf-16-le", "surrogatepass")) // 2
+
+    made = [item.to_json() for item in items_of(after.strip(), tree)]
+    return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in made]
 
 
 def _reviewed(version: Version) -> dict[str, str] | None:
