@@ -10,7 +10,7 @@ it with swapped phrases (gatewise_mdt.training.swapping). The dev passages are t
 (Rows that are there already also have "free", written without a constraint.)
 
 Everything is measured on the dev split by all metrics and the errors of gatewise_mdt.evaluation, gold trees repaired as
-`gatewise mdt evaluate --repair` does; "as_published" has the metrics without that. Time is that of the processor: with
+`gatewise mdt evaluate` does; "as_published" has the metrics without that. Time is that of the processor: with
 OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was; its checkpoints, and what was written for each
 passage, are in runs/mdt.
 

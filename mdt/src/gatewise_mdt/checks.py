@@ -9,7 +9,7 @@ three texts, the middle one a relation of :mod:`gatewise_mdt.relations`, and com
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair
 from gatewise_mdt.relations import expected_relations, is_relation
@@ -17,6 +17,9 @@ from gatewise_mdt.relations import expected_relations, is_relation
 TripleParts = tuple[str, str, str]
 NodeParts = tuple[str, list[TripleParts], str]
 
+AS_AND = '"null" over several triples read as "and"'
+AS_NULL = '"and" or "or" over at most one triple read as "null"'
+ONCE = "a triple given twice counted once"
 MAX_DEPTH = 100  # FHIR nests as deep as the tree, and Python's JSON gives up at about 1000
 _NODE_KEYS = ("role", "triples", "logical_rel")
 
@@ -182,26 +185,44 @@ def _node_parts(node: Any, unfinished: bool, foreign: bool) -> NodeParts:
     return role, parts, logical_rel
 
 
-def repaired_parts(nodes: Any) -> tuple[Any, list[str]]:
-    """The nodes with what has one plain meaning put right, and a note for each. What is wrong otherwise stays, to be refused."""
+class Repair(NamedTuple):
+    """What was put right in a node.
+
+    Attributes:
+        kind: ``AS_AND``, ``AS_NULL`` or ``ONCE``.
+        note: names the node.
+    """
+
+    kind: str
+    note: str
+
+
+def repaired_parts(nodes: Any) -> tuple[Any, list[Repair]]:
+    """The nodes with what has one plain meaning put right, and all that was. What is wrong otherwise stays, to be refused."""
     if not isinstance(nodes, list | tuple):
         return nodes, []
     mended: list[Any] = []
-    notes: list[str] = []
+    notes: list[Repair] = []
     for number, node in enumerate(nodes, start=1):
         if not isinstance(node, dict) or not isinstance(node.get("triples"), list | tuple):
             mended.append(node)
             continue
         triples: list[Any] = []
+        said: list[Any] = []
         for triple in node["triples"]:
-            if triple in triples:
-                notes.append(f"node {number}: the triple {shown(triple)} came twice and counts once")
+            plain = (
+                [part.strip() if isinstance(part, str) else part for part in triple] if isinstance(triple, list | tuple) else triple
+            )
+            if plain in said:
+                notes.append(Repair(ONCE, f"node {number}: the triple {shown(triple)} came twice and counts once"))
             else:
                 triples.append(triple)
+                said.append(plain)
         given = node.get("logical_rel")
         fitting = fitting_join(given, len(triples))
         if fitting != given:
-            notes.append(f'node {number}: logical_rel "{given or "null"}" with {_triples(len(triples))} is read as "{fitting}"')
+            note = f'node {number}: logical_rel "{given or "null"}" with {_triples(len(triples))} is read as "{fitting}"'
+            notes.append(Repair(AS_AND if fitting == "and" else AS_NULL, note))
         mended.append({**node, "triples": triples, "logical_rel": fitting})
     return mended, notes
 

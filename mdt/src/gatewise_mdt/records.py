@@ -6,7 +6,8 @@ a surrogate pair as the replacement character.
 """
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ class TreeFile:
         faults: number of a record -> what is wrong with it, a whole sentence.
         notes: what was put right, a whole sentence each (only where repair was asked for).
         count: records in the file, read or not.
+        repairs: how often each kind of thing was put right, see :class:`gatewise_mdt.checks.Repair`.
+        changed: the notes on trees whose approval does not hold for what the repair made of them.
     """
 
     source: str
@@ -131,6 +134,8 @@ class TreeFile:
     faults: dict[int, str]
     notes: tuple[str, ...]
     count: int
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
 
 def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
@@ -163,6 +168,8 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     records: list[TreeRecord] = []
     faults: dict[int, str] = {}
     notes: list[str] = []
+    changed: list[str] = []
+    repairs: Counter[str] = Counter()
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
@@ -172,9 +179,23 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
             continue
         if made:
             record, more = _unapproved(record, where)
-            notes += [*made, *more]
+            notes += [*(f"{where}: {one.note}" for one in made), *more]
+            changed += more
+            repairs.update(one.kind for one in made)
         records.append(record)
-    return TreeFile(name, tuple(records), faults, tuple(notes), len(items))
+    return TreeFile(name, tuple(records), faults, tuple(notes), len(items), repairs, tuple(changed))
+
+
+def repairs_of(items: Iterable[Any]) -> dict[str, int]:
+    """How often each kind of thing is put right in the trees of unchecked records."""
+    trees = (item.get("tree") for item in items if isinstance(item, dict))
+    return dict(Counter(one.kind for tree in trees for one in checks.repaired_parts(tree)[1]))
+
+
+def repairs_in_words(source: str, repairs: Mapping[str, int]) -> str:
+    """What was put right in a file, in a sentence."""
+    times = [f"{'once' if count == 1 else f'{count} times'} {kind}" for kind, count in repairs.items()]
+    return f"{source}: {', '.join(times)}; --strict refuses such trees"
 
 
 def _unapproved(record: TreeRecord, where: str) -> tuple[TreeRecord, list[str]]:
@@ -260,7 +281,7 @@ def _check_suffix(suffix: str, name: str) -> None:
         raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {', '.join(SUFFIXES)}")
 
 
-def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:
+def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[checks.Repair]]:
     """A record, and what was put right in its tree."""
     if isinstance(item, GatewiseError):
         raise item
@@ -275,5 +296,5 @@ def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecor
     if has_half_a_pair(text):
         raise GatewiseError(f"{where}: text {HALF_A_PAIR}")
     more = writable({key: value for key, value in item.items() if key not in _OWN_KEYS})
-    tree, notes = DecisionTree.repaired(item["tree"], where) if repair else (DecisionTree.from_preorder(item["tree"], where), [])
-    return TreeRecord(text, tree, number, more), notes
+    nodes, made = checks.repaired_parts(item["tree"]) if repair else (item["tree"], [])
+    return TreeRecord(text, DecisionTree.from_preorder(nodes, where), number, more), made

@@ -120,7 +120,7 @@ class DecisionTree:
             GatewiseError: the tree is wrong in another way; names the node.
         """
         mended, notes = checks.repaired_parts(nodes)
-        return cls.from_preorder(mended, where), [f"{where}: {note}" if where else note for note in notes]
+        return cls.from_preorder(mended, where), [f"{where}: {one.note}" if where else one.note for one in notes]
 
     def to_preorder(self) -> list[dict[str, Any]]:
         """The tree in the published format."""

@@ -106,13 +106,14 @@ def test_agree_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> No
 def test_malformed_records_are_named_and_left_out(gatewise: Gatewise, tmp_path: Path) -> None:
     with (tmp_path / BOTH[1]).open("a") as stream:
         stream.write("nonsense\n" + json.dumps({"text": TEXT, "tree": [node("D", triple("x"), joined="and")]}) + "\n")
-    result = gatewise(*BOTH, "--json", "--adjudicate", THIRD)
+    result = gatewise(*BOTH, "--json", "--strict", "--adjudicate", THIRD)
     assert_refused(result, "2 of the 5 records of ben.review.jsonl were left out: 4, 5", "; third.review.jsonl was not prepared")
     assert not Path(THIRD).exists()
     assert "failed: ben.review.jsonl, line 4: not valid JSON" in result.stderr
     assert "failed: ben.review.jsonl, record 5, node 1: " in result.stderr
     assert json.loads(result.stdout)["pairs"][0]["passages"] == 3
-    assert "repaired: ben.review.jsonl, record 5" in gatewise(*BOTH, "--repair", "--json").stderr
+    taken = gatewise(*BOTH, "--json").stderr
+    assert 'note: ben.review.jsonl: once "and" or "or" over at most one triple read as "null"; --strict refuses such trees' in taken
 
 
 # Adjudication ---------------------------------------------------------------------------------------------------------

@@ -117,6 +117,31 @@ def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> 
     assert "(" not in alone.stdout.split("trees:")[0]
 
 
+def test_evaluate_takes_the_slips_of_published_trees_as_they_are_meant_and_counts_them(gatewise: Gatewise, tmp_path: Path) -> None:
+    slips = gout()
+    slips[1]["logical_rel"] = "null"
+    slips[3]["triples"] = [[f"{part} " for part in slips[3]["triples"][0]], *slips[3]["triples"]]
+    (tmp_path / "gold.json").write_text(json.dumps([{"text": TEXT, "tree": slips}]))
+    meant = gout()
+    meant[1]["logical_rel"] = "and"
+    (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": meant}]))
+    result = gatewise("evaluate", "--gold", "gold.json", "--pred", "pred.json", "--json")
+    values, said = (
+        json.loads(result.stdout),
+        {'"null" over several triples read as "and"': 1, "a triple given twice counted once": 1},
+    )
+    assert (values["tree_acc"], values["read_as"]) == (1, {"gold.json": said, "pred.json": {}})
+    assert result.stderr == f"note: gold.json: {', '.join(f'once {kind}' for kind in said)}; --strict refuses such trees\n"
+    assert (
+        json.loads(gatewise("evaluate", "--gold", "gold.json", "--pred", "pred.json", "--json", "--strict").stdout)["tree_acc"] == 0
+    )
+    assert_refused(gatewise("agree", "gold.json", "pred.json", "--strict"), "gold.json, record 1, node 2: logical_rel")
+    assert "note: gold.json: once " in gatewise("agree", "gold.json", "pred.json", "--repair").stderr
+    prepared = gatewise("prepare", "gold.json", "--out", "rows.jsonl")
+    assert (prepared.exit_code, len((tmp_path / "rows.jsonl").read_text().splitlines())) == (0, 1)
+    assert_refused(gatewise("prepare", "gold.json", "--out", "rows.jsonl", "--strict"), "gold.json, record 1, node 2: logical_rel")
+
+
 def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> None:
     wrong = gout()
     wrong[0]["triples"][0][2] = "flare"

@@ -220,6 +220,15 @@ def test_the_sample_has_two_sides() -> None:
         read_records("sample:trees")
 
 
+def test_what_is_put_right_in_trees_is_told(tmp_path: Path) -> None:
+    items = [record.to_json() for record in RECORDS]
+    items[2]["tree"] = [node("D", triple("blisters"), triple("rash"))]
+    (tmp_path / "slips.json").write_text(json.dumps(items))
+    told: list[str] = []
+    assert read_records(str(tmp_path / "slips.json"), told=told)[2].tree.nodes[0].logical_rel == "and"
+    assert told == [f'{tmp_path}/slips.json: once "null" over several triples read as "and"']
+
+
 def test_files_with_faults_are_refused(tmp_path: Path) -> None:
     items = [record.to_json() for record in RECORDS]
     items[2]["tree"] = [node("C", triple("blisters"))]

@@ -15,7 +15,7 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import RepairOption, check_whole, read_file, say
+from gatewise_mdt.commands.trees import StrictOption, check_whole, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement
@@ -62,7 +62,7 @@ def agree(
         str | None, typer.Option(help="With --adjudicate: who prepares it, for the history. [default: the login name]")
     ] = None,
     as_json: JsonOption = False,
-    repair: RepairOption = False,
+    strict: StrictOption = False,
 ) -> None:
     """Compare the trees of two reviewers: measures of agreement with 95% intervals, and what differs in each passage.
 
@@ -79,7 +79,7 @@ def agree(
     from gatewise_mdt.evaluation.agreement import agree as agreement_of
     from gatewise_mdt.evaluation.agreement import names_of
 
-    read = [read_file(file, repair) for file in files]
+    read = [read_file(file, not strict, counted=True) for file in files]
     names = names_of(*((one.source, one.records) for one in read))
     sources = [writable(file) for file in files]
     found = [

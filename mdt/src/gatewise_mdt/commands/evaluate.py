@@ -17,7 +17,7 @@ from gatewise_mdt.commands.model import (
     VerbatimOption,
     loaded,
 )
-from gatewise_mdt.commands.trees import RepairOption, read_file
+from gatewise_mdt.commands.trees import StrictOption, read_file, say
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
         bool, typer.Option("--mistakes", "--errors", help="Show what is wrong with the trees, too, by kind.")
     ] = False,
     as_json: JsonOption = False,
-    repair: RepairOption = False,
+    strict: StrictOption = False,
 ) -> None:
     """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio, with 95% bootstrap intervals.
 
@@ -50,7 +50,7 @@ def evaluate(
     if adapter is not None:
         from gatewise_mdt.extraction.extractor import measure
 
-        read = read_file(gold, repair)
+        read = read_file(gold, not strict, counted=True)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
         settings = {"verbatim": verbatim, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -58,7 +58,7 @@ def evaluate(
             values = measure(extractor, read.records[:limit], count, mistakes=mistakes)
     else:
         assert pred is not None
-        values = _measure_file(gold, pred, repair, mistakes)
+        values = _measure_file(gold, pred, not strict, mistakes)
     if as_json:
         typer.echo(json.dumps(values))
         return
@@ -91,7 +91,7 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
     from gatewise_mdt.evaluation.intervals import intervals
     from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
     from gatewise_mdt.evaluation.mistakes import count_mistakes
-    from gatewise_mdt.records import read_items
+    from gatewise_mdt.records import read_items, repairs_in_words, repairs_of
 
     wanted: list[Any] = list(read_file(gold, repair).records) if gold.startswith("sample:") else read_items(gold)
     found = read_items(pred)
@@ -105,7 +105,11 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
     counts = count_trees(wanted, found, repair=repair, source=gold)
-    metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts)}
+    repairs = {name: repairs_of(items) if repair else {} for name, items in ((gold, wanted), (str(pred), found))}
+    for name, made in repairs.items():
+        if made:
+            say(f"note: {repairs_in_words(name, made)}", err=True)
+    metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts), "read_as": repairs}
     return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
 
 

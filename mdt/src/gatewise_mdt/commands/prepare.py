@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.commands.trees import RepairOption, check_target, check_whole, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
@@ -28,7 +28,7 @@ def prepare(
         int,
         typer.Option(help="So many copies of each record to train on, with phrases of other records in place of its own.", min=0),
     ] = 0,
-    repair: RepairOption = False,
+    strict: StrictOption = False,
 ) -> None:
     """Write the rows that `gatewise train` takes: prompts, and the trees that are to be written after them.
 
@@ -50,7 +50,7 @@ def prepare(
         check_target(path, [data])
     if dev is not None and is_one_file(out, dev):
         raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two files")
-    read = read_file(data, repair)
+    read = read_file(data, not strict, counted=True)
     faults, records = dict(read.faults), list(read.records)
     if only is not None:
         records = _only_approved(records, data)

@@ -23,16 +23,26 @@ RepairOption = Annotated[
     bool,
     typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict/--repair",
+        help="Refuse trees with a slip that has one plain meaning, such as 'null' over two triples, in place of counting it.",
+    ),
+]
 Format = Literal["text", "json", "mermaid", "svg", "html", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
 
-def read_file(file: str, repair: bool) -> "TreeFile":
+def read_file(file: str, repair: bool, *, counted: bool = False) -> "TreeFile":
     """The trees of a file, or the sample; says what was repaired.
+
+    Args:
+        counted: says how often each kind of thing was, and not in which nodes.
 
     Raises:
         GatewiseError: the file cannot be read, or has no record without a fault.
     """
-    from gatewise_mdt.records import TreeFile, read_trees
+    from gatewise_mdt.records import TreeFile, read_trees, repairs_in_words
     from gatewise_mdt.samples import NAME, sample
 
     if file == NAME:
@@ -41,7 +51,9 @@ def read_file(file: str, repair: bool) -> "TreeFile":
     if file.startswith("sample:"):
         raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
     read = read_trees(file, repair=repair)
-    for note in read.notes:
+    if counted and read.repairs:
+        say(f"note: {repairs_in_words(file, read.repairs)}", err=True)
+    for note in read.changed if counted else read.notes:
         say(f"repaired: {note}", err=True)
     if not read.records:
         raise GatewiseError(next(iter(read.faults.values())))
@@ -58,9 +70,8 @@ def check_whole(read: "TreeFile", faults: Mapping[int, str], more: str = "") -> 
         say(f"failed: {fault}", err=True)
     if faults:
         numbers = ", ".join(map(str, sorted(faults)))
-        raise GatewiseError(
-            f"{len(faults)} of the {read.count} records of {read.source} were left out: {numbers}; --repair may help{more}"
-        )
+        helps = "" if read.repairs else "; --repair may help"
+        raise GatewiseError(f"{len(faults)} of the {read.count} records of {read.source} were left out: {numbers}{helps}{more}")
 
 
 def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:

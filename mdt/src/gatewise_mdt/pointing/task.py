@@ -1,7 +1,8 @@
 """Text2MDT as a task of ``gatewise train``: texts with their trees, read by a base model with pointing heads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from gatewise_mdt.pointing.calibration import fitted
 from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.heads import HeadSettings
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_records
-from gatewise_mdt.records import TreeRecord, read_trees
+from gatewise_mdt.records import TreeRecord, read_trees, repairs_in_words
 from gatewise_mdt.samples import NAME, sample
 from gatewise_mdt.training.swapping import swapped_copies
 
@@ -25,8 +26,11 @@ SIDES = {"sample:guideline-trees-train": False, "sample:guideline-trees-dev": Tr
 METRICS = ("triplet_f1", "node_f1", "path_f1", "tree_acc", "ter", "n")
 
 
-def read_records(source: str, limit: int | None = None) -> list[TreeRecord]:
+def read_records(source: str, limit: int | None = None, told: list[str] | None = None) -> list[TreeRecord]:
     """Texts with their trees: a file of :mod:`gatewise_mdt.records`, ``sample:guidelines`` or one of its SIDES.
+
+    Args:
+        told: gets a sentence on what was put right in the trees.
 
     Raises:
         GatewiseError: the file cannot be read, or has a record with a fault.
@@ -39,6 +43,8 @@ def read_records(source: str, limit: int | None = None) -> list[TreeRecord]:
         read = read_trees(source, repair=True)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
+        if read.repairs and told is not None:
+            told.append(repairs_in_words(source, read.repairs).partition(";")[0])
         records = list(read.records)
     return records[:limit]
 
@@ -114,6 +120,7 @@ class Text2Mdt(Task):
     lower_is_better = ("ter",)
     data: DataSection
     pointing: PointingSection
+    told: Mapping[str, list[str]] = MappingProxyType({})  # by the keys of the recipe, what was put right in the trees
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Methods and settings of methods that do not go with heads."""
@@ -134,10 +141,11 @@ class Text2Mdt(Task):
 
     def read(self, noted: Any) -> None:
         """Texts with their trees."""
-        self.train = read_records(self.data.train, self.data.limit_train)
-        self.measured = {"dev": read_records(self.data.dev, self.data.limit_dev)}
+        self.told = {"data.train": [], "data.dev": [], "data.test": []}
+        self.train = read_records(self.data.train, self.data.limit_train, self.told["data.train"])
+        self.measured = {"dev": read_records(self.data.dev, self.data.limit_dev, self.told["data.dev"])}
         if self.data.test is not None:
-            self.measured["test"] = read_records(self.data.test)
+            self.measured["test"] = read_records(self.data.test, None, self.told["data.test"])
 
     def base(self, dtype: Any, tokenizer: PreTrainedTokenizerBase, brought: Any) -> PreTrainedModel:
         """The base model without a head of its own, and fresh pointing heads."""
@@ -154,7 +162,9 @@ class Text2Mdt(Task):
         key: str,
         say: Callable[[str], None],
     ) -> Features:
-        """Texts with the places of their trees' phrases; those to train on with copies."""
+        """Texts with the places of their trees' phrases; those to train on with copies. Says what was put right in the trees."""
+        for sentence in self.told.get(key, ()):
+            say(sentence)
         return training_rows(
             rows,
             tokenizer,
