@@ -289,6 +289,14 @@ def test_an_empty_tree_over_a_text_that_recommends_is_listed() -> None:
     assert not [item for item in items_of("Gout is common.", empty) if item.kind == "empty tree"]
 
 
+def test_a_dose_that_changed_in_the_text_is_listed_though_the_old_one_stands_elsewhere() -> None:
+    tree = leaf([P, DRUG, "colchicine"], ["colchicine", DOSE, "0.5 mg twice daily"])
+    before = "Give colchicine 0.5 mg twice daily. In renal failure 0.5 mg is enough."
+    after = before.replace("0.5 mg twice", "0.6 mg twice")
+    changed = {item.identity for item in items_of(after, tree)} - {item.identity for item in items_of(before, tree)}
+    assert ("dose", "0.6 mg", None, 0) in changed
+
+
 def test_places_are_those_of_the_words_in_the_passage() -> None:
     for record in [*sample(), TreeRecord("成人@ 给予 泼尼松１０ｍｇ，隔日1次；禁用阿司匹林。 ", leaf([Q, GIVE, "阿司匹林"]))]:
         for item in items(record):

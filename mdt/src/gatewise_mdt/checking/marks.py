@@ -79,6 +79,7 @@ _PER_WEIGHT = re.compile(
 )
 
 
+_WEIGHT_BEFORE = re.compile(r"(?P<per>每 ?(?:千克|公斤|kg)(?:体重)?) ?$")
 Kind = Literal["dose", "time", "number"]
 
 
@@ -109,7 +110,7 @@ def numbers_of(text: str) -> list[Number]:
     for match in _NUMBER.finditer(text):
         digits = tuple(Span(*one.span()) for one in re.compile(DIGITS).finditer(text, *match.span()))
         dose, time = _TAIL.match(text, match.end()), _TIME.match(text, match.end())
-        per = _PER_WEIGHT.match(text, match.end())
+        per = _PER_WEIGHT.match(text, match.end()) or _WEIGHT_BEFORE.search(text, max(0, match.start() - 10), match.start())
         kind: Kind = "dose" if dose else "time" if time else "number"
         end = dose.end() if dose else time.end() if time else match.end()
         found.append(Number(match.start(), end, kind, digits, Span(*per.span("per")) if per else None))
@@ -143,19 +144,19 @@ _LIMIT = re.compile(
         "at (?:least|most)",
         "(?:no|not) (?:more|less|fewer|greater|higher|longer|later|earlier) than",
         "(?:not|never) (?:to )?(?:be )?exceed(?:ed|ing)?",
-        "up to",
+        "up to|(?:limit|restrict)(?:ed)? to",
         "(?:more|less|fewer|greater|higher|lower|longer|older|younger|larger|smaller) than(?: or equal to)?",
         "exceed(?:s|ing|ed)?",
         "above|below|under|over",
         "or (?:more|less|older|younger|above|below|higher|lower|greater)(?! than)",
     )
-    + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]"
+    + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
     r"|不少于|不多于|不足|极量"
 )
 _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily dose of bisoprolol for these patients is 5 mg"
     r"[^.;。,<>≤≥\d]{0,60}"
 )
-_AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (]?")
+_AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (\[]{0,2}")
 
 _PERIOD = "(?:day|week|month|year|night|hour|fortnight|morning|evening)"
 _TIMES = rf"(?:once|twice|thrice|(?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? (?:times?|x))"
@@ -165,9 +166,10 @@ _FREQUENCY = re.compile(
         rf"(?: ?/ ?{_PERIOD}| (?:an?|per|each|every|in (?:a|one)) {_PERIOD}| (?:dai|week|month|year)ly)",
         rf"every (?:other|second|third|alternate|(?:{DIGITS}|{_SPELT})(?:(?: to | or | ?- ?)(?:{DIGITS}|{_SPELT}))?)"
         rf" ?(?:{_PERIOD}|h)s?",
-        rf"(?:on )?alternate {_PERIOD}s?",
+        rf"(?:on )?alternate {_PERIOD}s?|every {_PERIOD}",
+        rf"(?:{DIGITS}|{_SPELT})[- ]?hourly|in (?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? divided doses",
         "(?:bi)?weekly|monthly|fortnightly|nightly",
-        r"q ?d|b\.?i\.?d|t\.?i\.?d|q\.?i\.?d|q\.?o\.?d|q ?\d+ ?(?:h|d|w)",
+        r"q ?d|b\.?i?\.?d|t\.?i\.?d|q\.?i\.?d|q\.?o\.?d|q ?\d+ ?(?:h|d|w)",
     )
     + rf"|(?<=[gul\d])(?:qd|bid|tid|qid|qod|q\d+h)(?!{_WORD})"
     + rf"|(?:每[日天周月年晚晨]|[一1]日|隔[日天]|\d+ ?[日天]|日)(?:口服|服用?|给药?|静[滴注])? ?(?:{DIGITS}|{_HAN_DIGITS})"
@@ -175,10 +177,14 @@ _FREQUENCY = re.compile(
     rf"|(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?次 ?(?:/|每) ?(?:d(?!{_WORD})|[日天周月年]|小时)"
     rf"|[每隔] ?(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?"
     r"(?:个?(?:小时|月|星期|疗程)|[日天周年]|h|d)"
+    rf"|(?:{DIGITS}|{_HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{_HAN_DIGITS})次"
     rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
 )
-_DAILY = re.compile(
-    _words("daily", "(?:per|a|each|every) day", "/ ?d(?:ay)?") + rf"|(?<=[a-z{HAN}\d])/ ?d(?:ay)?(?!{_WORD})|每[日天]"
+_DAILY = re.compile(  # counts only beside a dose
+    _words(
+        "daily", "(?:per|a|each|every) day", "/ ?d(?:ay)?", "at (?:night|bedtime)|nocte", "prn|as (?:needed|required)|when required"
+    )
+    + rf"|(?<=[a-z{HAN}\d])/ ?d(?:ay)?(?!{_WORD})|每[日天]|睡前|必要时"
 )
 
 
@@ -225,8 +231,11 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"(?:give|use|offer|prescribe|start|administer|take|perform|receive|recommend|advise|suggest|combine"
         r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
         r"(?: (?:the )?(?:routine )?use of)?",
-        r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?",
-        r"(?:stop|discontinue|withhold)(?: (?:the )?use of| taking)?",
+        r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?|refrain(?:ing)? from(?: (?:using|giving))?",
+        r"(?:stop|discontinue|withhold|hold(?! on))(?: (?:the )?use of| taking)?",
+        r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
+        r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
+        r"no(?= [a-z-]+(?: [a-z-]+)? (?:should|must|may) be (?:given|used|offered|prescribed|taken))",
         r"rather than|instead of",
         r"should (?:be )?avoid(?: (?:the )?use of)?",
         r"(?:recommend|advise)(?:ed|d|s)? against(?: (?:the )?use of)?",
@@ -236,28 +245,30 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
 )
 _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
     _words(
-        rf"(?:is|are|be|was|were|should|must|may|can|could|shall|has|have) {_NOT} (?:to )?{_ADVERB}(?:be )?{_ADVERB}{_DONE}"
+        rf"(?:is|are|be|was|were|should|must|may|can|could|shall|has|have|ought) {_NOT} (?:to )?{_ADVERB}(?:be )?{_ADVERB}{_DONE}"
         r"(?! (?:well|in time)(?!\w))",
         rf"(?:should|must) {_NOT}",
-        rf"cannot be {_DONE}",
+        rf"(?:cannot|(?:should|must|is|are|need|may)n't) {_ADVERB}(?:be )?{_ADVERB}{_DONE}",
+        r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
         r"(?:is|are|be) (?:\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped|discontinued"
-        r"|inadvisable|inappropriate|unsuitable)",
+        r"|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
     )
 )
 _HAN_FORBIDS = re.compile(
-    r"禁用|禁止(?:使用|应用)?|禁忌(?![证症])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
+    r"禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
     r"|不(?:再|作)?(?:常规)?(?:建议|推荐|主张|提倡)(?:常规|进行|使用|应用|给予|采用|单独|首选|行|用)*"
     r"|不(?:宜|应|得|可|能|要|需)(?:再|常规|继续|单独|长期)*(?:使用|应用|给予|采用|服用|进行|选用|首选|行|用(?!力)|给|予)"
-    r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜)(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
+    r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜|用(?=于|$|[,。;]))(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
+    r"|不作为(?=首选|一线|常规)|不必(?:使用|应用|给予)"
 )
 _PEOPLE_ONLY = re.compile(r"(?:患者|病人|妇女|孕妇|患儿|者|人)(?:中?均?应?|亦应|也应)?$|^[^、]{0,16}(?:患者|者)中")
 _HAN_PEOPLE = re.compile(  # "不宜手术的患者", but not "不宜给肝硬化的患者使用"
     r"[^、]{1,9}?(?:的(?:患者|病人|患儿|妇女|人)|(?<!患)者(?=[应可宜首推建行需]|\s*$))(?!.*[使应]用)|[^、]{1,9}(?:患者|时)\s*$"
 )
 _POINTS_BACK = re.compile(r"[这此其该]|" + _words("it|they|this|these|them|those drugs"))
-_HAN_BEFORE = re.compile(r"\s*(?:于|用于|者|$|[，。；,.;:：、）)])")
+_HAN_BEFORE = re.compile(r"\s*(?:于|用于|首选|一线|常规|者|$|[，。；,.;:：、）)])")
 _POSITIVE = re.compile(
     _words(
         "recommended|should|may|can|could|must|is|are|be|preferred|effective|consider|give|use|administer|start|suggested|advisable"
@@ -333,11 +344,9 @@ class Marks:
         for match in _LIMIT.finditer(self.text):
             after = next((one for one in self.numbers if one.begin >= match.end()), None)
             before = next((one for one in reversed(self.numbers) if one.end <= match.start()), None)
-            if (
-                before
-                and match[0][:2] in ("or", "以上", "以下", "以内")
-                and _AFTER_NUMBER.fullmatch(self.text, before.digits[-1].end, match.start())
-            ):
+            behind = before and _AFTER_NUMBER.fullmatch(self.text, before.digits[-1].end, match.start())
+            closed = match[0].startswith("max") and self.text[match.end() : match.end() + 1] in (")", "]")  # "40 mg (maximum)"
+            if before and behind and (closed or match[0][:2] in ("or", "以上", "以下", "以内")):
                 found.append(Limit(Span(*match.span()), before))
             elif after and _BEFORE_NUMBER.fullmatch(self.text, match.end(), after.begin):
                 found.append(Limit(Span(*match.span()), after))

@@ -16,10 +16,8 @@ def lost_doses(marks: Marks, cover: Cover) -> Iterator[Finding]:
     yield from (_lost(one) for one in marks.numbers if one.kind == "dose" and not _has(cover, one))
     for number in marks.numbers:
         if number.per_weight and _has(cover, number) and not cover.has(letters(marks.text, number.per_weight)):
-            whole = Span(number.begin, number.per_weight.end)
-            yield Finding(
-                whole, node_of(cover, number.digits[-1]), "The text says {words}: the tree has it without what it is per."
-            )
+            whole, node = hull(number.span, number.per_weight), node_of(cover, number.digits[-1])
+            yield Finding(whole, node, "The text says {words}: the tree has it without what it is per.")
 
 
 def lost_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:

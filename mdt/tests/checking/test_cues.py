@@ -1,0 +1,164 @@
+"""The words that forbid, and those that make a dose a limit or say how often: one sentence for each, written for this test."""
+
+import pytest
+from gatewise_mdt import DecisionTree
+from gatewise_mdt.checking.items import items_of
+
+FORBIDDING = """
+Naproxen is contraindicated in heart failure.
+Naproxen should be withheld before surgery.
+Naproxen is not advised in pregnancy.
+Avoid naproxen in pregnancy.
+Never use naproxen in pregnancy.
+Naproxen is best avoided in pregnancy.
+Patients should refrain from naproxen.
+Naproxen must be discontinued.
+Do not routinely offer naproxen.
+Naproxen is no longer the preferred drug.
+Stop naproxen before surgery.
+Hold naproxen on the day of surgery.
+Naproxen may not be used in children.
+Naproxen is unsafe in pregnancy.
+Naproxen is of no benefit.
+There is no place for naproxen in children.
+Pregnant women should not receive naproxen.
+Children must never be given naproxen.
+Naproxen ought not to be given.
+We recommend against naproxen.
+We suggest not using naproxen.
+It is not recommended to give naproxen.
+Naproxen is strictly forbidden.
+Naproxen is not to be used.
+Naproxen cannot be recommended.
+Naproxen shouldn't be used.
+Don't give naproxen.
+Naproxen is inappropriate for most patients.
+Use paracetamol instead of naproxen.
+Do NOT give naproxen to patients on warfarin.
+The use of naproxen is discouraged.
+Naproxen: contraindicated.
+Contraindications: naproxen.
+Naproxen is not suitable for children under 12 years.
+Withhold naproxen if creatinine rises.
+Discontinue naproxen if bleeding occurs.
+Naproxen has no role in treatment.
+Treatment with naproxen is not indicated.
+Naproxen should only be avoided in children.
+Under no circumstances should naproxen be given.
+Neither naproxen nor ibuprofen should be given.
+No naproxen should be given.
+Naproxen should be stopped two days before surgery.
+Naproxen is prohibited.
+Patients with ulcers should not take naproxen.
+孕妇禁用萘普生。
+孕妇不得使用萘普生。
+萘普生不可用于孕妇。
+萘普生禁用于孕妇。
+孕妇应避免使用萘普生。
+孕妇切勿服用萘普生。
+孕妇不宜服用萘普生。
+不推荐孕妇使用萘普生。
+不建议给予萘普生。
+不应给予萘普生。
+孕妇忌服萘普生。
+萘普生为孕妇禁忌。
+妊娠期为萘普生的禁忌证。
+应停用萘普生。
+术前停服萘普生。
+不再推荐萘普生。
+不主张使用萘普生。
+禁止应用萘普生。
+萘普生已不推荐使用。
+孕妇不能用萘普生。
+萘普生不适用于孕妇。
+无需使用萘普生。
+不要使用萘普生。
+严禁使用萘普生。
+应停止使用萘普生。
+萘普生不作为首选。
+反对使用萘普生。
+不必给予萘普生。
+忌用萘普生。
+"""
+# What the text says, and what of it the tree has.
+LOST = [
+    ("Do not exceed 4 g in 24 hours.", "4 g in 24 hours"),
+    ("Give no more than 3 tablets daily.", "3 tablets daily"),
+    ("Give at most 2 tablets.", "2 tablets"),
+    ("Give 10 mg every other day.", "10 mg"),
+    ("Give 10 mg on alternate days.", "10 mg"),
+    ("Give 10 mg once every two weeks.", "10 mg"),
+    ("Give 10 mg three times per week.", "10 mg"),
+    ("Give 90 mg every 12 weeks.", "90 mg"),
+    ("Give 10 mg fortnightly.", "10 mg"),
+    ("Give 5 mg at least 30 minutes before food.", "5 mg"),
+    ("Give up to 40 mg.", "40 mg"),
+    ("Give 40 mg (maximum).", "40 mg"),
+    ("Give 1 mg/kg, max 60 mg.", "60 mg"),
+    ("Total daily dose must not exceed 200 mg.", "200 mg"),
+    ("Limit to 4 g per day.", "4 g per day"),
+    ("Doses above 20 mg are not recommended.", "20 mg"),
+    ("Give 10 mg q12h.", "10 mg"),
+    ("Give 10 mg b.d.", "10 mg"),
+    ("Give 10 mg at night.", "10 mg"),
+    ("Give 10 mg four-hourly.", "10 mg"),
+    ("Give 10 mg 6-hourly.", "10 mg"),
+    ("Give 500 mg 8 hourly.", "500 mg"),
+    ("Give 10 mg q.i.d.", "10 mg"),
+    ("Give 10 mg/m2.", "10 mg"),
+    ("Give 10 mg per kilogram.", "10 mg"),
+    ("Give 10 mg/kg/day in two divided doses.", "10 mg/kg/day"),
+    ("Give 10 mg twice weekly for six weeks.", "10 mg twice weekly"),
+    ("Give 10 mg for at least 6 weeks.", "10 mg for 6 weeks"),
+    ("Give 10 mg every morning.", "10 mg"),
+    ("Give 10 mg for a maximum of 5 days.", "10 mg for 5 days"),
+    ("Give a minimum of 10 mg.", "10 mg"),
+    ("Give 10 mg once a month.", "10 mg"),
+    ("给予10mg，隔日1次。", "10mg"),
+    ("给予10mg，每周2次。", "10mg"),
+    ("给予10mg，1日3次。", "10mg"),
+    ("给予10mg tid。", "10mg"),
+    ("每次10mg，q8h。", "10mg"),
+    ("每12小时10mg。", "10mg"),
+    ("最大剂量40mg。", "40mg"),
+    ("每日总量不超过40mg。", "40mg"),
+    ("至少40mg。", "40mg"),
+    ("极量为40mg。", "40mg"),
+    ("剂量上限为40mg。", "40mg"),
+    ("10mg/kg。", "10mg"),
+    ("每公斤体重10mg。", "10mg"),
+    ("每4周给药10mg。", "10mg"),
+    ("10mg，每日一次。", "10mg"),
+    ("10mg，每晚1次。", "10mg"),
+    ("不少于10mg。", "10mg"),
+    ("10mg，3次/日。", "10mg"),
+    ("10mg/次，2次/d。", "10mg"),
+    ("每天10mg，分2次服用。", "每天10mg"),
+    ("10mg，两周一次。", "10mg"),
+    ("10mg以内。", "10mg"),
+    ("不得大于10mg。", "10mg"),
+    ("疗程不超过5天，10mg。", "疗程5天"),
+]
+
+
+def kinds(passage: str, *triple: str) -> set[str]:
+    """What is listed for a tree with one triple."""
+    tree = DecisionTree.from_preorder([{"role": "D", "triples": [list(triple)], "logical_rel": "null"}])
+    return {item.kind for item in items_of(passage, tree) if not item.hint}
+
+
+@pytest.mark.parametrize("passage", FORBIDDING.strip().splitlines())
+def test_words_that_forbid(passage: str) -> None:
+    drug, gives, avoids = (
+        ("naproxen", "drug therapy", "prohibited drugs") if passage.isascii() else ("萘普生", "治疗药物", "禁用药物")
+    )
+    assert {"given though forbidden", "prohibition", "negation"} & kinds(passage, "people", gives, drug)
+    assert not {"forbidden though given", "prohibition", "negation"} & kinds(passage, "people", avoids, drug)
+
+
+@pytest.mark.parametrize(("passage", "said"), LOST)
+def test_words_that_make_a_limit_or_say_how_often(passage: str, said: str) -> None:
+    relation = "dosage and administration" if passage.isascii() else "用法用量"
+    wanted = {"limit", "frequency", "dose", "number", "number not in the text"}
+    assert wanted & kinds(passage, "drug", relation, said)
+    assert not wanted & kinds(passage, "drug", relation, passage.rstrip(".。"))
