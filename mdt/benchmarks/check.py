@@ -225,7 +225,7 @@ def measure(records: Sequence[TreeRecord]) -> dict[str, Any]:
                 new.append(found)
                 listed[name]["made"] += 1
                 listed[name]["listed"] += any(not item.hint and (name not in FIRST or item.kind in FIRST_KINDS) for item in found)
-                listed[name].update({f"by {kind}" for kind in {item.kind for item in found}})
+                listed[name].update(sorted({f"by {item.kind}" for item in found}))
         for item in own:
             wrong[item.kind, item.sure] += 2  # with a mistake and without
         for item in (item for found in new for item in found):

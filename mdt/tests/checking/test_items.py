@@ -245,6 +245,10 @@ def test_a_mistake_is_listed(name: str) -> None:
             "Give ibuprofen unless there is a peptic ulcer.",
             tree_of(node("C", [P, SIGN, "peptic ulcer"]), node("D"), node("D", [P, DRUG, "ibuprofen"])),
         ),
+        (  # background
+            "Gout is due to urate crystals. In 2019 it was found in 4 of 100 men. Give colchicine.",
+            leaf([P, DRUG, "colchicine"]),
+        ),
         ("Drink water to relieve pain.", leaf([P, PLAN, "Drink water"])),  # a purpose
         ("Give 2 g in type 2 diabetes [3].", leaf([P, DRUG, "2 g in type 2 diabetes"])),  # numbers that are names
         ("Give iron, and avoid tea.", leaf([P, DRUG, "iron"], [P, PLAN, "avoid tea"])),

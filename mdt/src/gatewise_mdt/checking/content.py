@@ -61,6 +61,7 @@ class Stretch(NamedTuple):
         size: how many words; of Chinese, half as many as there are signs.
         is_whole: nothing else stands in this part of the sentence, as commas and "and" part it.
         is_purpose: what something is done for ("to relieve pain").
+        is_background: of a sentence that advises nothing, and of which no triple has anything.
     """
 
     span: Span
@@ -68,11 +69,12 @@ class Stretch(NamedTuple):
     is_whole: bool
     is_condition: bool
     is_purpose: bool
+    is_background: bool
 
     @property
     def sure(self) -> float:
         row = _SURE["condition" if self.is_condition else "other", self.is_whole]
-        return _PURPOSES if self.is_purpose else row[min(self.size, len(row)) - 1]
+        return _PURPOSES if self.is_purpose or self.is_background else row[min(self.size, len(row)) - 1]
 
 
 def lost_conditions(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -90,10 +92,13 @@ def lost_recommendations(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 
 def lost_words(marks: Marks, cover: Cover) -> Iterator[Finding]:
-    """What else no triple has: single words of phrases, and what something is done for."""
+    """What else no triple has: single words of phrases, what something is done for, and sentences that advise nothing."""
     for one in uncovered(marks, cover):
         if one.sure <= _HARDLY:
             yield Finding(one.span, None, "No triple has {words}.", sure=one.sure)
+    for number in marks.numbers:
+        if number.kind != "dose" and cover.is_background(number.begin):
+            yield Finding(number.span, None, "No triple has {words}.", sure=_PURPOSES)
 
 
 _GLUE = set_of(
@@ -161,6 +166,7 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     numbers = [number.span for number in marks.numbers]  # which have rules of their own
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]
     for clause in marks.clauses:
+        background = cover.is_background(clause.begin)
         ends = [*(match.span() for match in _PARTS.finditer(text, *clause)), (clause.end, clause.end)]
         begin = clause.begin
         for end, after in ends:
@@ -170,7 +176,7 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
                 span = Span(run[0][0].begin, run[-1][0].end)
                 size = sum(weight for _, weight in run)
                 purpose = any(one.begin <= span.begin < one.end for one in purposes)
-                yield Stretch(span, size, len(run) == len(words), marks.in_condition(span.begin), purpose)
+                yield Stretch(span, size, len(run) == len(words), marks.in_condition(span.begin), purpose, background)
             begin = after
 
 

@@ -77,6 +77,10 @@ class Cover:
     def touches(self, span: Span) -> bool:
         return any(self.covered[span.begin : span.end])
 
+    def is_background(self, place: int) -> bool:
+        """Whether the sentence at a place advises nothing, and no triple has anything of it."""
+        return not self.marks.advises(place) and not self.touches(self.marks.sentence_at(place))
+
     def places(self, phrase: str) -> tuple[Span, ...]:
         """Where a phrase stands, as words; spaces do not matter."""
         if phrase not in self._known:

@@ -312,10 +312,10 @@ _OTHERWISE = re.compile(
 _ADVICE = re.compile(
     _words(
         "recommend(?:ed|s)?|should|advis(?:ed|able)|suggest(?:ed|s)?|indicated|considered|preferred|must|give|use|administer(?:ed)?"
-        "|offer(?:ed)?|start(?:ed)?|treated|avoid(?:ed)?|stop|take|prescribe|choice|can be|may be|do not|contraindicated"
-        "|discontinue"
+        "|offer(?:ed)?|start(?:ed)?|treated?|treatments?|therapy|avoid(?:ed)?|stop|take|prescribe|choice|can be|may be|do not"
+        "|contraindicated|discontinue|options?|effective|needed|needs?|required?s?|refer|monitor|check|add|used|given|appropriate"
     )
-    + "|推荐|建议|应|宜|可|首选|给予|治疗|禁|忌|采用|使用|选用|需|避免"
+    + "|推荐|建议|应|宜|可|首选|给予|治疗|禁|忌|采用|使用|选用|需|避免|有效|用于|选择|手术|方案|疗法|行|予"
 )
 
 

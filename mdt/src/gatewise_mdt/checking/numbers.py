@@ -21,8 +21,9 @@ def lost_doses(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 
 def lost_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
-    """Any other number that no triple has."""
-    yield from (_lost(one) for one in marks.numbers if one.kind != "dose" and not _has(cover, one))
+    """Any other number that no triple has, but for sentences that advise nothing."""
+    others = (one for one in marks.numbers if one.kind != "dose" and not cover.is_background(one.begin))
+    yield from (_lost(one) for one in others if not _has(cover, one))
 
 
 def _has(cover: Cover, number: Number) -> bool:
