@@ -43,11 +43,18 @@ def has_half_a_pair(text: str) -> bool:
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Signs that turn the direction of what stands around them, and others that are not to be seen; joiners are letters' own.
+_UNSEEN = re.compile("[\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\U000e0000-\U000e007f]")
 
 
 def printable(text: str) -> str:
-    """Removes the control characters that a terminal would obey; tabs and line breaks stay."""
-    return _CONTROL.sub("", text)
+    """Removes the control characters that a terminal would obey, and shows unseen ones; tabs and line breaks stay."""
+    return revealed(_CONTROL.sub("", text))
+
+
+def revealed(text: str) -> str:
+    r"""Shows characters that turn what stands around them, or are not to be seen, as escapes: "\u202e"."""
+    return _UNSEEN.sub(lambda found: found[0].encode("ascii", "backslashreplace").decode(), text)
 
 
 def writable(value: Any) -> Any:

@@ -236,8 +236,8 @@ def test_prepare_goes_on_where_a_record_gives_no_rows(gatewise: Gatewise, tmp_pa
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
-    """Control characters of a file, which could colour, clear or rewrite what stands on a terminal, are not printed."""
-    escapes = "\x1b[31m\x1b]0;title\x07\x9b2J\x00\x08\x7f\r\u0085"
+    """Control characters of a file, which could colour, clear, rewrite or turn what stands on a terminal, are not printed."""
+    escapes = "\x1b[31m\x1b]0;title\x07\x9b2J\x00\x08\x7f\r\u0085\u202e\u2066"
     tree = [node("D", triple(f"rest{escapes} well", "therapeutic schedule"))]
     records = [{"text": f"adults{escapes}@Then{escapes} rest.", "tree": tree, "warnings": [escapes]}, {"text": escapes, "tree": 3}]
     (tmp_path / f"a{escapes[:5]}.json").write_text(json.dumps(records))
@@ -248,4 +248,5 @@ def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path
     assert shown.exit_code == 0, shown.output
     assert "rest" in shown.stdout
     assert "record 2" in refused.stderr
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.output + refused.output)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", shown.output + refused.output)
+    assert r"\u202e" in shown.output

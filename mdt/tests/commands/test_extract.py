@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_a_batch_goes_on_and_says_at_the_end_what_failed(gatewise: Gatewise) -> 
         "russian.txt: the text is in another script",
     ):
         assert f"failed: {said}" in result.stderr
+
+
+def test_help_has_the_options_that_most_people_need() -> None:
+    said = CliRunner().invoke(app, ["mdt", "extract", "--help"]).stdout.partition("Options:")[2]
+    options = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)
+    wanted = "--adapter --server --adapter-name --format --out --language --population --verbatim --help"
+    assert options == wanted.split()
 
 
 def test_extract_reads_standard_input(gatewise: Gatewise) -> None:

@@ -62,6 +62,18 @@ def test_json_holds_all_of_it(file: str) -> None:
     }
 
 
+def test_a_note_that_holds_again_is_said_once(tmp_path: Path) -> None:
+    rows = "\n".join(f"| naproxen {number} | {'rest ' * 90}|" for number in range(3))
+    (tmp_path / "a.md").write_text(f"# Gout\n\n| Drug | Do | Never |\n|---|---|---|\n{rows}\n")
+    _, said, _ = run(str(tmp_path / "a.md"))
+    notes = [line.strip() for line in said.splitlines() if "note: " in line]
+    assert notes == [
+        'note: headers of the table were left out, as nothing stands under: "Never"',
+        "note: as under 1",
+        "note: as under 1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["none.pdf"], "there is no such file"), (["a.rtf"], "there is no such file"), (["."], "cannot be read")],

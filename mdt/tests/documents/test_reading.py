@@ -114,6 +114,15 @@ def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path: Path, name: str, co
     assert name in str(raised.value)
 
 
+def test_text_that_is_turned_round_is_noted() -> None:
+    document = document_of("Give \u202e05\u202c mg.\n\nRest.".encode(), "a.txt", ".txt")
+    (note,) = document.notes
+    assert note.startswith(
+        "a.txt has signs that turn its text round (U+202E and the like), which is read in the order of the file: "
+    )
+    assert note.endswith("(line 1)")
+
+
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match="there is no such file"):
         read_document(tmp_path / "none.txt")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree, Extraction
-from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
+from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces, summed
 from gatewise_mdt.extraction.extractor import Extracts, Text
 from mdt_trees import node, triple
 
@@ -141,3 +141,15 @@ def test_a_full_disk_stops_it_and_costs_nothing(tmp_path: Path, files: list[Path
             extract_pieces(pieces, Slow(), batch, journal=Journal(path, SETTINGS))  # type: ignore[arg-type]
     assert batch.read >= 5  # what was found but could not be kept is given, too
     assert extracted(files, Slow(), Journal(path, SETTINGS)) == extracted(files, Slow(), None)
+
+
+def test_notes_of_one_kind_are_summed_up() -> None:
+    cut = '"{}" is said again, as the text was cut after it'
+    said = [("a.md", f"line {line}", cut.format(f"In {line}:")) for line in range(3, 30, 2)]
+    said += [("a.md", "line 4", "no headers were found"), ("b.md", "line 3", cut.format("x")), ("b.md", "", "cut at 2")]
+    assert summed(said, most=3) == [
+        'a.md, line 3: "In 3:" is said again, as the text was cut after it; likewise line 5, line 7, line 9 and 10 more',
+        "a.md, line 4: no headers were found",
+        'b.md, line 3: "x" is said again, as the text was cut after it',
+        "b.md: cut at 2",
+    ]

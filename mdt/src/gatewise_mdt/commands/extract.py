@@ -6,16 +6,14 @@ from typing import Annotated, Any, cast
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise.flags import BaseOption, DeviceOption
 from gatewise_mdt.commands.model import (
     NameOption,
     ServerOption,
-    TokensOption,
     VerbatimOption,
     connected,
     loaded,
 )
-from gatewise_mdt.commands.passages import CharactersOption, PopulationOption
+from gatewise_mdt.commands.passages import PopulationOption
 from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, say
 from gatewise_mdt.relations import Language
 
@@ -30,17 +28,14 @@ def extract(
     adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = "text",
     out: OutOption = None,
-    base: BaseOption = None,
     language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
-    passage_characters: CharactersOption = None,
     verbatim: VerbatimOption = False,
-    max_new_tokens: TokensOption = 512,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Passages at a time. [default: 8 in one forward pass, 16 under way at a server]", min=1),
-    ] = None,
-    device: DeviceOption = "auto",
+    base: Annotated[str | None, typer.Option(hidden=True)] = None,
+    device: Annotated[str, typer.Option(hidden=True)] = "auto",
+    passage_characters: Annotated[int | None, typer.Option(hidden=True, min=50)] = None,
+    max_new_tokens: Annotated[int, typer.Option(hidden=True, min=1)] = 512,
+    batch_size: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
 ) -> None:
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
 
@@ -50,6 +45,9 @@ def extract(
     command goes on after any interruption.
 
     With --server and --adapter-name, the adapter is one that a server has (`gatewise serve`; its key is in GATEWISE_API_KEY).
+
+    For special cases: --base (the base model, if not the one the adapter names), --device, --passage-characters (most of a
+    passage; 800 in English, 300 in Chinese), --max-new-tokens (512 for a passage) and --batch-size (passages at a time).
 
     \b
     Examples:

@@ -54,6 +54,7 @@ def passages(
     for note in document.notes:
         say(f"note: {writable(note)}", err=True)
     say(f"{writable(name)}: {len(found)} {'passage' if len(found) == 1 else 'passages'}")
+    told: dict[str, int] = {}
     for number, passage in enumerate(found, start=1):
         say(f"\n{number}. {writable(passage.where)}, characters {passage.start} to {passage.end}")
         if passage.headings:
@@ -61,7 +62,8 @@ def passages(
         say(f"   population: {writable(passage.population) or 'none'}")
         say(f"   {writable(passage.passage)}")
         for note in passage.notes:
-            say(f"   note: {writable(note)}")
+            say(f"   note: {f'as under {told[note]}' if note in told else writable(note)}")
+            told.setdefault(note, number)
 
 
 def _as_json(number: int, passage: "Passage") -> dict[str, Any]:

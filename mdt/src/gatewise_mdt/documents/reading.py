@@ -31,6 +31,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16-LE",
     codecs.BOM_UTF16_BE: "UTF-16-BE",
 }
+_TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _LOOK = "look whether its letters are right"
 _CHARSET = re.compile(rb"<(?:meta\b[^>]*?charset\s*=|\?xml\b[^>]*?encoding\s*=)\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "iso8859-1": "cp1252", "ascii": "cp1252"}  # as browsers read them
@@ -101,6 +102,11 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
     notes = read.notes
+    if turned := [block for block in blocks if _TURNING.search(block.text)]:
+        texts = quoted_list([block.text for block in turned], [block.where for block in turned])
+        notes += (
+            f"{name} has signs that turn its text round (U+202E and the like), which is read in the order of the file: {texts}",
+        )
     if alone := headings_without_text(blocks):
         texts = quoted_list([block.text for block in alone], [block.where for block in alone])
         notes += (f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}",)

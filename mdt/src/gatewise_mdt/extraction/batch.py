@@ -4,6 +4,7 @@ With a :class:`Journal`, what is found for a passage is on disk as soon as it is
 did, goes on from there. What was found before keeps its date.
 """
 
+import re
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from gatewise_mdt.spans import absent_triples
 from gatewise_mdt.tree import DecisionTree
 
 _FORMAT = 1
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|\d+")
 
 
 @dataclass
@@ -130,7 +132,7 @@ def read_pieces(
             whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
             passages = split_passages(document, population=population, most=most_characters)
             into.notes += map(writable, document.notes)
-            into.notes += [f"{name}, {passage.where}: {writable(note)}" for passage in passages for note in passage.notes]
+            into.notes += summed([(name, passage.where, writable(note)) for passage in passages for note in passage.notes])
         except GatewiseError as error:
             into.faults.append(str(error))
             into.failed.append(name)
@@ -158,9 +160,11 @@ def extract_pieces(
             if journal:
                 journal.keep(pieces[left[number]], one)
     finally:
+        said: list[tuple[str, str, str]] = []
         for piece, got in zip(pieces, found, strict=True):
             if got is not None:
-                _add(piece, got, into)
+                said += _add(piece, got, into)
+        into.notes += summed(said)
     with_trees = {record.more["source"] for record in into.records}
     for name in dict.fromkeys(piece.name for piece in pieces):
         if name not in with_trees:
@@ -170,16 +174,36 @@ def extract_pieces(
     return into
 
 
-def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch) -> None:
+def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch) -> list[tuple[str, str, str]]:
+    """Puts what was found for a passage where it belongs; what is to be noted, for :func:`summed`."""
     into.read += 1
     if isinstance(one, GatewiseError):
         into.faults.append(f"{piece.where}: {one}")
-        return
-    into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
+        return []
+    said = list(one.warnings)
     if one.is_empty:
-        into.notes.append(f"{piece.where}: no decision was found in {quoted_beginning(piece.passage.passage)}")
-        return
-    into.records.append(one.record(len(into.records) + 1, piece.passage.origin(piece.name)))
+        said.append(f"no decision was found in {quoted_beginning(piece.passage.passage)}")
+    else:
+        into.records.append(one.record(len(into.records) + 1, piece.passage.origin(piece.name)))
+    return [(piece.name, piece.passage.where, note) for note in said]
+
+
+def summed(said: Sequence[tuple[str, str, str]], most: int = 8) -> list[str]:
+    """Notes on documents and places, one for each kind in a document: the first of it, and where it holds too.
+
+    Notes are of one kind if they differ only in what they quote and in numbers.
+    """
+    kinds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, where, note in said:
+        kinds.setdefault((name, _QUOTED.sub("#", note)), []).append((where, note))
+    made = []
+    for (name, _), found in kinds.items():
+        where, note = found[0]
+        places = list(dict.fromkeys(place for place, _ in found if place and place != where))
+        more = f" and {len(places) - most} more" if len(places) > most else ""
+        others = f"; likewise {', '.join(places[:most])}{more}" if places else ""
+        made.append(f"{', '.join(filter(None, (name, where)))}: {note}{others}")
+    return made
 
 
 def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
