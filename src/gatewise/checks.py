@@ -48,13 +48,11 @@ _UNSEEN = re.compile("[\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-
 
 
 def printable(text: str) -> str:
-    """Removes the control characters that a terminal would obey, and shows unseen ones; tabs and line breaks stay."""
-    return revealed(_CONTROL.sub("", text))
+    r"""Removes the control characters that a terminal would obey; tabs and line breaks stay.
 
-
-def revealed(text: str) -> str:
-    r"""Shows characters that turn what stands around them, or are not to be seen, as escapes: "\u202e"."""
-    return _UNSEEN.sub(lambda found: found[0].encode("ascii", "backslashreplace").decode(), text)
+    Those that turn what stands around them round, or are not to be seen, are shown as escapes: "\u202e".
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("ascii", "backslashreplace").decode(), _CONTROL.sub("", text))
 
 
 def writable(value: Any) -> Any:

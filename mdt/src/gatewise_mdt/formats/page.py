@@ -12,7 +12,7 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
-from gatewise.checks import revealed
+from gatewise.checks import printable
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.svg import drawing_of, name_of
 from gatewise_mdt.formats.words import words_for
@@ -62,7 +62,7 @@ def _article(record: TreeRecord) -> dict[str, Any]:
     words = words_for(record.tree.language)
     mark = record.text.find("@")
     pieces: list[dict[str, Any]] = [
-        {"start": start, "text": revealed(piece), "names": names, "label": _label(names, words.language)}
+        {"start": start, "text": printable(piece), "names": names, "label": _label(names, words.language)}
         for start, piece, names in pieces_of(record.text, record.tree)
     ]
     note = record.more.get("note")
@@ -73,11 +73,11 @@ def _article(record: TreeRecord) -> dict[str, Any]:
         "population": [piece for piece in pieces if piece["start"] < mark] if mark >= 0 else None,
         "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
         "note": note if isinstance(note, str) else "",
-        "headings": revealed(" › ".join(record.headings)),
+        "headings": printable(" › ".join(record.headings)),
         "origin": origin_of(record, words),
         "notes": record.notes,
         "warnings": record.warnings,
-        "outline": revealed(record.tree.to_outline()),
+        "outline": printable(record.tree.to_outline()),
         "svg": drawing_of(record.tree, record.text, focusable=True, confidence=confidence_of(record)),
     }
 

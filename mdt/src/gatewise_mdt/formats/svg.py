@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gatewise.checks import revealed
+from gatewise.checks import printable
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
 from gatewise_mdt.relations import Language, relation_in
@@ -251,7 +251,7 @@ def _text(text: str, x: float, y: float, size: float, bold: bool, colour: str, n
 
 
 def _escaped(text: str) -> str:
-    return html.escape(revealed(_NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)))
+    return html.escape(printable(_NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)))
 
 
 # ---- where the boxes go ----

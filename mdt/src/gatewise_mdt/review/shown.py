@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gatewise.checks import revealed
+from gatewise.checks import printable
 from gatewise_mdt.checking.items import items_of
 from gatewise_mdt.formats.page import pieces_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
@@ -41,7 +41,7 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
     return {
         "number": passage.number,
         "title": (population if at else "").strip(),
-        "begins": revealed(" ".join((rest if at else passage.text).split())[:120]),
+        "begins": printable(" ".join((rest if at else passage.text).split())[:120]),
         "state": passage.now.state,
         "reviewed": _reviewed(passage.now),
         "valid": passage.is_valid,
@@ -61,7 +61,7 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
     words = words_for(passage.language)
     has_tree = passage.now.nodes is not None
     mark = passage.text.find("@")
-    pieces = [(start, revealed(piece), names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
+    pieces = [(start, printable(piece), names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
     fault, beside = passage.fault, passage.beside
     other = None
     if beside is not None:  # to be looked at
