@@ -22,7 +22,8 @@ from gatewise.files import write_json
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reading_corpus import LISTS, SHAPES, Fact, Part, content, content_with_lists, count, facts_of, torn
 from reading_markup import docx_of, html_of, markdown_of
-from reading_pdf import COLUMNS, LINES, pdf_of
+from reading_pdf import LAYOUTS, LINES, pdf_of
+from reading_words import CHINESE, ENGLISH
 
 RESULTS = Path(__file__).parent / "results" / "reading.json"
 Made = tuple[str, bytes, str, list[Fact]]
@@ -30,15 +31,15 @@ Made = tuple[str, bytes, str, list[Fact]]
 
 
 def pdfs(documents: int, seed: int) -> Iterator[Made]:
-    """Each kind of lines in one and two columns of text, in turn, with a table of each shape in turn, on some two of them."""
-    variants = list(product(LINES, COLUMNS))
+    """Each kind of lines in each layout, in turn, with a table of each shape in turn, or two; a third is Chinese."""
+    variants = list(product(LINES, LAYOUTS))
     for number in range(documents):
         random = Random(seed + number)
-        lines, columns = variants[number % len(variants)]
+        lines, layout = variants[number % len(variants)]
         shape = SHAPES[number // len(variants) % len(SHAPES)]
         shapes = [shape] if random.random() < 0.6 else [shape, random.choice(SHAPES)]
-        parts = content(random, shapes)
-        yield f"{lines}, {columns} column{'s' * (columns > 1)}", pdf_of(parts, random, lines, columns), ".pdf", facts_of(parts)
+        parts = content(random, shapes, random.choice((ENGLISH, ENGLISH, CHINESE)))
+        yield f"{lines}, {layout}", pdf_of(parts, random, lines, layout), ".pdf", facts_of(parts)
 
 
 def marked(write: Callable[[list[Part], Random], bytes], suffix: str) -> Callable[[int, int], Iterator[Made]]:

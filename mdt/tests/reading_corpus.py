@@ -16,54 +16,9 @@ from random import Random
 
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.reading import document_of
+from reading_words import CHINESE, ENGLISH, Words
 
-_DRUGS = (
-    "amlodipine ramipril bisoprolol colchicine naproxen metformin gliclazide warfarin apixaban digoxin furosemide prednisolone"
-    " salbutamol tiotropium amoxicillin doxycycline cefalexin gentamicin fluconazole aciclovir morphine oxycodone ondansetron"
-    " omeprazole levothyroxine carbimazole lithium sertraline mirtazapine haloperidol valproate lamotrigine phenytoin allopurinol"
-    " febuxostat methotrexate azathioprine enoxaparin dabigatran spironolactone losartan diltiazem verapamil simvastatin"
-)
-_CONDITIONS = (
-    "Renal failure|Pregnancy|Liver disease|Heart failure|Acute flare|Severe pain|Atrial fibrillation|Deep vein thrombosis"
-    "|Penicillin allergy|Chronic cough|Septic shock|Status epilepticus|Type 2 diabetes|Active ulcer|Bleeding disorder"
-    "|High fracture risk|Early rheumatoid arthritis|Resistant hypertension|Mild asthma|Severe asthma|Acute mania|Late-onset sepsis"
-    "|Cellulitis|Pyelonephritis|Otitis media|Panic disorder|Cluster headache|Gout with tophi|Night-time symptoms|Low sodium"
-)
-DRUGS, CONDITIONS = _DRUGS.split(), _CONDITIONS.split("|")
-FREQUENCIES = ("once daily", "twice daily", "every 8 hours", "every 12 hours", "at night", "weekly", "every 7 days", "before meals")
-BANDS = (
-    ("eGFR 60 or more", "eGFR 30 to 59", "eGFR below 30"),
-    ("Adults", "Children"),
-    ("First week", "Later"),
-    ("Oral", "Intravenous"),
-    ("Below 50 kg", "50 to 80 kg", "Above 80 kg"),
-)
-COMMENTS = (
-    "Stop it if the potassium is above {} mmol/L, and measure it again after two days.",
-    "Measure the creatinine after {} days, and halve the dose if it has doubled.",
-    "Not together with a second drug of the same group for more than {} weeks",
-    "Increase every {} days as tolerated; tell the patient to report a rash or fever at once.",
-    "Only on the advice of a specialist if the patient is older than {} years",
-    "with food, for at most {} days; then review whether it is still needed",
-)
-FILLERS = (
-    "This chapter was written by the working group and was reviewed by patients, nurses and general practitioners.",
-    "The evidence comes from several trials, most of which were small and lasted less than one year.",
-    "Ask about other medicines at each visit, and write the answers into the record.",
-    "Many people have the disease for years before it is found, and most of them live a normal life.",
-    "Advice on diet, exercise and smoking is part of every visit, whatever else is done.",
-    "The group found no study of older people who live in care homes, and asks for one.",
-)
-HEADINGS = (
-    "Treatment",
-    "Doses",
-    "Follow-up",
-    "First choice",
-    "Further options",
-    "Background",
-    "Adults with symptoms",
-    "Monitoring",
-)
+_HAN = re.compile("[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -97,7 +52,7 @@ class Prose:
     sentences: tuple[str, ...]
 
     def facts(self) -> Iterator[Fact]:
-        yield from (Fact((sentence,)) for sentence in self.sentences if sentence not in FILLERS)
+        yield from (Fact((sentence,)) for sentence in self.sentences if sentence not in (*ENGLISH.fillers, *CHINESE.fillers))
 
 
 @dataclass(frozen=True)
@@ -105,8 +60,9 @@ class Table:
     """A table.
 
     Attributes:
-        headers: its first row.
-        rows: all others; a row with one cell alone stands over all columns, and is a condition of the rows below it.
+        headers: its first row; none if all are empty.
+        rows: all others; a row with one cell alone stands over all columns, and is a condition of the rows below it. A first cell
+            that is empty is that of the row above.
         bands: how many of the last headers are conditions.
         over: a header over all of them, in a row above, or none.
     """
@@ -119,13 +75,15 @@ class Table:
 
     def facts(self) -> Iterator[Fact]:
         group: tuple[str, ...] = ()
+        first = ""
         for row in self.rows:
             if len(row) == 1:
                 group = row
                 continue
+            first = row[0] or first
             plain = len(row) - self.bands
             labelled = tuple(zip(self.headers[plain:], row[plain:], strict=True))
-            yield Fact(tuple(filter(None, row[:plain])), tuple(pair for pair in labelled if pair[1]), group)
+            yield Fact(tuple(filter(None, (first, *row[1:plain]))), tuple(pair for pair in labelled if pair[1]), group)
 
 
 @dataclass(frozen=True)
@@ -181,9 +139,11 @@ Part = Heading | Prose | Table | Listing
 class Draw:
     """Draws words that come once in a document, so that each is known by itself."""
 
-    def __init__(self, random: Random) -> None:
-        self.random = random
-        self.drugs, self.conditions = random.sample(DRUGS, len(DRUGS)), random.sample(CONDITIONS, len(CONDITIONS))
+    def __init__(self, random: Random, words: Words = ENGLISH) -> None:
+        self.random, self.words = random, words
+        self.drugs = random.sample(words.drugs, len(words.drugs))
+        again = [f"{words.again}{one[:1].lower()}{one[1:]}" for one in words.conditions]
+        self.conditions = [*random.sample(again, len(again)), *random.sample(words.conditions, len(words.conditions))]
         amounts = [*range(1, 100), *range(100, 1000, 25), 0.5, 1.25, 2.5, 7.5, 12.5, 62.5]
         self.amounts = random.sample(amounts, len(amounts))
 
@@ -194,23 +154,40 @@ class Draw:
     def condition(self) -> str:
         return self.conditions.pop()
 
+    def number(self) -> str:
+        return str(self.amounts.pop())
+
     def dose(self) -> str:
-        return f"{self.amounts.pop()} {self.random.choice(('mg', 'mg', 'mg', 'micrograms', 'g', 'mg/kg'))}"
+        return f"{self.number()}{self.random.choice(self.words.units)}"
+
+    def frequency(self) -> str:
+        return self.random.choice(self.words.frequencies)
+
+    def order(self) -> str:
+        """A sentence that says what to give, and when."""
+        said, condition = self.random.choice(self.words.orders), self.condition()
+        condition = condition if said.startswith("{") else f"{condition[:1].lower()}{condition[1:]}"
+        return said.format(condition=condition, drug=self.drug(), dose=self.dose(), frequency=self.frequency())
 
     def comment(self) -> str:
-        return self.random.choice(COMMENTS).format(self.amounts.pop())
+        return self.random.choice(self.words.comments).format(self.number())
+
+    def heading(self) -> str:
+        return self.random.choice(self.words.headings)
 
 
-def content(random: Random, shapes: Sequence[str]) -> list[Part]:
-    """What a document says: a heading, sentences, a table of each shape with sentences after it."""
-    draw = Draw(random)
-    parts: list[Part] = [Heading(random.choice(HEADINGS)), prose(draw)]
+def content(random: Random, shapes: Sequence[str], words: Words = ENGLISH) -> list[Part]:
+    """What a document says: a heading, sentences, and a table of each shape, mostly with sentences after it."""
+    draw = Draw(random, words)
+    parts: list[Part] = [Heading(draw.heading()), prose(draw)]
     for shape in shapes:
         if random.random() < 0.5:
-            parts.append(Heading(random.choice(HEADINGS), 2))
+            parts.append(Heading(draw.heading(), 2))
         if random.random() < 0.5:
             parts.append(prose(draw))
-        parts += [table(draw, shape), prose(draw)]
+        parts.append(table(draw, shape))
+        if shape == shapes[-1] or random.random() < 0.7:
+            parts.append(prose(draw))
     return parts
 
 
@@ -218,7 +195,7 @@ def content_with_lists(random: Random, shapes: Sequence[str], lists: Sequence[st
     """What a document says that has lists of some kinds as well."""
     parts = content(random, shapes)
     draw = Draw(random)
-    for known in DRUGS + CONDITIONS:  # each comes once in a document
+    for known in (*ENGLISH.drugs, *ENGLISH.conditions):  # each comes once in a document
         said = repr(parts).lower()
         draw.drugs = [one for one in draw.drugs if one != known or known.lower() not in said]
         draw.conditions = [one for one in draw.conditions if one != known or known.lower() not in said]
@@ -227,7 +204,7 @@ def content_with_lists(random: Random, shapes: Sequence[str], lists: Sequence[st
         # Not beside another list, of which it would be a part.
         places = [at for at in range(1, len(parts) + 1) if not any(isinstance(one, Listing) for one in parts[at - 1 : at + 1])]
         at = random.choice(places)
-        parts[at:at] = [Heading(random.choice(HEADINGS), 2)] * (random.random() < 0.3) + [listing(draw, kind)]
+        parts[at:at] = [Heading(draw.heading(), 2)] * (random.random() < 0.3) + [listing(draw, kind)]
     return parts
 
 
@@ -239,7 +216,7 @@ def listing(draw: Draw, kind: str) -> Listing:
     random = draw.random
 
     def order(number: str = "") -> Item:
-        drug, dose, often = draw.drug(), draw.dose(), random.choice(FREQUENCIES)
+        drug, dose, often = draw.drug(), draw.dose(), draw.frequency()
         said = random.choice((f"Give {drug} {dose} {often}", f"{drug} {dose} {often}", f"start {drug} at {dose}"))
         return Item(f"{said}{random.choice(('', '', '.'))}", (f"{number} {said}",) if number else (drug, dose))
 
@@ -273,47 +250,55 @@ def listing(draw: Draw, kind: str) -> Listing:
 
 def prose(draw: Draw) -> Prose:
     """A paragraph of two to six sentences, of which some say what to do."""
-    sentences = draw.random.sample(FILLERS, draw.random.randint(1, 3))
+    sentences = draw.random.sample(draw.words.fillers, draw.random.randint(1, 3))
     for _ in range(draw.random.randint(1, 3)):
-        condition, drug = draw.condition(), draw.drug()
-        order = f"{drug} {draw.dose()} {draw.random.choice(FREQUENCIES)}"
-        said = (f"In {condition[:1].lower()}{condition[1:]} give {order}.", f"Give {order} to people with {condition.lower()}.")
-        sentences.insert(draw.random.randint(0, len(sentences)), draw.random.choice(said))
+        sentences.insert(draw.random.randint(0, len(sentences)), draw.order())
     return Prose(tuple(sentences))
 
 
-SHAPES = ("short", "three columns", "wrapped", "numeric", "conditions", "groups")
+SHAPES = ("short", "three columns", "wrapped", "numeric", "conditions", "groups", "first cell once", "sentences", "no headers")
 
 
 def table(draw: Draw, shape: str) -> Table:
     """A table of a shape: "short" has a drug and a dose, and "conditions" doses under headers that are conditions."""
-    random, count = draw.random, draw.random.randint(3, 6)
-    caption = f"Table {random.randint(1, 9)}. {random.choice(('Doses', 'Drugs and doses', 'What to give and when'))}"
-    caption = caption if random.random() < 0.5 else ""
-    drug, dose = random.choice((("Drug", "Dose"), ("Medicine", "Dosage"), ("Agent", "Starting dose")))
-    if shape == "short":
-        return Table((drug, dose), tuple((draw.drug(), draw.dose()) for _ in range(count)), caption=caption)
-    if shape == "three columns":
-        cells = ((draw.condition(), draw.drug(), f"{draw.dose()} {random.choice(FREQUENCIES)}") for _ in range(count))
-        return Table(("Indication", drug, dose), tuple(cells), caption=caption)
-    if shape == "wrapped":
-        cells = ((draw.drug(), draw.dose(), draw.comment()) for _ in range(count))
-        return Table((drug, dose, "Comments"), tuple(cells), caption=caption)
-    if shape == "numeric":
-        units = random.choice((("Start (mg)", "Target (mg)"), ("mg per day", "Tablets", "Weeks")))
-        made = ((draw.drug(), *(str(draw.amounts.pop()) for _ in units)) for _ in range(count))
-        return Table((drug, *units), tuple(made), len(units), caption=caption)
-    if shape == "conditions":
-        bands = random.choice(BANDS)
-        made = ((draw.drug(), *(draw.dose() for _ in bands)) for _ in range(count))
-        return Table((drug, *bands), tuple(made), len(bands), random.choice(("", "", "Maximum dose")), caption)
-    if shape == "groups":
-        rows: list[tuple[str, ...]] = []
+    random, words, count = draw.random, draw.words, draw.random.randint(3, 6)
+    drug, dose = random.choice(words.dosing)
+    headers, bands, over = (drug, dose), 0, ""
+    rows: list[tuple[str, ...]] = []
+    if shape in ("short", "no headers"):
+        rows += [(draw.drug(), draw.dose()) for _ in range(count)]
+        headers = headers if shape == "short" else ("", "")
+    elif shape == "three columns":
+        headers = (words.indication, drug, dose)
+        rows += [(draw.condition(), draw.drug(), f"{draw.dose()} {draw.frequency()}") for _ in range(count)]
+    elif shape == "wrapped":
+        headers = (drug, dose, words.remarks)
+        rows += [(draw.drug(), draw.dose(), draw.comment()) for _ in range(count)]
+    elif shape == "numeric":
+        units = random.choice(words.counted)
+        headers, bands = (drug, *units), len(units)
+        rows += [(draw.drug(), *(draw.number() for _ in units)) for _ in range(count)]
+    elif shape == "conditions":
+        named = random.choice(words.bands)
+        headers, bands, over = (drug, *named), len(named), random.choice(("", "", words.most))
+        rows += [(draw.drug(), *(draw.dose() for _ in named)) for _ in range(count)]
+    elif shape == "groups":
+        headers = (drug, dose, words.frequency)
         for _ in range(random.randint(2, 3)):
             rows.append((draw.condition(),))
-            rows += [(draw.drug(), draw.dose(), random.choice(FREQUENCIES)) for _ in range(random.randint(1, 3))]
-        return Table((drug, dose, "Frequency"), tuple(rows), caption=caption)
-    raise ValueError(shape)
+            rows += [(draw.drug(), draw.dose(), draw.frequency()) for _ in range(random.randint(1, 3))]
+    elif shape == "first cell once":
+        headers = (drug, words.indication, dose)
+        for _ in range(random.randint(2, 3)):
+            more = random.randint(1, 2)
+            rows += [(draw.drug() if not number else "", draw.condition(), draw.dose()) for number in range(1 + more)]
+    elif shape == "sentences":
+        headers = (words.indication, words.advice)
+        rows += [(draw.condition(), f"{draw.order()} {draw.comment()}") for _ in range(count)]
+    else:
+        raise ValueError(shape)
+    caption = f"{words.table}{random.randint(1, 9)}. {random.choice(words.captions)}" if random.random() < 0.5 else ""
+    return Table(headers, tuple(rows), bands, over, caption)
 
 
 def facts_of(parts: Sequence[Part]) -> list[Fact]:
@@ -377,17 +362,33 @@ def _labels_before(words: Sequence[str], value: str, labels: set[str]) -> set[st
 
 def is_noted(fact: Fact, passages: Sequence[Passage]) -> bool:
     """Whether each passage that has a part of a fact says that it should be compared with the document."""
-    doses = [piece for piece in fact.pieces if re.search(r"\d", piece) and piece not in FREQUENCIES]
+    doses = [
+        piece for piece in fact.pieces if re.search(r"\d", piece) and piece not in (*ENGLISH.frequencies, *CHINESE.frequencies)
+    ]
     names = {fact.pieces[0], *doses, *(value for _, value in fact.labelled)}
-    having = [one for one in passages if any(True for _ in _places(one.text, names))]
-    return bool(having) and all(any("compare" in note for note in one.notes) for one in having)
+    having = {id(one): one for name in names for one in _having(name, passages)}
+    return bool(having) and all(any("compare" in note for note in one.notes) for one in having.values())
+
+
+def _having(name: str, passages: Sequence[Passage]) -> list[Passage]:
+    """The passages that have words, or where none has them whole, a third of their letters."""
+    if whole := [one for one in passages if any(True for _ in _places(one.text, {name}))]:
+        return whole
+    if len(name) < 40 and (dose := re.match(r"[\d.]+\s?[a-z/]+", name)):
+        return [one for one in passages if any(True for _ in _places(one.text, {dose[0]}))]
+    letters = re.sub(r"\s", "", name)
+    parts = [letters[at : at + 6] for at in range(0, len(letters), 6)]
+    return [one for one in passages if 3 * sum(part in re.sub(r"\s", "", one.text) for part in parts) >= len(parts)]
 
 
 def _places(text: str, words: set[str]) -> Iterator[tuple[int, str]]:
-    """Where words stand in a text; of one inside another only the longer one."""
+    """Where words stand in a text, whatever white stands in them; of one inside another only the longer one."""
     taken: list[tuple[int, int]] = []
     for word in sorted(words, key=len, reverse=True):
-        for found in re.finditer(rf"(?<![\w.]){re.escape(word)}(?![\w]|\.\d)", text):
+        pattern = r"\s*".join(map(re.escape, re.sub(r"\s", "", word))) if _HAN.search(word) else re.escape(word)
+        before = r"(?<![A-Za-z0-9.])" if re.match(r"[!-~]", word) else ""
+        after = r"(?![A-Za-z0-9]|\.\d)" if re.search(r"[!-~]$", word) else ""
+        for found in re.finditer(f"{before}{pattern}{after}", text):
             if not any(start <= found.start() < end for start, end in taken):
                 taken.append(found.span())
                 yield found.start(), word

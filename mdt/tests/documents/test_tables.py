@@ -146,3 +146,12 @@ def test_a_label_below_another_is_said_with_a_note() -> None:
     made = table_blocks([*rows("Drug|Dose|When"), *over, *rows("a|5 mg|daily")], ["page 1"] * 4, 1)
     assert [block.text for block in made] == ["Renal failure", "Mild. Drug: a. Dose: 5 mg. When: daily."]
     assert '"Renal failure" stands alone in its row' in made[1].notes[0]
+
+
+def test_an_empty_first_cell_is_that_of_the_row_above_with_a_note() -> None:
+    first, second, third = table_blocks(
+        rows("Drug|For|Dose", "colchicine|gout|0.5 mg", "|fever|1 mg", "naproxen|gout|5 mg"), ["a"] * 4, 1
+    )
+    assert second.text == "Drug: colchicine. For: fever. Dose: 1 mg."
+    assert second.notes == ('its first cell is empty, and "colchicine" was taken from a row above: compare it with the document',)
+    assert (first.notes, third.notes) == ((), ())

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import median
 
 from gatewise_mdt.documents.language import has_han
-from gatewise_mdt.documents.lines import EDGE, Drawn, PageTable, Word, is_mark, lines_of, pieces_of
+from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, lines_of, pieces_of
 
 _GUTTER = 8.0  # points between columns of text
 _LEAST_LINES = 4  # on each side of a gutter
@@ -67,7 +67,7 @@ class _Side:
         above, line = self.lines[place - 1], self.lines[place]
         if self.whites[place - 1] > 0.8 * self.size or self.has_room(place):
             return False
-        if has_han(line[0].text):
+        if has_han(line[0].text + above[-1].text):
             return above[-1].x1 - above[0].x0 > 0.8 * (self.x1 - self.x0)
         return len(above) > 3 and line[0].text[:1].islower()
 
@@ -97,7 +97,7 @@ class _Side:
     @cached_property
     def is_prose(self) -> bool:
         """Whether it has running text: lines that go on over several."""
-        return sum(self.goes_on) >= 3 and self.x1 - self.x0 > _NARROWEST * self.size
+        return sum(self.goes_on) >= min(2, len(self.lines) // 2) and self.x1 - self.x0 > _NARROWEST * self.size
 
     def is_of_prose(self, place: int) -> bool:
         return self.goes_on[place] or (place + 1 < len(self.lines) and self.goes_on[place + 1])
@@ -117,7 +117,7 @@ class Gutter:
     """White between two columns of running text.
 
     Attributes:
-        doubted: what stands on both sides begins and ends at the same heights, as the cells of a table do.
+        doubted: it may be white between columns of a table.
     """
 
     x: float
@@ -126,7 +126,7 @@ class Gutter:
     doubted: bool = False
 
 
-def gutter(placed: Sequence[_Placed], drawn: Drawn, height: float) -> Gutter | None:
+def gutter(placed: Sequence[_Placed], look: Look) -> Gutter | None:
     """The highest strip of white that parts two columns of running text."""
     of_tables: list[tuple[float, float, float]] = []
     for x, start, end in _strips(placed):
@@ -135,18 +135,20 @@ def gutter(placed: Sequence[_Placed], drawn: Drawn, height: float) -> Gutter | N
         between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end and isinstance(one, Word)]
         left = _Side(list(lines_of([one for one in between if one.x1 <= x])))
         right = _Side(list(lines_of([one for one in between if one.x1 > x])), is_left=False)
-        if len(left.lines) < _LEAST_LINES or len(right.lines) < _LEAST_LINES:
+        few = min(len(left.lines), len(right.lines))
+        if few < 2 or (few < _LEAST_LINES and not (left.is_prose and right.is_prose)):
             continue
         alike = _are_parted_alike(left, right) or _begin_alike(left, right)
-        if not _part_text(left, right, alike, x, drawn, height):
+        if not _part_text(left, right, alike, x, look):
             of_tables.append((x, start, end))
             continue
-        least = _LEAST_LINES * left.size
-        for top, bottom in _tables_across(left, right, x, drawn):
+        doubted = alike or not (left.is_prose and right.is_prose)
+        least = 2 * left.size
+        for top, bottom in _tables_across(left, right, x, look):
             if top - start >= least:
-                return Gutter(x, start, top, alike)
+                return Gutter(x, start, top, doubted)
             start = bottom
-        return Gutter(x, start, end, alike) if end - start >= least else None
+        return Gutter(x, start, end, doubted) if end - start >= least else None
     return None
 
 
@@ -154,7 +156,7 @@ def _strips(placed: Sequence[_Placed]) -> Iterator[tuple[float, float, float]]:
     """Strips of white with something on both sides, the highest first: the middle of each, and from where to where it goes."""
     x0, x1 = min(one.x0 for one in placed), max(one.x1 for one in placed)
     top, bottom = min(one.top for one in placed), max(one.bottom for one in placed)
-    least = _LEAST_LINES * median(one.bottom - one.top for one in placed)
+    least = 2 * median(one.bottom - one.top for one in placed)
     strips: list[tuple[float, float, float, float]] = []
     for place in range(int(x0 + 0.2 * (x1 - x0)), int(x0 + 0.8 * (x1 - x0)), 2):
         x = float(place)
@@ -172,7 +174,7 @@ def _strips(placed: Sequence[_Placed]) -> Iterator[tuple[float, float, float]]:
             yield x + _GUTTER / 2, start, end
 
 
-def _part_text(left: _Side, right: _Side, alike: bool, x: float, drawn: Drawn, height: float) -> bool:
+def _part_text(left: _Side, right: _Side, alike: bool, x: float, look: Look) -> bool:
     """Whether two columns are of running text, and not of a table.
 
     Two columns of running text are, however alike they are, if no rules go over both of them. One beside short lines is, if these
@@ -180,10 +182,16 @@ def _part_text(left: _Side, right: _Side, alike: bool, x: float, drawn: Drawn, h
     """
     if not (left.is_prose or right.is_prose):
         return False
-    top, bottom = max(left.tops[0], right.tops[0], EDGE * height), min(left.bottoms[-1], right.bottoms[-1], (1 - EDGE) * height)
-    if sum(rule.x0 < x - _GUTTER and x + _GUTTER < rule.x1 and top < rule.y < bottom for rule in drawn.rules) > 1:
+    both = left.is_prose and right.is_prose
+    # Of short lines and running text in one frame, the frame's own rules count.
+    top, bottom = (
+        max(left.tops[0], right.tops[0], EDGE * look.height),
+        min(left.bottoms[-1], right.bottoms[-1], (1 - EDGE) * look.height),
+    )
+    edge = 0.0 if both else left.size
+    if sum(rule.x0 < x - _GUTTER and x + _GUTTER < rule.x1 and top - edge < rule.y < bottom + edge for rule in look.rules) > 1:
         return False
-    return (left.is_prose and right.is_prose) or (not alike and _beginnings(left, right)[1] > 1)
+    return both or (not alike and _beginnings(left, right)[1] > 1)
 
 
 def _are_parted_alike(left: _Side, right: _Side) -> bool:
@@ -217,7 +225,7 @@ def _beginnings(left: _Side, right: _Side) -> tuple[int, int]:
     return alike, against
 
 
-def _tables_across(left: _Side, right: _Side, x: float, drawn: Drawn) -> Iterator[tuple[float, float]]:
+def _tables_across(left: _Side, right: _Side, x: float, look: Look) -> Iterator[tuple[float, float]]:
     """From where to where tables go that stand over two columns of text: short lines beside each other."""
     runs: list[list[tuple[int, int]]] = [[]]
     for place, top in enumerate(left.tops):
@@ -236,11 +244,11 @@ def _tables_across(left: _Side, right: _Side, x: float, drawn: Drawn) -> Iterato
         top = min(left.tops[run[0][0]], right.tops[run[0][1]])
         bottom = max(left.bottoms[run[-1][0]], right.bottoms[run[-1][1]])
         size = left.size
-        ruled = any(one.x0 < x - _GUTTER and x + _GUTTER < one.x1 and top - size < one.y < bottom + size for one in drawn.rules)
-        # Where both sides have columns of their own, they are two tables.
+        ruled = any(one.x0 < x - _GUTTER and x + _GUTTER < one.x1 and top - size < one.y < bottom + size for one in look.rules)
+        # Where both sides have columns of their own, and the right one has names, they are two tables.
         own = all(
             2 * sum(len(list(pieces_of(side.whole[row[number]], _APART))) > 1 for row in run) > len(run)
             for number, side in enumerate((left, right))
-        )
+        ) and 2 * sum(right.whole[row[1]][0].text[:1].isalpha() for row in run) > len(run)
         if (len(run) > 2 and not own) or (ruled and len(run) > 1):
             yield top - 0.1, bottom + 0.1

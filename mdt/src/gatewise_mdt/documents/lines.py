@@ -92,11 +92,17 @@ class Ground(NamedTuple):
     bottom: float
 
 
-class Drawn(NamedTuple):
-    """What is drawn on a page, besides words and pictures."""
+class Look(NamedTuple):
+    """What has to be known of a page besides its words.
 
+    Attributes:
+        usual: white between the lines of a paragraph; 0 where it is not known.
+    """
+
+    height: float
     rules: tuple[Rule, ...] = ()
     grounds: tuple[Ground, ...] = ()
+    usual: float = 0.0
 
 
 def lines_of(words: Sequence[Word]) -> Iterator[list[Word]]:

@@ -3,17 +3,18 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from gatewise_mdt.documents.columns import gutter, usual_white
 from gatewise_mdt.documents.document import UNKNOWN
-from gatewise_mdt.documents.lines import EDGE, Drawn, Ground, PageLine, PageTable, Rule, Word, line_of, lines_of, pieces_of
-from gatewise_mdt.documents.plain_text import join_lines
+from gatewise_mdt.documents.lines import EDGE, Ground, Look, PageLine, PageTable, Rule, Word, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.tables import Cell
-from gatewise_mdt.documents.unruled import with_tables
+from gatewise_mdt.documents.unruled import DOUBTED, split_row, with_tables
 
 _BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
 _NO_LETTER = re.compile(r"\(cid:\d+\)")
+_BESIDE = 1.1  # of the size of letters: between pieces of two lines at the same place
 _THIN = 3.0  # points of a rectangle that is a rule
 
 PageItem = PageLine | PageTable
@@ -37,11 +38,18 @@ def items_of(page: Any) -> list[PageItem]:
         for word in upright.extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
     ]
     tables: list[PageTable] = []
-    for found in sorted(page.find_tables(), key=lambda table: -_area(table.bbox)):  # of one inside another only the outer one
-        if table := _table(found, words):
+    usual = usual_white(list(lines_of(words)))
+    # Coloured grounds are no grid: they may lie under each second row.
+    ruled = page.filter(lambda thing: thing["object_type"] != "rect" or thing["stroke"] or _is_thin(thing))
+    for found in sorted(ruled.find_tables(), key=lambda table: -_area(table.bbox)):  # of one inside another only the outer one
+        if table := _table(found, words, usual):
             tables.append(table)
             words = [word for word in words if not any(_within(word, cell) for cell in found.cells)]
-    return list(_read([*words, *tables], _drawn(page), float(page.height)))
+    return list(_read([*words, *tables], _look(page, usual)))
+
+
+def _is_thin(rect: Any) -> bool:
+    return bool(min(rect["bottom"] - rect["top"], rect["x1"] - rect["x0"]) <= _THIN)
 
 
 def _within(word: Word, box: Sequence[float]) -> bool:
@@ -53,7 +61,7 @@ def _area(box: Sequence[float]) -> float:
     return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _table(found: Any, words: Sequence[Word]) -> PageTable | None:
+def _table(found: Any, words: Sequence[Word], usual: float) -> PageTable | None:
     """What is ruled as a table; None where it is a frame, or columns of text with a line between them."""
     edges = sorted({round(cell[0]) for cell in found.cells})
     columns_of_text = len(found.rows) == 1 and all(
@@ -62,33 +70,40 @@ def _table(found: Any, words: Sequence[Word]) -> PageTable | None:
     if len(edges) == 1 or columns_of_text or not any(_within(word, cell) for word in words for cell in found.cells):
         return None
     x0, top, x1, bottom = found.bbox
-    return PageTable(list(_rows(found, words, edges)), x0, x1, top, bottom, tuple(edges))
+    rows: list[list[Cell]] = []
+    certain = True
+    headers = None
+    for row in _ruled_rows(found, edges):
+        parts, told = split_row(
+            [(cell, [word for word in words if _within(word, box)]) for cell, box in row], usual, body=len(found.rows) < 3
+        )
+        if len(parts) > 1 and rows and not headers:
+            headers = len(rows)  # what a rule parts from several rows is over them
+        rows += parts
+        certain = certain and told
+    return PageTable(rows, x0, x1, top, bottom, tuple(edges), headers, () if certain else (DOUBTED,))
 
 
-def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[list[Cell]]:
-    """The rows of a table; a cell that goes over several rows stands in each."""
-    above: dict[int, tuple[float, Cell]] = {}  # column -> where its cell ends, and the cell
+def _ruled_rows(table: Any, edges: Sequence[int]) -> Iterator[list[tuple[Cell, Sequence[float]]]]:
+    """The rows of a ruled table, as cells without text and their boxes; a cell that goes over several rows is in each."""
+    above: dict[int, tuple[Cell, Sequence[float]]] = {}
     for row in table.rows:
-        boxes = [box for box in row.cells if box]
         cells = []
-        for box in boxes:
-            inside = [word for word in words if _within(word, box)]
+        for box in (box for box in row.cells if box):
             column = edges.index(round(box[0]))
             span = max(1, sum(box[0] - 1 <= edge < box[2] - 1 for edge in edges))
-            text = join_lines([line_of(line).text for line in lines_of(inside)])
-            cell = Cell(text, column, span, bool(inside) and all(word.bold for word in inside))
-            above[column] = box[3], cell
-            cells.append(cell)
-        low = min((box[3] for box in boxes), default=0.0)
-        known = {cell.column + place for cell in cells for place in range(cell.span)}
-        cells += [cell for column, (end, cell) in above.items() if column not in known and end > low - 1]
-        yield sorted(cells, key=lambda cell: cell.column)
+            above[column] = Cell("", column, span), box
+            cells.append(above[column])
+        low = min((box[3] for _, box in cells), default=0.0)
+        known = {cell.column + place for cell, _ in cells for place in range(cell.span)}
+        cells += [(cell, box) for column, (cell, box) in above.items() if column not in known and box[3] > low - 1]
+        yield sorted(cells, key=lambda one: one[0].column)
 
 
 # ---- what is drawn ----
 
 
-def _drawn(page: Any) -> Drawn:
+def _look(page: Any, usual: float) -> Look:
     """The rules and grounds of a page, of which pieces side by side are one."""
     rules = [Rule(one["x0"], one["x1"], one["top"]) for one in page.lines if abs(one["bottom"] - one["top"]) < 1]
     grounds = []
@@ -101,7 +116,7 @@ def _drawn(page: Any) -> Drawn:
                 rules += [Rule(one["x0"], one["x1"], y) for y in (one["top"], one["bottom"])]
             if one["fill"] and not _is_white(one["non_stroking_color"]):
                 grounds.append(Ground(one["x0"], one["x1"], one["top"], one["bottom"]))
-    return Drawn(tuple(_joined_rules(rules)), tuple(_joined_grounds(grounds)))
+    return Look(float(page.height), tuple(_joined_rules(rules)), tuple(_joined_grounds(grounds)), usual)
 
 
 def _is_white(color: Any) -> bool:
@@ -140,34 +155,50 @@ def _joined_grounds(grounds: Sequence[Ground]) -> Iterator[Ground]:
 # ---- columns and lines ----
 
 
-def _read(placed: Sequence[_Placed], drawn: Drawn, height: float) -> Iterator[PageItem]:
+def _read(placed: Sequence[_Placed], look: Look) -> Iterator[PageItem]:
     """What is placed in a part of a page, as it is read: what is above two columns, the left one, the right one, the rest."""
     if not placed:
         return
-    found = gutter(placed, drawn, height)
+    found = gutter(placed, look)
     if found is None:
-        yield from _column(placed, drawn, height)
+        yield from _column(placed, look)
         return
     between = [one for one in placed if found.top < (one.top + one.bottom) / 2 < found.bottom]
-    yield from _read([one for one in placed if (one.top + one.bottom) / 2 <= found.top], drawn, height)
+    yield from _read([one for one in placed if (one.top + one.bottom) / 2 <= found.top], look)
     for side in ([one for one in between if one.x1 <= found.x], [one for one in between if one.x1 > found.x]):
-        for item in _read(side, drawn, height):
+        for item in _read(side, look):
             yield replace(item, doubted=True) if found.doubted and isinstance(item, PageLine) else item
-    yield from _read([one for one in placed if (one.top + one.bottom) / 2 >= found.bottom], drawn, height)
+    yield from _read([one for one in placed if (one.top + one.bottom) / 2 >= found.bottom], look)
 
 
-def _column(placed: Sequence[_Placed], drawn: Drawn, height: float) -> Iterator[PageItem]:
+def _have_white_alike(above: Sequence[Sequence[Word]], line: Sequence[Sequence[Word]]) -> bool:
+    """Whether two lines are parted by white at the same place, as those of two columns are."""
+
+    def whites(pieces: Sequence[Sequence[Word]]) -> list[tuple[float, float]]:
+        return [(first[-1].x1, second[0].x0) for first, second in pairwise(pieces)]
+
+    return any(min(one[1], other[1]) - max(one[0], other[0]) > line[0][0].size for one in whites(above) for other in whites(line))
+
+
+def _column(placed: Sequence[_Placed], look: Look) -> Iterator[PageItem]:
     items: list[PageItem] = [one for one in placed if isinstance(one, PageTable)]
+    above: list[list[Word]] = []
     words_by_lines = list(lines_of([one for one in placed if isinstance(one, Word)]))
-    for words in with_tables(words_by_lines, drawn, height, usual_white(words_by_lines)):
+    for words in with_tables(words_by_lines, look._replace(usual=usual_white(words_by_lines) or look.usual)):
         if isinstance(words, PageTable):
             items.append(words)
+            above = []
             continue
         pieces = list(pieces_of(words))
-        if words[0].bottom < EDGE * height or words[0].top > (1 - EDGE) * height:  # a footer and a page's number are two
+        if words[0].bottom < EDGE * look.height or words[0].top > (1 - EDGE) * look.height:  # a footer and a page's number are two
             items += map(line_of, pieces)
-        else:
-            items.append(replace(line_of(words), apart=len(pieces) > 1))
+            continue
+        near = list(pieces_of(words, _BESIDE))
+        apart = len(pieces) > 1 or _have_white_alike(above, near)
+        if apart and items and isinstance(items[-1], PageLine) and _have_white_alike(above, near):
+            items[-1] = replace(items[-1], apart=True)
+        items.append(replace(line_of(words), apart=apart))
+        above = near
     items.sort(key=lambda item: item.top)
     lines = [item for item in items if isinstance(item, PageLine)]
     width = max((line.x1 for line in lines), default=0) - min((line.x0 for line in lines), default=0)

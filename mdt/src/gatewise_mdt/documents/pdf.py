@@ -30,6 +30,7 @@ _PAGE_NUMBER = re.compile(
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
 _BESIDE = "it was read as a column of text, but stands beside another as the cells of a table do: compare it with the document"
+_OVER_PAGES = "a row of the table goes on over a page or a column of text: compare it with the document"
 _APART = "its words stand apart on the page, as in a table without rules: compare it with the document"
 
 
@@ -240,6 +241,9 @@ class _Reading:
     doubted: bool = False
     table: PageTable | None = None
     headers: list[list[Cell]] = field(default_factory=list)
+    rows: list[Sequence[Cell]] = field(default_factory=list)  # of the table that may go on
+    places: list[str] = field(default_factory=list)
+    rest: bool = False  # a row of it has gone on
 
     def finished(self) -> list[Block]:
         """All blocks, the headings with their levels."""
@@ -247,7 +251,12 @@ class _Reading:
         return _with_levels(self.blocks, self.looks) if self.looks else with_levels(self.blocks)
 
     def line(self, line: PageLine, where: str) -> None:
-        self.table = None
+        if self.table is not None and line.text[:1].islower() and (where != self.places[-1] or line.top < self.table.top):
+            self.rest = True  # of its last row, which has words in one column alone
+            self._close()
+            self.blocks.append(Block(line.text, 0, where, notes=(_OVER_PAGES,)))
+            return
+        self._close_table()
         if line.doubted != self.doubted:
             self._close()
             self.doubted = line.doubted
@@ -283,6 +292,7 @@ class _Reading:
         return size >= _LARGE * self.body[0] or (bold and not self.body[1] and size >= 0.97 * self.body[0])
 
     def _close(self) -> None:
+        self._close_table()
         self._close_heading()
         self._close_lines()
 
@@ -303,22 +313,54 @@ class _Reading:
         self.blocks += [replace(block, notes=(*block.notes, _BESIDE)) for block in made] if self.doubted else made
 
     def take_table(self, table: PageTable, where: str) -> None:
-        """A table, which may go on with the columns and headers of one on the page before."""
-        self._close()
+        """A table, which may go on with the columns and headers of one on the page or in the column before."""
         rows, before = table.rows, self.table
-        self.table, self.in_footnote = table, False
-        goes_on = before is not None and len(before.edges) == len(table.edges) and all(
-            abs(one - other) < 4 for one, other in zip(before.edges, table.edges, strict=True)
-        )  # fmt: skip
-        if goes_on and self.headers:
-            count = len(self.headers)
-            if [_said(row) for row in rows[:count]] != [_said(row) for row in self.headers]:
-                rows = [*self.headers, *rows]
-            made = table_blocks(rows, [where] * len(rows), count)
-        else:
+        count = len(self.headers)
+        again = count > 0 and [_said(row) for row in rows[:count]] == [_said(row) for row in self.headers]
+        anew = not again and (header_count(rows) if table.headers is None else table.headers) > 0
+        if before is None or anew or not _goes_on(before, self.places[-1], table, where, again):
+            self._close()
+            self.in_footnote = False
             self.headers = rows[: header_count(rows) if table.headers is None else table.headers]
-            made = table_blocks(rows, [where] * len(rows), table.headers)
-        self.blocks += [replace(block, notes=(*table.notes, *block.notes)) for block in made]
+        else:
+            rows = rows[count:] if again else rows
+            if rows and self.rows and not any(cell.text and cell.column == 0 for cell in rows[0]):
+                self._take_rest(rows[0], table)
+                rows = rows[1:]
+            table = replace(table, headers=before.headers, notes=tuple(dict.fromkeys((*before.notes, *table.notes))))
+        self.table = table
+        self.rows += rows
+        self.places += [where] * len(rows)
+
+    def _take_rest(self, row: Sequence[Cell], table: PageTable) -> None:
+        """A row without a first cell at the top of a page: the rest of the last one, or one of the same first cell."""
+        last = self.rows[-1]
+        if all(cell.text[:1].islower() for cell in row if cell.text):
+            rest = {cell.column: cell.text for cell in row if cell.text}
+            self.rows[-1] = [
+                replace(cell, text=join_lines(list(filter(None, (cell.text, rest.get(cell.column)))))) for cell in last
+            ]
+        else:
+            self.rows.append([*(cell for cell in last if cell.column == 0), *(cell for cell in row if cell.column > 0)])
+            self.places.append(self.places[-1])
+        self.rest = True
+
+    def _close_table(self) -> None:
+        table, self.table = self.table, None
+        if table is None:
+            return
+        notes = (*table.notes, _OVER_PAGES) if self.rest else table.notes
+        made = table_blocks(self.rows, self.places, table.headers)
+        self.blocks += [replace(block, notes=(*notes, *block.notes)) for block in made]
+        self.rows, self.places, self.rest = [], [], False
+
+
+def _goes_on(before: PageTable, place: str, table: PageTable, where: str, again: bool) -> bool:
+    """Whether a table goes on with the columns of one that ends on another page, or in the column at its left."""
+    if len(before.edges) != len(table.edges) or (place == where and table.top > before.bottom and table.x0 < before.x1):
+        return False
+    moved = table.edges[0] - before.edges[0]
+    return again or all(abs(one + moved - other) < 4 for one, other in zip(before.edges, table.edges, strict=True))
 
 
 def _said(row: Sequence[Cell]) -> list[str]:

@@ -18,6 +18,7 @@ _HEADER = re.compile(
 )
 _LONGEST_HEADER = 60
 _DOUBT = '"{}" stands alone in its row, and may be said of the rows below it: compare the table with the document'
+_NO_FIRST = 'its first cell is empty, and "{}" was taken from a row above: compare it with the document'
 _SHORT = re.compile(r"(?:^|[\s.])[a-z]{1,4}\.$")  # "i.v."
 
 
@@ -158,6 +159,7 @@ def header_of(rows: Sequence[Row], column: int) -> str:
 
 def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], notes: tuple[str, ...]) -> Iterator[Block]:
     width = _width(rows)
+    first: Cell | None = None  # of the last row that has a first cell
     label, waiting = "", None  # of a row that names what the rows below it are about
     doubt: tuple[str, ...] = ()  # whether it does
     for number, (row, where) in enumerate(zip(rows, places, strict=True)):
@@ -177,13 +179,19 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
                     doubt = () if whole or said[0].bold else (_DOUBT.format(block.text),)
                 if is_label:
                     block = replace(block, notes=(*notes, *doubt))
+                first = None
                 label, waiting = (block.text, block) if is_label else (label, None)
                 if not is_label:
                     yield block
                 continue
         waiting = None
+        taken: tuple[str, ...] = ()
+        if said[0].column == 0:
+            first = said[0]
+        elif top and first is not None and said[0].column >= first.span:
+            said, taken = [first, *said], (_NO_FIRST.format(first.text),)
         text, stem = _row(said, top, label)
-        yield Block(text, 0, where, "row", stem, (*notes, *doubt))
+        yield Block(text, 0, where, "row", stem, (*notes, *doubt, *taken))
     if waiting is not None:
         yield waiting
 

@@ -5,13 +5,13 @@ begins a cell. Where nothing tells for certain, a note says so.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
 from gatewise_mdt.documents.headings import SENTENCE_END, is_caption
 from gatewise_mdt.documents.language import has_han
-from gatewise_mdt.documents.lines import EDGE, Drawn, PageTable, Word, is_mark, line_of, lines_of, pieces_of
+from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.tables import Cell, header_count
 
@@ -56,18 +56,14 @@ class _Column:
     lines: set[int]
 
 
-def with_tables(lines: Sequence[Line], drawn: Drawn, height: float, usual: float) -> Iterator[Line | PageTable]:
-    """The lines of a column of text, with tables in the place of those that make one.
-
-    Args:
-        usual: white between the lines of a paragraph; 0 where it is not known.
-    """
+def with_tables(lines: Sequence[Line], look: Look) -> Iterator[Line | PageTable]:
+    """The lines of a column of text, with tables in the place of those that make one."""
     pieces = [_pieces(line) for line in lines]
     at = 0
     while at < len(lines):
-        end = _end(pieces, at, drawn, usual) if len(pieces[at]) > 1 else at
-        start = _start(pieces, at, end, drawn) if end > at else at
-        made = _table(pieces[start:end], drawn, height, usual) if end > at else None
+        end = _end(pieces, at, look) if len(pieces[at]) > 1 else at
+        start = _start(pieces, at, end, look) if end > at else at
+        made = _table(pieces[start:end], look) if end > at else None
         if made is None:
             yield lines[at]
             at += 1
@@ -95,7 +91,7 @@ def _size(line: Sequence[_Piece]) -> float:
 # ---- where a table begins and ends ----
 
 
-def _end(pieces: Sequence[Sequence[_Piece]], at: int, drawn: Drawn, usual: float) -> int:
+def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
     """Where a table ends that begins with a line of several pieces; ``at`` itself if none begins."""
     end = at + 1
     columns = _columns(pieces[at : at + 1])
@@ -105,29 +101,33 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, drawn: Drawn, usual: float
         line = pieces[place]
         size = _size(line)
         white = _top(line) - low
-        ruled = any(low - 1 <= rule.y <= _top(line) + 1 and _covers(rule, columns) for rule in drawn.rules)
+        ruled = any(low - 1 <= rule.y <= _top(line) + 1 and _covers(rule, columns) for rule in look.rules)
         rules = sorted(
-            rule.y for rule in drawn.rules if _covers(rule, columns) and first - size <= rule.y <= _top(line) + _FARTHEST * size
+            rule.y for rule in look.rules if _covers(rule, columns) and first - size <= rule.y <= _top(line) + _FARTHEST * size
         )
         if _is_closed(rules, first, low, _top(line)):
             break
         if white > (3 if ruled else _NEAR) * size or (len(line) == 1 and is_caption(line[0].text)):
             break
         if len(line) > 1:
-            if not _fits(line, columns):
+            if not _fits(line, columns, header=place < at + 3):
                 break
             columns = _columns(pieces[at : place + 1])
             end, alone = place + 1, 0
         else:
-            over = [column for column in columns if column.x0 < line[0].x1 and line[0].x0 < column.x1]
-            if over and columns.index(over[0]) > 0 and len(over) == 1 and not alone:
-                end = place + 1  # a further line of a cell
+            over = [number for number, column in enumerate(columns) if column.x0 < line[0].x1 and line[0].x0 < column.x1]
+            framed = len(over) == 1 and len(rules) > 1 and rules[0] <= first + 1 and rules[-1] > _bottom(line) - 1
+            if len(over) > 1 and line[0].x0 < columns[0].x0 - 3:
+                break  # a paragraph, as cells have white before them
+            # Within a frame, beside another line, or a further line of a cell.
+            if framed or white < 0 or (len(over) == 1 and over[0] > 0 and not alone):
+                end, alone = place + 1, 0
             else:
                 alone += 1
                 if alone > 2:
                     break
         low = max(low, _bottom(line))
-    return _with_tail(pieces, at, end, columns, drawn, usual) if end > at + 1 else at
+    return _with_tail(pieces, at, end, columns, look) if end > at + 1 else at
 
 
 def _is_closed(rules: Sequence[float], first: float, low: float, top: float) -> bool:
@@ -135,23 +135,23 @@ def _is_closed(rules: Sequence[float], first: float, low: float, top: float) -> 
     return len(rules) > 2 and rules[0] <= first + 1 and low - 1 <= rules[-1] <= top + 1
 
 
-def _with_tail(
-    pieces: Sequence[Sequence[_Piece]], at: int, end: int, columns: Sequence[_Column], drawn: Drawn, usual: float
-) -> int:
+def _with_tail(pieces: Sequence[Sequence[_Piece]], at: int, end: int, columns: Sequence[_Column], look: Look) -> int:
     """The end of a table with the last lines of its first cell."""
-    spaced = usual and any(_top(two) - _bottom(one) > usual + _more(_size(one)) for one, two in pairwise(pieces[at:end]))
+    spaced = look.usual > 0 and any(
+        _top(two) - _bottom(one) > look.usual + _more(_size(one)) for one, two in pairwise(pieces[at:end])
+    )
     low = max(_bottom(line) for line in pieces[at:end])
     for place in range(end, min(end + 3, len(pieces))):
         line = pieces[place]
         white, size = _top(line) - low, _size(line)
-        closed = any(_covers(rule, columns) and _bottom(line) - 1 <= rule.y <= _bottom(line) + size for rule in drawn.rules)
-        opened = any(_covers(rule, columns) and low - 1 <= rule.y <= _top(line) + 1 for rule in drawn.rules)
+        closed = any(_covers(rule, columns) and _bottom(line) - 1 <= rule.y <= _bottom(line) + size for rule in look.rules)
+        opened = any(_covers(rule, columns) and low - 1 <= rule.y <= _top(line) + 1 for rule in look.rules)
         ground = any(
-            one.top <= _top(line) + 1 and _bottom(line) - 1 <= one.bottom and _covers(one, columns) for one in drawn.grounds
+            one.top <= _top(line) + 1 and _bottom(line) - 1 <= one.bottom and _covers(one, columns) for one in look.grounds
         )
         before = next((piece for one in reversed(pieces[at:place]) for piece in one if piece.x0 < columns[0].x1), None)
         inside = len(line) == 1 and line[0].x1 < columns[1].x0 and line[0].x0 >= columns[0].x0 - 2
-        tight = white < 0 or (spaced and white <= usual + _more(size))  # as within its cells
+        tight = white < 0 or (spaced and white <= look.usual + _more(size))  # as within its cells
         goes_on = before is not None and white < 0.6 * size and not line[0].bold
         rest = inside and goes_on and (tight or (before is pieces[place - 1][0] and not _had_room(before, line[0], columns[0])))
         if not ((closed and not opened) or ground or rest):
@@ -161,7 +161,7 @@ def _with_tail(
     return end
 
 
-def _start(pieces: Sequence[Sequence[_Piece]], at: int, end: int, drawn: Drawn) -> int:
+def _start(pieces: Sequence[Sequence[_Piece]], at: int, end: int, look: Look) -> int:
     """Where a table begins: with a header above that stands over several columns, if a rule or its place tells that."""
     columns = _columns(pieces[at:end])
     start = at
@@ -169,9 +169,9 @@ def _start(pieces: Sequence[Sequence[_Piece]], at: int, end: int, drawn: Drawn) 
         line = pieces[place]
         if len(line) > 1 or _top(pieces[place + 1]) - _bottom(line) > 1.5 * _size(line) or is_caption(line[0].text):
             break
-        ruled = any(_covers(rule, columns) and _top(line) - _size(line) <= rule.y <= _top(line) + 1 for rule in drawn.rules)
+        ruled = any(_covers(rule, columns) and _top(line) - _size(line) <= rule.y <= _top(line) + 1 for rule in look.rules)
         ground = any(
-            one.top <= _top(line) + 1 and _bottom(line) - 1 <= one.bottom and _covers(one, columns) for one in drawn.grounds
+            one.top <= _top(line) + 1 and _bottom(line) - 1 <= one.bottom and _covers(one, columns) for one in look.grounds
         )
         beside = line[0].x0 > columns[0].x1 and line[0].x1 < columns[-1].x1 + 2
         if not (ruled or ground or beside):
@@ -186,11 +186,14 @@ def _covers(drawn: tuple[float, ...], columns: Sequence[_Column]) -> bool:
     return min(drawn[1], x1) - max(drawn[0], x0) > 0.8 * (x1 - x0) and drawn[1] - drawn[0] < 1.6 * (x1 - x0) + 40
 
 
-def _fits(line: Sequence[_Piece], columns: Sequence[_Column]) -> bool:
+def _fits(line: Sequence[_Piece], columns: Sequence[_Column], *, header: bool) -> bool:
     """Whether the pieces of a line stand in columns of their own, or in white beside them, but for one that is over several."""
     over = [[number for number, column in enumerate(columns) if column.x0 < piece.x1 and piece.x0 < column.x1] for piece in line]
     single = [found[0] for found in over if len(found) == 1]
-    return sum(len(found) > 1 for found in over) <= 1 and any(over) and len(set(single)) == len(single)
+    wide = [found for found in over if len(found) > 1]
+    if not any(over) or len(wide) > 1 or len(set(single)) < len(single):
+        return False
+    return header or not wide or wide[0][0] > 0  # what covers the first column has nothing beside it
 
 
 # ---- columns ----
@@ -200,7 +203,8 @@ def _columns(lines: Sequence[Sequence[_Piece]]) -> list[_Column]:
     """The columns of lines, from the left. Pieces beside each other in a line are of two, and what covers both is of none."""
     columns: list[_Column] = []
     placed = [(piece, number) for number, line in enumerate(lines) for piece in line]
-    for piece, number in sorted(placed, key=lambda one: one[0].x1 - one[0].x0):
+    # The lines with the most pieces tell most, and narrow pieces more than wide ones.
+    for piece, number in sorted(placed, key=lambda one: (-len(lines[one[1]]), one[0].x1 - one[0].x0)):
         over = [column for column in columns if column.x0 < piece.x1 and piece.x0 < column.x1]
         if any(one.lines & other.lines for one, other in pairwise(sorted(over, key=lambda column: column.x0))):
             continue
@@ -262,52 +266,95 @@ def _parted(words: Sequence[Word], columns: Sequence[_Column]) -> Iterator[tuple
 # ---- rows ----
 
 
-def _table(lines: Sequence[Sequence[_Piece]], drawn: Drawn, height: float, usual: float) -> PageTable | None:
+def _table(lines: Sequence[Sequence[_Piece]], look: Look) -> PageTable | None:
     """Lines as a table; None where they are none."""
     columns = _columns(lines)
     if len(columns) > 1 and all(is_mark(piece.text) for line in lines for piece in line if piece.x1 <= columns[0].x1):
         columns = [_Column(columns[0].x0, columns[1].x1, columns[1].lines), *columns[2:]]  # bullets, or numbers of paragraphs
-    if len(columns) < 2 or _bottom(lines[-1]) < EDGE * height or _top(lines[0]) > (1 - EDGE) * height:
+    if len(columns) < 2 or _bottom(lines[-1]) < EDGE * look.height or _top(lines[0]) > (1 - EDGE) * look.height:
         return None
     x0, x1 = columns[0].x0, columns[-1].x1
     top, bottom = _top(lines[0]), max(map(_bottom, lines))
     size = median(map(_size, lines))
     placed = [_placed(line, columns) for line in lines]
-    breaks = [_is_drawn_between(first, second, columns, drawn) for first, second in pairwise(placed)]
-    several = sum(len(line.cells) > 1 for line in placed)
+    breaks = [_is_drawn_between(first, second, columns, look) for first, second in pairwise(placed)]
+    several = sum(len(line.cells) > 1 for line in placed) + sum(two.top < one.bottom for one, two in pairwise(placed))
     bold = all(piece.bold for piece in lines[0]) and not all(piece.bold for line in lines[1:] for piece in line)
-    edged = any(_covers(rule, columns) and top - size <= rule.y <= bottom + size for rule in drawn.rules)
+    edged = any(_covers(rule, columns) and top - size <= rule.y <= bottom + size for rule in look.rules)
     wide = all(second.x0 - first.x1 > 1.5 * size for first, second in pairwise(columns))
-    if several < 2 or (several < 3 and not (bold or edged or any(breaks) or wide)):
+    if several < 2 or (several < 3 and not (bold or edged or any(breaks) or wide or len(columns) > 2)):
         return None
-    groups, certain = _groups(placed, breaks, columns, size, usual)
+    groups, certain = _groups(placed, breaks, columns, size, look.usual)
     headers = _drawn_headers(groups, breaks)
     rows: list[list[Cell]] = []
     for number, group in enumerate(groups):
         row = _row([placed[place] for place in group], columns, number < (headers or 1))
         alone = len(row) == 1
-        if rows and not any(cell.column == 0 for cell in row) and number >= (headers or 1):
-            above = next((cell for cell in rows[-1] if cell.column == 0 and cell.span == 1), None)
-            row = [above, *row] if above else row
-            certain = False
-        elif alone and number > 0:
+        if alone and number > 0:
             certain = certain and row[0].bold
-            row = [Cell(row[0].text, 0, len(columns), row[0].bold)] if row[0].bold or row[0].span > 1 else row
+            row = [Cell(row[0].text, 0, len(columns), row[0].bold)] if row[0].bold or row[0].span > 1 or len(columns) > 2 else row
         rows.append(row)
     if any(cell.span > 1 and cell.span < len(columns) for row in rows[(headers or 2) :] for cell in row):
         certain = False
     if headers is None and header_count(rows) == 0:
         certain = False
+    if any(first[1] >= second[0] for line in placed for first, second in pairwise(sorted(line.cells))):
+        certain = False
     edges = tuple(round(column.x0) for column in columns)
     return PageTable(rows, x0, x1, top, bottom, edges, headers, () if certain else (DOUBTED,))
 
 
-def _is_drawn_between(first: _Line, second: _Line, columns: Sequence[_Column], drawn: Drawn) -> bool:
+def split_row(cells: Sequence[tuple[Cell, Sequence[Word]]], usual: float, *, body: bool) -> tuple[list[list[Cell]], bool]:
+    """The rows that a row of a ruled table has, of which only the columns may be ruled, and whether that is certain.
+
+    Args:
+        cells: without text, with their words.
+        body: no rules are there but those between the columns, around the table and below its header.
+    """
+    whole = [[_filled(cell, words) for cell, words in cells]]
+    filled = [(cell, words) for cell, words in cells if words]
+    several = [cell for cell, words in filled if len(list(lines_of(words))) > 1]
+    if len(several) < 2 or any(cell.span > 1 for cell, _ in filled):
+        return whole, True
+    columns = [_Column(min(word.x0 for word in words), max(word.x1 for word in words), set()) for _, words in filled]
+    numbers = {id(word): number for number, (_, words) in enumerate(filled) for word in words}
+    lines = []
+    for line in lines_of([word for _, words in filled for word in words]):
+        held: dict[tuple[int, int], list[Word]] = {}
+        for word in line:
+            held.setdefault((numbers[id(word)], numbers[id(word)]), []).append(word)
+        lines.append(_Line(held, min(word.top for word in line), max(word.bottom for word in line)))
+    size = median(word.size for _, words in filled for word in words)
+    begins = any(_begins(lines, place, columns) for place in range(1, len(lines)))
+    low = min((second.top - first.bottom for first, second in pairwise(lines)), default=0.0)
+    alike = len(lines) > 2 and all(len(line.cells) == len(filled) for line in lines)  # hardly lines of one cell each
+    if not (body or begins or alike or (usual and low > usual + _more(size))):
+        return whole, True
+    groups, certain = _groups(lines, [False] * (len(lines) - 1), columns, size, usual)
+    if len(groups) < 2:
+        return whole, not body
+    rows: list[list[Cell]] = []
+    for group in groups:
+        words_of: dict[int, list[Word]] = {}
+        for place in group:
+            for (number, _), words in lines[place].cells.items():
+                words_of.setdefault(number, []).extend(words)
+        row = [_filled(filled[number][0], words) for number, words in sorted(words_of.items())]
+        rows.append(row)
+    return rows, certain
+
+
+def _filled(cell: Cell, words: Sequence[Word]) -> Cell:
+    text = join_lines([line_of(line).text for line in lines_of(words)])
+    return replace(cell, text=text, bold=bool(words) and all(word.bold for word in words))
+
+
+def _is_drawn_between(first: _Line, second: _Line, columns: Sequence[_Column], look: Look) -> bool:
     """Whether a rule, or the edge of a ground, parts two lines over most of the columns."""
     y0, y1 = (first.top + first.bottom) / 2, (second.top + second.bottom) / 2
-    if any(y0 < rule.y < y1 and _covers(rule, columns) for rule in drawn.rules):
+    if any(y0 < rule.y < y1 and _covers(rule, columns) for rule in look.rules):
         return True
-    return any((y0 < one.top < y1 or y0 < one.bottom < y1) and _covers(one, columns) for one in drawn.grounds)
+    return any((y0 < one.top < y1 or y0 < one.bottom < y1) and _covers(one, columns) for one in look.grounds)
 
 
 def _groups(
@@ -325,10 +372,20 @@ def _groups(
         whites.append(line.top - low)
         low = max(low, line.bottom)
     more = _more(size)
-    least = min(whites)
+    least = max(0.0, min(whites))
+    if usual and least <= usual + more:
+        least = usual
+    elif min(whites) < 0:  # lines that stand beside each other
+        positive = [white for white in whites if white > 0]
+        least = min(positive) if positive and max(positive) > min(positive) + more else 0.0
     large = [breaks[place] or whites[place] > least + more for place in range(pairs)]
     within = not usual or least <= usual + more  # of cells, as there is between the lines of a paragraph
-    if within and not all(large) and any(large) and not any(begins[place] and not large[place] for place in range(pairs)):
+    if (
+        within
+        and not all(large)
+        and any(white > least + more for white in whites)
+        and not any(begins[place] and not large[place] for place in range(pairs))
+    ):
         return _split(len(lines), large), True
     # All lines stand alike: each is a row if more white is between them than between the lines of a paragraph, or all have a key.
     keyed = [0 in {column for first, last in line.cells for column in range(first, last + 1)} for line in lines]
@@ -340,7 +397,9 @@ def _groups(
             return _split(len(lines), sure), True
     told = []
     for place in range(pairs):
-        rest = all(_is_rest(lines, place + 1, key[0], columns) for key in lines[place + 1].cells)
+        fewer = len(lines[place + 1].cells) < max(len(lines[place].cells), 2)
+        small = all(words[0].text[:1].islower() for words in lines[place + 1].cells.values())
+        rest = (fewer or small) and all(_is_rest(lines, place + 1, key[0], columns) for key in lines[place + 1].cells)
         told.append(breaks[place] or begins[place] or (keyed[place + 1] and not rest))
     return _split(len(lines), told), False
 
@@ -363,7 +422,7 @@ def _begins(lines: Sequence[_Line], place: int, columns: Sequence[_Column]) -> b
     """Whether a line surely begins a row: words stand in its first column, and some had room in the line above."""
     line, above = lines[place], lines[place - 1]
     shared = [column for column in range(len(columns)) if line.at(column) and above.at(column)]
-    return 0 in shared and any(_room(above.at(column), line.at(column), columns[column]) for column in shared)
+    return line.at(0) is not None and any(_room(above.at(column), line.at(column), columns[column]) for column in shared)
 
 
 def _is_rest(lines: Sequence[_Line], place: int, column: int, columns: Sequence[_Column]) -> bool:
