@@ -20,8 +20,8 @@ from random import Random
 from gatewise.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from reading_corpus import LISTS, SHAPES, Fact, Part, content, content_with_lists, count, facts_of, torn
-from reading_markup import docx_of, html_of, markdown_of
+from reading_corpus import LISTS, SHAPES, Fact, Part, Prose, Table, content, content_with_lists, count, facts_of, torn
+from reading_markup import docx_of, html_of, markdown_of, text_of
 from reading_pdf import LAYOUTS, LINES, pdf_of
 from reading_words import CHINESE, ENGLISH
 
@@ -51,6 +51,8 @@ def marked(write: Callable[[list[Part], Random], bytes], suffix: str) -> Callabl
             shape, kind = SHAPES[number % len(SHAPES)], LISTS[number // len(SHAPES) % len(LISTS)]
             lists = [kind] if random.random() < 0.6 else [kind, random.choice([other for other in LISTS if other != "steps"])]
             parts = content_with_lists(random, [shape], lists)
+            if suffix == ".txt":
+                parts = [Prose(tuple(ENGLISH.fillers[:1])) if isinstance(part, Table) else part for part in parts]
             yield f"{kind} list", write(parts, random), suffix, facts_of(parts)
 
     return documents
@@ -61,6 +63,7 @@ FORMATS: dict[str, Callable[[int, int], Iterator[Made]]] = {
     "docx": marked(docx_of, ".docx"),
     "md": marked(markdown_of, ".md"),
     "html": marked(html_of, ".html"),
+    "txt": marked(text_of, ".txt"),
 }
 
 

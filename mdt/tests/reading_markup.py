@@ -1,4 +1,4 @@
-"""Writes the random documents of `reading_corpus` as Markdown, HTML and DOCX.
+"""Writes the random documents of `reading_corpus` as plain text, Markdown, HTML and DOCX.
 
 What a seed does not fix is drawn: how lists are marked and moved in, whether the headers of a table are marked, whether cells are
 merged, which names HTML has for what, and what is left out that may be.
@@ -16,18 +16,27 @@ from docx.oxml.ns import nsdecls
 from docx.shared import Pt
 from reading_corpus import Heading, Item, Listing, Part, Prose, Table
 
-# ---- Markdown ----
+# ---- plain text and Markdown ----
 
 
-def markdown_of(parts: Sequence[Part], random: Random) -> bytes:
-    """A document in Markdown."""
+def text_of(parts: Sequence[Part], random: Random) -> bytes:
+    """A document in plain text, which has no tables."""
+    return markdown_of(parts, random, counted=False).replace(b"# ", b"").replace(b"#", b"")
+
+
+def markdown_of(parts: Sequence[Part], random: Random, *, counted: bool = True) -> bytes:
+    """A document in Markdown.
+
+    Args:
+        counted: the numbers of items are counted by who shows them, whatever stands in the file.
+    """
     bullet, step, loose = random.choice("-*+"), random.choice((2, 3, 4)), random.random() < 0.4
 
     def items(listed: Sequence[Item], numbered: bool, indent: str) -> list[str]:
         lines = []
         for number, item in enumerate(listed, start=1):
-            # Numbers are counted by who shows them, whatever stands in the file.
-            mark = f"{number if random.random() < 0.8 or number == 1 else number - 1}." if numbered else bullet
+            wrong = counted and random.random() < 0.2 and number > 1
+            mark = f"{number - wrong}." if numbered else bullet
             below = indent + " " * max(len(mark) + 1, step)
             mark = mark.ljust(len(below) - len(indent)) if random.random() < 0.5 else f"{mark} "
             below = indent + " " * len(mark)

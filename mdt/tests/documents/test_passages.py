@@ -185,6 +185,12 @@ PREGNANT = "In pregnancy: stop warfarin; give LMWH"
         (".md", "All:\n\n- Pregnant:\n  - stop it\n- Give it\n- Rest", ["All: Pregnant: stop it", "All: Give it; Rest"]),
         (".md", "- If pregnant:\n  - stop it\n- Otherwise give it", ["If pregnant: stop it; Otherwise give it"]),
         (".md", "- 妊娠：\n  - 停用华法林\n- 给予比索洛尔", ["妊娠：停用华法林", "给予比索洛尔"]),
+        (
+            ".txt",
+            "1、一般患者：\n（1）氨氯地平\n（2）缬沙坦\n2、妊娠患者禁用",
+            ["1、一般患者：（1）氨氯地平；（2）缬沙坦", "2、妊娠患者禁用"],
+        ),
+        (".md", "- A:\n  - x\n\n|Drug|Dose|\n|---|---|\n|a|5 mg|", ["A: x", "Drug: a. Dose: 5 mg."]),
         (".md", "1. Test\n1. If low:\n   1. wait\n1. Skip step 1", ["1. Test; 2. If low: 1. wait", "3. Skip step 1"]),
     ],
 )

@@ -132,3 +132,25 @@ def test_items_of_a_list_are_told_apart_and_a_range_is_none() -> None:
         ("item", "10 mg daily"),
         ("paragraph", "A dose of 5 - 10 mg."),
     ]
+
+
+def test_what_comes_after_a_list_under_a_short_line_is_doubted() -> None:
+    blocks = text("Gout\n\nGive rest.\n\nHeart failure\n\n- x\n\nGive it.\n\n- y\n\nMonitoring\n\n- z\n\nStop it.").blocks
+    doubted = [block.text for block in blocks if any("was taken for a heading" in note for note in block.notes)]
+    assert doubted == ["Give it.", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "depths"),
+    [
+        ("1. In pregnancy:\n\n   - stop it\n\n2. Give rest", [0, 1, 0]),
+        ("1. Pregnancy\n   + stop it\n   + rest\n2. Give rest", [0, 1, 1, 0]),
+        ("1、患者：\n（1）氨氯地平\n①5mg\n②10mg\n（2）缬沙坦\n2、孕妇禁用", [0, 1, 2, 2, 1, 0]),
+        ("• a\n\t◦ b\n• c", [0, 1, 0]),
+        ("a) first\nb) second\n- inner", [0, 0, 0]),
+    ],
+)
+def test_items_are_as_deep_as_they_are_moved_in_or_numbered(text: str, depths: list[int]) -> None:
+    blocks = document_of(text.encode(), "a", ".txt").blocks
+    assert [block.depth for block in blocks] == depths
+    assert {block.kind for block in blocks} == {"item"}

@@ -59,7 +59,8 @@ _VERB = re.compile(
 )
 _RELATIVE = re.compile(r"\b(?:who|whom|whose|that|which)\b.*", re.IGNORECASE)
 _DOSE = re.compile(
-    r"\d\s*(?:(?:mg|mcg|[µμ]g|ug|g|kg|ml|l|iu|units?|mmol|tablets?|puffs?|drops?)\b|%|毫克|微克|克|毫升|片|单位)", re.IGNORECASE
+    r"\d\s*(?:(?:mg|mcg|[µμ]g|ug|g|kg|(?:milli|micro|nano)?grams?|ml|l|iu|units?|mmol|tablets?|puffs?|drops?)\b|%|毫克|微克|克|毫升|片|单位)",
+    re.IGNORECASE,
 )
 # "< 30 kg", "30-59 %" and "K 3.5 mmol/L" are of patients, and no doses.
 _OF_PATIENTS = re.compile(
@@ -141,6 +142,11 @@ def stands_alone_as_heading(line: str) -> bool:
         said = unnumbered(line)
         return len(line) <= _LONGEST_QUESTION and bool(re.match(r"[A-Z\u4e00-\u9fff]", said)) and not _ENDS_INSIDE.search(said)
     return bool(_LABEL_END.search(line)) and is_heading(_LABEL_END.sub("", line))
+
+
+def is_general(heading: str) -> bool:
+    """Whether a heading is of the kind that every guideline has: "Treatment"."""
+    return bool(_GENERAL.fullmatch(_bare(heading)))
 
 
 def is_label(text: str) -> bool:

@@ -44,7 +44,7 @@ _DEPENDENT = re.compile(
 )
 
 
-_NUMBER = re.compile(r"\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)、]\s+")  # of an item
+_NUMBER = re.compile(r"[(（]?(?:\d{1,3}|[a-z]|[ivx]{1,4})(?:[.)]\s+|[、）]\s*)|[①-⑳]\s*")  # of an item
 _STEP = re.compile(r"\bsteps?\s+(\d{1,2})\b|步骤\s*(\d{1,2})|第\s*(\d{1,2})\s*步", re.IGNORECASE)
 _COLON = re.compile(r"[:：]$")
 _REFERS = re.compile(r"(?:otherwise|else|if\s+(?:not|so)|in\s+(?:this|that)\s+case)\b|否则|不然|反之", re.IGNORECASE)
@@ -106,6 +106,7 @@ class _Unit:
         bound: it says nothing without the unit before.
         apart: it has to begin a passage, as what the one before stands under is not said of it.
         head: what has to be said again where it comes to begin a passage; empty for the unit before.
+        stem: of a row its own beginning, which its later parts are said of.
         joint: what stands between the unit before and this one.
     """
 
@@ -117,6 +118,7 @@ class _Unit:
     bound: bool = False
     apart: bool = False
     head: str = ""
+    stem: str = ""
     joint: str = " "
     notes: tuple[str, ...] = ()
 
@@ -203,7 +205,7 @@ def _of_group(
     lead = lead_of(others)
     units = list(_units(group, starts, mark + 1 if mark else 0))
     about = " ".join(named.replace("@", " ").split())
-    numbered = {found[1] for block in group if block.kind == "item" and (found := re.match(r"\(?(\d{1,2})[.)、]", block.text))}
+    numbered = {found[1] for block in group if block.kind == "item" and (found := re.match(r"[(（]?(\d{1,2})[.)、）]", block.text))}
     for packed in _pack(units, lead, most):
         if any(map(str.isalnum, packed.text)):
             notes = tuple(dict.fromkeys([*packed.notes, *_steps_elsewhere(packed.text, numbered)]))
@@ -262,7 +264,7 @@ def _said_of(over: Sequence[_Over]) -> str:
 def _steps_elsewhere(text: str, numbered: set[str]) -> Iterator[str]:
     """Notes on steps that a passage refers to and that stand in another one."""
     for number in dict.fromkeys(filter(None, (one for found in _STEP.finditer(text) for one in found.groups()))):
-        if number in numbered and not re.search(rf"(?<![\d.]){number}[.)、]\s", text):
+        if number in numbered and not re.search(rf"(?<![\d.]){number}(?:[.)]\s|[、）])", text):
             yield f"it refers to step {number}, which stands in another passage"
 
 
@@ -291,7 +293,8 @@ def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iter
                 number,
                 bool(before) and not apart and (refers or bool(head) or (opens and block.kind == "footnote")),
                 apart,
-                " ".join(filter(None, (head, block.stem))) if whole else head if not refers else "",
+                "" if refers else head,
+                block.stem if whole else "",
                 _joint(before, text, opens, _beside(group, number) if opens else ""),
                 notes,
             )
@@ -455,7 +458,7 @@ def _pack_too_long(cluster: Sequence[_Unit], room: int, held: _Packed) -> Iterat
 
 def _parts(unit: _Unit, room: int) -> list[_Unit]:
     """A unit, or its sentences where it is a row that is too long."""
-    spans = _sentences(unit.text) if len(unit.text) > room and unit.head else []
+    spans = _sentences(unit.text) if len(unit.text) > room and unit.stem else []
     return [_part(unit, first, last) for first, last in spans] or [unit]
 
 
@@ -463,10 +466,11 @@ def _part(unit: _Unit, first: int, last: int) -> _Unit:
     text = unit.text[first:last]
     start = unit.start + first + len(text) - len(text.lstrip())
     said, later = text.strip(), first > 0
-    return replace(
-        unit, text=said, start=start, end=start + len(said), bound=unit.bound or (later and bool(unit.head)),
-        joint=" " if later else unit.joint, notes=() if later else unit.notes,
-    )  # fmt: skip
+    part = replace(unit, text=said, start=start, end=start + len(said))
+    if not later:
+        return part
+    head = " ".join(filter(None, (unit.head, unit.stem)))
+    return replace(part, bound=unit.bound or bool(unit.stem), apart=False, head=head, joint=" ", notes=())
 
 
 def _between_words(text: str, room: int) -> int:

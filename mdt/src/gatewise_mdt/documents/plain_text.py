@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 from gatewise_mdt.documents.document import Block, Document, in_one_line
 from gatewise_mdt.documents.headings import (
     SENTENCE_END,
+    is_general,
     is_heading,
     number_of,
     population_mark,
@@ -37,8 +39,8 @@ _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha")
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
-_BULLET = re.compile(r"[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]\s+(?=\S)")
-_ITEM_NUMBER = re.compile(r"\(?(\d{1,2}|[a-z])(?:[.)]\s+|、\s*)(?=\S)")
+_BULLET = re.compile(r"[•●▪■◦‣∙·○–*+\uf0b7\uf0a7-]\s+(?=\S)")
+_ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 _SURE_BULLET = re.compile(r"[•●▪■◦‣∙○\uf0b7\uf0a7]\s*(?=\S)")
 
 
@@ -46,8 +48,25 @@ def read_plain_text(text: str, name: str) -> Document:
     """Reads plain text."""
     lines = [Line(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
     notes = (f"{name} has page breaks: headers, footers and page numbers are not told from its text; give the PDF itself",)
-    blocks = map(in_one_line, with_levels(blocks_without_levels(lines)))
+    blocks = map(in_one_line, _with_doubts(with_levels(blocks_without_levels(lines))))
     return Document(name, tuple(blocks), notes if "\f" in text else ())
+
+
+def _with_doubts(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Blocks with notes on what comes after a list under a short line, which may be a heading or name what the list alone is of."""
+    heading: Block | None = None
+    listed = beyond = False
+    for before, block in zip([None, *blocks], blocks, strict=False):
+        if block.level:
+            heading, listed, beyond = block, False, False
+        if heading is not None and before is heading and number_of(heading.text) is None and not is_general(heading.text):
+            listed |= block.kind == "item"
+        beyond |= listed and block.kind != "item" and not block.depth
+        if beyond and heading is not None:
+            said = f'"{heading.text}" was taken for a heading, and may be said of the list below it alone: compare the document'
+            yield replace(block, notes=(*block.notes, said))
+        else:
+            yield block
 
 
 def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named: bool = True) -> list[Block]:
@@ -66,7 +85,7 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
     longest = max((len(line.text.strip()) for line in lines), default=0)
     held: list[str] = []
     place, item, depth = "", False, 0
-    items: list[int] = []  # how far the items are moved in that the line may stand under, the outermost first
+    items: list[_Item] = []  # that the line may stand under, the outermost first
 
     def block(below: str) -> Block:
         is_one = not item and len(held) == 1 and stands_alone_as_heading(held[0]) and (named or number_of(held[0]) is not None)
@@ -82,7 +101,15 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
         before = held[-1] if held else ""
         bullet = _bullet(line, before, item)
         alone = population_mark(line) > 0 or _is_numbered_heading(line, before, after)
-        counted = not printed and not bullet and not alone and _is_counted(line, before, after, item)
+        moved = 0 if printed else _moved(raw)
+        below = next((one.text for one in lines[number + 1 :] if one.text.strip()), "")
+        again = any((one.moved, one.style) == (moved, _style(line)) for one in items) if line else False
+        counted = (
+            not printed
+            and not bullet
+            and not alone
+            and _is_counted(line, before, below.strip(), item, again, _moved(below) > moved)
+        )
         if held and (not line or alone or bullet or counted or (printed and _ends_before(line, before))):
             yield block(next(filter(None, stripped[number:]), ""))
         if not line:
@@ -90,12 +117,13 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
             continue
         if not held:
             place, item = where, bool(bullet or counted)
-            moved = 0 if printed else len(raw.expandtabs(4)) - len(raw.expandtabs(4).lstrip())
-            while items and (moved <= items[-1] or alone):
-                items.pop()
+            own = _Item(moved, _style(line), line) if item else None
+            while items and (alone or not items[-1].holds(moved, own)):
+                last = items.pop()
+                if own and (last.moved, last.style) == (own.moved, own.style):  # it stands under what that one does
+                    break
             depth = len(items)
-            if item:
-                items.append(moved)
+            items += [own] if own else []
         held.append(line[bullet:] if bullet else line)
         short = len(line) < 0.75 * (full or longest)
         # A line that goes on in small letters or with a number is a sentence that was broken, however short it is.
@@ -104,23 +132,69 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
             yield block(after)
 
 
+class _Item(NamedTuple):
+    """An item that other lines may stand under.
+
+    Attributes:
+        moved: how many signs it is moved in.
+        style: of its number or bullet.
+    """
+
+    moved: int
+    style: str
+    text: str
+
+    def holds(self, moved: int, item: "_Item | None") -> bool:
+        """Whether a line that is moved in so far stands under it, which may be an item itself."""
+        if item is None or moved != self.moved or item.style == self.style:
+            return moved > self.moved
+        # Not moved in, but "（1）" under "1、", or a list under a line with a colon.
+        number = _ITEM_NUMBER.match(item.text)
+        numbered = number is not None and _counts(number) == 1 and _ITEM_NUMBER.match(self.text)
+        return bool(numbered or re.search(r"[:：]$", self.text))
+
+
+def _style(line: str) -> str:
+    """What the number or bullet of an item looks like."""
+    number = _ITEM_NUMBER.match(line)
+    return re.sub(r"\d+", "1", re.sub("[①-⑳]", "①", re.sub(r"\b[a-z]\b", "a", number[0].strip()))) if number else line[0]
+
+
 def _ends_before(line: str, before: str) -> bool:
     """Whether a paragraph of a printed page ends before a line."""
     return bool(stands_like_heading(line) and SENTENCE_END.search(before))
 
 
-def _is_counted(line: str, before: str, after: str, in_list: bool) -> bool:
-    """Whether a line is an item with a number, "2. Stop it": in a list, or before the next number or an inner item."""
+def _moved(line: str) -> int:
+    """How many signs a line is moved in."""
+    wide = line.expandtabs(4)
+    return len(wide) - len(wide.lstrip())
+
+
+def _is_counted(line: str, before: str, below: str, in_list: bool, again: bool, moved_in: bool) -> bool:
+    """Whether a line is an item with a number, "2. Stop it": in a list, or before the next number or an inner item.
+
+    Args:
+        again: an item with such a number stands above it.
+        moved_in: the next line that says something is moved in.
+    """
     number = _ITEM_NUMBER.match(line)
-    if number is None:
+    if number is None or in_list:
+        return number is not None
+    if before and before[-1] not in ":：":
         return False
-    following = _ITEM_NUMBER.match(after)
-    goes_on = following is not None and (_counts(following[1]) == _counts(number[1]) + 1 or _counts(following[1]) == 1)
-    return in_list or ((before == "" or before[-1] in ":：") and (goes_on or bool(_BULLET.match(after))))
+    following = _ITEM_NUMBER.match(below)
+    inner = bool(_BULLET.match(below)) or (following is not None and _counts(following) == 1)
+    if not again and not before and stands_alone_as_heading(line):
+        return inner and (moved_in or line[-1] in ":：")
+    return again or inner or (following is not None and _counts(following) == _counts(number) + 1)
 
 
-def _counts(number: str) -> int:
-    return int(number) if number.isdigit() else ord(number) - ord("a") + 1
+def _counts(number: re.Match[str]) -> int:
+    said, circled = number[1], number[2]
+    if circled:
+        return ord(circled) - ord("①") + 1
+    return int(said) if said.isdigit() else ord(said) - ord("a") + 1
 
 
 def _bullet(line: str, before: str, in_list: bool) -> int:
