@@ -5,6 +5,8 @@ from gatewise_mdt.documents.document import Document
 from gatewise_mdt.documents.passages import split_passages
 from gatewise_mdt.documents.reading import document_of
 
+from gatewise.errors import GatewiseError
+
 
 def read(source: str) -> Document:
     return document_of(source.encode(), "gout.html", ".html")
@@ -14,9 +16,20 @@ def passages(source: str) -> list[str]:
     return [one.text for one in split_passages(read(source))]
 
 
+LINK = '<sup><a href="#n{0}">{0}</a></sup>'
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        (  # a page without the tag "body": the parser leaves all this in its head
+            "<!doctype html><title>t</title><main><h1>Gout</h1><p>Give it</p></main>",
+            ["Gout", "Give it"],
+        ),
+        ("<h2><button>Renal failure</button></h2><p>Stop it", ["Renal failure", "Stop it"]),
+        ("<dl><div>Note:<div><dt>Pregnant<dd>stop it</div><p>and rest</div>", ["Note:", "Pregnant", "stop it", "and rest"]),
+        ("<p>Give <s>50</s>5 mg", ["Give 50 5 mg"]),
+        ("<table><tr><th>Drug<td>aspirin<tr><th>Dose<td>75 mg</table>", ["Drug aspirin", "Dose 75 mg"]),
         (
             "<h1>Gout</h1><p>Give\n <b>5</b>&nbsp;mg.</p>and <i>rest</i><div>Stop it</div>",
             ["Gout", "Give 5 mg.", "and rest", "Stop it"],
@@ -99,3 +112,26 @@ def test_what_is_not_shown_or_leads_elsewhere_is_left_out_and_the_rest_noted() -
         'gout.html: text that is struck through was read like any other: "5"',
     )
     assert passages("<body><header><h1>Gout</h1></header><p>Give it.</p><aside>Join</aside>") == ["Gout@Give it."]
+
+
+@pytest.mark.parametrize(
+    ("source", "note"),
+    [
+        ("<p>Give it<button>Pregnancy</button><textarea>x y</textarea>", 'left out: "Pregnancy", "x y"'),
+        (f"<nav>{LINK.format(1)}</nav><p>Give it<p id=n1>1. Not in infants", 'refers to were left out: "Not in infants"'),
+        (
+            f"<p>Give it{LINK.format(1)}<p id=n1>1. Never{LINK.format(2)}<p id=n2>2. Not in infants",
+            'refers to were left out: "Not in infants"',
+        ),
+        ("<table><tr><th>Drug<th>Dose<tr><td>a<nav>Not in infants</nav><td>5 mg</table>", 'was left out: "Not in infants"'),
+        ("<p>Give 5 mg.</p><footer>1<h1>x</h1>", 'was left out: "1 x"'),
+    ],
+)
+def test_nothing_is_left_out_without_a_note(source: str, note: str) -> None:
+    assert note in " ".join(read(source).notes)
+
+
+def test_a_page_that_names_an_encoding_of_no_texts_is_refused_in_a_sentence() -> None:
+    for name in (b"rot13", b"hex", b"undefined"):
+        with pytest.raises(GatewiseError, match="not UTF-8"):
+            document_of(b"<meta charset=" + name + b"><p>Give it\xe9", "gout.html", ".html")

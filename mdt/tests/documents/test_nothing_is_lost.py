@@ -79,6 +79,14 @@ _PAGE = [
     "<main>",
     "<article>{}",
     "<footer>{}",
+    "<h3><button>{}</button></h3>",
+    "<button>{}</button>",
+    "<dl><div>{}<dt>{}<dd>{}</div>",
+    '<sup><a href="#f">1</a></sup>',
+    "<p id=f>1. {}</p>",
+    "<td>{}<nav>{}</nav>",
+    "<tr>{}",
+    "<caption>{}",
     "{}",
 ]
 

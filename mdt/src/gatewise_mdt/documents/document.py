@@ -13,7 +13,7 @@ _MARK = re.compile(rf"\s*{NOTE}([^{NOTE}]*){NOTE}")  # of a footnote
 _SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?")
 _SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SMALL_NUMBER = re.compile(r"(?<=\d)[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_MARKED_NUMBER = re.compile(r"[\d./–-]*\d\[[^\]]{1,5}\]")
+_MARKED_NUMBER = re.compile(r"[\d./–-]{0,40}\d\[[^\]]{1,5}\]")
 _RAISED_NOTE = "what is raised after a number was taken for the mark of a note: compare it with the document"
 _REFERS_AFTER = re.compile(
     r"(?:[^\W\d_]{3}|[a-z)][.,;:?!]|[\u3400-\u9fff)）”。，；：、]|(?<![^\W\d_])(?:m?g|kg|[µμ]g|m?[lL]|d[lL]|IU|U|h)|%)$"

@@ -21,10 +21,12 @@ _APART = (
     " hgroup hr html legend li main menu ol p pre search section summary table tbody td tfoot th thead tr ul"
 )
 _UNSAID = (
-    "base button datalist head input link meta noscript option param rp rt script select source style template textarea title"
-    " track wbr"
+    "base head input link meta param rp rt script source style template title track wbr"
 )
 _BLOCKS, _LEFT_OUT = frozenset(_APART.split()), frozenset(_UNSAID.split())
+_PRESSED = {"button", "datalist", "noscript", "option", "select", "textarea"}
+_NAMES = {*_HEADINGS, "caption", "dt", "legend", "summary", "th"}  # where a button says what is below it
+_OF_HEAD = {"base", "link", "meta", "script", "style", "template", "title"}
 _UNREADABLE = {
     "svg": "picture", "canvas": "picture", "object": "embedded object", "embed": "embedded object", "iframe": "embedded document",
     "video": "film", "audio": "recording",
@@ -53,15 +55,15 @@ def read_html(text: str, name: str) -> Document:
     source = re.sub(r"^\s*<\?xml[^>]*\?>", lambda found: _BREAK * found[0].count(_BREAK), text)
     try:
         root = lxml.html.document_fromstring(source, parser=lxml.html.HTMLParser(huge_tree=True, remove_comments=True))
+        body = _body(root)
         reading = _Reading(*_footnotes(root))
-        body = root.find("body")
         main = _main(root if body is None else body)
         if main is not body and body is not None:
             reading.take_around(body, main)
         reading.walk(main, in_main=main is not body)
         blocks = reading.finished()
         if not any(
-            any(map(str.isalnum, block.text)) for block in blocks if not block.level
+            any(map(str.isalpha, block.text)) for block in blocks if not block.level
         ):  # all of it stands in what others have around their text
             reading = _Reading(*_footnotes(root), whole=True)
             reading.walk(root if body is None else body)
@@ -69,6 +71,19 @@ def read_html(text: str, name: str) -> Document:
     except (RecursionError, ValueError, lxml.etree.LxmlError) as error:
         raise GatewiseError(f"{name} cannot be read as HTML ({reason_of(error, 150)}): save it again, or as PDF") from error
     return Document(name, tuple(blocks), tuple(f"{name}: {note}" for note in reading.notes()))
+
+
+def _body(root: Any) -> Any:
+    """The body of a page; None without one. What a page without the tag "body" begins with, the parser leaves in its head."""
+    head, body = root.find("head"), root.find("body")
+    astray = [one for one in (head if head is not None else ()) if isinstance(one.tag, str) and one.tag not in _OF_HEAD]
+    if astray and body is None:
+        body = root.makeelement("body")
+        root.append(body)
+    if astray:
+        astray[-1].tail, body.text = f"{astray[-1].tail or ''}{body.text or ''}", None
+        body[:0] = astray
+    return body
 
 
 def _main(body: Any) -> Any:
@@ -149,10 +164,15 @@ class _Reading:
     around: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     struck: list[str] = field(default_factory=list)
+    pressed: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)  # footnotes that nothing refers to
     equations: int = 0
 
     def finished(self) -> list[Block]:
         self._close()
+        said = " ".join(part for block in self.blocks for part in (block.text, *block.notes))
+        used = {note for key, note in self.footnotes.items() if f"{NOTE}{key}{NOTE}" in said}
+        self.idle = [note for note in dict.fromkeys(self.footnotes.values()) if note not in used]
         return [made for block in self.blocks for made in with_footnotes(in_one_line(block), self.footnotes)]
 
     def take_around(self, body: Any, main: Any) -> None:
@@ -192,6 +212,9 @@ class _Reading:
             return
         if not _is_shown(element):
             self.hidden += [" ".join(_plain(element).split())]
+            return
+        if tag in _PRESSED and not (tag == "button" and any(one.tag in _NAMES for one in element.iterancestors())):
+            self.pressed += [" ".join("".join(self._texts(element)).split())]
             return
         outside = tag in _AROUND and not in_main and not any(one.tag == "article" for one in element.iterancestors())
         if not self.whole and (tag == "nav" or element.get("role") in _ROLES or outside):
@@ -245,10 +268,12 @@ class _Reading:
             self._inside(element, bold=bold, in_main=in_main)
             self._say(LOWERED, bold, element)
         else:
-            if tag in ("del", "s", "strike"):
-                self.struck.append(" ".join(_plain(element).split()))
+            struck = tag in ("del", "s", "strike")
             self.equations += tag == "math"
+            self._say(" " if struck else "", bold, element)  # "50" struck out before "5" is not 505
             self._inside(element, bold=bold, in_main=in_main)
+            self._say(" " if struck else "", bold, element)
+            self.struck += [" ".join(_plain(element).split())] if struck else []
 
     def _is_mark(self, link: Any) -> bool:
         return _refers(link) and (link.get("href") or "#")[1:] in self.footnotes
@@ -330,8 +355,15 @@ class _Reading:
         self.lists.pop()
 
     def _definitions(self, element: Any, terms: int, in_main: bool) -> int:
+        self._say(element.text, False, element)
+        self._close()
         for child in element:
-            terms = self._definition(child, terms, in_main) if child.tag in ("dt", "dd") else terms
+            if child.tag in ("dt", "dd"):
+                terms = self._definition(child, terms, in_main)
+            else:
+                self.walk(child, in_main=in_main)
+            self._say(child.tail, False, child)
+            self._close()
         return terms
 
     def _definition(self, element: Any, terms: int, in_main: bool) -> int:
@@ -398,7 +430,8 @@ class _Reading:
             rows.append(cells)
             places.append(f"line {row.sourceline}")
         notes = (_DEEP_CELL,) if deep else ()
-        for block in table_blocks(rows, places, headers or None):
+        by_row = any({cell.tag for cell in row} == {"th", "td"} for row in list(_rows(table))[:1])  # its names stand in a column
+        for block in table_blocks(rows, places, headers or (0 if by_row else None)):
             self.blocks.append(replace(block, notes=(*block.notes, *notes), depth=self.items))
 
     def _loose(self, element: Any, parts: tuple[str, ...]) -> None:
@@ -420,7 +453,7 @@ class _Reading:
         inner._inside(element, bold=element.tag == "th", in_main=True)
         bold = all(bold for text, bold in inner.held if text.strip())
         inner._close()
-        for name in ("pictures", "hidden", "struck"):
+        for name in ("pictures", "hidden", "struck", "around", "pressed"):
             getattr(self, name).extend(getattr(inner, name))
         self.left += inner.left
         self.equations += inner.equations
@@ -436,6 +469,10 @@ class _Reading:
             yield f"what stands around the text was left out: {quoted_list(self.around)}"
         if hidden := [text for text in self.hidden if any(map(str.isalpha, text))]:
             yield f"hidden text was left out: {quoted_list(hidden)}"
+        if pressed := [text for text in self.pressed if any(map(str.isalpha, text))]:
+            yield f"what is there to be pressed, chosen or filled in was left out: {quoted_list(pressed)}"
+        if self.idle:
+            yield f"footnotes that nothing in the text refers to were left out: {quoted_list(self.idle)}"
         if self.pictures:
             named = f", which the page calls {quoted_list(list(filter(None, self.pictures)))}" if any(self.pictures) else ""
             count = f"{len(self.pictures)} {'picture' if len(self.pictures) == 1 else 'pictures'}"

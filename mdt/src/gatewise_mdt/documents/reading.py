@@ -170,7 +170,7 @@ def _other_encoding(content: bytes, declared: str) -> str:
     for encoding in filter(None, (declared, "gb18030")):
         try:
             text = content.decode(encoding)
-        except UnicodeDecodeError:
+        except (UnicodeError, LookupError):  # some encodings that Python knows are of no texts
             continue
         if encoding == declared or _is_likely_chinese(text):
             return encoding
