@@ -20,9 +20,7 @@ _APART = (
     "address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure footer form header"
     " hgroup hr html legend li main menu ol p pre search section summary table tbody td tfoot th thead tr ul"
 )
-_UNSAID = (
-    "base head input link meta param rp rt script source style template title track wbr"
-)
+_UNSAID = "base head input link meta param rp rt script source style template title track wbr"
 _BLOCKS, _LEFT_OUT = frozenset(_APART.split()), frozenset(_UNSAID.split())
 _PRESSED = {"button", "datalist", "noscript", "option", "select", "textarea"}
 _NAMES = {*_HEADINGS, "caption", "dt", "legend", "summary", "th"}  # where a button says what is below it
