@@ -6,6 +6,8 @@ import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, items, sample
 from gatewise_mdt.checking.items import items_of
 from gatewise_mdt.checking.rules import RULES
+from gatewise_mdt.review.passage import passage_of
+from gatewise_mdt.review.shown import passage_json
 from mdt_trees import node
 
 SIGN, DRUG, PLAN, DOSE = "clinical manifestation", "drug therapy", "therapeutic schedule", "dosage and administration"
@@ -308,6 +310,14 @@ def test_places_are_those_of_the_words_in_the_passage() -> None:
                 assert record.passage[item.start : item.end] == item.words
             assert item.node is None or item.node < len(record.tree.nodes)
             assert "{" not in item.sentence
+
+
+def test_places_on_the_page_are_those_of_the_words_as_shown() -> None:
+    passage = passage_of(TreeRecord("adults@ 𝒳 \u202eGive\u202c it, but avoid naproxen.", leaf([P, PLAN, "Give"])))
+    said = passage_json(passage)
+    shown = "".join(text for text, _ in said["passage"]).encode("utf-16-le")
+    places = [(item["words"], item["place"]) for item in said["items"] if item["kind"] == "prohibition"]
+    assert [shown[2 * begin : 2 * end].decode("utf-16-le") for _, (begin, end) in places] == [words for words, _ in places] != []
 
 
 def test_items_come_surest_first_and_hints_last() -> None:

@@ -34,6 +34,12 @@ def test_two_rows_of_headers_and_a_cell_over_two_columns() -> None:
     assert texts([top, below, body], 2) == ["Drug: apixaban. Adults, eGFR 30 to 59 and Adults, eGFR < 30: no change."]
 
 
+def test_a_header_over_names_of_what_is_below_is_in_a_note() -> None:
+    made = table_blocks(rows("Do not give|Adults|Children", "aspirin||", "|300 mg|none"), ["page 1"] * 3, 1)
+    assert [block.text for block in made] == ["aspirin. Adults: 300 mg. Children: none."]
+    assert 'headers of the table were left out, as nothing stands under: "Do not give"' in made[0].notes
+
+
 def test_a_row_over_all_columns_names_what_is_below_and_a_sentence_stands_alone() -> None:
     made = [*rows("Drug|Dose", "amoxicillin|500 mg"), [Cell("Penicillin allergy", 0, 2)], *rows("doxycycline|100 mg")]
     made += [[Cell("Do not give doxycycline in pregnancy.", 0, 2)], [Cell("Dialysis", 0, 2)]]

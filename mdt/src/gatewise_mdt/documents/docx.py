@@ -383,6 +383,8 @@ class _Reading:
         said = self._all(element)
         if tag == f"{_W}r":
             raised = _value(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
+            # "50" struck out before "5" is not 505.
+            said = f" {said} " if any(_on(element.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike")) else said
             return f"{RAISED}{said}{LOWERED}" if raised else said
         if tag in (f"{_MATH}sup", f"{_MATH}den"):
             return f"{'^' if tag == f'{_MATH}sup' else '/'}{said}"

@@ -179,10 +179,10 @@ def _number(said: Any, otherwise: int = 0) -> int:
 
 def written(number: int, kind: str) -> str:
     """A number in one of Word's ways of writing them; in digits where it is one of the others."""
-    if kind in ("lowerLetter", "upperLetter") and number > 0:
+    if kind in ("lowerLetter", "upperLetter") and 0 < number < 1000:
         letter = chr(ord("a") + (number - 1) % 26) * ((number - 1) // 26 + 1)
         return letter.upper() if kind == "upperLetter" else letter
-    if kind in ("lowerRoman", "upperRoman"):
+    if kind in ("lowerRoman", "upperRoman") and 0 < number < 5000:
         made, left = "", number
         for value, sign in _ROMAN:
             made += sign * (left // value)

@@ -83,7 +83,8 @@ def _quoted(headers: Sequence[str]) -> str:
 def _idle(rows: Sequence[Row], top: Sequence[str]) -> list[str]:
     """The headers that no row says."""
     width = _width(rows)
-    cells = [cell for row in rows if not _is_over_all(row, width) for cell in row if cell.text]
+    names = [_is_over_all(row, width) or (alone and _is_label(row)) for row, alone in zip(rows, _alone(rows), strict=True)]
+    cells = [cell for row, is_name in zip(rows, names, strict=True) if not is_name for cell in row if cell.text]
     said = {header for cell in cells for header in top[cell.column : cell.column + cell.span]}
     return [header for header in top if header and header not in said]
 
@@ -162,14 +163,14 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
     first: Cell | None = None  # of the last row that has a first cell
     label, waiting = "", None  # of a row that names what the rows below it are about
     doubt: tuple[str, ...] = ()  # whether it does
-    for number, (row, where) in enumerate(zip(rows, places, strict=True)):
+    for row, where, alone in zip(rows, places, _alone(rows), strict=True):
         said = [cell for cell in row if cell.text]
         if not said:
             continue
-        whole, alone = _is_over_all(row, width), _is_alone(rows, number)
+        whole = _is_over_all(row, width)
         if whole or alone:
             block = Block(said[0].text, 0, where, "row", notes=notes)
-            is_label = not (reads_as_sentence(block.text) or _END.search(block.text))
+            is_label = _is_label(row)
             if is_label or whole:
                 if waiting is not None:
                     yield waiting
@@ -196,11 +197,21 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
         yield waiting
 
 
-def _is_alone(rows: Sequence[Row], number: int) -> bool:
-    """Whether a row says something in its first cell alone, and those below say more, as a name of what they are about."""
+def _alone(rows: Sequence[Row]) -> list[bool]:
+    """For each row whether it says something in its first cell alone, and those below say more, as a name of what they are of."""
     said = [[cell for cell in row if cell.text] for row in rows]
-    following = [row for row in said[number + 1 :] if row]
-    return len(said[number]) == 1 and said[number][0].column == 0 and bool(following) and any(len(row) > 1 for row in following[:2])
+    made: list[bool] = []
+    following: list[int] = []  # how many cells of the rows below say something, the nearest last
+    for row in reversed(said):
+        made.append(len(row) == 1 and row[0].column == 0 and max(following[-2:], default=0) > 1)
+        following += [len(row)] if row else []
+    return made[::-1]
+
+
+def _is_label(row: Row) -> bool:
+    """Whether what stands alone in a row names something, and is no sentence."""
+    text = next(cell.text for cell in row if cell.text)
+    return not (reads_as_sentence(text) or _END.search(text))
 
 
 def _row(row: Row, top: Sequence[str], label: str) -> tuple[str, str]:

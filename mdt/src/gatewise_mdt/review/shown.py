@@ -95,12 +95,12 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
 
 
 def _items(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
-    """What the tree seems to have lost of its text, with the places of the words as a browser counts them in the passage."""
+    """What the tree seems to have lost of its text, with the places of the words as a browser counts them in what is shown."""
     after = passage.text.partition("@")[2] if "@" in passage.text else passage.text
     before = len(after) - len(after.lstrip())
 
     def counted(place: int) -> int:
-        return len(after[: before + place].encode("utf-16-le", "surrogatepass")) // 2
+        return len(printable(after[: before + place]).encode("utf-16-le", "surrogatepass")) // 2
 
     made = [item.to_json() for item in items_of(after.strip(), tree)]
     return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in made]
