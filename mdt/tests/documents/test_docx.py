@@ -72,7 +72,7 @@ MOVED = f'<w:moveFrom w:id="3" w:author="a">{run("ever ")}</w:moveFrom><w:moveTo
         (f'{run("eGFR ")}<w:r><w:sym w:font="Symbol" w:char="F0B3"/></w:r>{run(" 30")}', "eGFR ≥ 30"),
         (f"{run('10')}{run('9', RAISED)}{run('/L')}", "10^9/L"),
         (f"{run('Give ')}{run('50', '<w:strike/>')}{run('5 mg')}", "Give 50 5 mg"),
-        (f"{run('130/80')}{run('1', RAISED)}{run(' mmHg')}", "130/80[1] mmHg"),
+        (f"{run('130/80')}{run('1', RAISED)}{run(' mmHg')}", "130/80 mmHg[1]"),
         (f"{run('30 kg/m')}{run('2', RAISED)}{run(' at visits')}{run('3,4', RAISED)}", "30 kg/m2 at visits[3,4]"),
         (
             f"<m:oMath>{HALF}</m:oMath>{run('500 mg')}",

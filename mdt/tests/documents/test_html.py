@@ -34,7 +34,7 @@ LINK = '<sup><a href="#n{0}">{0}</a></sup>'
             "<h1>Gout</h1><p>Give\n <b>5</b>&nbsp;mg.</p>and <i>rest</i><div>Stop it</div>",
             ["Gout", "Give 5 mg.", "and rest", "Stop it"],
         ),
-        ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80[1] mmHg, CO2"]),
+        ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80 mmHg[1], CO2"]),
         ("<p>If ALT &lt; 3 give it<br><br>Else stop", ["If ALT < 3 give it", "Else stop"]),
         ("<p>Stop:<br>- naproxen<br>• warfarin", ["Stop:", "naproxen", "warfarin"]),
         (

@@ -54,11 +54,11 @@ def test_a_footnote_stays_where_it_is_printed_with_a_note() -> None:
 @pytest.mark.parametrize(
     ("before", "raised", "after", "said"),
     [
-        ("below 130/80", "1", " mmHg", "below 130/80[1] mmHg"),
-        ("Give 5", "2", " mg daily", "Give 5[2] mg daily"),
-        ("Give 10", "2", " mg daily", "Give 10[2] mg daily"),
+        ("below 130/80", "1", " mmHg", "below 130/80 mmHg[1]"),
+        ("Give 5", "2", " mg daily", "Give 5 mg[2] daily"),
+        ("Give 10", "2", " mg daily", "Give 10 mg[2] daily"),
         ("Give 5 mg", "3,4", " daily", "Give 5 mg[3,4] daily"),
-        ("Give 50", "a", " mg", "Give 50[a] mg"),
+        ("Give 50", "a", " mg", "Give 50 mg[a]"),
         ("for 10", "1", ".", "for 10[1]."),
         ("platelets below 10", "9", "/L", "platelets below 10^9/L"),
         ("2 × 10", "6", " units", "2 × 10^6 units"),
@@ -82,8 +82,8 @@ def test_a_mark_after_a_number_is_doubted_in_a_note() -> None:
     text = "Aim at 130/80<super rise=4 size=5>1</super> mmHg in most people who have had a stroke."
     SimpleDocTemplate(made).build([Paragraph(text, ParagraphStyle("p", fontSize=11, leading=13))])
     (block,) = document_of(made.getvalue(), "a.pdf", ".pdf").blocks
-    assert block.text == "Aim at 130/80[1] mmHg in most people who have had a stroke."
-    assert block.notes[0].startswith('"130/80[1]": what is raised after a number was taken for the mark of a note')
+    assert block.text == "Aim at 130/80 mmHg[1] in most people who have had a stroke."
+    assert block.notes[0].startswith('"130/80 mmHg[1]": what is raised after a number was taken for the mark of a note')
 
 
 BODY = "\n".join([WHOLE] * 3)

@@ -10,10 +10,7 @@ from typing import Literal
 # until all of a paragraph is known.
 RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
 _MARK = re.compile(rf"\s*{NOTE}([^{NOTE}]*){NOTE}")  # of a footnote
-_SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?")
 _SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_SMALL_NUMBER = re.compile(r"(?<=\d)[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_MARKED_NUMBER = re.compile(r"[\d./–-]{0,40}\d\[[^\]]{1,5}\]")
 _RAISED_NOTE = "what is raised after a number was taken for the mark of a note: compare it with the document"
 _REFERS_AFTER = re.compile(
     r"(?:[^\W\d_]{3}|[a-z)][.,;:?!]|[\u3400-\u9fff)）”。，；：、]|(?<![^\W\d_])(?:m?g|kg|[µμ]g|m?[lL]|d[lL]|IU|U|h)|%)$"
@@ -21,6 +18,9 @@ _REFERS_AFTER = re.compile(
 _MEASURED = (
     r"\s*(?:m?g|kg|mcg|[µμ]g|micro\w+|m[lL]|mm\s?Hg|%|mmol|tablets?|puffs?|drops?|times|hours?|days?|weeks?|months?|years?)\b"
 )
+_UNIT = r"\s?(?:%|(?:m?g|kg|mcg|[µμ]g|micrograms|m[lL]|mm\s?Hg|mm|cm|mmol|[µμ]mol|IU|units?)\b(?:/\w+(?:\.\d+)?)*)"
+_SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?({_UNIT})?")
+_SMALL_NUMBER = re.compile(rf"(?<=\d)([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+)({_UNIT})?")
 UNKNOWN = "\ufffd"
 """Stands for a sign that a document gives no meaning to."""
 Kind = Literal["paragraph", "item", "row", "footnote"]
@@ -106,24 +106,34 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
 
 def one_line(said: str) -> str:
     """One line of text; a superscript is a power ("10^9"), refers to a note ("daily[3]"), or is a part of a word ("m2", "1st")."""
-    joined = said.replace(LOWERED + RAISED, "")
-    marked = _SUPERSCRIPT.sub(lambda found: superscript(joined[: found.start()], found[1], joined[found.end() :]), joined)
-    marked = _SMALL_NUMBER.sub(lambda found: _small_number(marked, found), marked)
-    return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
+    return _told(said)[0]
 
 
 def in_one_line(block: Block) -> Block:
     """A block with its text and stem in one line, and a note on what may be the mark of a note or a power."""
-    text = one_line(block.text)
-    doubted = [one for one in _MARKED_NUMBER.findall(text) if one not in block.text]
+    text, doubted = _told(block.text)
     notes = (*block.notes, f"{quoted_list(doubted)}: {_RAISED_NOTE}") if doubted else block.notes
     return replace(block, text=text, stem=one_line(block.stem), notes=notes)
 
 
-def _small_number(text: str, found: re.Match[str]) -> str:
-    """A small raised number that is a sign of its own, which stays unless it refers to a note."""
-    said = superscript(text[: found.start()], found[0].translate(_SMALL_DIGITS), text[found.end() :])
-    return said if said.startswith("[") else found[0]
+def _told(said: str) -> tuple[str, list[str]]:
+    """A text in one line, and what of it is raised after a number and was taken for the mark of a note."""
+    doubted: list[str] = []
+    joined = said.replace(LOWERED + RAISED, "")
+    level = _SUPERSCRIPT.sub(lambda found: _levelled(joined, found, doubted), joined)
+    made = _SMALL_NUMBER.sub(lambda found: _levelled(level, found, doubted), level)
+    return " ".join(made.replace(RAISED, "").replace(LOWERED, "").split()), doubted
+
+
+def _levelled(text: str, found: re.Match[str], doubted: list[str]) -> str:
+    """A superscript and the unit after it as plain text. A small number that is a sign of its own stays if it is no mark."""
+    before, (raised, unit) = text[: found.start()], found.groups("")
+    said = superscript(before, raised.translate(_SMALL_DIGITS), text[found.end(1) :].removeprefix(LOWERED))
+    number = re.search(r"[\d./–-]*\d$", before[-40:])
+    if number and said.startswith("["):
+        doubted.append(f"{number[0]}{unit}{said}")
+        return f"{unit}{said}"  # "130/80 mmHg[1]", so that the number keeps its unit
+    return (raised if found.re is _SMALL_NUMBER else said) + unit
 
 
 def superscript(before: str, raised: str, after: str) -> str:
