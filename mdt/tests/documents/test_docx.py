@@ -265,3 +265,16 @@ def test_two_rows_of_headers_under_a_table_style() -> None:
     made.cell(0, 0).merge(made.cell(1, 0)).text = "Drug"
     (only,) = texts(document)
     assert only == "Drug: apixaban. Dose if eGFR is >= 60: 5 mg. Dose if eGFR is 30-59: 2.5 mg. Dose if eGFR is < 30: avoid."
+
+
+def test_typed_numbers_are_items_too() -> None:
+    document = docx.Document()
+    for said in ("1、一般患者：", "（1）给予氨氯地平5mg", "（2）给予缬沙坦80mg", "2、妊娠患者：", "（1）禁用缬沙坦", "3、停药"):
+        document.add_paragraph(said)
+    document.add_paragraph("2. Treatment")
+    assert [block.depth for block in read(document).blocks] == [0, 1, 1, 0, 1, 0, 0]
+    assert [one.passage for one in split_passages(read(document))] == [
+        "1、一般患者：（1）给予氨氯地平5mg; （2）给予缬沙坦80mg",
+        "2、妊娠患者：（1）禁用缬沙坦",
+        "3、停药。2. Treatment",
+    ]

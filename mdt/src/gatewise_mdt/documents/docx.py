@@ -24,7 +24,15 @@ from gatewise_mdt.documents.document import (
     quoted_list,
     with_footnotes,
 )
-from gatewise_mdt.documents.headings import SENTENCE_END, is_label, number_depth
+from gatewise_mdt.documents.headings import (
+    ITEM_NUMBER,
+    SENTENCE_END,
+    counted,
+    is_label,
+    number_depth,
+    reads_as_sentence,
+    style_of,
+)
 from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
@@ -216,11 +224,13 @@ class _Reading:
             item = place is not None and not level
             if not level and place is None and (typed := _TYPED.match(said.lstrip())):
                 item, said = True, said.lstrip()[typed.end() :]
+            look = self.styles.look(paragraph)
+            if not level and not item and (place := self._typed(paragraph, said.lstrip(), look)) is not None:
+                item = True
             depth = 0 if level or not one_line(said) else self._depth(paragraph, place, item)
             block = Block(
                 f"{number} {said}" if item and number else said, level, where, "item" if item else "paragraph", depth=depth
             )
-            look = self.styles.look(paragraph)
             self.sizes[look[0]] += len(said)
             if not (level or item or depth or self.boxed):
                 self.looks[id(block)] = look
@@ -245,6 +255,14 @@ class _Reading:
         indent = self._indent(paragraph)
         return _place("", 0, indent, int(style[1] or 1) - 1), ""
 
+    def _typed(self, paragraph: Any, said: str, look: tuple[float, bool]) -> ListPlace | None:
+        """Where an item stands whose number is typed; None for what is none, or may be a heading."""
+        number = ITEM_NUMBER.match(said)
+        if number is None or look[1] or not (reads_as_sentence(said) or re.search(r"[:：]$", one_line(said))):
+            return None
+        own = _place(style_of(said), 0, self._indent(paragraph), 0)
+        return replace(own, typed=True, opens=counted(number) == 1)
+
     def _indent(self, paragraph: Any) -> Indent:
         """How far a paragraph is moved in, by what it says itself, its list or its style."""
         found = Indent()
@@ -262,7 +280,8 @@ class _Reading:
         if item:
             own = place or _place("", 0, indent, 0)
             while self.lists and not own.is_below(self.lists[-1]):
-                self.lists.pop()
+                if own.is_beside(self.lists.pop()):
+                    break
             self.lists.append(own)
             return len(self.lists) - 1
         while self.lists and not self.lists[-1].holds(indent.left or 0):

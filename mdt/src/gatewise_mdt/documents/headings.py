@@ -15,6 +15,8 @@ _ENDS_INSIDE = re.compile(r"[.!?;]\s|[。！？；].")
 _CHINESE_NUMBER = "[一二三四五六七八九十百]+"
 _CHINESE_NUMBERS = rf"{_CHINESE_NUMBER}、\s*|[（(]{_CHINESE_NUMBER}[）)]\s*|第(?:{_CHINESE_NUMBER}|\d+)[章节篇部]分?\s*"
 _NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.?\s+|[、．]\s*)|{_CHINESE_NUMBERS})")
+ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
+"""Before an item: "2. ", "b) ", "（1）", "①"."""
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _PEOPLE = re.compile(
@@ -271,6 +273,20 @@ def number_of(line: str) -> str | None:
     """The number before a heading or an item, such as "2.1"; empty for a Chinese one, None without one."""
     number = _NUMBER.match(line)
     return None if number is None else number[1] or ""
+
+
+def counted(number: re.Match[str]) -> int:
+    """Which of its list an item is, by its number."""
+    said, circled = number[1], number[2]
+    if circled:
+        return ord(circled) - ord("①") + 1
+    return int(said) if said.isdigit() else ord(said) - ord("a") + 1
+
+
+def style_of(item: str) -> str:
+    """What the number or bullet of an item looks like: "1.", "（1）", "•"."""
+    number = ITEM_NUMBER.match(item)
+    return re.sub(r"\d+", "1", re.sub("[①-⑳]", "①", re.sub(r"\b[a-z]\b", "a", number[0].strip()))) if number else item[0]
 
 
 def unnumbered(heading: str) -> str:

@@ -57,18 +57,28 @@ class ListPlace:
         level: in that list, from 0.
         mark: how far its number or bullet is moved in, in twentieths of a point.
         left: how far its other lines are.
+        typed: its number is a part of its text, and ``list`` says what it looks like.
+        opens: it is the first of its list.
     """
 
     list: str
     level: int
     mark: int
     left: int
+    typed: bool = False
+    opens: bool = False
 
     def is_below(self, other: "ListPlace") -> bool:
         """Whether it is an item of the list in another item."""
-        if self.list and self.list == other.list:
+        if self.list and self.list == other.list and not self.typed:
             return self.level > other.level
+        if self.opens and other.typed and self.list != other.list and self.mark == other.mark:
+            return True  # "（1）" after "1、"
         return self.mark >= other.mark + STEP // 3
+
+    def is_beside(self, other: "ListPlace") -> bool:
+        """Whether it is another item of the same typed list, and so stands under all that the other does."""
+        return self.typed and other.typed and (self.list, self.mark) == (other.list, other.mark)
 
     def holds(self, left: int) -> bool:
         """Whether a paragraph that is no item, and whose lines are moved in so far, stands in the item."""

@@ -320,7 +320,7 @@ def _beside(group: Sequence[Block], number: int) -> str:
         return ""
     if first.kind == "item":
         if second.depth <= first.depth:
-            return ";" if second.kind == "item" or second.text[:1].islower() else ""
+            return ";" if second.kind == "item" or second.text[:1].islower() else "."
         named = reads_as_sentence(second.text) and not reads_as_sentence(first.text)
         return ":" if second.kind == "item" or named else ""
     return (":" if _leads(group, number - 1) else ".") if second.kind == "item" else ""
@@ -339,7 +339,7 @@ def _joint(before: str, text: str, opens: bool, sign: str) -> str:
         return "" if chinese else " "
     if sign and not re.search(r"\b(?:and|or)$|[和或]$", before):
         return {";": "；", ":": "：", ".": "。"}[sign] if chinese else f"{sign} "
-    if re.match(r"[\"“(]?(?:[A-Z\u3400-\u9fff]|\d+(?:\.\d+)+\s)", text):
+    if re.match(r"[\"“(]?(?:[A-Z\u3400-\u9fff]|\d+(?:\.\d+)+\s|\d{1,2}(?:[.)]\s|、)|（\d)", text):
         return "。" if chinese else ". "
     return "" if chinese else " "
 

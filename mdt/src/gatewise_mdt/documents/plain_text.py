@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from gatewise_mdt.documents.document import Block, Document, in_one_line
 from gatewise_mdt.documents.headings import (
+    ITEM_NUMBER,
     SENTENCE_END,
+    counted,
     is_general,
     is_heading,
     number_of,
@@ -16,6 +18,7 @@ from gatewise_mdt.documents.headings import (
     reads_as_sentence,
     stands_alone_as_heading,
     stands_like_heading,
+    style_of,
     with_levels,
 )
 
@@ -40,7 +43,6 @@ _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
 _BULLET = re.compile(r"[•●▪■◦‣∙·○–*+\uf0b7\uf0a7-]\s+(?=\S)")
-_ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 _SURE_BULLET = re.compile(r"[•●▪■◦‣∙○\uf0b7\uf0a7]\s*(?=\S)")
 
 
@@ -96,28 +98,28 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
         return made
 
     stripped = [*(line.text.strip() for line in lines), "", ""]
+    below = _next_said(lines)
     for number, (where, raw, full) in enumerate([*lines, Line("", "")]):
         line, after = stripped[number], stripped[number + 1]
         before = held[-1] if held else ""
         bullet = _bullet(line, before, item)
         alone = population_mark(line) > 0 or _is_numbered_heading(line, before, after)
         moved = 0 if printed else _moved(raw)
-        below = next((one.text for one in lines[number + 1 :] if one.text.strip()), "")
-        again = any((one.moved, one.style) == (moved, _style(line)) for one in items) if line else False
-        counted = (
+        again = any((one.moved, one.style) == (moved, style_of(line)) for one in items) if line else False
+        has_number = (
             not printed
             and not bullet
             and not alone
-            and _is_counted(line, before, below.strip(), item, again, _moved(below) > moved)
+            and _is_counted(line, before, below[number].strip(), item, again, _moved(below[number]) > moved)
         )
-        if held and (not line or alone or bullet or counted or (printed and _ends_before(line, before))):
-            yield block(next(filter(None, stripped[number:]), ""))
+        if held and (not line or alone or bullet or has_number or (printed and _ends_before(line, before))):
+            yield block(line or below[number].strip())
         if not line:
             item = False
             continue
         if not held:
-            place, item = where, bool(bullet or counted)
-            own = _Item(moved, _style(line), line) if item else None
+            place, item = where, bool(bullet or has_number)
+            own = _Item(moved, style_of(line), line) if item else None
             while items and (alone or not items[-1].holds(moved, own)):
                 last = items.pop()
                 if own and (last.moved, last.style) == (own.moved, own.style):  # it stands under what that one does
@@ -130,6 +132,14 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
         title = named and len(held) == 1 and not item and stands_like_heading(line) and (not after or _begins_anew(after))
         if alone or (printed and short and (title or SENTENCE_END.search(line))):
             yield block(after)
+
+
+def _next_said(lines: Sequence[Line]) -> list[str]:
+    """For each line, and after the last, the next one that says something; empty without one."""
+    made = [""]
+    for line in reversed(lines):
+        made.append(line.text if line.text.strip() else made[-1])
+    return [*made[-2::-1], ""]
 
 
 class _Item(NamedTuple):
@@ -149,15 +159,9 @@ class _Item(NamedTuple):
         if item is None or moved != self.moved or item.style == self.style:
             return moved > self.moved
         # Not moved in, but "（1）" under "1、", or a list under a line with a colon.
-        number = _ITEM_NUMBER.match(item.text)
-        numbered = number is not None and _counts(number) == 1 and _ITEM_NUMBER.match(self.text)
+        number = ITEM_NUMBER.match(item.text)
+        numbered = number is not None and counted(number) == 1 and ITEM_NUMBER.match(self.text)
         return bool(numbered or re.search(r"[:：]$", self.text))
-
-
-def _style(line: str) -> str:
-    """What the number or bullet of an item looks like."""
-    number = _ITEM_NUMBER.match(line)
-    return re.sub(r"\d+", "1", re.sub("[①-⑳]", "①", re.sub(r"\b[a-z]\b", "a", number[0].strip()))) if number else line[0]
 
 
 def _ends_before(line: str, before: str) -> bool:
@@ -178,23 +182,16 @@ def _is_counted(line: str, before: str, below: str, in_list: bool, again: bool, 
         again: an item with such a number stands above it.
         moved_in: the next line that says something is moved in.
     """
-    number = _ITEM_NUMBER.match(line)
+    number = ITEM_NUMBER.match(line)
     if number is None or in_list:
         return number is not None
     if before and before[-1] not in ":：":
         return False
-    following = _ITEM_NUMBER.match(below)
-    inner = bool(_BULLET.match(below)) or (following is not None and _counts(following) == 1)
+    following = ITEM_NUMBER.match(below)
+    inner = bool(_BULLET.match(below)) or (following is not None and counted(following) == 1)
     if not again and not before and stands_alone_as_heading(line):
         return inner and (moved_in or line[-1] in ":：")
-    return again or inner or (following is not None and _counts(following) == _counts(number) + 1)
-
-
-def _counts(number: re.Match[str]) -> int:
-    said, circled = number[1], number[2]
-    if circled:
-        return ord(circled) - ord("①") + 1
-    return int(said) if said.isdigit() else ord(said) - ord("a") + 1
+    return again or inner or (following is not None and counted(following) == counted(number) + 1)
 
 
 def _bullet(line: str, before: str, in_list: bool) -> int:
