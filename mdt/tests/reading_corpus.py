@@ -371,14 +371,14 @@ def is_noted(fact: Fact, passages: Sequence[Passage]) -> bool:
 
 
 def _having(name: str, passages: Sequence[Passage]) -> list[Passage]:
-    """The passages that have words, or where none has them whole, a third of their letters."""
+    """The passages that have words, or where none has them whole, half of their letters."""
     if whole := [one for one in passages if any(True for _ in _places(one.text, {name}))]:
         return whole
     if len(name) < 40 and (dose := re.match(r"[\d.]+\s?[a-z/]+", name)):
         return [one for one in passages if any(True for _ in _places(one.text, {dose[0]}))]
     letters = re.sub(r"\s", "", name)
     parts = [letters[at : at + 6] for at in range(0, len(letters), 6)]
-    return [one for one in passages if 3 * sum(part in re.sub(r"\s", "", one.text) for part in parts) >= len(parts)]
+    return [one for one in passages if 2 * sum(part in re.sub(r"\s", "", one.text) for part in parts) >= len(parts)]
 
 
 def _places(text: str, words: set[str]) -> Iterator[tuple[int, str]]:

@@ -13,10 +13,13 @@ _GUTTER = 8.0  # points between columns of text
 _LEAST_LINES = 4  # on each side of a gutter
 _APART = 1.2  # of the size of letters: between cells, and hardly ever between words of a sentence
 _NEAR = 30.0  # points between strips of the same columns
+_FAR_BELOW = 2.5  # of the size of letters: between lines of a table
 _ALIKE = 1.5  # points between the tops of lines that stand beside each other
 _NARROWEST = 12.0  # of the size of letters: a column of running text
 
 _Placed = Word | PageTable
+_Beside = tuple[float, float, int | None, int | None]
+"""From where to where lines beside each other go, and their numbers on the left and on the right side."""
 
 
 @dataclass
@@ -108,7 +111,7 @@ def usual_white(lines: Sequence[list[Word]]) -> float:
     if not lines:
         return 0.0
     side = _Side(list(lines))
-    whites = [side.whites[place - 1] for place in range(1, len(lines)) if side.goes_on[place]]
+    whites = [side.whites[place - 1] for place in range(1, len(lines)) if side.goes_on[place] and side.whites[place - 1] > 0]
     return median(whites) if whites else 0.0
 
 
@@ -227,28 +230,39 @@ def _beginnings(left: _Side, right: _Side) -> tuple[int, int]:
 
 def _tables_across(left: _Side, right: _Side, x: float, look: Look) -> Iterator[tuple[float, float]]:
     """From where to where tables go that stand over two columns of text: short lines beside each other."""
-    runs: list[list[tuple[int, int]]] = [[]]
-    for place, top in enumerate(left.tops):
-        beside = next((number for number, at in enumerate(right.tops) if abs(at - top) < _ALIKE), None)
-        row = beside is not None and not left.is_of_prose(place) and not right.is_of_prose(beside)
-        listed = is_mark(left.lines[place][0].text)
-        if beside is None or not row or listed:
+    beside: list[_Beside] = [
+        (top, bottom, number, None) for number, (top, bottom) in enumerate(zip(left.tops, left.bottoms, strict=True))
+    ]
+    for number, (top, bottom) in enumerate(zip(right.tops, right.bottoms, strict=True)):
+        place = next((place for place, row in enumerate(beside) if row[3] is None and abs(row[0] - top) < _ALIKE), None)
+        if place is None:
+            beside.append((top, bottom, None, number))
+        else:
+            beside[place] = (min(beside[place][0], top), max(beside[place][1], bottom), beside[place][2], number)
+    runs: list[list[_Beside]] = [[]]
+    for row in sorted(beside, key=lambda one: one[0]):
+        top, _, one, other = row
+        prose = (one is not None and left.is_of_prose(one)) or (other is not None and right.is_of_prose(other))
+        listed = one is not None and is_mark(left.whole[one][0].text)
+        if prose or listed or (runs[-1] and top - max(before[1] for before in runs[-1]) > _FAR_BELOW * left.size):
             runs.append([])
-            continue
-        if runs[-1] and not (runs[-1][-1][0] == place - 1 and runs[-1][-1][1] == beside - 1):
-            runs.append([])
-        runs[-1].append((place, beside))
+        if not (prose or listed):
+            runs[-1].append(row)
     for run in runs:
-        if not run:
+        pairs = [number for number, row in enumerate(run) if row[2] is not None and row[3] is not None]
+        if not pairs:
             continue
-        top = min(left.tops[run[0][0]], right.tops[run[0][1]])
-        bottom = max(left.bottoms[run[-1][0]], right.bottoms[run[-1][1]])
-        size = left.size
-        ruled = any(one.x0 < x - _GUTTER and x + _GUTTER < one.x1 and top - size < one.y < bottom + size for one in look.rules)
-        # Where both sides have columns of their own, and the right one has names, they are two tables.
-        own = all(
-            2 * sum(len(list(pieces_of(side.whole[row[number]], _APART))) > 1 for row in run) > len(run)
-            for number, side in enumerate((left, right))
-        ) and 2 * sum(right.whole[row[1]][0].text[:1].isalpha() for row in run) > len(run)
-        if (len(run) > 2 and not own) or (ruled and len(run) > 1):
+        table = run[pairs[0] : pairs[-1] + 1]
+        top, bottom = table[0][0], max(row[1] for row in table)
+        within = [rule for rule in look.rules if top - left.size < rule.y < bottom + left.size]
+        ruled = any(rule.x0 < x - _GUTTER and x + _GUTTER < rule.x1 for rule in within)
+        if (len(pairs) > 2 and not _are_two_tables(left, right, [run[number] for number in pairs])) or (ruled and len(pairs) > 1):
             yield top - 0.1, bottom + 0.1
+
+
+def _are_two_tables(left: _Side, right: _Side, rows: Sequence[_Beside]) -> bool:
+    """Whether both sides have columns of their own, and the right one names, so that they are two tables."""
+    of_left = [left.whole[row[2]] for row in rows if row[2] is not None]
+    of_right = [right.whole[row[3]] for row in rows if row[3] is not None]
+    own = all(2 * sum(len(list(pieces_of(line, _APART))) > 1 for line in lines) > len(rows) for lines in (of_left, of_right))
+    return own and 2 * sum(line[0].text[:1].isalpha() for line in of_right) > len(rows)

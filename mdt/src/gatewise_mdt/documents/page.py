@@ -24,28 +24,40 @@ _Placed = Word | PageTable
 def items_of(page: Any) -> list[PageItem]:
     """Lines and tables of a pdfplumber page, in the order in which they are read."""
     upright = page.filter(lambda thing: thing["object_type"] != "char" or bool(thing["upright"]))
-    words = [
-        Word(
-            # Letters that the file gives no meaning to; one by itself is most often a bullet.
-            "•" if _NO_LETTER.fullmatch(word["text"]) else _NO_LETTER.sub(UNKNOWN, word["text"]),
-            word["x0"],
-            word["x1"],
-            word["top"],
-            word["bottom"],
-            word["size"],
-            bool(_BOLD.search(word["fontname"])),
-        )
-        for word in upright.extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
-    ]
-    tables: list[PageTable] = []
-    usual = usual_white(list(lines_of(words)))
     # Coloured grounds are no grid: they may lie under each second row.
     ruled = page.filter(lambda thing: thing["object_type"] != "rect" or thing["stroke"] or _is_thin(thing))
-    for found in sorted(ruled.find_tables(), key=lambda table: -_area(table.bbox)):  # of one inside another only the outer one
+    grids = sorted(ruled.find_tables(), key=lambda table: -_area(table.bbox))
+    printed = upright.extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"], return_chars=True)
+    words = [word for one in printed for word in _words(one, grids)]
+    usual = usual_white(list(lines_of(words)))
+    tables: list[PageTable] = []
+    for found in grids:  # of one inside another only the outer one
         if table := _table(found, words, usual):
             tables.append(table)
             words = [word for word in words if not any(_within(word, cell) for cell in found.cells)]
     return list(_read([*words, *tables], _look(page, usual)))
+
+
+def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
+    """A word, or the words that it is made of in cells beside each other, between which there is next to no white."""
+    y = (printed["top"] + printed["bottom"]) / 2
+    cells = [cell for grid in grids for cell in grid.cells if cell[1] < y < cell[3]]
+    edges = sorted({cell[0] for cell in cells if printed["x0"] + 1 < cell[0] < printed["x1"] - 1})
+    ends = [printed["x0"], *edges, printed["x1"]]
+    for start, end in pairwise(ends):
+        inside = [one for one in printed["chars"] if start <= (one["x0"] + one["x1"]) / 2 <= end] if edges else printed["chars"]
+        text = "".join(one["text"] for one in inside) if edges else printed["text"]
+        if inside:
+            yield Word(
+                # Letters that the file gives no meaning to; one by itself is most often a bullet.
+                "•" if _NO_LETTER.fullmatch(text) else _NO_LETTER.sub(UNKNOWN, text),
+                min(one["x0"] for one in inside),
+                max(one["x1"] for one in inside),
+                printed["top"],
+                printed["bottom"],
+                printed["size"],
+                bool(_BOLD.search(printed["fontname"])),
+            )
 
 
 def _is_thin(rect: Any) -> bool:
@@ -191,7 +203,8 @@ def _column(placed: Sequence[_Placed], look: Look) -> Iterator[PageItem]:
             continue
         pieces = list(pieces_of(words))
         if words[0].bottom < EDGE * look.height or words[0].top > (1 - EDGE) * look.height:  # a footer and a page's number are two
-            items += map(line_of, pieces)
+            # Below others of several pieces they may be a table's.
+            items += (replace(line_of(piece), apart=len(pieces) > 2) for piece in pieces)
             continue
         near = list(pieces_of(words, _BESIDE))
         apart = len(pieces) > 1 or _have_white_alike(above, near)

@@ -19,6 +19,7 @@ from gatewise_mdt.documents.lines import EDGE, PageLine, PageTable
 from gatewise_mdt.documents.page import PageItem, items_of
 from gatewise_mdt.documents.plain_text import Line, blocks_without_levels, join_lines
 from gatewise_mdt.documents.tables import Cell, header_count, table_blocks
+from gatewise_mdt.documents.unruled import DOUBTED
 
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
 _PICTURE = 100  # pixels of the shorter side; what is smaller is an icon or a rule
@@ -30,7 +31,11 @@ _PAGE_NUMBER = re.compile(
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
 _BESIDE = "it was read as a column of text, but stands beside another as the cells of a table do: compare it with the document"
-_OVER_PAGES = "a row of the table goes on over a page or a column of text: compare it with the document"
+# In one cell of a table, with nothing between them: "5 mg 10 mg".
+_TWO_DOSES = re.compile(
+    r"\d\s*(?:[mk]?g|mcg|micrograms?|[µμ]g|ml|iu|units?)(?:/kg)?\s+\d[\d.]*\s*(?:[mk]?g|mcg|micro|[µμ]g|ml|iu|units?)", re.I
+)
+_OVER_PAGES = "a row of the table may go on over a page or a column of text: compare it with the document"
 _APART = "its words stand apart on the page, as in a table without rules: compare it with the document"
 
 
@@ -324,35 +329,42 @@ class _Reading:
             self.headers = rows[: header_count(rows) if table.headers is None else table.headers]
         else:
             rows = rows[count:] if again else rows
-            if rows and self.rows and not any(cell.text and cell.column == 0 for cell in rows[0]):
-                self._take_rest(rows[0], table)
-                rows = rows[1:]
+            if rows and self.rows and _may_be_rest(rows[0]):
+                self.rest = True
+                if self._take_rest(rows[0]):
+                    rows = rows[1:]
             table = replace(table, headers=before.headers, notes=tuple(dict.fromkeys((*before.notes, *table.notes))))
         self.table = table
         self.rows += rows
         self.places += [where] * len(rows)
 
-    def _take_rest(self, row: Sequence[Cell], table: PageTable) -> None:
-        """A row without a first cell at the top of a page: the rest of the last one, or one of the same first cell."""
-        last = self.rows[-1]
-        if all(cell.text[:1].islower() for cell in row if cell.text):
-            rest = {cell.column: cell.text for cell in row if cell.text}
-            self.rows[-1] = [
-                replace(cell, text=join_lines(list(filter(None, (cell.text, rest.get(cell.column)))))) for cell in last
-            ]
-        else:
-            self.rows.append([*(cell for cell in last if cell.column == 0), *(cell for cell in row if cell.column > 0)])
-            self.places.append(self.places[-1])
-        self.rest = True
+    def _take_rest(self, row: Sequence[Cell]) -> bool:
+        """Takes a row at the top of a page that is the rest of the last row: it begins in small letters as no first cell does."""
+        last, said = self.rows[-1], [cell for cell in row if cell.text]
+        of_rows = [cell.text for one in self.rows[len(self.headers) :] for cell in one if cell.column == 0 and cell.text]
+        small = all(cell.text[:1].islower() for cell in said)
+        if not small or (said[0].column == 0 and any(text[:1].islower() for text in of_rows)):
+            return False
+        rest = {cell.column: cell.text for cell in said}
+        self.rows[-1] = [replace(cell, text=join_lines(list(filter(None, (cell.text, rest.get(cell.column)))))) for cell in last]
+        return True
 
     def _close_table(self) -> None:
         table, self.table = self.table, None
         if table is None:
             return
         notes = (*table.notes, _OVER_PAGES) if self.rest else table.notes
+        if not notes and any(_TWO_DOSES.search(cell.text) for row in self.rows for cell in row):
+            notes = (DOUBTED,)
         made = table_blocks(self.rows, self.places, table.headers)
         self.blocks += [replace(block, notes=(*notes, *block.notes)) for block in made]
         self.rows, self.places, self.rest = [], [], False
+
+
+def _may_be_rest(row: Sequence[Cell]) -> bool:
+    """Whether a row at the top of a page may belong to the last one before it: it has no first cell, or begins in small letters."""
+    said = [cell for cell in row if cell.text]
+    return bool(said) and (said[0].column > 0 or all(cell.text[:1].islower() for cell in said))
 
 
 def _goes_on(before: PageTable, place: str, table: PageTable, where: str, again: bool) -> bool:

@@ -13,7 +13,7 @@ from gatewise_mdt.documents.headings import SENTENCE_END, is_caption
 from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.plain_text import join_lines
-from gatewise_mdt.documents.tables import Cell, header_count
+from gatewise_mdt.documents.tables import Cell
 
 DOUBTED = "its rows and columns were told by where words stand, as the table has no full grid: compare it with the document"
 _APART = 0.8  # of the size of letters: between cells
@@ -127,7 +127,7 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
                 if alone > 2:
                     break
         low = max(low, _bottom(line))
-    return _with_tail(pieces, at, end, columns, look) if end > at + 1 else at
+    return _with_tail(pieces, at, end, columns, look) if end > at + 1 and len(columns) > 1 else at
 
 
 def _is_closed(rules: Sequence[float], first: float, low: float, top: float) -> bool:
@@ -191,8 +191,10 @@ def _fits(line: Sequence[_Piece], columns: Sequence[_Column], *, header: bool) -
     over = [[number for number, column in enumerate(columns) if column.x0 < piece.x1 and piece.x0 < column.x1] for piece in line]
     single = [found[0] for found in over if len(found) == 1]
     wide = [found for found in over if len(found) > 1]
-    if not any(over) or len(wide) > 1 or len(set(single)) < len(single):
+    if len(wide) > 1 or len(set(single)) < len(single):
         return False
+    if not any(over):  # below headers that stand over the middle of columns, or at their right
+        return header and len(line) == len(columns)
     return header or not wide or wide[0][0] > 0  # what covers the first column has nothing beside it
 
 
@@ -214,7 +216,21 @@ def _columns(lines: Sequence[Sequence[_Piece]]) -> list[_Column]:
             {number}.union(*(column.lines for column in over)),
         )
         columns = [*(column for column in columns if column not in over), made]
-    return sorted(columns, key=lambda column: column.x0)
+    columns.sort(key=lambda column: column.x0)
+    most = max(map(len, lines))
+    return (_columns_in_order(lines) or columns) if len(columns) > most == len(lines[0]) else columns
+
+
+def _columns_in_order(lines: Sequence[Sequence[_Piece]]) -> list[_Column]:
+    """The columns where headers stand over the middle and cells at the left, by the order of pieces; none if that does not fit."""
+    body = _columns(lines[1:]) if len(lines) > 1 else []
+    if len(body) != len(lines[0]):
+        return []
+    made = [
+        _Column(min(piece.x0, column.x0), max(piece.x1, column.x1), column.lines | {0})
+        for piece, column in zip(lines[0], body, strict=True)
+    ]
+    return made if all(first.x1 < second.x0 for first, second in pairwise(made)) else []
 
 
 @dataclass
@@ -296,8 +312,6 @@ def _table(lines: Sequence[Sequence[_Piece]], look: Look) -> PageTable | None:
         rows.append(row)
     if any(cell.span > 1 and cell.span < len(columns) for row in rows[(headers or 2) :] for cell in row):
         certain = False
-    if headers is None and header_count(rows) == 0:
-        certain = False
     if any(first[1] >= second[0] for line in placed for first, second in pairwise(sorted(line.cells))):
         certain = False
     edges = tuple(round(column.x0) for column in columns)
@@ -373,7 +387,7 @@ def _groups(
         low = max(low, line.bottom)
     more = _more(size)
     least = max(0.0, min(whites))
-    if usual and least <= usual + more:
+    if usual and abs(least - usual) <= more:
         least = usual
     elif min(whites) < 0:  # lines that stand beside each other
         positive = [white for white in whites if white > 0]
@@ -393,8 +407,9 @@ def _groups(
         if not within:
             return _split(len(lines), [True] * pairs), True
         sure = [breaks[place] or begins[place] for place in range(pairs)]
-        if all(sure):
-            return _split(len(lines), sure), True
+        full = all(len(line.cells) == len(columns) for line in lines)  # of cells of several lines, some would end before others
+        if all(sure) or (full and 2 * sum(sure) >= pairs):
+            return _split(len(lines), [True] * pairs), True
     told = []
     for place in range(pairs):
         fewer = len(lines[place + 1].cells) < max(len(lines[place].cells), 2)
@@ -451,7 +466,7 @@ def _had_room(before: _Piece | None, after: _Piece, column: _Column) -> bool:
 def _drawn_headers(groups: Sequence[Sequence[int]], breaks: Sequence[bool]) -> int | None:
     """How many rows at the top are parted from the others by the only thing that is drawn between rows."""
     drawn = [number for number in range(1, len(groups)) if breaks[groups[number][0] - 1]]
-    return drawn[0] if len(drawn) == 1 and drawn[0] <= 2 and len(groups) > drawn[0] else None
+    return drawn[0] if len(drawn) == 1 and drawn[0] <= 2 and len(groups) > drawn[0] + 1 else None
 
 
 def _row(lines: Sequence[_Line], columns: Sequence[_Column], header: bool) -> list[Cell]:
