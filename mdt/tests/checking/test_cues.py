@@ -46,6 +46,11 @@ Treatment with naproxen is not indicated.
 Naproxen should only be avoided in children.
 Under no circumstances should naproxen be given.
 Neither naproxen nor ibuprofen should be given.
+Replace naproxen with paracetamol.
+Switch from naproxen to paracetamol.
+Naproxen should be replaced by paracetamol.
+Give paracetamol, but not with naproxen.
+Naproxen should not be given to patients without pain.
 No naproxen should be given.
 Naproxen should be stopped two days before surgery.
 Naproxen is prohibited.
@@ -80,6 +85,24 @@ Patients with ulcers should not take naproxen.
 不必给予萘普生。
 忌用萘普生。
 """
+KEPT_ON = """
+Do not stop naproxen abruptly.
+Never discontinue naproxen.
+Naproxen should not be withheld.
+Naproxen must not be suddenly stopped.
+Naproxen should not be delayed.
+Naproxen is not contraindicated in asthma.
+Naproxen should not exceed 1 g daily.
+Naproxen should not be given without a proton pump inhibitor.
+Do not give naproxen without a proton pump inhibitor.
+Replace ibuprofen with naproxen.
+Switch from ibuprofen to naproxen.
+不应停用萘普生。
+不可突然停用萘普生。
+切勿自行停用萘普生。
+萘普生并非禁用。
+不宜停用萘普生。
+"""
 # What the text says, and what of it the tree has.
 LOST = [
     ("Do not exceed 4 g in 24 hours.", "4 g in 24 hours"),
@@ -113,6 +136,9 @@ LOST = [
     ("Give 10 mg every morning.", "10 mg"),
     ("Give 10 mg for a maximum of 5 days.", "10 mg for 5 days"),
     ("Give a minimum of 10 mg.", "10 mg"),
+    ("Give two tablets at night.", "tablets at night"),
+    ("Give one or two puffs as needed.", "puffs as needed"),
+    ("每次两片，每日2次。", "每次片，每日2次"),
     ("Give 10 mg once a month.", "10 mg"),
     ("给予10mg，隔日1次。", "10mg"),
     ("给予10mg，每周2次。", "10mg"),
@@ -154,6 +180,15 @@ def test_words_that_forbid(passage: str) -> None:
     )
     assert {"given though forbidden", "prohibition", "negation"} & kinds(passage, "people", gives, drug)
     assert not {"forbidden though given", "prohibition", "negation"} & kinds(passage, "people", avoids, drug)
+
+
+@pytest.mark.parametrize("passage", KEPT_ON.strip().splitlines())
+def test_words_that_forbid_to_stop_do_not_forbid(passage: str) -> None:
+    drug, gives, avoids = (
+        ("naproxen", "drug therapy", "prohibited drugs") if passage.isascii() else ("萘普生", "治疗药物", "禁用药物")
+    )
+    assert not {"given though forbidden", "prohibition", "negation"} & kinds(passage, "people", gives, drug)
+    assert "forbidden though given" in kinds(passage, "people", avoids, drug)
 
 
 @pytest.mark.parametrize(("passage", "said"), LOST)

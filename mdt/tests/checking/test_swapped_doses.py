@@ -41,3 +41,26 @@ def listed(passage: str, *drugs_and_doses: tuple[str, str]) -> list[str]:
 def test_swapped_doses_are_listed_and_right_ones_are_not(passage: str, drug: str, dose: str, other: str, its: str) -> None:
     assert listed(passage, (drug, its), (other, dose))
     assert not listed(passage, (drug, dose), (other, its))
+
+
+@pytest.mark.parametrize(
+    ("rows", "drug", "dose", "other", "its"),
+    [
+        (
+            "Drug: ramipril. Starting dose: 2.5 mg.\nDrug: atenolol. Starting dose: 25 mg.",
+            "ramipril",
+            "2.5 mg",
+            "atenolol",
+            "25 mg",
+        ),
+        ("Drug: ramipril. Use: heart. Dose: 5 mg. Drug: atenolol. Dose: 25 mg.", "ramipril", "5 mg", "atenolol", "25 mg"),
+        ("药物：卡托普利。剂量：12.5mg。药物：美托洛尔。剂量：25mg。", "卡托普利", "12.5mg", "美托洛尔", "25mg"),
+    ],
+)
+def test_a_dose_in_a_row_of_a_table_is_of_the_drug_of_the_row(rows: str, drug: str, dose: str, other: str, its: str) -> None:
+    assert len(listed(rows, (drug, its), (other, dose))) == 2
+    assert not listed(rows, (drug, dose), (other, its))
+
+
+def test_the_dose_of_a_sentence_without_a_drug_is_of_none_before() -> None:
+    assert not listed("Stop ibuprofen. Give naproxen. The usual dose is 500 mg.", ("ibuprofen", "500 mg"))

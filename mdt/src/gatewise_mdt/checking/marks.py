@@ -47,7 +47,8 @@ class Span(NamedTuple):
 # ---- numbers ----
 
 DIGITS = r"\d+(?:[.,·]\d+)*"
-_SPELT = _any("one two three four five six seven eight nine ten eleven twelve")
+_COUNTS = "one two three four five six seven eight nine ten eleven twelve"
+_SPELT = _any(_COUNTS)
 _HAN_DIGITS = "[一二两三四五六七八九十半]"
 _DOSE_UNIT = (
     _any(
@@ -65,8 +66,11 @@ _NUMBER = re.compile(
     rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、型]|\.(?: |$)(?=[a-z]))"
 )
 _SPELT_NUMBER = re.compile(
-    rf"(?<![a-z-])({_SPELT}(?: (?:to|or) {_SPELT})?) (?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
+    rf"(?<![a-z-])({_SPELT}(?: (?:to|or) {_SPELT})?) (?:(?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
+    rf"|(?P<dose>{_DOSE_UNIT}))|(?<!第)(?<!{_HAN_DIGITS})(?P<han>{_HAN_DIGITS}) ?(?P<piece>[片粒滴喷揿])"
 )
+_VALUES = {word: str(at) for at, word in enumerate(_COUNTS.split(), start=1)}
+_VALUES |= {sign: str(at) for at, sign in enumerate("一二三四五六七八九十", start=1)} | {"两": "2", "半": "0.5"}
 _TAIL = re.compile(_UNIT)
 _TIME = re.compile(
     rf"[ -]?(?:{_any('day days week weeks month months year years hour hours h d w wk min minutes cycle cycles course courses')}"
@@ -115,12 +119,15 @@ def numbers_of(text: str) -> list[Number]:
         end = dose.end() if dose else time.end() if time else match.end()
         found.append(Number(match.start(), end, kind, digits, Span(*per.span("per")) if per else None))
     for match in _SPELT_NUMBER.finditer(text):  # "seven days"
-        found.append(Number(*match.span(), "time", (Span(*match.span(1)),), None))
+        digits = Span(*match.span(1) if match[1] else match.span("han"))
+        found.append(Number(*match.span(), "dose" if match["dose"] or match["piece"] else "time", (digits,), None))
     return sorted(found)
 
 
 def value(digits: str) -> str:
-    """A number to compare: "1,000" is "1000", "0.50" is "0.5"."""
+    """A number to compare: "1,000" is "1000", "0.50" is "0.5", "two" and 两 are "2"."""
+    if digits in _VALUES:
+        return _VALUES[digits]
     plain = re.sub(r",(?=\d{3}(?!\d))", "", digits).replace("·", ".").replace(",", ".")
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain).lstrip("0") or "0"
 
@@ -236,7 +243,7 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
         r"no(?= [a-z-]+(?: [a-z-]+)? (?:should|must|may) be (?:given|used|offered|prescribed|taken))",
-        r"rather than|instead of",
+        r"rather than|instead of|but not (?:(?:together|combined|in combination) )?with",
         r"should (?:be )?avoid(?: (?:the )?use of)?",
         r"(?:recommend|advise)(?:ed|d|s)? against(?: (?:the )?use of)?",
         rf"{_NOT} {_ADVERB}(?:be )?treated with",
@@ -251,11 +258,24 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         rf"(?:cannot|(?:should|must|is|are|need|may)n't) {_ADVERB}(?:be )?{_ADVERB}{_DONE}",
         r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
-        r"(?:is|are|be) (?:\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped|discontinued"
-        r"|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
+        r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped"
+        r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective|replaced (?:with|by))",
         r"contra-?indicated",
     )
 )
+_STOPS = (
+    r"(?:stop|discontinu|withh|withdr|avoid|interrupt|delay|omit|exceed|miss|den(?:y|ie)|postpon|defer|ceas|preclud|contra-?indic)"
+)
+_KEEPS = re.compile(rf" (?:be )?(?:[a-z]+ly )?{_STOPS}[a-z]*")  # "should not be stopped"
+_DOUBLED = re.compile(
+    r"(?:(?<![a-z])(?:not|never|without)|n't)(?: [a-z]+ly| be| to){0,2} $"
+    r"|[不勿未非免](?:应|得|可|宜|能|要|需|[突骤]然|随意|自行|擅自)*$"
+)
+_WITHOUT = re.compile(r"(?:(?! (?:in|to|for|with|among)(?![a-z]))[^,;.])* without(?![a-z])")  # "should not be given without tests"
+_REPLACES = re.compile(  # "replace X with Y", "switch from X to Y": no more X
+    _words(r"replac(?:e|ed|ing)(?= [^,;.]{2,60} (?:with|by) )", r"(?:switch|chang|convert)(?:e|ed|ing)? from(?= [^,;.]{2,60} to )")
+)
+_REPLACEMENT = re.compile(r" (?:with|by|to) ")
 _HAN_FORBIDS = re.compile(
     r"禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
     r"|不(?:再|作)?(?:常规)?(?:建议|推荐|主张|提倡)(?:常规|进行|使用|应用|给予|采用|单独|首选|行|用)*"
@@ -279,9 +299,7 @@ _NEXT_PART = re.compile(
     r",| and (?=(?:give|use|start|offer|refer|consider|treat|switch|may|should|can|must)\b)|\b(?:other than|apart from|except)\b"
 )
 _ADVISES = re.compile(_words("recommended|should|may|can|could|must|is|are|be|preferred|suggested|advisable") + "|应|可|推荐|建议")
-_CAUTION = re.compile(
-    _words("replaced?", "cautio(?:n|us|usly)", "careful(?:ly)?", "worsen|aggravate|risk of") + "|慎|加重|诱发|小心|注意"
-)
+_CAUTION = re.compile(_words("cautio(?:n|us|usly)", "careful(?:ly)?", "worsen|aggravate|risk of") + "|慎|加重|诱发|小心|注意")
 _EXCEPTION = re.compile(_words("unless", "except", "only (?:in|if|when|for)") + "|除非|除了|仅|只有")
 _PEOPLE = "(?:patients?|those|individuals?|adults?|children|infants?|people|persons?|women|men|cases?|subjects?|neonates?)"
 _WITH = "(?:with|who|whose|of|where|in which|that|at|under|over|aged|without|receiving|having|presenting)"
@@ -308,6 +326,10 @@ _CONDITION_END = re.compile(
 _OTHERWISE = re.compile(
     _words("otherwise", "if not", "in other cases", "in all other(?: cases| patients)?", "the remaining patients", "all others?")
     + "|否则|反之|其[余他](?:患者|情况|病例|人)"
+)
+_ORDER = re.compile(  # at the beginning of a sentence or a part of it
+    r"(?:^|[,;:.] ?|(?<![a-z])(?:then|and) )(?:repeat|increase|reduce|double|halve|taper|titrate|switch|replace|change|continue"
+    r"|withdraw|withhold|admit|perform|inject|apply|arrange|call|seek|measure|aim)(?![a-z])"
 )
 _ADVICE = re.compile(
     _words(
@@ -424,16 +446,20 @@ class Marks:
     def _forbidden_in(self, clause: Span) -> Iterator[tuple[Span, Span]]:
         text, held = self.text, []
         for match in _FORBIDS_AFTER.finditer(text, *clause):
-            if self._is_condition_cue(match.start(), clause):
+            if self._is_condition_cue(match.start(), clause) or self._is_undone(match, clause):
                 continue
             held.append(match.span())
             yield Span(*match.span()), Span(match.end(), self._ahead(match.end(), clause))
         for match in _FORBIDS_BEFORE.finditer(text, *clause):
             if any(a < match.end() and match.start() < b for a, b in held) or self._is_condition_cue(match.start(), clause):
                 continue
+            if self._is_undone(match, clause):
+                continue
             yield Span(*match.span()), Span(self._back(match.start(), clause), match.start())
         for match in _HAN_FORBIDS.finditer(text, *clause):
             cue, end = Span(*match.span()), _to_comma(text, match.end(), clause.end)
+            if self._is_undone(match, clause):
+                continue
             about, looks_back = text[cue.end : end], _HAN_BEFORE.match(text, cue.end, clause.end) is not None
             if not looks_back and _HAN_PEOPLE.match(about):
                 continue  # 不宜手术的患者 are people
@@ -441,6 +467,26 @@ class Marks:
                 continue  # a purpose
             begin = max(text.rfind(sign, clause.begin, cue.begin) for sign in ",:") + 1
             yield cue, Span(max(begin, clause.begin), cue.begin) if looks_back else Span(cue.end, end)
+
+    def _is_undone(self, match: re.Match[str], clause: Span) -> bool:
+        """Whether what would forbid is itself negated: "do not stop X", "X should not be delayed", "not without tests"."""
+        text, (begin, end) = self.text, match.span()
+        if _DOUBLED.search(text, max(clause.begin, begin - 30), begin) and not re.match("not|never", match[0]):
+            return True
+        if re.match(r"(?:[突骤]然|随意|自行|擅自)?(?:停[用药]|中断|减量|延[误迟])", text[end : end + 4]):
+            return True
+        is_not = re.search(rf"(?<![a-z]){_NOT}(?![a-z])", match[0]) is not None
+        return is_not and (_KEEPS.match(text, end, clause.end) or _WITHOUT.match(text, end, clause.end)) is not None
+
+    @cached_property
+    def replaced(self) -> list[Prohibition]:
+        """What the passage replaces by something else."""
+        made = []
+        for match in _REPLACES.finditer(self.text):
+            end = _REPLACEMENT.search(self.text, match.end())
+            scope = Span(match.end(), end.start() if end else match.end())
+            made.append(Prohibition(Span(*match.span()), scope, scope))
+        return made
 
     def _is_condition_cue(self, place: int, clause: Span) -> bool:
         """Whether a negation belongs to a condition ("who should not be given X", "if X is not suitable")."""
@@ -467,7 +513,8 @@ class Marks:
 
     def advises(self, place: int) -> bool:
         """Whether the sentence at a place advises something."""
-        return _ADVICE.search(self.text, *self.sentence_at(place)) is not None
+        begin, end = self.sentence_at(place)
+        return _ADVICE.search(self.text, begin, end) is not None or _ORDER.search(self.text[begin:end].lstrip()) is not None
 
     def warns(self, place: int) -> bool:
         """Whether the sentence at a place asks for caution or tells of harm."""

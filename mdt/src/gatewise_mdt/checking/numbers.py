@@ -130,9 +130,10 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
     if any(_OF.fullmatch(text, one.end, dose.begin) or _OF.fullmatch(text, dose.end, one.begin) for one in own):
         return None
     near = [one for one in names if sentence.begin <= one.begin < sentence.end and not one.overlaps(dose)]
+    near = near or _of_row(marks, sentence, names)
     if (one := _respective(marks, dose, sentence, near)) is not None:
         return None if any(map(one.overlaps, own)) else one
-    before = [one for one in near if one.end <= dose.begin and not re.search("[;；。]", text[one.end : dose.begin])]
+    before = [one for one in near if one.end <= dose.begin and not re.search("[;；]", text[one.end : dose.begin])]
     after = [one for one in near if one.begin >= dose.end and _OF.fullmatch(text, dose.end, one.begin)]
     if after and (not before or re.search("of|的", text[dose.end : after[0].begin])):
         group = _listed(marks, after[0], near)
@@ -144,6 +145,19 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
     if any(one.overlaps(place) for one in group for place in own) or any(text[one.begin : one.end] in words for one in group):
         return None
     return group[0]
+
+
+_NAMED = re.compile(r"[\s(]*[^:.;。]{1,60}: ?\S")  # "Starting dose: 2.5 mg", as rows of tables are read
+
+
+def _of_row(marks: Marks, sentence: Span, names: list[Span]) -> list[Span]:
+    """The drugs that a row of a table named last before one of its cells, "Drug: ramipril. Dose: 2.5 mg."; none if it is no row."""
+    for one in reversed([one for one in marks.sentences if one.begin <= sentence.begin]):
+        if not _NAMED.match(marks.text, *one):
+            return []
+        if found := [name for name in names if one.holds(name)]:
+            return found
+    return []
 
 
 def _respective(marks: Marks, dose: Span, sentence: Span, names: list[Span]) -> Span | None:
