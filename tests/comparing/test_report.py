@@ -150,6 +150,9 @@ def test_what_a_rate_seems_worth_by_chance() -> None:
     assert content["sentence"].startswith(
         f"What the rate is worth cannot be told from chance: {lora['rate_is_worth']:.1f} points ("
     )
+    told = [run("dora", rate, 1000, {"tuning": np.full(60, value)}) for rate, value in ((1e-3, 0.8), (1.8e-3, 0.78))]
+    content = report([*runs, *told], [arm("lora", best["learning_rate"]), arm("dora")])
+    assert ". The rate is worth up to 2.0 points (the best against the worst tried near it, on dora's" in content["sentence"]
     worst = min(runs, key=lambda one: one["metrics"]["tuning"]["accuracy"])
     assert report(runs, [arm("lora", worst["learning_rate"])])["arms"][0]["rate_is_worth"] == 0
 

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -274,17 +276,58 @@ def test_an_arm_without_a_finished_run_may_change_and_go(recipe: Path, tmp_path:
     assert not (tmp_path / "out/runs/pi-lora").exists()
 
 
+def test_what_a_process_is_making_is_known_whatever_another_one_plans(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, rows = {"seeds": 1, "rates": 1}, tmp_path / "train.jsonl"
+    trainings = Trainings(tmp_path, monkeypatch)
+    mkdtemp = tempfile.mkdtemp
+
+    def another_begins(**settings: Any) -> str:
+        monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+        folder = mkdtemp(**settings)
+        compared(recipe, ["dora"], **once, budget_minutes=0)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", another_begins)
+    compared(recipe, ["lora"], **once, budget_minutes=0)  # at the same moment
+    trainings.quality = lambda *_: compared(recipe, ["dora"], **once, budget_minutes=0)["missing"]
+    compared(recipe, ["lora"], **once)
+    with pytest.raises(GatewiseError, match=r"training\.max_steps of lora was 4, now 5"):
+        compared(recipe, ["lora"], **once, overrides=["training.max_steps=5"])
+
+    def other_rows(*_: Any) -> float:
+        rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+        return compared(recipe, ["pi-lora"], **once, budget_minutes=0)["missing"]
+
+    shutil.rmtree(tmp_path / "out")
+    trainings.quality = other_rows
+    with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
+        compared(recipe, ["lora"], **once)
+    assert not (tmp_path / "out/runs").exists()
+
+
 def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainings(tmp_path, monkeypatch)
     whole = compared(recipe, ["lora"], rates=1)
     for name in ("runs/lora/0.01-0.json", "plan.json"):
-        (tmp_path / "out" / name).write_text('{"arm": "lora", "learn')
-        with pytest.raises(GatewiseError, match=f"{name} is damaged: remove it, and give the same command again"):
-            compared(recipe, ["lora"], rates=1)
+        for content in ('{"arm": "lora", "learn', "[]", '{"arm": "lora"}'):
+            (tmp_path / "out" / name).write_text(content)
+            with pytest.raises(GatewiseError, match=f"{name} is damaged: remove it, and give the same command again"):
+                compared(recipe, ["lora"], rates=1)
         (tmp_path / "out" / name).unlink()
         made = compared(recipe, ["lora"], rates=1, keep_adapters=True)
         assert made["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
     assert [path.name for path in (tmp_path / "out/adapters/lora").iterdir()] == ["0"]
+    console = Console(file=io.StringIO(), width=200)
+    (left := tmp_path / "out/work/lora/0.01-0/checkpoints").mkdir(parents=True)  # by a process that was killed when it was done
+    compared(recipe, ["lora"], rates=1, keep_adapters=True, console=console)
+    assert "1 finished runs kept no adapter: remove their files in runs" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert not left.exists()
+    (copy := tmp_path / "out/runs/lora/0.01-0 (1).json").write_bytes((tmp_path / "out/runs/lora/0.01-0.json").read_bytes())
+    with pytest.raises(GatewiseError, match="has another name than its run: remove it if it is a copy"):
+        compared(recipe, ["lora"], rates=1)
+    copy.unlink()
 
 
 def test_a_folder_of_something_else_is_left_as_it_is(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +337,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(recipe: Path, tmp_path: Pat
     with pytest.raises(GatewiseError, match="is not empty and holds no comparison: give another folder"):
         compared(recipe)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    with pytest.raises(GatewiseError, match=r"cannot write .*mine/plan\.json: .*; give a path that can be written"):
+    with pytest.raises(GatewiseError, match=r"cannot write .*mine/work/plan\.json: .*; give a path that can be written"):
         running.compare(recipe, ["lora"], tmp_path / "out/mine", console=SILENT)
 
 
@@ -302,6 +345,12 @@ def test_runs_that_need_several_processes_are_refused(recipe: Path, tmp_path: Pa
     Trainings(tmp_path, monkeypatch)
     with pytest.raises(GatewiseError, match=r"launch\.processes is 2, but compare trains each run in one process"):
         compared(recipe, overrides=["launch.processes=2"])
+
+
+@pytest.mark.parametrize("wrong", [{"methods": []}, {"seeds": 0}, {"seeds": 1001}, {"rates": 0}])
+def test_counts_of_nothing_are_refused(recipe: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(GatewiseError, match="expected methods, 1 or more rates and 1 to 1000 seeds, got"):
+        compared(recipe, **wrong)
 
 
 def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_is_measured(

@@ -271,7 +271,7 @@ def _sentences(content: Content) -> list[str]:
     if content["detectable"] is not None and not wins:
         said.append(f"A difference of {_size(content['detectable'], unit)} would be found four times in five.")
     if worth := [arm for arm in content["arms"] if arm["rate_is_worth"]]:
-        arm = max(worth, key=lambda arm: arm["rate_is_worth"])
+        arm = max(worth, key=lambda arm: (arm["rate_is_worth"] > (arm["equal_rates_differ_by"] or 0), arm["rate_is_worth"]))
         most, chance = arm["rate_is_worth"], arm["equal_rates_differ_by"]
         by = f"; by the chance of these rows equal rates lie up to {_size(chance, unit)} apart" if chance is not None else ""
         lead = "The rate is worth up to" if most > (chance or 0) else "What the rate is worth cannot be told from chance:"

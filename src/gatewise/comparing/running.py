@@ -34,7 +34,7 @@ from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
-from gatewise.files import check_new_file, finite, write_json
+from gatewise.files import check_new_file, finite, whole_folder, write_json
 from gatewise.models.device import machine
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.dry_run import duration, ready, timed_step
@@ -46,6 +46,7 @@ PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adap
 MOST_TUNING, LEAST_TUNING = 500, 32
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
+_OF_A_RUN = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
 
 
 def compare(
@@ -81,6 +82,10 @@ def compare(
     """
     output, progress = Path(output), ConsoleProgress(console or Console(stderr=True))
     deadline = time.monotonic() + (math.inf if budget_minutes is None else 60 * budget_minutes)
+    if not methods or rates < 1 or not 1 <= seeds <= FIRST_SEED:
+        raise GatewiseError(
+            f"expected methods, 1 or more rates and 1 to {FIRST_SEED} seeds, got {len(methods)}, {rates} and {seeds}"
+        )
     if is_launched():
         raise GatewiseError("compare trains in one process: start it by itself; several processes may share its folder")
     arms = arms_of(recipe, methods, overrides)
@@ -105,6 +110,7 @@ def compare(
         metric,
         lower_is_better=metric in ("loss", *task.lower_is_better),
         rows=len(task.measured.get("test", task.measured["dev"])),
+        files=_fingerprints(arms[0].recipe),
         output=output,
         progress=progress,
         keep_adapters=keep_adapters,
@@ -155,6 +161,7 @@ class _Comparison:
 
     Attributes:
         rows: how many there are to tell by, of test or dev.
+        files: fingerprints of the files that the rows come from, when this process began.
         found: what finished runs came to, by name.
         tried: seconds of a run of each arm that has no finished one, by steps that were tried.
     """
@@ -165,6 +172,7 @@ class _Comparison:
     metric: str
     lower_is_better: bool
     rows: int
+    files: dict[str, str]
     output: Path
     progress: ConsoleProgress
     keep_adapters: bool
@@ -175,14 +183,12 @@ class _Comparison:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the folder is for: with fingerprints of the files that the rows come from."""
-        data, arms = self.arms[0].recipe.data, {arm.name: _fixed(arm.recipe) for arm in self.arms}
-        paths = {f"data.{key}": Path(str(getattr(data, key))) for key in ("train", "dev", "test")}
-        files = {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
-        return {"seeds": self.seeds, "rates": self.rates, "files": files, "arms": arms}
+        """What the folder is for."""
+        arms = {arm.name: _fixed(arm.recipe) for arm in self.arms}
+        return {"seeds": self.seeds, "rates": self.rates, "files": self.files, "arms": arms}
 
     def agree(self) -> None:
-        """Writes the plan. Arms of an earlier one that have begun stay in it.
+        """Writes the plan. Arms of an earlier one stay in it: another process may be making their first run.
 
         Raises:
             GatewiseError: the folder is for another comparison, or for something else.
@@ -190,10 +196,10 @@ class _Comparison:
         there = {one.name for one in self.output.iterdir()} if self.output.is_dir() else set()
         if there and not there & {PLAN, WORK}:
             raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
-        check_new_file(self.output / PLAN)
+        check_new_file(self.output / WORK / PLAN)  # there, so that no process sees a folder with something else alone
         with self._lock("plan"):
             begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
-            arms = self._check(begun) if begun and PLAN in there else {}
+            arms = self._check(begun) if (self.output / PLAN).is_file() else {}
             write_json(self.output / PLAN, {**self.plan, "arms": arms | self.plan["arms"]})
 
     def _check(self, begun: Collection[str]) -> dict[str, Any]:
@@ -202,9 +208,12 @@ class _Comparison:
         Raises:
             GatewiseError: its rows, or its arms of those that have begun, are others.
         """
-        before, plan = _read(self.output / PLAN), self.plan
-        files, now = before["files"], plan["files"]
-        changed = [f"the rows of {key} are others" for key in files | now if files.get(key) != now.get(key)]
+        before, plan = _read(self.output / PLAN, self.plan), self.plan
+        changed = []
+        if begun:
+            all_files = before["files"], self.files, _fingerprints(self.arms[0].recipe)
+            keys = {key: None for files in all_files for key in files}
+            changed = [f"the rows of {key} are others" for key in keys if len({files.get(key) for files in all_files}) > 1]
         for arm in [arm for arm in plan["arms"] if arm in begun and arm in before["arms"]]:
             was = by_key(_fixed(checked(before["arms"][arm], PLAN)))  # with defaults for keys that an older version had not
             mine = by_key(plan["arms"][arm])
@@ -229,9 +238,15 @@ class _Comparison:
             GatewiseError: an arm cannot be trained, of which none is then.
         """
         self._look()
+        for name in self.found:  # left by a process that was killed when its run was finished
+            shutil.rmtree(self.output / WORK / name, ignore_errors=True)
         for arm in self.arms:
             for line in (f"has {arm.parameters:,} parameters", *arm.told):
                 self.progress.say(f"{arm.name} {line}")
+        finals = [run for arm in self.arms for run in self._search(arm)[1] if "metrics" in self.found.get(run.name, {})]
+        lost = [run for run in finals if not self._kept(run).is_dir()]
+        if self.keep_adapters and lost:
+            self.progress.say(f"{len(lost)} finished runs kept no adapter: remove their files in {RUNS} to have them made again")
         self._tell_outlook()
         if not self._wanted():
             return
@@ -253,7 +268,10 @@ class _Comparison:
         for path in sorted((self.output / RUNS).glob("*/*.json")):
             name = f"{path.parent.name}/{path.stem}"
             if name not in self.found:
-                self.found[name] = _read(path)
+                found = _read(path, _OF_A_RUN)
+                if name != f"{found['arm']}/{found['learning_rate']:.3g}-{found['seed']}":
+                    raise GatewiseError(f"{path} has another name than its run: remove it if it is a copy")
+                self.found[name] = found
 
     def _score(self, arm: Arm, trial: Trial) -> Score | None:
         """How good a run was on the tuning rows; of equals, the one with the smaller loss. One that diverged is worst."""
@@ -364,7 +382,8 @@ class _Comparison:
                 except (GatewiseError, torch.OutOfMemoryError) as error:  # the run is whole without it
                     self.progress.say(f"warning: what was forgotten could not be measured: {error}")
             if run.is_final and self.keep_adapters:
-                shutil.copytree(done.adapter, self.output / ADAPTERS / run.arm.name / str(run.seed), dirs_exist_ok=True)
+                with whole_folder(self._kept(run), replace=True) as part:
+                    shutil.copytree(done.adapter, part, dirs_exist_ok=True)
         result["whole_seconds"] = None if resumed else round(time.monotonic() - begun, 1)  # of a resumed run only a part is known
         with self._lock("plan"):
             self._check({run.arm.name})  # another process may have changed it meanwhile, or somebody the rows
@@ -374,6 +393,9 @@ class _Comparison:
         self.progress.say(f"  {told}; {self._what_is_left()}")
         if not run.is_final and all(arm["learning_rate"] for arm in self._arms()):
             self._tell_outlook()
+
+    def _kept(self, run: _Run) -> Path:
+        return self.output / ADAPTERS / run.arm.name / str(run.seed)
 
     # What came out ------------------------------------------------------------------------------------------------------
 
@@ -405,12 +427,21 @@ def _make_room() -> None:
     torch.cuda.empty_cache()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a file that a comparison wrote."""
+def _read(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """Reads a file that a comparison wrote, which has these keys at least."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise GatewiseError(f"{path} is damaged: remove it, and give the same command again") from None
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise GatewiseError(f"{path} is damaged: remove it, and give the same command again")
+    return found
+
+
+def _fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Of the files that the rows come from."""
+    paths = {f"data.{key}": Path(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
