@@ -1,4 +1,4 @@
-"""benchmarks/claims.py: its tables, and that docs/claims has each of them as it is printed from the results."""
+"""benchmarks/claims.py: its tables, and that the pages have what it prints of the results."""
 
 import importlib.util
 import json
@@ -42,5 +42,11 @@ def test_a_table_has_each_arm_at_its_own_rate_and_at_the_first_ones(claims: Any)
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results/compare").glob("*.json")), ids=lambda file: file.stem)
 def test_pages_have_the_tables_that_are_printed(claims: Any, file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/claims").glob("*.md"))
-    assert "\n".join(claims.table(json.loads(file.read_text(encoding="utf-8")))) in pages
+    pages += (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    lines = claims.table(content)
+    if len(content["arms"]) == 1:  # a search for a rate: what came out stands in a table of several
+        _, rate, quality, *_ = lines[-1].removeprefix("| ").split(" | ")
+        lines = [f"| {rate} | {quality} |"]
+    assert "\n".join(lines) in pages
