@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import write_recipe
 
-from gatewise.adapters.lora import rank_settings
+from gatewise.adapters.lora import rank_settings, target_settings
 from gatewise.comparing.arms import CONTROLS, Arm, arms_of, same_size
 from gatewise.errors import GatewiseError
 from gatewise.parts import METHODS
@@ -162,7 +162,7 @@ def test_ranks_that_inspect_suggested_are_an_arm(method: str, tmp_path: Path) ->
     pattern = {"target_modules": modules, **rank_settings(ranks, dict.fromkeys(modules, 2.0))}
     (tmp_path / "pattern.json").write_text(json.dumps(pattern))
     file = tmp_path / "suggested.yaml"
-    file.write_text(json.dumps({"method": method, "peft": {"pattern": str(tmp_path / "pattern.json")}}))
+    file.write_text(json.dumps({"method": method, "peft": {"pattern": "pattern.json"}}))  # in the file's own folder
     _, arm = same_size([*arms(write_recipe(tmp_path), "lora", file).values()])
     (tmp_path / "pattern.json").unlink()  # the recipe has what was in it
     done = train(arm.recipe, tmp_path / "out", console=Console(quiet=True))
@@ -177,7 +177,9 @@ def test_ranks_that_inspect_suggested_are_an_arm(method: str, tmp_path: Path) ->
     config = LoraConfig.from_pretrained(str(done.adapter))
     scales = {config.alpha_pattern.get(key, config.lora_alpha) / rank for key, rank in config.rank_pattern.items()}
     assert scales | {config.lora_alpha / config.r} == {2.0}
-    other = json.dumps(pattern | {"target_modules": ["model.layers.9.self_attn.q_proj"]})
-    (tmp_path / "pattern.json").write_text(other)
-    with pytest.raises(GatewiseError, match=r"peft.pattern: 'model.layers.9.self_attn.q_proj' is no linear module of "):
-        same_size([*arms(write_recipe(tmp_path), "lora", file).values()])
+    deeper = ["model.layers.0.self_attn.q_proj", "model.layers.9.self_attn.q_proj"]
+    for whole in (False, True):  # as a list, and as a regular expression
+        other = pattern | {"target_modules": target_settings(deeper, (), whole)["target_modules"]}
+        (tmp_path / "pattern.json").write_text(json.dumps(other))
+        with pytest.raises(GatewiseError, match=r"peft.pattern: 'model.layers.9.self_attn.q_proj' is no linear module of "):
+            same_size([*arms(write_recipe(tmp_path), "lora", file).values()])

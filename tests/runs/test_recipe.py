@@ -226,7 +226,10 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             ("method=lora",),
             "peft.pattern: expected a file that `gatewise inspect ADAPTER --scores",
         ),
-        (f"peft: {{pattern: {SUGGESTED}}}", (), "peft.pattern is given, but method alora has ranks of its own: take lora or dora"),
+        *(
+            (f"peft: {{pattern: {SUGGESTED}}}", (f"method={method}",), f"is given, but method {method} has ranks of its own: take")
+            for method in ("alora", "pi-lora", "milora", "adalora")
+        ),
         (
             f"peft: {{use_rslora: true, pattern: {SUGGESTED}}}",
             ("method=lora",),

@@ -192,8 +192,8 @@ def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> N
     if names is None or names == "all-linear":
         return
     linear = {path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if key == "peft.pattern" and isinstance(names, str) and any(re.fullmatch(names, path) for path in linear):
-        return  # a regular expression, as the names of some of its modules end those of others
+    if key == "peft.pattern" and isinstance(names, str):
+        names = re.sub(r"\\(.)", r"\1", names).split("|")  # whole paths, see ``target_settings``
     for name in [names] if isinstance(names, str) else names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):
             endings = sorted({path.rpartition(".")[2] for path in linear})

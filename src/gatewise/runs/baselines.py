@@ -51,6 +51,7 @@ class AdaLora(Lora):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """What AdaLoRA does not take of LoRA's settings."""
+        yield from super().contradictions()
         if self.adalora.init_r is not None and self.adalora.init_r <= self.peft.r:
             yield (
                 "adalora.init_r",

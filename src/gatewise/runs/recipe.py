@@ -248,6 +248,7 @@ def _did_you_mean(word: str, known: Mapping[str, Any], otherwise: str) -> str:
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _DATA_KEYS: list[tuple[str, ...]] = [("data", "train"), ("data", "dev"), ("data", "test")]
+_PATTERN_KEY = ("peft", "pattern")
 _OTHER_END = {"max_steps": "epochs", "epochs": "max_steps"}
 
 
@@ -255,7 +256,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe. A section without keys has its defaults.
 
     Args:
-        path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
+        path: the YAML file. Relative data files, a pattern's, and a model given as a folder are taken from the file's own folder.
         overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; where the key takes text, and where it is not
             valid YAML, the value is the text as it stands. ``max_steps`` replaces the file's ``epochs``, and the other way round.
             Their relative paths are taken from the working folder, where the one who types them is.
@@ -279,9 +280,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise GatewiseError(f"the recipe {path} cannot be read: {reason_of(error)}") from error
     if not isinstance(tree, dict):
         raise GatewiseError(f"{path}: expected keys such as 'method: alora' and 'model: ...', got {reprlib.repr(tree)}")
-    data = tree.get("data")
-    for key in [("model",), *_DATA_KEYS]:
-        section = tree if len(key) == 1 else data
+    for key in [("model",), *_DATA_KEYS, _PATTERN_KEY]:
+        section = tree if len(key) == 1 else tree.get(key[0])
         if isinstance(section, dict) and key[-1] in section:
             section[key[-1]] = _absolute(key, section[key[-1]], path.parent)
     return tree
@@ -414,9 +414,9 @@ def _text_expected(tree: dict[str, Any]) -> set[tuple[Any, ...]]:
 
 
 def _absolute(key: tuple[str, ...], value: Any, folder: Path) -> Any:
-    """A relative data file or model folder, taken from a folder; a sample and the name of a data set or model stay."""
+    """A relative file or model folder, taken from a folder; a sample and the name of a data set or model stay."""
     if not isinstance(value, str) or not value:
         return value
-    is_file = key in _DATA_KEYS and value.lower().endswith(DATA_SUFFIXES)
+    is_file = (key in _DATA_KEYS and value.lower().endswith(DATA_SUFFIXES)) or key == _PATTERN_KEY
     is_model = key == ("model",) and (value.startswith((".", "~", "/")) or (folder / value).is_dir())
     return str((folder / Path(value).expanduser()).resolve()) if is_file or is_model else value
