@@ -2,9 +2,10 @@
 
 On the annotators' own trees of Text2MDT, where every item counts as false, and on the same trees with one mistake each: a dose
 changed, the doses of two drugs swapped, a prohibition turned round, a limit or a frequency lost, a condition or a recommendation
-dropped. Every place where a mistake can be made is one, at most three of a kind in a passage. A mistake counts as listed when the
-tree with it has an item that the tree without it has not (hints are no items); of the first seven kinds of mistakes, an item of
-the first group of rules. Rules were written and tuned on the train passages and the project's samples.
+dropped, the branches of a condition swapped. Every place where a mistake can be made is one, at most three of a kind in a passage.
+A mistake counts as listed when the tree with it has an item that the tree without it has not (hints are no items); of the first
+seven kinds of mistakes, an item of the first group of rules. Rules were written and tuned on the train passages and the project's
+samples.
 
     python mdt/benchmarks/check.py --data-dir DIR
 
@@ -182,6 +183,16 @@ def drop_of_a_leaf(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Ite
             yield made
 
 
+def swap_branches(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
+    """What is said where a condition holds, where it does not."""
+    for both in record.tree.children:
+        if both is not None:
+            end = _end(record.tree, both[1])
+            yes, no = _copy(nodes)[both[0] : both[1]], _copy(nodes)[both[1] : end]
+            if yes != no:
+                yield [*_copy(nodes)[: both[0]], *no, *yes, *_copy(nodes)[end:]]
+
+
 MISTAKES: dict[str, Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes | None]]] = {
     "change a dose": change_a_dose,
     "swap two drugs' doses": swap_doses,
@@ -195,12 +206,13 @@ MISTAKES: dict[str, Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes 
     "drop one of several conditions": drop_of_a_condition,
     "drop a decision": drop_a_leaf,
     "drop one of several decisions": drop_of_a_leaf,
+    "swap the branches of a condition": swap_branches,
 }
 FIRST = tuple(MISTAKES)[:7]
 """What the first group of rules is for: at most one false item in five passages."""
 FIRST_KINDS = (
     "given though forbidden", "forbidden though given", "dose of another drug", "number not in the text", "dose", "number", "limit",
-    "frequency", "negation", "prohibition", "empty tree",
+    "frequency", "negation", "prohibition", "empty tree", "branches",
 )  # fmt: skip
 
 

@@ -179,7 +179,42 @@ CASES = {
         "otherwise",
         "Otherwise, repeat the urate level.",
     ),
+    "unless": Case(
+        "Give ibuprofen unless there is a peptic ulcer.",
+        tree_of(node("C", [P, SIGN, "peptic ulcer"]), node("D"), node("D", [P, DRUG, "ibuprofen"])),
+        on([P, SIGN, "peptic ulcer"], [P, DRUG, "ibuprofen"]),
+        "branches",
+        "ibuprofen unless there is a peptic ulcer",
+    ),
+    "contraindicated unless": Case(
+        "Metformin is contraindicated unless eGFR is above 30.",
+        tree_of(node("C", [P, SIGN, "eGFR is above 30"]), node("D", [P, DRUG, "Metformin"]), node("D", [P, AVOID, "Metformin"])),
+        tree_of(node("C", [P, SIGN, "eGFR is above 30"]), node("D", [P, AVOID, "Metformin"]), node("D", [P, DRUG, "Metformin"])),
+        "branches",
+        "Metformin is contraindicated unless eGFR is above 30",
+    ),
+    "branches swapped": Case(
+        "If there are tophi, give allopurinol. If there are none, repeat the urate level.",
+        tree_of(node("C", [P, SIGN, "tophi"]), node("D", [P, DRUG, "allopurinol"]), node("D", [P, PLAN, "repeat the urate level"])),
+        tree_of(node("C", [P, SIGN, "tophi"]), node("D", [P, PLAN, "repeat the urate level"]), node("D", [P, DRUG, "allopurinol"])),
+        "branches",
+        "tophi, give allopurinol",
+    ),
     # Chinese.
+    "除非": Case(
+        "除非存在禁忌证，患者均应服用阿司匹林。",
+        tree_of(node("C", [Q, FACT, "存在禁忌证"]), node("D"), node("D", [Q, GIVE, "阿司匹林"])),
+        on([Q, FACT, "存在禁忌证"], [Q, GIVE, "阿司匹林"]),
+        "branches",
+        "存在禁忌证，患者均应服用阿司匹林",
+    ),
+    "分支颠倒": Case(
+        "有痛风石者给予别嘌醇；其余患者复查血尿酸。",
+        tree_of(node("C", [Q, FACT, "痛风石"]), node("D", [Q, GIVE, "别嘌醇"]), node("D", [Q, DO, "复查血尿酸"])),
+        tree_of(node("C", [Q, FACT, "痛风石"]), node("D", [Q, DO, "复查血尿酸"]), node("D", [Q, GIVE, "别嘌醇"])),
+        "branches",
+        "痛风石者给予别嘌醇",
+    ),
     "禁用": Case(
         "肾功能衰竭者禁用萘普生。",
         on([Q, FACT, "肾功能衰竭"], [Q, NEVER, "萘普生"]),

@@ -119,8 +119,8 @@ def numbers_of(text: str) -> list[Number]:
         end = dose.end() if dose else time.end() if time else match.end()
         found.append(Number(match.start(), end, kind, digits, Span(*per.span("per")) if per else None))
     for match in _SPELT_NUMBER.finditer(text):  # "seven days"
-        digits = Span(*match.span(1) if match[1] else match.span("han"))
-        found.append(Number(*match.span(), "dose" if match["dose"] or match["piece"] else "time", (digits,), None))
+        said = Span(*match.span(1) if match[1] else match.span("han"))
+        found.append(Number(*match.span(), "dose" if match["dose"] or match["piece"] else "time", (said,), None))
     return sorted(found)
 
 
@@ -259,7 +259,7 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
         r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped"
-        r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective|replaced (?:with|by))",
+        r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
     )
 )
@@ -275,6 +275,7 @@ _WITHOUT = re.compile(r"(?:(?! (?:in|to|for|with|among)(?![a-z]))[^,;.])* withou
 _REPLACES = re.compile(  # "replace X with Y", "switch from X to Y": no more X
     _words(r"replac(?:e|ed|ing)(?= [^,;.]{2,60} (?:with|by) )", r"(?:switch|chang|convert)(?:e|ed|ing)? from(?= [^,;.]{2,60} to )")
 )
+_REPLACED = re.compile(_words(r"(?:is|are|be) replaced (?:with|by)"))  # "X is replaced by Y"
 _REPLACEMENT = re.compile(r" (?:with|by|to) ")
 _HAN_FORBIDS = re.compile(
     r"禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
@@ -486,6 +487,10 @@ class Marks:
             end = _REPLACEMENT.search(self.text, match.end())
             scope = Span(match.end(), end.start() if end else match.end())
             made.append(Prohibition(Span(*match.span()), scope, scope))
+        for clause in self.clauses:
+            for match in _REPLACED.finditer(self.text, *clause):
+                scope = Span(self._back(match.start(), clause), match.start())
+                made.append(Prohibition(Span(*match.span()), scope, scope))
         return made
 
     def _is_condition_cue(self, place: int, clause: Span) -> bool:

@@ -19,7 +19,7 @@ def _is_negated(phrase: str) -> bool:
     return bool(_NEGATED.search(fold(phrase).text))
 
 
-def _forbidden_at(marks: Marks, span: Span) -> Span | None:
+def forbidden_at(marks: Marks, span: Span) -> Span | None:
     """The words that forbid what stands at a place."""
     return next((one.cue for one in (*marks.forbidden, *marks.replaced) if one.scope.holds(span)), None)
 
@@ -46,7 +46,7 @@ def given_though_forbidden(marks: Marks, cover: Cover) -> Iterator[Finding]:
         if held.relation not in GIVES or _is_negated(held.triple.object):
             continue
         said = [place for place in held.objects if not marks.in_condition(place.begin)] or list(held.objects)
-        cues = [_forbidden_at(marks, place) for place in said]
+        cues = [forbidden_at(marks, place) for place in said]
         beside = [one for one in decided if one.node == held.node and one.relation == AVOIDS and held.relation == GIVES[0]]
         if all(cues) and (cue := cues[0]) is not None and not marks.has_exception(cue.begin):
             sentence = f"The tree gives {quoted(held.triple.object)}, which the text forbids: {{words}}."

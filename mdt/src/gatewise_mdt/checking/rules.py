@@ -8,7 +8,7 @@ counts what the annotators left out themselves against the rule.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gatewise_mdt.checking import content, numbers, prohibitions
+from gatewise_mdt.checking import branches, content, numbers, prohibitions
 from gatewise_mdt.checking.cover import Cover
 from gatewise_mdt.checking.finding import Finding
 from gatewise_mdt.checking.marks import Marks
@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     Rule("frequency", numbers.lost_frequencies, 0.56),
     Rule("negation", prohibitions.lost_negations, 0.91),
     Rule("prohibition", prohibitions.lost_prohibitions, 0.53),
+    Rule("branches", branches.turned_branches, 0.93),
     Rule("empty leaf", content.empty_leaves, 0.96),
     Rule("otherwise", content.lost_otherwise, 0.8),
     Rule("condition", content.lost_conditions, 0.5),

@@ -1,0 +1,83 @@
+"""Conditions whose two branches stand the other way round in the text."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from gatewise_mdt.checking.cover import Cover, Held
+from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, quoted
+from gatewise_mdt.checking.marks import Marks, Span
+from gatewise_mdt.checking.prohibitions import forbidden_at
+from gatewise_mdt.tree import DecisionTree
+
+_UNLESS = re.compile(r"(?<![a-z])(?:unless|except (?:if|when|where))(?![a-z])|除非")
+# With one of these before it, what the sentence says need not be said of the condition.
+_NEGATED = re.compile(r"(?<![a-z])(?:otherwise|no|not|without|unless|except)(?![a-z])|n't|[不无未非否]|没有")
+_PART_END = re.compile("[,;。]")
+
+
+def turned_branches(marks: Marks, cover: Cover) -> Iterator[Finding]:
+    """What the text says where a condition holds, and the tree where it does not.
+
+    That is what stands in the condition's sentence, of which nothing is in the branch where it holds; and after "unless" what the
+    sentence says otherwise, in the branch where it holds.
+    """
+    for node, both in enumerate(cover.tree.children):
+        places = [place for held in cover.held if held.node == node for place in held.objects]
+        if both is None or not places:
+            continue
+        yes, no = (_decided(cover, root) for root in both)
+        own = {held.triple[1:] for held in yes} ^ {held.triple[1:] for held in no}  # of one branch alone
+        yes, no = ([held for held in branch if held.triple[1:] in own and held.objects] for branch in (yes, no))
+        unless = [_unless(marks, marks.sentence_at(place.begin)) for place in places]
+        if all(part is not None and part.holds(place) for part, place in zip(unless, places, strict=True)):
+            found = _said_otherwise(marks, yes, places[0], unless[0] or places[0])
+            sentence = "The tree says this where {0} holds, and the text unless it does: {{words}}."
+        else:
+            found = _said_of_it(marks, yes, no, places)
+            sentence = "The tree says this where {0} does not hold, and the text where it does: {{words}}."
+        if found is not None:
+            yield Finding(found, node, sentence.format(quoted(cover.tree.nodes[node].triples[0].object)))
+
+
+def _decided(cover: Cover, root: int) -> list[Held]:
+    """What is decided in a branch."""
+    nodes = set(_branch(cover.tree, root))
+    return [held for held in cover.held if held.node in nodes and not cover.tree.nodes[held.node].is_condition]
+
+
+def _branch(tree: DecisionTree, root: int) -> Iterator[int]:
+    left = [root]
+    while left:
+        node = left.pop()
+        yield node
+        left += tree.children[node] or ()
+
+
+def _unless(marks: Marks, sentence: Span) -> Span | None:
+    """From "unless" to the end of what it says. "除非 A, 才 B" is no exception."""
+    found = _UNLESS.search(marks.text, *sentence)
+    if found is None or "才" in marks.text[found.end() : sentence.end]:
+        return None
+    begins = not marks.text[sentence.begin : found.start()].strip()
+    end = _PART_END.search(marks.text, found.end(), sentence.end) if begins else None
+    return Span(found.start(), end.start() if end else sentence.end)
+
+
+def _said_otherwise(marks: Marks, yes: Sequence[Held], place: Span, unless: Span) -> Span | None:
+    sentence = marks.sentence_at(place.begin)
+    for held in yes:
+        for one in held.objects:
+            as_said = (held.relation == AVOIDS) == (forbidden_at(marks, one) is not None)
+            if held.relation in (*GIVES, AVOIDS) and as_said and sentence.holds(one) and not one.overlaps(unless):
+                return hull(place, one)
+    return None
+
+
+def _said_of_it(marks: Marks, yes: Sequence[Held], no: Sequence[Held], places: Sequence[Span]) -> Span | None:
+    sentences = {marks.sentence_at(place.begin) for place in places}
+    if not yes or any(sentence.holds(one) for sentence in sentences for held in yes for one in held.objects):
+        return None
+    if any(_NEGATED.search(marks.text, marks.sentence_at(place.begin).begin, place.begin) for place in places):
+        return None
+    pairs = [(place, one) for place in places for held in no for one in held.objects if marks.sentence_at(place.begin).holds(one)]
+    return hull(*pairs[0]) if pairs else None
