@@ -91,6 +91,15 @@ def test_controls_stay_what_they_are(tmp_path: Path) -> None:
     assert [found[name].recipe.allocation.score for name in ("alora", "random")] == ["ablation", "random"]
 
 
+def test_ranks_from_a_file_are_kept_or_it_is_told(tmp_path: Path) -> None:
+    pattern = {"target_modules": ["q_proj"], **rank_settings({"q_proj": 2}, {"q_proj": 2.0})}
+    recipe = write_recipe(tmp_path, peft={"pattern": pattern})
+    found = arms(recipe, "lora", "lora+", "dora", "alora", "spt")
+    assert [bool(arm.told) for arm in found.values()] == [False, False, False, True, True]
+    assert found["alora"].told == (f"has no peft.pattern, and so not the modules of {recipe}",)
+    assert found["dora"].recipe.peft.pattern == pattern
+
+
 def test_the_scale_of_other_methods_is_by_rank_too(tmp_path: Path) -> None:
     found = arms(write_recipe(tmp_path, peft={"r": 4, "use_rslora": True}), "lora", "dora", "adalora")
     assert [arm.recipe.peft.use_rslora for arm in found.values()] == [True, True, False]  # adalora has a scale of its own

@@ -88,6 +88,8 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
             )
         method, *fixed = CONTROLS.get(given, (given,))
         tree, told = _of_file(Path(given), base) if is_file else (base if method == base["method"] else _shared(base, method), ())
+        if not is_file and (base.get("peft") or {}).get("pattern") and not (tree.get("peft") or {}).get("pattern"):
+            told = (f"has no peft.pattern, and so not the modules of {recipe}",)
         tree = changed(changed(tree, [setting for setting in overrides if takes(tree, setting)]), fixed)
         arms[name] = Arm(name, checked(tree, f"arm {name}"), told)
     first = next(iter(arms.values()))
@@ -105,6 +107,7 @@ def _shared(base: Tree, method: str) -> Tree:
     tree |= {"method": method, "training": {key: value for key, value in training.items() if key != "lora_plus_ratio"}}
     if peft is not None:
         keys = [*TAKEN_OVER, *(["use_rslora"] if METHODS[method].is_lora else [])]
+        keys += ["pattern"] if method in ("lora", "dora") else []  # the others have ranks of their own
         given = base.get("peft") or {}
         tree["peft"] = {key: given[key] for key in keys if key in given and key in peft.model_fields}
     return tree
