@@ -54,6 +54,11 @@ _DAILY = re.compile(
     r"(?<!once )(?<!twice )(?<!times )\b(?:daily|(?:per|a|each) day)\b|/ ?d(?:ay)?\b|每[日天](?!\d?[\d一二三两四-]*次)",
     re.IGNORECASE,
 )
+_ROUTE = re.compile(
+    r"(?:\b(?:intravenous|intramuscular|subcutaneous|oral|inhaled|topical)(?:ly)?\b|\bby mouth\b"
+    r"|静脉(?:滴注|注射|推注|输注)|静[滴注]|肌[内肉]注射|皮下注射|口服|吸入|外用)",
+    re.IGNORECASE,
+)
 _NEGATED = re.compile(
     r"\s*(?:is|are|be) (?:\w+ )?(?:not|no longer) (?:\w+ )?(?:recommended|advised|indicated|suggested)\.?$"
     r"|^(?:avoid(?:ing)?|do not (?:use|give))\s+|^(?:不[宜应推荐建议]{1,2}(?:使用|行|用)?|避免(?:使用)?|无需|禁止|忌)",
@@ -140,6 +145,13 @@ def _lose(pattern: re.Pattern[str]) -> Callable[[TreeRecord, Nodes, random.Rando
     return mistake
 
 
+def lose_a_route(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
+    """Of a dose."""
+    for i, k, triple in _triples(nodes):
+        if _ROUTE.search(triple[2]) and _DOSE.search(triple[2]):
+            yield _in_place(nodes, i, k, 2, " ".join(_ROUTE.sub("", triple[2], count=1).split()))
+
+
 def lose_a_not(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
     for i, k, triple in _triples(nodes, "C"):
         if _NOT.search(triple[2]) and len(_NOT.sub("", triple[2])) > 1:
@@ -202,6 +214,7 @@ MISTAKES: dict[str, Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes 
     "lose a frequency": _lose(_FREQUENCY),
     "lose a daily": _lose(_DAILY),
     "lose the not of a condition": lose_a_not,
+    "lose a route": lose_a_route,
     "drop a condition": drop_a_condition,
     "drop one of several conditions": drop_of_a_condition,
     "drop a decision": drop_a_leaf,
@@ -212,7 +225,7 @@ FIRST = tuple(MISTAKES)[:7]
 """What the first group of rules is for: at most one false item in five passages."""
 FIRST_KINDS = (
     "given though forbidden", "forbidden though given", "dose of another drug", "number not in the text", "dose", "number", "limit",
-    "frequency", "negation", "prohibition", "empty tree", "branches",
+    "frequency", "negation", "prohibition", "empty tree", "branches", "route",
 )  # fmt: skip
 
 

@@ -51,6 +51,10 @@ Switch from naproxen to paracetamol.
 Naproxen should be replaced by paracetamol.
 Give paracetamol, but not with naproxen.
 Naproxen should not be given to patients without pain.
+Ibuprofen must not be combined with naproxen.
+Ibuprofen should not be given together with naproxen.
+布洛芬不应与萘普生合用。
+避免与萘普生同时使用。
 No naproxen should be given.
 Naproxen should be stopped two days before surgery.
 Naproxen is prohibited.
@@ -138,6 +142,10 @@ LOST = [
     ("Give a minimum of 10 mg.", "10 mg"),
     ("Give two tablets at night.", "tablets at night"),
     ("Give one or two puffs as needed.", "puffs as needed"),
+    ("Give adrenaline 0.5 mg intramuscularly.", "0.5 mg"),
+    ("Give 10 mg by mouth.", "10 mg"),
+    ("肾上腺素0.5mg肌内注射。", "肾上腺素0.5mg"),
+    ("Give it within 4 hours.", "4 hours"),
     ("每次两片，每日2次。", "每次片，每日2次"),
     ("Give 10 mg once a month.", "10 mg"),
     ("给予10mg，隔日1次。", "10mg"),
@@ -194,6 +202,6 @@ def test_words_that_forbid_to_stop_do_not_forbid(passage: str) -> None:
 @pytest.mark.parametrize(("passage", "said"), LOST)
 def test_words_that_make_a_limit_or_say_how_often(passage: str, said: str) -> None:
     relation = "dosage and administration" if passage.isascii() else "用法用量"
-    wanted = {"limit", "frequency", "dose", "number", "number not in the text"}
+    wanted = {"limit", "frequency", "route", "dose", "number", "number not in the text"}
     assert wanted & kinds(passage, "drug", relation, said)
     assert not wanted & kinds(passage, "drug", relation, passage.rstrip(".。"))

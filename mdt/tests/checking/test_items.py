@@ -193,6 +193,13 @@ CASES = {
         "branches",
         "Metformin is contraindicated unless eGFR is above 30",
     ),
+    "except": Case(
+        "Give naproxen to all except those with a peptic ulcer.",
+        tree_of(node("C", [P, SIGN, "peptic ulcer"]), node("D"), node("D", [P, DRUG, "naproxen"])),
+        on([P, SIGN, "peptic ulcer"], [P, DRUG, "naproxen"]),
+        "branches",
+        "naproxen to all except those with a peptic ulcer",
+    ),
     "branches swapped": Case(
         "If there are tophi, give allopurinol. If there are none, repeat the urate level.",
         tree_of(node("C", [P, SIGN, "tophi"]), node("D", [P, DRUG, "allopurinol"]), node("D", [P, PLAN, "repeat the urate level"])),
@@ -207,6 +214,13 @@ CASES = {
         on([Q, FACT, "存在禁忌证"], [Q, GIVE, "阿司匹林"]),
         "branches",
         "存在禁忌证，患者均应服用阿司匹林",
+    ),
+    "除外": Case(
+        "除哮喘患者外，均应给予美托洛尔。",
+        tree_of(node("C", [Q, FACT, "哮喘"]), node("D"), node("D", [Q, GIVE, "美托洛尔"])),
+        on([Q, FACT, "哮喘"], [Q, GIVE, "美托洛尔"]),
+        "branches",
+        "哮喘患者外，均应给予美托洛尔",
     ),
     "分支颠倒": Case(
         "有痛风石者给予别嘌醇；其余患者复查血尿酸。",

@@ -9,7 +9,10 @@ from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.prohibitions import forbidden_at
 from gatewise_mdt.tree import DecisionTree
 
-_UNLESS = re.compile(r"(?<![a-z])(?:unless|except (?:if|when|where))(?![a-z])|除非")
+_UNLESS = re.compile(
+    r"(?<![a-z])(?:unless|except (?:if|when|where|in|for|during|those|patients|people|adults|children|women))(?![a-z])|除非"
+    r"|除[^,。;]{1,20}?外"
+)
 # With one of these before it, what the sentence says need not be said of the condition.
 _NEGATED = re.compile(r"(?<![a-z])(?:otherwise|no|not|without|unless|except)(?![a-z])|n't|[不无未非否]|没有")
 _PART_END = re.compile("[,;。]")
@@ -58,6 +61,8 @@ def _unless(marks: Marks, sentence: Span) -> Span | None:
     found = _UNLESS.search(marks.text, *sentence)
     if found is None or "才" in marks.text[found.end() : sentence.end]:
         return None
+    if found[0].endswith("外"):
+        return Span(*found.span())
     begins = not marks.text[sentence.begin : found.start()].strip()
     end = _PART_END.search(marks.text, found.end(), sentence.end) if begins else None
     return Span(found.start(), end.start() if end else sentence.end)

@@ -154,7 +154,7 @@ _LIMIT = re.compile(
         "up to|(?:limit|restrict)(?:ed)? to",
         "(?:more|less|fewer|greater|higher|lower|longer|older|younger|larger|smaller) than(?: or equal to)?",
         "exceed(?:s|ing|ed)?",
-        "above|below|under|over",
+        "above|below|under|over|within",
         "or (?:more|less|older|younger|above|below|higher|lower|greater)(?! than)",
     )
     + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
@@ -195,6 +195,14 @@ _DAILY = re.compile(  # counts only beside a dose
 )
 
 
+_ROUTE = re.compile(
+    _words(
+        "(?:intravenous|intramuscular|subcutaneous|intrathecal|sublingual|oral|rectal|topical)(?:ly)?",
+        "by mouth|inhaled|nebuli[sz]ed",
+        "i\\.?v\\.?|i\\.?m\\.?|s\\.?c\\.?|p\\.?o\\.?",
+    )
+    + "|静脉(?:滴注|注射|推注|输注|点滴)|静[滴注推]|肌[内肉]?注射?|皮下注射|鞘内注射|舌下含服|口服|吸入|外用|直肠给药"
+)
 _BESIDE = re.compile(rf"(?:[a-z{HAN} ()/·]|\d(?!\d*[a-z])){{0,24}}")
 _HAN_BESIDE = re.compile(rf"[{HAN}]{{0,4}}")
 
@@ -243,6 +251,10 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
         r"no(?= [a-z-]+(?: [a-z-]+)? (?:should|must|may) be (?:given|used|offered|prescribed|taken))",
+        rf"(?:(?:should|must|may|can|shall|is|are) )?{_NOT} (?:to )?(?:be )?(?:combined|mixed|co-?administered"
+        r"|(?:given|used|taken|prescribed)"
+        r"(?: together| concomitantly| concurrently| simultaneously| in combination| at the same time)) with",
+        rf"{_NOT}(?= (?:intrathecal|intraven|intramusc|subcut|epidural|oral|rectal)(?:ous|ular|aneous)?(?:ly)?(?!{_WORD}))",
         r"rather than|instead of|but not (?:(?:together|combined|in combination) )?with",
         r"should (?:be )?avoid(?: (?:the )?use of)?",
         r"(?:recommend|advise)(?:ed|d|s)? against(?: (?:the )?use of)?",
@@ -278,7 +290,8 @@ _REPLACES = re.compile(  # "replace X with Y", "switch from X to Y": no more X
 _REPLACED = re.compile(_words(r"(?:is|are|be) replaced (?:with|by)"))  # "X is replaced by Y"
 _REPLACEMENT = re.compile(r" (?:with|by|to) ")
 _HAN_FORBIDS = re.compile(
-    r"禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
+    r"(?:不[宜应得可能要]|避免|禁止|严禁|切?勿|禁忌?|忌)(?:再|同时)?[与和同](?=[^,。;]{1,30}(?:合用|联用|同用|并用|同服|联合|同时))"
+    r"|禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
     r"|不(?:再|作)?(?:常规)?(?:建议|推荐|主张|提倡)(?:常规|进行|使用|应用|给予|采用|单独|首选|行|用)*"
     r"|不(?:宜|应|得|可|能|要|需)(?:再|常规|继续|单独|长期)*(?:使用|应用|给予|采用|服用|进行|选用|首选|行|用(?!力)|给|予)"
     r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜|用(?=于|$|[,。;]))(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
@@ -394,6 +407,13 @@ class Marks:
         spans = [Span(*match.span()) for match in _DAILY.finditer(self.text)]
         alone = [one for one in spans if not any(other.begin <= one.begin < other.end for other, _ in self.frequencies)]
         return [(one, dose) for one in alone if (dose := self._dose_beside(one)) is not None]
+
+    @cached_property
+    def routes(self) -> list[tuple[Span, Number]]:
+        """By which way a dose is given, with the dose beside it."""
+        spans = [Span(*match.span()) for match in _ROUTE.finditer(self.text)]
+        found = [(one, dose) for one in spans if (dose := self._dose_beside(one)) is not None]
+        return [(one, dose) for one, dose in found if not self.text[: dose.end].endswith("kg")]  # which weighs a patient
 
     @cached_property
     def sentences(self) -> list[Span]:

@@ -75,6 +75,13 @@ def lost_frequencies(marks: Marks, cover: Cover) -> Iterator[Finding]:
             yield Finding(hull(span, number.span), node, "The text says {words}: how often is not in the tree.")
 
 
+def lost_routes(marks: Marks, cover: Cover) -> Iterator[Finding]:
+    """By which way a dose is given: not with the dose."""
+    for span, number in marks.routes:
+        for node in _nodes_without(cover, number, span):
+            yield Finding(hull(span, number.span), node, "The text says {words}: by which way it is given is not in the tree.")
+
+
 def _nodes_without(cover: Cover, number: Number, words: Span) -> Iterator[int]:
     """The nodes that have a number, wherever it stands with these words, without the words."""
     for node in range(len(cover.tree.nodes)):

@@ -33,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     Rule("number", numbers.lost_numbers, 0.59),
     Rule("limit", numbers.lost_limits, 0.86),
     Rule("frequency", numbers.lost_frequencies, 0.56),
+    Rule("route", numbers.lost_routes, 0.95),
     Rule("negation", prohibitions.lost_negations, 0.91),
     Rule("prohibition", prohibitions.lost_prohibitions, 0.53),
     Rule("branches", branches.turned_branches, 0.93),

@@ -7,7 +7,7 @@ const KINDS = { "empty tree": tr("empty tree"), "empty leaf": tr("empty leaf"), 
   frequency: tr("frequency"), "number not in the text": tr("number not in the text"), "dose of another drug": tr("dose of another drug"),
   "given though forbidden": tr("given though forbidden"), "forbidden though given": tr("forbidden though given"),
   prohibition: tr("prohibition"), negation: tr("negation"), condition: tr("condition"), recommendation: tr("recommendation"),
-  branches: tr("branches"), otherwise: tr("otherwise"), words: tr("words") };
+  route: tr("route"), branches: tr("branches"), otherwise: tr("otherwise"), words: tr("words") };
 
 // Selects characters of a text that stands in several elements, as a mouse would.
 function selectWords(block, start, end) {

@@ -96,6 +96,7 @@ const CHINESE = {
   "negation": "否定缺失",
   "condition": "条件缺失",
   "recommendation": "推荐缺失",
+  "route": "给药途径缺失",
   "branches": "分支颠倒",
   "otherwise": "“否则”缺失",
   "words": "未用到的词语",
