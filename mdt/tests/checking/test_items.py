@@ -153,6 +153,18 @@ CASES = {
         "recommendation",
         "ice pack",
     ),
+    "a drug among other words": Case(
+        "Adults who bleed from a stomach ulcer should receive esomeprazole 40 mg daily with iron tablets.",
+        on(
+            [P, SIGN, "bleed from a stomach ulcer"],
+            [P, DRUG, "esomeprazole"],
+            ["esomeprazole", DOSE, "40 mg daily"],
+            [P, DRUG, "iron"],
+        ),
+        on([P, SIGN, "bleed from a stomach ulcer"], ["stomach", DOSE, "40 mg daily"], [P, DRUG, "iron"]),
+        "recommendation",
+        "esomeprazole",
+    ),
     "an empty leaf": Case(
         "For an acute flare give prednisolone. For tophi give allopurinol.",
         tree_of(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from gatewise_mdt.checking.cover import Cover
 from gatewise_mdt.checking.finding import Finding, quoted
 from gatewise_mdt.checking.marks import HAN, Marks, Span, set_of
+from gatewise_mdt.checking.numbers import DRUG_STEM
 
 
 def empty_trees(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -52,6 +53,7 @@ _SURE = {
 }
 _HARDLY = 0.15
 _PURPOSES = 0.05
+_DRUGS = 0.5
 
 
 class Stretch(NamedTuple):
@@ -62,6 +64,7 @@ class Stretch(NamedTuple):
         is_whole: nothing else stands in this part of the sentence, as commas and "and" part it.
         is_purpose: what something is done for ("to relieve pain").
         is_background: of a sentence that advises nothing, and of which no triple has anything.
+        is_drug: a word in it is built like the name of a drug, or it stands before a dose.
     """
 
     span: Span
@@ -70,11 +73,13 @@ class Stretch(NamedTuple):
     is_condition: bool
     is_purpose: bool
     is_background: bool
+    is_drug: bool
 
     @property
     def sure(self) -> float:
         row = _SURE["condition" if self.is_condition else "other", self.is_whole]
-        return _PURPOSES if self.is_purpose or self.is_background else row[min(self.size, len(row)) - 1]
+        sure = _PURPOSES if self.is_purpose or self.is_background else row[min(self.size, len(row)) - 1]
+        return max(sure, _DRUGS) if self.is_drug and not self.is_condition else sure
 
 
 def lost_conditions(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -150,6 +155,7 @@ _HAN_GLUE = re.compile(
 
 
 _PARTS = re.compile(r"[,，、;；:：()（）\[\]]|(?<![a-z])(?:and|or|and/or)(?![a-z])|或者?|以?及|并且|(?<![饱总])和|合并|伴")
+_BEFORE_DOSE = re.compile(r"[ (,:]{0,3}")
 _PURPOSE = re.compile(
     r"(?<![a-z])(?:(?:in order )?to (?:relieve|reduce|prevent|control|correct|lower|achieve|improve|assist|ensure|avoid|maintain"
     r"|alleviate|increase|promote|clarify|decrease|minimi[sz]e|help|facilitate|protect|restore|treat|cure|slow|provide|enhance"
@@ -164,6 +170,7 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     """The stretches of content that no triple has."""
     text = marks.text
     numbers = [number.span for number in marks.numbers]  # which have rules of their own
+    doses = [number.begin for number in marks.numbers if number.kind == "dose"]
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]
     for clause in marks.clauses:
         background = cover.is_background(clause.begin)
@@ -176,7 +183,9 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
                 span = Span(run[0][0].begin, run[-1][0].end)
                 size = sum(weight for _, weight in run)
                 purpose = any(one.begin <= span.begin < one.end for one in purposes)
-                yield Stretch(span, size, len(run) == len(words), marks.in_condition(span.begin), purpose, background)
+                is_drug = any(at >= span.end and _BEFORE_DOSE.fullmatch(text, span.end, at) for at in doses)
+                is_drug |= DRUG_STEM.search(text, *span) is not None
+                yield Stretch(span, size, len(run) == len(words), marks.in_condition(span.begin), purpose, background, is_drug)
             begin = after
 
 

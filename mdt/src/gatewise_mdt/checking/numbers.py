@@ -191,7 +191,7 @@ def _listed(marks: Marks, name: Span, names: list[Span]) -> list[Span]:
     return group
 
 
-_STEM = re.compile(  # the stems of international nonproprietary names
+DRUG_STEM = re.compile(  # the stems of international nonproprietary names
     r"(?<![a-z])[a-z]{2,}(?:pril|prilat|olol|sartan|statin|dipine|mab|nib|cillin|mycin|micin|floxacin|cycline|azole|prazole|oxetine|triptan|parin"
     r"|xaban|gatran|gliptin|gliflozin|glitazone|glutide|tidine|setron|sone|solone|nisolone|amide|thiazide|azepam|zolam|caine|vir|vudine|fungin"
     r"|profen|coxib|fenac|trexate|purine|mustine|platin|taxel|rubicin|afil|dronate|phylline|terol|tropium|lukast|iptyline|ipramine|idone|apine"
@@ -205,7 +205,7 @@ def _drugs(marks: Marks, cover: Cover) -> list[Span]:
     """Where drugs stand: those of the tree, and words that are built like one. The longest of those that overlap."""
     found = {place for held in cover.held if held.relation in ("drug therapy", AVOIDS) for place in held.objects}
     found |= {place for held in cover.held if held.relation == DOSE for place in held.subjects}
-    found |= {Span(*match.span()) for match in _STEM.finditer(marks.text)}
+    found |= {Span(*match.span()) for match in DRUG_STEM.finditer(marks.text)}
     found |= {Span(*match.span(1)) for match in _BEFORE_DOSE.finditer(marks.text)}
     kept: list[Span] = []
     for one in sorted(found, key=lambda span: (span.begin - span.end, span.begin)):
