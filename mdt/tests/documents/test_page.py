@@ -1,7 +1,9 @@
 """Pages laid out by a program: columns in their order, tables with and without rules."""
 
 import io
+import re
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from gatewise_mdt.documents.reading import document_of
 pytest.importorskip("reportlab")
 from reportlab.lib import colors
 from reportlab.lib.styles import ParagraphStyle
+from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import BaseDocTemplate, Frame, FrameBreak, PageTemplate, Paragraph, Table
 
 BODY = ParagraphStyle("body", fontSize=9, leading=11, spaceAfter=4)
@@ -88,3 +91,79 @@ def test_words_in_a_frame_and_outside_the_cells_of_a_table_are_kept() -> None:
     said = " ".join(texts(read([Table([[story]], colWidths=[490], rowHeights=[700], style=GRID)])))
     for words in ("Adults Give oxygen. Red flags Call the team. Do not wait. Then wait.", "Never", "Dose", "colchicine 0.5 mg"):
         assert words in said
+
+
+NONE: list[Any] = [("TOPPADDING", (0, 0), (-1, -1), 3)]
+DOSES = [["Drug", "Dose"], ["morphine", "5 mg"], ["Oxycodone", "2.5 mg"], ["fentanyl", "12 micrograms"]]
+READ = ["Drug: morphine. Dose: 5 mg.", "Drug: Oxycodone. Dose: 2.5 mg.", "Drug: fentanyl. Dose: 12 micrograms."]
+
+
+def test_a_table_beside_a_column_of_text_is_read_before_it() -> None:
+    """Its short lines stand beside lines of the other column, and its own gap is no white between columns of text."""
+    frames = [(50, 50, 240, 740), (305, 50, 240, 740)]
+    left = [p(LONG), Table(DOSES, colWidths=[90, 90], style=NONE), p(f"Then {LONG}")]
+    right = [p(f"On the right {LONG}") for _ in range(3)]
+    assert texts(read([*left, FrameBreak(), *right], frames)) == [LONG, *READ, f"Then {LONG}", *[f"On the right {LONG}"] * 3]
+
+
+def test_columns_without_rules_between_rows_are_parted_into_rows() -> None:
+    upright = [("BOX", (0, 0), (-1, -1), 0.5, colors.black), ("LINEBEFORE", (1, 0), (1, -1), 0.5, colors.black)]
+    header = [("LINEBELOW", (0, 0), (-1, 0), 0.5, colors.black)]
+    assert texts(read([p(LONG), Table(DOSES, colWidths=[90, 90], style=[*NONE, *upright, *header])])) == [LONG, *READ]
+
+
+def test_words_that_touch_the_line_between_two_cells_are_parted_there() -> None:
+    tight = [("LEFTPADDING", (0, 0), (-1, -1), 0.5), ("RIGHTPADDING", (0, 0), (-1, -1), 0.5), ("FONTSIZE", (0, 0), (-1, -1), 10)]
+    rows = [["Drug", "Dose"], ["simvastatin", "800 g"], ["oxycodone", "2 mg"]]
+    found = texts(read([p(LONG), Table(rows, colWidths=[51, 60], style=[*GRID, *tight])]))
+    assert found[1:] == ["Drug: simvastatin. Dose: 800 g.", "Drug: oxycodone. Dose: 2 mg."]
+
+
+def test_a_row_that_goes_on_in_the_next_column_is_joined_with_a_note() -> None:
+    long = (
+        "Give 5 mg daily, and stop it at once if the patient has a rash or fever or if the creatinine has doubled within two weeks"
+    )
+    rows = [[p("Drug"), p("What to do")], [p("Colchicine"), p("Give 2 mg.")], [p("Naproxen"), p(long)]]
+    frames = [(50, 690, 240, 100), (305, 50, 240, 740)]
+    table = Table(rows, colWidths=[60, 150], style=NONE, repeatRows=1, splitInRow=1)
+    blocks = read([p("It is so in all adults who have gout and no other disease that matters."), table, p(LONG)], frames).blocks
+    rows_read = [block for block in blocks if block.kind == "row"]
+    assert rows_read[-1].text == f"Drug: Naproxen. What to do: {long}."
+    assert all(any("may go on over a page or a column" in note for note in block.notes) for block in rows_read)
+
+
+def test_rows_that_cannot_be_told_are_said_to_be_doubtful() -> None:
+    close = [("TOPPADDING", (0, 0), (-1, -1), 0), ("BOTTOMPADDING", (0, 0), (-1, -1), 0), ("VALIGN", (0, 0), (-1, -1), "MIDDLE")]
+    rows = [[p("Drug"), p("What to do")], [p("Colchicine"), p(LONG)], [p("Naproxen"), p(f"Never {LONG}")]]
+    blocks = read([p(LONG), Table(rows, colWidths=[70, 180], style=close), p(LONG)]).blocks
+    of_table = [block for block in blocks if "Colchicine" in block.text or "Naproxen" in block.text]
+    assert of_table
+    assert all(any("compare it with the document" in note for note in block.notes) for block in of_table)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_word_of_a_page_is_lost(seed: int) -> None:
+    """Wherever words stand: in columns and lines of all kinds, with rules that part what is no table."""
+    random = Random(seed)
+    made = io.BytesIO()
+    drawn = Canvas(made, (595, 842))
+    columns, y, count = sorted(random.sample(range(40, 500, 20), random.randint(1, 4))), 790.0, 0
+    while y > 60:
+        drawn.setFont(random.choice(("Helvetica", "Helvetica-Bold")), 10)
+        for x, end in zip(columns, [*columns[1:], 560], strict=True):
+            said = []
+            for _ in range(random.choice((0, 1, 1, 2, 6))):
+                word = random.choice((f"w{count}z", f"W{count}z", f"{count}z mg"))
+                if drawn.stringWidth(" ".join([*said, word])) < end - x - 6:
+                    said.append(word)
+                    count += 1
+            drawn.drawString(x + random.choice((0, 0, 2)), y + random.choice((0, 0, 0, 2)), " ".join(said))
+        if random.random() < 0.2:
+            drawn.line(columns[0] - 5, y - 3, random.choice((300, 560)), y - 3)
+        y -= random.choice((11.5, 13, 12, 20))
+    drawn.save()
+    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    headers = " ".join(note for block in document.blocks for note in block.notes)
+    for number in range(count):
+        places = len(re.findall(rf"(?<!\d){number}z", " ".join(block.text for block in document.blocks)))
+        assert places > 0 or re.search(rf"(?<!\d){number}z", f"{headers} {document.notes}"), number

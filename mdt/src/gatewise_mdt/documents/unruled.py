@@ -59,17 +59,25 @@ class _Column:
 def with_tables(lines: Sequence[Line], look: Look) -> Iterator[Line | PageTable]:
     """The lines of a column of text, with tables in the place of those that make one."""
     pieces = [_pieces(line) for line in lines]
-    at = 0
+    tables: dict[int, tuple[int, PageTable]] = {}  # by their first lines, with the ones after their last
+    at = last = 0
     while at < len(lines):
         end = _end(pieces, at, look) if len(pieces[at]) > 1 else at
-        start = _start(pieces, at, end, look) if end > at else at
+        start = max(last, _start(pieces, at, end, look)) if end > at else at
         made = _table(pieces[start:end], look) if end > at else None
         if made is None:
-            yield lines[at]
             at += 1
         else:
+            tables[start] = end, made
+            at = last = end
+    at = 0
+    while at < len(lines):
+        if at in tables:
+            at, made = tables[at]
             yield made
-            at = end
+        else:
+            yield lines[at]
+            at += 1
 
 
 def _pieces(line: Line) -> list[_Piece]:
