@@ -4,7 +4,7 @@ A fact is a sentence, or a row of a table with what stands over it. It is torn i
 another fact's between them. Where each passage that has a part of it says that it should be compared with the document, it is
 "torn, noted", else "torn". "kept, noted" says how many of those that are read well are doubted.
 
-    python mdt/benchmarks/reading.py                      # 300 documents a format; writes results/reading.json
+    python mdt/benchmarks/reading.py                      # 540 documents a format; writes results/reading.json
     python mdt/benchmarks/reading.py --only pdf --show    # and which facts are torn
 """
 
@@ -70,7 +70,7 @@ FORMATS: dict[str, Callable[[int, int], Iterator[Made]]] = {
 def main() -> None:
     """Counts, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=300, help="of each format")
+    parser.add_argument("--documents", type=int, default=540, help="of each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=FORMATS, help="one format alone")
     parser.add_argument("--show", action="store_true", help="print the facts that are torn without a note")

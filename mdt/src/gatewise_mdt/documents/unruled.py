@@ -232,7 +232,7 @@ def _columns(lines: Sequence[Sequence[_Piece]]) -> list[_Column]:
 def _columns_in_order(lines: Sequence[Sequence[_Piece]]) -> list[_Column]:
     """The columns where headers stand over the middle and cells at the left, by the order of pieces; none if that does not fit."""
     body = _columns(lines[1:]) if len(lines) > 1 else []
-    if len(body) != len(lines[0]):
+    if len(body) != len(lines[0]) or any(_top(second) < _bottom(first) for first, second in pairwise(lines[:3])):
         return []
     made = [
         _Column(min(piece.x0, column.x0), max(piece.x1, column.x1), column.lines | {0})
