@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import pairwise
 from statistics import median
 
+from gatewise_mdt.documents.headings import SENTENCE_END
 from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, lines_of, pieces_of
 
@@ -71,7 +72,8 @@ class _Side:
         if self.whites[place - 1] > 0.8 * self.size or self.has_room(place):
             return False
         if has_han(line[0].text + above[-1].text):
-            return above[-1].x1 - above[0].x0 > 0.8 * (self.x1 - self.x0)
+            wide = above[-1].x1 - above[0].x0 > max(0.8 * (self.x1 - self.x0), _NARROWEST / 2 * self.size)
+            return wide and not SENTENCE_END.search(above[-1].text)
         return len(above) > 3 and line[0].text[:1].islower()
 
     def has_room(self, place: int) -> bool:
@@ -96,6 +98,12 @@ class _Side:
     def begins(self) -> list[int]:
         """The lines that surely begin something: after more white than there is between lines, or after room."""
         return [0, *(place for place in range(1, len(self.lines)) if self.whites[place - 1] > self.more or self.has_room(place))]
+
+    @cached_property
+    def middles(self) -> list[float]:
+        """The heights of the middles of what begins somewhere."""
+        ends = [*(place - 1 for place in self.begins[1:]), len(self.lines) - 1]
+        return [(self.tops[first] + self.bottoms[last]) / 2 for first, last in zip(self.begins, ends, strict=True)]
 
     @cached_property
     def is_prose(self) -> bool:
@@ -215,10 +223,12 @@ def _beginnings(left: _Side, right: _Side) -> tuple[int, int]:
     """How many lines begin something on both sides, and how many on one where the other goes on."""
     alike = against = 0
     for one, other in ((left, right), (right, left)):
-        for place in one.begins[1:]:
+        for place, middle in list(zip(one.begins, one.middles, strict=True))[1:]:
             top = one.tops[place]
             beside = next((number for number, at in enumerate(other.tops) if abs(at - top) < _ALIKE), None)
-            if beside is None:
+            if beside is None and any(abs(middle - at) < _ALIKE for at in other.middles):
+                alike += 1
+            elif beside is None:
                 within = any(first < top < second for first, second in pairwise(other.tops))
                 against += within
             elif beside in other.begins:

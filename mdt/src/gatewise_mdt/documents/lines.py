@@ -63,6 +63,7 @@ class PageTable:
         edges: where its columns begin, by which its continuation on the next page is known.
         headers: how many rows at the top are its headers; None where only the look of the first row tells.
         notes: what has to be known of how its rows were told.
+        doubted: it stands in a column of text that may be one of a table.
     """
 
     rows: list[list[Cell]]
@@ -73,6 +74,7 @@ class PageTable:
     edges: tuple[float, ...]
     headers: int | None = None
     notes: tuple[str, ...] = ()
+    doubted: bool = False
 
 
 class Rule(NamedTuple):

@@ -179,7 +179,7 @@ def _read(placed: Sequence[_Placed], look: Look) -> Iterator[PageItem]:
     yield from _read([one for one in placed if (one.top + one.bottom) / 2 <= found.top], look)
     for side in ([one for one in between if one.x1 <= found.x], [one for one in between if one.x1 > found.x]):
         for item in _read(side, look):
-            yield replace(item, doubted=True) if found.doubted and isinstance(item, PageLine) else item
+            yield replace(item, doubted=True) if found.doubted else item
     yield from _read([one for one in placed if (one.top + one.bottom) / 2 >= found.bottom], look)
 
 

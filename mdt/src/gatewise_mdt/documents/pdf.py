@@ -320,6 +320,8 @@ class _Reading:
     def take_table(self, table: PageTable, where: str) -> None:
         """A table, which may go on with the columns and headers of one on the page or in the column before."""
         rows, before = table.rows, self.table
+        if table.doubted:
+            table = replace(table, notes=(*table.notes, _BESIDE))
         count = len(self.headers)
         again = count > 0 and [_said(row) for row in rows[:count]] == [_said(row) for row in self.headers]
         anew = not again and (header_count(rows) if table.headers is None else table.headers) > 0
