@@ -398,6 +398,12 @@ def test_an_identity_is_of_one_item_and_stays_when_other_words_change() -> None:
     assert doses == [item.identity for item in after if item.kind == "dose"]
 
 
+def test_an_item_that_goes_away_hands_its_identity_to_none() -> None:
+    passage = "Give colchicine 0.5 mg tid. Later give 0.5 mg with food."
+    first = leaf([P, DRUG, "colchicine"], ["colchicine", DOSE, "Give colchicine 0.5 mg tid"])
+    assert [item.identity for item in items_of(passage, first) if item.kind == "dose"] == [("dose", "0.5 mg", None, 1)]
+
+
 def test_phrases_with_braces_and_odd_signs_make_no_errors() -> None:
     for odd in ("{x}", "{", "100%}", "\u202e5 mg", "５ ｍｇ", "·", ")("):
         tree = tree_of(node("C", [odd, SIGN, f"{odd} 7 mg"]), node("D"), node("D", [P, AVOID, odd], [odd, DOSE, f"9 mg {odd}"]))

@@ -1,6 +1,5 @@
 """What to look at before a tree is approved: an item for each thing of the text that the tree lost or turned round."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ class Item:
         sentence: what is wrong, for people.
         sure: how likely the rule is right, in [0, 1], as measured, see :mod:`gatewise_mdt.checking.rules`.
         hint: the rule errs too often to ask for a tick.
-        again: 0, or for the second item of the same kind, words and node 1, and so on.
+        again: how often the words stand in the passage before these; one more for a second item of just these words.
     """
 
     kind: str
@@ -39,7 +38,10 @@ class Item:
 
     @property
     def identity(self) -> tuple[str, str, int | None, int]:
-        """What stays the same as long as the passage's words and the node do: what a tick is kept under."""
+        """What a tick is kept under: it stays as long as the words, how often they stand before, and the node's index do.
+
+        Another item that goes away, as a tree is corrected, hands its identity to none.
+        """
         return self.kind, self.words, self.node, self.again
 
     def to_json(self) -> dict[str, Any]:
@@ -64,13 +66,13 @@ def items_of(passage: str, tree: DecisionTree) -> list[Item]:
         _item(rule.kind, rule.sure, rule.is_hint, one, marks.folded, passage) for rule in RULES for one in rule.find(marks, cover)
     ]
     made.sort(key=lambda item: (item.hint, -item.sure, item.start is None, item.start or 0, item.node or 0))
-    seen: Counter[tuple[str, str, int | None]] = Counter()
-    numbered = []
+    numbered: dict[tuple[str, str, int | None, int], Item] = {}
     for item in made:
-        same = (item.kind, item.words, item.node)
-        numbered.append(replace(item, again=seen[same]))
-        seen[same] += 1
-    return numbered
+        item = replace(item, again=0 if item.start is None else passage.count(item.words, 0, item.start))
+        while item.identity in numbered:
+            item = replace(item, again=item.again + 1)
+        numbered[item.identity] = item
+    return list(numbered.values())
 
 
 def _item(kind: str, sure: float, is_hint: bool, found: Finding, folded: Folded, passage: str) -> Item:
