@@ -374,8 +374,14 @@ def test_places_are_those_of_the_words_in_the_passage() -> None:
 
 
 def test_places_on_the_page_are_those_of_the_words_as_shown() -> None:
-    passage = passage_of(TreeRecord("adults@ 𝒳 \u202eGive\u202c it, but avoid naproxen.", leaf([P, PLAN, "Give"])))
+    notes = {"headings": ["\u202eGout"], "notes": ["\u202ea note"]}
+    passage = passage_of(
+        TreeRecord("\u202eadults@ 𝒳 \u202eGive\u202c it, but avoid\u202d naproxen.", leaf([P, PLAN, "Give"]), 1, notes)
+    )
     said = passage_json(passage)
+    assert "\u202e" not in "".join(
+        [said["title"], *said["headings"], *said["notes"], *(item["sentence"] for item in said["items"])]
+    )
     shown = "".join(text for text, _ in said["passage"]).encode("utf-16-le")
     places = [(item["words"], item["place"]) for item in said["items"] if item["kind"] == "prohibition"]
     assert [shown[2 * begin : 2 * end].decode("utf-16-le") for _, (begin, end) in places] == [words for words, _ in places] != []

@@ -40,7 +40,7 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
     population, at, rest = passage.text.partition("@")
     return {
         "number": passage.number,
-        "title": (population if at else "").strip(),
+        "title": printable((population if at else "").strip()),
         "begins": printable(" ".join((rest if at else passage.text).split())[:120]),
         "state": passage.now.state,
         "reviewed": _reviewed(passage.now),
@@ -76,15 +76,15 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "passage": [[piece, names] for start, piece, names in pieces if start > mark],
         "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
-        "headings": _texts(passage.more.get("headings")),
-        "notes": _texts(passage.more.get("notes")),
+        "headings": list(map(printable, _texts(passage.more.get("headings")))),
+        "notes": list(map(printable, _texts(passage.more.get("notes")))),
         "carried": _carried(passage),
         "adjudicated": _adjudicated(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": _drawing(passage, passage.now, tree, focusable=True) if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "items": _items(passage, tree) if passage.is_valid else [],
-        "warnings": list(passage.now.warnings),
+        "warnings": list(map(printable, passage.now.warnings)),
         "made_with": passage.now.extraction,
         "extraction": other,
         "kept": passage.now.approved is not None,
@@ -103,7 +103,8 @@ def _items(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
         return len(printable(after[: before + place]).encode("utf-16-le", "surrogatepass")) // 2
 
     made = [item.to_json() for item in items_of(after.strip(), tree)]
-    return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in made]
+    shown = [{**item, "words": printable(item["words"]), "sentence": printable(item["sentence"])} for item in made]
+    return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in shown]
 
 
 def _reviewed(version: Version) -> dict[str, str] | None:
