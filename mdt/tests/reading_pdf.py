@@ -187,7 +187,7 @@ class _Writer:
 
     def _parts(self, text: str) -> list[str]:
         # Between any two Chinese characters a line may end, but doses stay whole.
-        return re.findall("[!-~ ]+|[^!-~ ]{1,4}", text) if self.chinese else text.split()
+        return re.findall("[!-~ <>≥≤]+|[^!-~ ≥≤]{1,4}", text) if self.chinese else text.split()
 
     def _drawn(self, top: int, rows: Sequence[Sequence[str]]) -> list[Any]:
         thin, thick = (0.5, colors.black), (1.0, colors.black)

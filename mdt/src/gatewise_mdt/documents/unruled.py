@@ -104,6 +104,7 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
     end = at + 1
     columns = _columns(pieces[at : at + 1])
     first, low = _top(pieces[at]), _bottom(pieces[at])
+    between: list[float] = []  # white between rows, more than within cells
     alone = 0  # lines since the last one with several pieces that stand at the left or over several columns
     for place in range(at + 1, len(pieces)):
         line = pieces[place]
@@ -113,7 +114,7 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
         rules = sorted(
             rule.y for rule in look.rules if _covers(rule, columns) and first - size <= rule.y <= _top(line) + _FARTHEST * size
         )
-        if _is_closed(rules, first, low, _top(line)):
+        if _is_closed(rules, first, low, _top(line)) or (len(between) > 1 and white > 1.5 * max(between) + 1 and not ruled):
             break
         if white > (3 if ruled else _NEAR) * size or (len(line) == 1 and is_caption(line[0].text)):
             break
@@ -134,6 +135,8 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
                 alone += 1
                 if alone > 2:
                     break
+        if look.usual and white > look.usual + _more(size):
+            between.append(white)
         low = max(low, _bottom(line))
     return _with_tail(pieces, at, end, columns, look) if end > at + 1 and len(columns) > 1 else at
 
@@ -322,6 +325,9 @@ def _table(lines: Sequence[Sequence[_Piece]], look: Look) -> PageTable | None:
         certain = False
     if any(first[1] >= second[0] for line in placed for first, second in pairwise(sorted(line.cells))):
         certain = False
+    names = [len(row) > 1 and not any(map(str.isdigit, "".join(cell.text for cell in row))) for row in rows]
+    if names[0] and any(names[2:]) and 2 * sum(names) < len(names):
+        certain = False  # a row without any number, as that of the headers: those of another table?
     edges = tuple(round(column.x0) for column in columns)
     return PageTable(rows, x0, x1, top, bottom, edges, headers, () if certain else (DOUBTED,))
 
