@@ -219,6 +219,38 @@ CASES = {
         "branches",
         "tophi, give allopurinol",
     ),
+    "branches of a dose in cells": Case(
+        "Drug: apixaban. Dose if eGFR is ≥ 60: 5 mg. Dose if eGFR is < 60: 2.5 mg.",
+        tree_of(
+            node("C", [P, SIGN, "eGFR is ≥ 60"]), node("D", ["apixaban", DOSE, "5 mg"]), node("D", ["apixaban", DOSE, "2.5 mg"])
+        ),
+        tree_of(
+            node("C", [P, SIGN, "eGFR is ≥ 60"]), node("D", ["apixaban", DOSE, "2.5 mg"]), node("D", ["apixaban", DOSE, "5 mg"])
+        ),
+        "branches",
+        "eGFR is ≥ 60: 5 mg",
+    ),
+    "branches of rows": Case(
+        "Flare: mild. Drug: ice. Flare: severe. Drug: prednisolone.",
+        tree_of(node("C", [P, SIGN, "severe"]), node("D", [P, DRUG, "prednisolone"]), node("D", [P, PLAN, "ice"])),
+        tree_of(node("C", [P, SIGN, "severe"]), node("D", [P, PLAN, "ice"]), node("D", [P, DRUG, "prednisolone"])),
+        "branches",
+        "severe. Drug: prednisolone",
+    ),
+    "what is not needed": Case(
+        "Allopurinol is not needed if urate is low. If it is high, give febuxostat.",
+        tree_of(node("C", [P, SIGN, "urate is low"]), node("D", [P, AVOID, "Allopurinol"]), node("D", [P, DRUG, "febuxostat"])),
+        tree_of(node("C", [P, SIGN, "urate is low"]), node("D", [P, DRUG, "febuxostat"]), node("D", [P, AVOID, "Allopurinol"])),
+        "branches",
+        "Allopurinol is not needed if urate is low",
+    ),
+    "a cell that forbids": Case(
+        "Drug: apixaban. Dose if eGFR is < 15: do not use.",
+        on([P, SIGN, "eGFR is < 15"], [P, AVOID, "apixaban"]),
+        on([P, SIGN, "eGFR is < 15"], [P, DRUG, "apixaban"]),
+        "prohibition",
+        "do not use.",
+    ),
     # Chinese.
     "除非": Case(
         "除非存在禁忌证，患者均应服用阿司匹林。",
@@ -320,6 +352,10 @@ def test_a_mistake_is_listed(name: str) -> None:
         ("若无禁忌证，应使用阿司匹林。", on([Q, FACT, "无禁忌证"], [Q, GIVE, "阿司匹林"])),
         ("ACEI可用于治疗，但高血钾的患者禁用。", tree_of(
             node("C", [Q, FACT, "高血钾"]), node("D", [Q, NEVER, "ACEI"]), node("D", [Q, GIVE, "ACEI"]))),
+        ("Statins need not be stopped unless there is myositis.", on([P, SIGN, "myositis"], [P, AVOID, "Statins"])),
+        ("Flare: mild. Drug: ice. Flare: severe. Drug: prednisolone.", tree_of(
+            node("C", [P, SIGN, "severe"]), node("D", [P, DRUG, "prednisolone"]),
+            node("C", [P, SIGN, "mild"]), node("D", [P, PLAN, "ice"]), node("D"))),
         ("不宜手术的患者推荐放疗。", on([Q, FACT, "不宜手术"], [Q, DO, "放疗"])),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from gatewise_mdt.checking.cover import Cover, Held
 from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, quoted
 from gatewise_mdt.checking.marks import Marks, Span
-from gatewise_mdt.checking.prohibitions import forbidden_at
+from gatewise_mdt.checking.prohibitions import NOT_BEFORE, forbidden_at
 from gatewise_mdt.tree import DecisionTree
 
 _UNLESS = re.compile(
@@ -14,7 +14,8 @@ _UNLESS = re.compile(
     r"|除[^,。;]{1,20}?外"
 )
 # With one of these before it, what the sentence says need not be said of the condition.
-_NEGATED = re.compile(r"(?<![a-z])(?:otherwise|no|not|without|unless|except)(?![a-z])|n't|[不无未非否]|没有")
+_NEGATED = re.compile(r"(?<![a-z])(?:no|not|without|unless|except)(?![a-z])|n't|[不无未非否]|没有")
+_OTHERWISE = re.compile(r"(?<![a-z])(?:otherwise|if not|apart|other)(?![a-z])|否则|反之|其[他余]|外")
 _PART_END = re.compile("[,;。]")
 
 
@@ -36,7 +37,7 @@ def turned_branches(marks: Marks, cover: Cover) -> Iterator[Finding]:
             found = _said_otherwise(marks, yes, places[0], unless[0] or places[0])
             sentence = "The tree says this where {0} holds, and the text unless it does: {{words}}."
         else:
-            found = _said_of_it(marks, yes, no, places)
+            found = _said_of_it(marks, yes, no, places, marks.sentences) or _said_of_it(marks, yes, no, places, marks.rows)
             sentence = "The tree says this where {0} does not hold, and the text where it does: {{words}}."
         if found is not None:
             yield Finding(found, node, sentence.format(quoted(cover.tree.nodes[node].triples[0].object)))
@@ -73,16 +74,29 @@ def _said_otherwise(marks: Marks, yes: Sequence[Held], place: Span, unless: Span
     for held in yes:
         for one in held.objects:
             as_said = (held.relation == AVOIDS) == (forbidden_at(marks, one) is not None)
+            as_said &= not NOT_BEFORE.search(marks.text, max(0, one.begin - 60), one.begin)
             if held.relation in (*GIVES, AVOIDS) and as_said and sentence.holds(one) and not one.overlaps(unless):
                 return hull(place, one)
     return None
 
 
-def _said_of_it(marks: Marks, yes: Sequence[Held], no: Sequence[Held], places: Sequence[Span]) -> Span | None:
-    sentences = {marks.sentence_at(place.begin) for place in places}
-    if not yes or any(sentence.holds(one) for sentence in sentences for held in yes for one in held.objects):
+def _said_of_it(
+    marks: Marks, yes: Sequence[Held], no: Sequence[Held], places: Sequence[Span], parts: Sequence[Span]
+) -> Span | None:
+    """Where a part of the text, a sentence or a row of a table, has a condition and what is said where it does not hold."""
+    around = [(place, part) for place in places for part in parts if part.holds(place)]
+    if not yes or any(part.holds(one) for _, part in around for held in yes for one in held.objects):
         return None
-    if any(_NEGATED.search(marks.text, marks.sentence_at(place.begin).begin, place.begin) for place in places):
+    if any(_is_negated(marks, place, part) for place, part in around):
         return None
-    pairs = [(place, one) for place in places for held in no for one in held.objects if marks.sentence_at(place.begin).holds(one)]
+    pairs = [(place, one) for place, part in around for held in no for one in held.objects if part.holds(one)]
     return hull(*pairs[0]) if pairs else None
+
+
+def _is_negated(marks: Marks, place: Span, part: Span) -> bool:
+    """Whether what a part of the text says need not be said of a condition in it."""
+    condition = next((one for one in marks.conditions if one.holds(place)), part)
+    begin = max(condition.begin, part.begin)
+    return _OTHERWISE.search(marks.text, part.begin, place.begin) is not None or (
+        _NEGATED.search(marks.text, begin, place.begin) is not None
+    )

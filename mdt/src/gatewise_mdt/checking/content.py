@@ -169,7 +169,8 @@ _PURPOSE = re.compile(
 def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     """The stretches of content that no triple has."""
     text = marks.text
-    numbers = [number.span for number in marks.numbers]  # which have rules of their own
+    skipped = [number.span for number in marks.numbers]  # which have rules of their own
+    skipped += [name for name in marks.repeated_names if not any(map(name.overlaps, marks.conditions))]
     doses = [number.begin for number in marks.numbers if number.kind == "dose"]
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]
     for clause in marks.clauses:
@@ -177,7 +178,7 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
         ends = [*(match.span() for match in _PARTS.finditer(text, *clause)), (clause.end, clause.end)]
         begin = clause.begin
         for end, after in ends:
-            words = [one for one in _contents(text, Span(begin, end)) if not any(map(one[0].overlaps, numbers))]
+            words = [one for one in _contents(text, Span(begin, end)) if not any(map(one[0].overlaps, skipped))]
             lost = [(span, weight) for span, weight in words if not cover.touches(span)]
             for run in _runs(words, lost):
                 span = Span(run[0][0].begin, run[-1][0].end)

@@ -5,6 +5,7 @@ They are rules of thumb in English and Chinese, and no reading. All positions ar
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -224,6 +225,7 @@ class Limit(NamedTuple):
 
 # ---- sentences, what is forbidden, conditions ----
 
+_NAME = re.compile(r"[\s(]*([^:.;。]{1,60}): ?(?=\S)")
 _SENTENCE_END = re.compile(r"[。；！？;!?\n]|(?<!e\.g)(?<!i\.e)(?<!vs)\.(?=\s|$)")
 _CONTRAST = re.compile(
     _words("but", "however", "instead", "otherwise", "unless", "except", "whereas", "although")
@@ -278,6 +280,7 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
 _STOPS = (
     r"(?:stop|discontinu|withh|withdr|avoid|interrupt|delay|omit|exceed|miss|den(?:y|ie)|postpon|defer|ceas|preclud|contra-?indic)"
 )
+_STOPPED = re.compile(r"(?<![a-z])(?:stop|discontinu|withh|withdr)|停[用药]")
 _KEEPS = re.compile(rf" (?:be )?(?:[a-z]+ly )?{_STOPS}[a-z]*")  # "should not be stopped"
 _DOUBLED = re.compile(
     r"(?:(?<![a-z])(?:not|never|without)|n't)(?: [a-z]+ly| be| to){0,2} $"
@@ -425,6 +428,33 @@ class Marks:
         return next((one for one in self.sentences if one.begin <= place < one.end), Span(0, len(self.text)))
 
     @cached_property
+    def named(self) -> list[tuple[Span, str, Span]]:
+        """Sentences that begin with a name, as cells of tables are read ("Dose: 5 mg"): the name's place, it, the sentence."""
+        found = [(match, one) for one in self.sentences if (match := _NAME.match(self.text, *one))]
+        return [(Span(*match.span(1)), match[1], one) for match, one in found]
+
+    @cached_property
+    def rows(self) -> list[Span]:
+        """The rows of a table, of which the first cell has the same name in each; none if there is one row only."""
+        made: list[list[Span]] = []
+        first, end = "", -1
+        for _, name, sentence in self.named:
+            if sentence.begin != end or name == first:
+                first = name if sentence.begin != end else first
+                made.append([])
+            made[-1].append(sentence)
+            end = sentence.end
+        names = Counter(name for _, name, _ in self.named)
+        starts = {sentence.begin: name for _, name, sentence in self.named}
+        return [Span(row[0].begin, row[-1].end) for row in made if names[starts[row[0].begin]] > 1]
+
+    @cached_property
+    def repeated_names(self) -> list[Span]:
+        """Names of cells that come more than once."""
+        names = Counter(name for _, name, _ in self.named)
+        return [place for place, name, _ in self.named if names[name] > 1]
+
+    @cached_property
     def clauses(self) -> list[Span]:
         """The sentences, cut before words of contrast."""
         made = []
@@ -516,7 +546,7 @@ class Marks:
     def _is_condition_cue(self, place: int, clause: Span) -> bool:
         """Whether a negation belongs to a condition ("who should not be given X", "if X is not suitable")."""
         before = self.text[max(clause.begin, place - 60) : place]
-        if re.search(r"\b(?:if|when|where|that|whom|whose)\b[^,;]*$", before):
+        if re.search(r"\b(?:if|when|where|that|whom|whose)\b[^,;:]*$", before):
             return True
         return re.search(r"(?<!, )\b(?:who|those)\b *(?:[a-z]+ *)?$", before) is not None
 
@@ -544,6 +574,10 @@ class Marks:
     def warns(self, place: int) -> bool:
         """Whether the sentence at a place asks for caution or tells of harm."""
         return _CAUTION.search(self.text, *self.sentence_at(place)) is not None
+
+    def may_stop(self, place: int) -> bool:
+        """Whether the sentence at a place says of an exception that something is stopped ("need not be stopped unless")."""
+        return self.has_exception(place) and _STOPPED.search(self.text, *self.sentence_at(place)) is not None
 
     def is_exception(self, place: int) -> bool:
         """Whether the part of a sentence at a place begins with "unless", 除非."""

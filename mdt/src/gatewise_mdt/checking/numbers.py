@@ -154,13 +154,11 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
     return group[0]
 
 
-_NAMED = re.compile(r"[\s(]*[^:.;。]{1,60}: ?\S")  # "Starting dose: 2.5 mg", as rows of tables are read
-
-
 def _of_row(marks: Marks, sentence: Span, names: list[Span]) -> list[Span]:
     """The drugs that a row of a table named last before one of its cells, "Drug: ramipril. Dose: 2.5 mg."; none if it is no row."""
+    named = {one for _, _, one in marks.named}
     for one in reversed([one for one in marks.sentences if one.begin <= sentence.begin]):
-        if not _NAMED.match(marks.text, *one):
+        if one not in named:
             return []
         if found := [name for name in names if one.holds(name)]:
             return found

@@ -31,7 +31,7 @@ def _may_be_forbidden(marks: Marks, cover: Cover, span: Span) -> bool:
         named = any(map(scope.holds, avoided)) and not any(_are_listed(marks, span, one) for one in avoided)
         if scope.holds(span) or (wide.holds(span) and not named):
             return True
-    return marks.warns(span.begin)
+    return marks.warns(span.begin) or marks.may_stop(span.begin)
 
 
 def _are_listed(marks: Marks, one: Span, other: Span) -> bool:
@@ -104,7 +104,7 @@ def lost_prohibitions(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 _NO = r"(?<![a-z-])(?:no|not|without|never|cannot|no longer|absence of|lack of|non-?|[a-z]+n't|neither|nor)"
 _HAN_NO = "(?:(?<![有除])[不无未非](?:[能宜应]|存在|伴有?|合并)?|没有)"
-_NOT_BEFORE = re.compile(  # "no X", and of "without X or Y" the Y
+NOT_BEFORE = re.compile(  # "no X", and of "without X or Y" the Y
     rf"(?:{_NO} ?(?:be |have |had |any |a |an |the |to |been ){{0,3}}|(?<![a-z-])without [^,.;:]{{1,40}} or |{_HAN_NO})$"
 )
 
@@ -116,7 +116,7 @@ def lost_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
         if held.relation == AVOIDS or not held.objects:
             continue
         place = _meant(marks, cover, held)
-        if (cue := _NOT_BEFORE.search(marks.text, max(0, place.begin - 60), place.begin)) is not None:
+        if (cue := NOT_BEFORE.search(marks.text, max(0, place.begin - 60), place.begin)) is not None:
             said = Span(cue.start(), place.end)
             if cue[0].startswith("without") and re.search(r"(?<![a-z])(?:not|never)(?![a-z])[^,;.]*$", marks.text[: cue.start()]):
                 continue  # "should not be given without tests" asks for tests
