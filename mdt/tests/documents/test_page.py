@@ -122,16 +122,17 @@ def test_words_that_touch_the_line_between_two_cells_are_parted_there() -> None:
 def test_a_row_that_goes_on_in_the_next_column_is_joined_with_a_note() -> None:
     first = "Give 5 mg daily, and stop it at once if the patient has a rash or fever or if"
     rest = "the creatinine has doubled within two weeks, as it may in renal failure."
-    header = [p("Drug", HEAD), p("What to do", HEAD)]
-    above = Table([header, [p("Colchicine"), p("Give 2 mg.")], [p("Naproxen"), p(first)]], colWidths=[70, 150], style=NONE)
-    below = Table([header, ["", p(rest)], [p("Ibuprofen"), p("Give 400 mg.")]], colWidths=[70, 150], style=NONE)
+    header = [p("Drug", HEAD), p("What to do", HEAD), p("For", HEAD)]
+    widths = [65, 130, 45]
+    above = Table([header, [p("Colchicine"), p("Give 2 mg."), p("gout")], [p("Naproxen"), p(first), ""]], widths, style=NONE)
+    below = Table([header, ["", p(rest), p("pain")], [p("Ibuprofen"), p("Give 400 mg."), p("pain")]], widths, style=NONE)
     frames = [(50, 50, 240, 740), (305, 50, 240, 740)]
     blocks = read([*(p(LONG) for _ in range(3)), above, FrameBreak(), below, *(p(LONG) for _ in range(3))], frames).blocks
     rows = [block for block in blocks if block.kind == "row"]
     assert [block.text for block in rows] == [
-        "Drug: Colchicine. What to do: Give 2 mg.",
-        f"Drug: Naproxen. What to do: {first} {rest}",
-        "Drug: Ibuprofen. What to do: Give 400 mg.",
+        "Drug: Colchicine. What to do: Give 2 mg. For: gout.",
+        f"Drug: Naproxen. What to do: {first} {rest} For: pain.",
+        "Drug: Ibuprofen. What to do: Give 400 mg. For: pain.",
     ]
     assert all(any("may go on over a page or a column" in note for note in block.notes) for block in rows)
 

@@ -348,7 +348,9 @@ class _Reading:
         if not small or (said[0].column == 0 and any(text[:1].islower() for text in of_rows)):
             return False
         rest = {cell.column: cell.text for cell in said}
-        self.rows[-1] = [replace(cell, text=join_lines(list(filter(None, (cell.text, rest.get(cell.column)))))) for cell in last]
+        joined = [replace(cell, text=join_lines(list(filter(None, (cell.text, rest.pop(cell.column, "")))))) for cell in last]
+        joined += [cell for cell in said if cell.column in rest]
+        self.rows[-1] = sorted(joined, key=lambda cell: cell.column)
         return True
 
     def _close_table(self) -> None:
