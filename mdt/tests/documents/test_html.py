@@ -131,6 +131,11 @@ def test_nothing_is_left_out_without_a_note(source: str, note: str) -> None:
     assert note in " ".join(read(source).notes)
 
 
+def test_a_page_that_is_too_deep_is_refused_in_a_sentence() -> None:
+    with pytest.raises(GatewiseError, match="hundreds deep"):
+        read("<div>" * 2000 + "Give it")
+
+
 def test_a_page_that_names_an_encoding_of_no_texts_is_refused_in_a_sentence() -> None:
     for name in (b"rot13", b"hex", b"undefined"):
         with pytest.raises(GatewiseError, match="not UTF-8"):

@@ -66,7 +66,11 @@ def read_html(text: str, name: str) -> Document:
             reading = _Reading(*_footnotes(root), whole=True)
             reading.walk(root if body is None else body)
             blocks = reading.finished()
-    except (RecursionError, ValueError, lxml.etree.LxmlError) as error:
+    except RecursionError as error:
+        raise GatewiseError(
+            f"{name} cannot be read as HTML (elements within elements, hundreds deep): save it again, or as PDF"
+        ) from error
+    except (ValueError, lxml.etree.LxmlError) as error:
         raise GatewiseError(f"{name} cannot be read as HTML ({reason_of(error, 150)}): save it again, or as PDF") from error
     return Document(name, tuple(blocks), tuple(f"{name}: {note}" for note in reading.notes()))
 
