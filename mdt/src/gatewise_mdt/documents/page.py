@@ -15,6 +15,7 @@ from gatewise_mdt.documents.unruled import DOUBTED, split_row, with_tables
 _BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
 _NO_LETTER = re.compile(r"\(cid:\d+\)")
 _BESIDE = 1.1  # of the size of letters: between pieces of two lines at the same place
+_TOUCH = 0.4  # points between words of cells that touch
 _THIN = 3.0  # points of a rectangle that is a rule
 
 PageItem = PageLine | PageTable
@@ -42,7 +43,9 @@ def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
     """A word, or the words that it is made of in cells beside each other, between which there is next to no white."""
     y = (printed["top"] + printed["bottom"]) / 2
     cells = [cell for grid in grids for cell in grid.cells if cell[1] < y < cell[3]]
-    edges = sorted({cell[0] for cell in cells if printed["x0"] + 1 < cell[0] < printed["x1"] - 1})
+    # Letters of one word that runs over the edge of its cell stand close.
+    gaps = [(one["x1"], other["x0"]) for one, other in pairwise(printed["chars"]) if other["x0"] - one["x1"] > _TOUCH]
+    edges = sorted({cell[0] for cell in cells if any(first - 0.3 <= cell[0] <= second + 0.3 for first, second in gaps)})
     ends = [printed["x0"], *edges, printed["x1"]]
     for start, end in pairwise(ends):
         inside = [one for one in printed["chars"] if start <= (one["x0"] + one["x1"]) / 2 <= end] if edges else printed["chars"]
