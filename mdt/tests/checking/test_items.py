@@ -251,7 +251,28 @@ CASES = {
         "prohibition",
         "do not use.",
     ),
+    "given to those who must not have it": Case(
+        "Aspirin is effective but must be avoided in children under 16.",
+        tree_of(node("C", [P, BASIC, "children under 16"]), node("D", [P, AVOID, "Aspirin"]), node("D", [P, DRUG, "Aspirin"])),
+        tree_of(node("C", [P, BASIC, "children under 16"]), node("D", [P, DRUG, "Aspirin"]), node("D", [P, AVOID, "Aspirin"])),
+        "branches",
+        "be avoided in children under 16",
+    ),
     # Chinese.
+    "仅在": Case(
+        "仅在其他药物无效时才使用泼尼松。",
+        on([Q, FACT, "其他药物无效"], [Q, GIVE, "泼尼松"]),
+        leaf([Q, GIVE, "泼尼松"]),
+        "condition",
+        "无效",
+    ),
+    "一句两剂": Case(
+        "体重≥40kg者每次200mg，体重＜40kg者每次100mg。",
+        tree_of(node("C", [Q, BASIC, "体重≥40kg"]), node("D", [Q, HOW, "每次200mg"]), node("D", [Q, HOW, "每次100mg"])),
+        tree_of(node("C", [Q, BASIC, "体重≥40kg"]), node("D", [Q, HOW, "每次100mg"]), node("D", [Q, HOW, "每次200mg"])),
+        "branches",
+        "体重≥40kg者每次200mg",
+    ),
     "除非": Case(
         "除非存在禁忌证，患者均应服用阿司匹林。",
         tree_of(node("C", [Q, FACT, "存在禁忌证"]), node("D"), node("D", [Q, GIVE, "阿司匹林"])),
@@ -352,6 +373,12 @@ def test_a_mistake_is_listed(name: str) -> None:
         ("若无禁忌证，应使用阿司匹林。", on([Q, FACT, "无禁忌证"], [Q, GIVE, "阿司匹林"])),
         ("ACEI可用于治疗，但高血钾的患者禁用。", tree_of(
             node("C", [Q, FACT, "高血钾"]), node("D", [Q, NEVER, "ACEI"]), node("D", [Q, GIVE, "ACEI"]))),
+        (  # what does not hold where the condition does
+            "If blood pressure is below 140/90 mmHg, check it yearly; if it is 140/90 mmHg or more, give amlodipine.",
+            tree_of(
+                node("C", [P, SIGN, "blood pressure is below 140/90 mmHg"]), node("D", [P, PLAN, "check it yearly"]),
+                node("D", [P, DRUG, "amlodipine"])),
+        ),
         ("Statins need not be stopped unless there is myositis.", on([P, SIGN, "myositis"], [P, AVOID, "Statins"])),
         ("Flare: mild. Drug: ice. Flare: severe. Drug: prednisolone.", tree_of(
             node("C", [P, SIGN, "severe"]), node("D", [P, DRUG, "prednisolone"]),

@@ -37,7 +37,9 @@ def turned_branches(marks: Marks, cover: Cover) -> Iterator[Finding]:
             found = _said_otherwise(marks, yes, places[0], unless[0] or places[0])
             sentence = "The tree says this where {0} holds, and the text unless it does: {{words}}."
         else:
-            found = _said_of_it(marks, yes, no, places, marks.sentences) or _said_of_it(marks, yes, no, places, marks.rows)
+            kinds = (marks.sentences, marks.rows, marks.parts)
+            found = next((one for parts in kinds if (one := _said_of_it(marks, yes, no, places, parts))), None)
+            found = found or _other_way_round(marks, yes, no, places)
             sentence = "The tree says this where {0} does not hold, and the text where it does: {{words}}."
         if found is not None:
             yield Finding(found, node, sentence.format(quoted(cover.tree.nodes[node].triples[0].object)))
@@ -90,7 +92,22 @@ def _said_of_it(
     if any(_is_negated(marks, place, part) for place, part in around):
         return None
     pairs = [(place, one) for place, part in around for held in no for one in held.objects if part.holds(one)]
+    if parts is marks.parts:  # not what the condition is about ("beta blockers are not tolerated"), or what is forbidden there
+        pairs = [(place, one) for place, one in pairs if not (any(map(one.overlaps, places)) or marks.doubts(one))]
     return hull(*pairs[0]) if pairs else None
+
+
+def _other_way_round(marks: Marks, yes: Sequence[Held], no: Sequence[Held], places: Sequence[Span]) -> Span | None:
+    """A condition where the text forbids what the tree gives there, and forbids where it does not hold."""
+    given = {held.triple.object for held in yes if held.relation in GIVES}
+    if not given & {held.triple.object for held in no if held.relation == AVOIDS}:
+        return None
+    for place in places:
+        clause = next((one for one in marks.clauses if one.holds(place)), None)
+        cue = next((cue for cue, _, _ in marks.forbidden if clause and clause.holds(cue)), None)
+        if cue is not None and clause is not None and not _is_negated(marks, place, clause):
+            return hull(cue, place)
+    return None
 
 
 def _is_negated(marks: Marks, place: Span, part: Span) -> bool:

@@ -65,6 +65,7 @@ class Stretch(NamedTuple):
         is_purpose: what something is done for ("to relieve pain").
         is_background: of a sentence that advises nothing, and of which no triple has anything.
         is_drug: a word in it is built like the name of a drug, or it stands before a dose.
+        is_restriction: of a sentence with "only if".
     """
 
     span: Span
@@ -74,12 +75,15 @@ class Stretch(NamedTuple):
     is_purpose: bool
     is_background: bool
     is_drug: bool
+    is_restriction: bool
 
     @property
     def sure(self) -> float:
         row = _SURE["condition" if self.is_condition else "other", self.is_whole]
         sure = _PURPOSES if self.is_purpose or self.is_background else row[min(self.size, len(row)) - 1]
-        return max(sure, _DRUGS) if self.is_drug and not self.is_condition else sure
+        if (self.is_drug and not self.is_condition) or (self.is_restriction and self.is_condition):
+            return max(sure, _DRUGS)
+        return sure
 
 
 def lost_conditions(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -180,13 +184,17 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
         for end, after in ends:
             words = [one for one in _contents(text, Span(begin, end)) if not any(map(one[0].overlaps, skipped))]
             lost = [(span, weight) for span, weight in words if not cover.touches(span)]
+            implied = any(Span(begin, end).holds(one.span) for one in cover.implied)
             for run in _runs(words, lost):
                 span = Span(run[0][0].begin, run[-1][0].end)
                 size = sum(weight for _, weight in run)
                 purpose = any(one.begin <= span.begin < one.end for one in purposes)
                 is_drug = any(at >= span.end and _BEFORE_DOSE.fullmatch(text, span.end, at) for at in doses)
                 is_drug |= DRUG_STEM.search(text, *span) is not None
-                yield Stretch(span, size, len(run) == len(words), marks.in_condition(span.begin), purpose, background, is_drug)
+                if implied and marks.in_condition(span.begin):
+                    continue
+                condition, restricted = marks.in_condition(span.begin), marks.is_restricted(span.begin)
+                yield Stretch(span, size, len(run) == len(words), condition, purpose, background, is_drug, restricted)
             begin = after
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from gatewise_mdt.checking.marks import HAN, Marks, Span, set_of
+from gatewise_mdt.checking.marks import HAN, Marks, Number, Span, set_of
 from gatewise_mdt.relations import relation_in
 from gatewise_mdt.tree import DecisionTree, Triple
 from gatewise_mdt.wholes import fold
@@ -80,6 +80,29 @@ class Cover:
     def is_background(self, place: int) -> bool:
         """Whether the sentence at a place advises nothing, and no triple has anything of it."""
         return not self.marks.advises(place) and not self.touches(self.marks.sentence_at(place))
+
+    @cached_property
+    def implied(self) -> list[Number]:
+        """Limits that a condition has from the other side, with a decision where it does not hold: "< 140/90" of "≥ 140/90".
+
+        It has one triple: where "< 140/90 and no diabetes" does not hold, it need not be "≥ 140/90".
+        """
+        asked = bytearray(len(self.marks.text))
+        for number, both in enumerate(self.tree.children):
+            no = self.tree.nodes[both[1]] if both else None
+            if no and not no.is_empty and not no.is_condition and len(self.tree.nodes[number].triples) == 1:
+                asked = bytearray(map(max, asked, self.in_node(number)))
+
+        def said(number: Number) -> list[str]:
+            return [self.marks.text[a:b] for a, b in number.digits]
+
+        sides = self.marks.sides
+        held = [one for one in sides if all(all(asked[a:b]) for a, b in one.digits)]
+        return [
+            one
+            for one, below in sides.items()
+            if one not in held and any(said(one) == said(other) and sides[other] != below for other in held)
+        ]
 
     def places(self, phrase: str) -> tuple[Span, ...]:
         """Where a phrase stands, as words; spaces do not matter."""

@@ -161,6 +161,8 @@ _LIMIT = re.compile(
     + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
     r"|不少于|不多于|不足|极量"
 )
+_BELOW = re.compile(r"<|≤|below|under|less|fewer|lower|younger|smaller|[小低少]于|不足|以下")
+_ABOVE = re.compile(r">|≥|above|over|more|greater|higher|older|larger|exceed|[大高多]于|(?<!不)超过|以上")
 _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily dose of bisoprolol for these patients is 5 mg"
     r"[^.;。,<>≤≥\d]{0,60}"
 )
@@ -280,6 +282,9 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
 _STOPS = (
     r"(?:stop|discontinu|withh|withdr|avoid|interrupt|delay|omit|exceed|miss|den(?:y|ie)|postpon|defer|ceas|preclud|contra-?indic)"
 )
+_ONLY = re.compile(
+    _words("only (?:if|when|where|in|for|after)", "only (?:use|give|offer|prescribe|consider)") + "|仅[在当限对用]|只有|才"
+)
 _STOPPED = re.compile(r"(?<![a-z])(?:stop|discontinu|withh|withdr)|停[用药]")
 _KEEPS = re.compile(rf" (?:be )?(?:[a-z]+ly )?{_STOPS}[a-z]*")  # "should not be stopped"
 _DOUBLED = re.compile(
@@ -317,7 +322,7 @@ _NEXT_PART = re.compile(
 )
 _ADVISES = re.compile(_words("recommended|should|may|can|could|must|is|are|be|preferred|suggested|advisable") + "|应|可|推荐|建议")
 _CAUTION = re.compile(_words("cautio(?:n|us|usly)", "careful(?:ly)?", "worsen|aggravate|risk of") + "|慎|加重|诱发|小心|注意")
-_EXCEPTION = re.compile(_words("unless", "except", "only (?:in|if|when|for)") + "|除非|除了|仅|只有")
+_EXCEPTION = re.compile(_words("unless", "except", "only (?:in|if|when|for)") + "|除非|除了|除[^,。;]{1,20}?外|仅|只有")
 _PEOPLE = "(?:patients?|those|individuals?|adults?|children|infants?|people|persons?|women|men|cases?|subjects?|neonates?)"
 _WITH = "(?:with|who|whose|of|where|in which|that|at|under|over|aged|without|receiving|having|presenting)"
 _CONDITION = re.compile(
@@ -328,7 +333,7 @@ _CONDITION = re.compile(
         "in case of|in cases of|in the (?:presence|absence|event) of|during|after|in the setting of|unless|until",
         "who|whose",
     )
-    + "|对于?|如果?(?!.{0,2}[、])|若|当|一旦|凡|有(?=.{1,20}[者时])|合并|伴|出现|发生"
+    + "|仅[在当对]|只有|对于?|如果?(?!.{0,2}[、])|若|当|一旦|凡|有(?=.{1,20}[者时])|合并|伴|出现|发生"
 )
 _CONDITION_END = re.compile(
     r"[,:]|(?<=[者时])"
@@ -392,6 +397,16 @@ class Marks:
         return found
 
     @cached_property
+    def sides(self) -> dict[Number, bool]:
+        """Numbers that are limits, and whether they are so from above ("below 140/90")."""
+        said = [(limit.number, self.text[limit.words.begin : limit.words.end]) for limit in self.limits]
+        found = {
+            number: [(bool(_BELOW.search(words)), bool(_ABOVE.search(words))) for one, words in said if one == number]
+            for number, _ in said
+        }
+        return {number: kinds[0][0] for number, kinds in found.items() if len(kinds) == 1 and kinds[0][0] != kinds[0][1]}
+
+    @cached_property
     def frequencies(self) -> list[tuple[Span, Number | None]]:
         """How often something is done ("twice weekly", "every 7 days", 每日三次), with the dose beside it."""
         return [(Span(*match.span()), self._dose_beside(Span(*match.span()))) for match in _FREQUENCY.finditer(self.text)]
@@ -447,6 +462,15 @@ class Marks:
         names = Counter(name for _, name, _ in self.named)
         starts = {sentence.begin: name for _, name, sentence in self.named}
         return [Span(row[0].begin, row[-1].end) for row in made if names[starts[row[0].begin]] > 1]
+
+    @cached_property
+    def parts(self) -> list[Span]:
+        """The sentences, cut at commas."""
+        made = []
+        for sentence in self.sentences:
+            cuts = [match.start() + 1 for match in re.compile(",(?!\\d)").finditer(self.text, *sentence)]
+            made += [Span(a, b) for a, b in pairwise(sorted({sentence.begin, *cuts, sentence.end}))]
+        return made
 
     @cached_property
     def repeated_names(self) -> list[Span]:
@@ -574,6 +598,14 @@ class Marks:
     def warns(self, place: int) -> bool:
         """Whether the sentence at a place asks for caution or tells of harm."""
         return _CAUTION.search(self.text, *self.sentence_at(place)) is not None
+
+    def doubts(self, span: Span) -> bool:
+        """Whether what stands at a place may be forbidden, or something to be careful with."""
+        return self.warns(span.begin) or any(one.wide.holds(span) for one in self.forbidden)
+
+    def is_restricted(self, place: int) -> bool:
+        """Whether the sentence at a place is of a condition alone ("only if", 仅)."""
+        return _ONLY.search(self.text, *self.sentence_at(place)) is not None
 
     def may_stop(self, place: int) -> bool:
         """Whether the sentence at a place says of an exception that something is stopped ("need not be stopped unless")."""

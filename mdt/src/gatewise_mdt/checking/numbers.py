@@ -27,7 +27,7 @@ def lost_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 
 def _has(cover: Cover, number: Number) -> bool:
-    return all(cover.has(span) for span in number.digits)
+    return number in cover.implied or all(cover.has(span) for span in number.digits)
 
 
 def _lost(number: Number) -> Finding:

@@ -36,7 +36,7 @@ RULES: tuple[Rule, ...] = (
     Rule("route", numbers.lost_routes, 0.95),
     Rule("negation", prohibitions.lost_negations, 0.91),
     Rule("prohibition", prohibitions.lost_prohibitions, 0.53),
-    Rule("branches", branches.turned_branches, 0.93),
+    Rule("branches", branches.turned_branches, 0.85),
     Rule("empty leaf", content.empty_leaves, 0.96),
     Rule("otherwise", content.lost_otherwise, 0.8),
     Rule("condition", content.lost_conditions, 0.5),
