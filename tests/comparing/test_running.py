@@ -320,7 +320,9 @@ def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pyte
         assert made["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
     assert [path.name for path in (tmp_path / "out/adapters/lora").iterdir()] == ["0"]
     console = Console(file=io.StringIO(), width=200)
-    (left := tmp_path / "out/work/lora/0.01-0/checkpoints").mkdir(parents=True)  # by a process that was killed when it was done
+    (left := tmp_path / "out" / running.WORK / "lora/0.01-0/checkpoints").mkdir(
+        parents=True
+    )  # by a process that was killed when it was done
     compared(recipe, ["lora"], rates=1, keep_adapters=True, console=console)
     assert "1 finished runs kept no adapter: remove their files in runs" in console.file.getvalue()  # type: ignore[attr-defined]
     assert not left.exists()
@@ -337,7 +339,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(recipe: Path, tmp_path: Pat
     with pytest.raises(GatewiseError, match="is not empty and holds no comparison: give another folder"):
         compared(recipe)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    with pytest.raises(GatewiseError, match=r"cannot write .*mine/work/plan\.json: .*; give a path that can be written"):
+    with pytest.raises(GatewiseError, match=rf"cannot write .*mine/{running.WORK}/plan\.json: .*; give a path that can be written"):
         running.compare(recipe, ["lora"], tmp_path / "out/mine", console=SILENT)
 
 
@@ -401,7 +403,7 @@ def test_a_run_that_cannot_go_on_begins_again(tmp_path: Path, monkeypatch: pytes
     stop_at(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         compared(recipe, ["lora"], rates=1, seeds=1)
-    (tmp_path / "out/work/lora/0.01-0/recipe.yaml").write_text("method: lora")  # by another version, say
+    (tmp_path / "out" / running.WORK / "lora/0.01-0/recipe.yaml").write_text("method: lora")  # by another version, say
     [arm] = compared(recipe, ["lora"], rates=1, seeds=1)["arms"]
     assert len(arm["seeds"]) == 1
     assert json.loads((tmp_path / "out/runs/lora/0.01-0.json").read_text())["seconds"] > 0  # and not a part of it

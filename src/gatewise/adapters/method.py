@@ -113,7 +113,10 @@ class Lora(Method):
             GatewiseError: a module that the base model does not have.
         """
         pattern = self.peft.pattern or {}
-        _check_modules("peft.pattern", pattern.get("target_modules"), base, self.recipe.model)
+        targets = pattern.get("target_modules")
+        if isinstance(targets, str):  # whole paths, see ``target_settings``
+            targets = re.sub(r"\\(.)", r"\1", targets).split("|")
+        _check_modules("peft.pattern", targets, base, self.recipe.model)
         _check_modules("peft.target_modules", self.peft.target_modules, base, self.recipe.model)
         _check_modules("peft.exclude_modules", self.peft.exclude_modules, base, self.recipe.model)
         whole = list(getattr(base, "trained_whole", ()))
@@ -192,8 +195,6 @@ def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> N
     if names is None or names == "all-linear":
         return
     linear = {path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if key == "peft.pattern" and isinstance(names, str):
-        names = re.sub(r"\\(.)", r"\1", names).split("|")  # whole paths, see ``target_settings``
     for name in [names] if isinstance(names, str) else names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):
             endings = sorted({path.rpartition(".")[2] for path in linear})
