@@ -136,20 +136,15 @@ def forbid_what_is_given(record: TreeRecord, nodes: Nodes, draw: random.Random) 
             yield _in_place(nodes, i, k, 1, relation_in("prohibited drugs", record.tree.language))
 
 
-def _lose(pattern: re.Pattern[str]) -> Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes | None]]:
+def _lose(
+    pattern: re.Pattern[str], beside: re.Pattern[str] = re.compile("")
+) -> Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes | None]]:
     def mistake(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
         for i, k, triple in _triples(nodes):
-            if pattern.search(triple[2]):
+            if pattern.search(triple[2]) and beside.search(triple[2]):
                 yield _in_place(nodes, i, k, 2, " ".join(pattern.sub("", triple[2], count=1).split()))
 
     return mistake
-
-
-def lose_a_route(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
-    """Of a dose."""
-    for i, k, triple in _triples(nodes):
-        if _ROUTE.search(triple[2]) and _DOSE.search(triple[2]):
-            yield _in_place(nodes, i, k, 2, " ".join(_ROUTE.sub("", triple[2], count=1).split()))
 
 
 def lose_a_not(record: TreeRecord, nodes: Nodes, draw: random.Random) -> Iterator[Nodes | None]:
@@ -214,7 +209,7 @@ MISTAKES: dict[str, Callable[[TreeRecord, Nodes, random.Random], Iterator[Nodes 
     "lose a frequency": _lose(_FREQUENCY),
     "lose a daily": _lose(_DAILY),
     "lose the not of a condition": lose_a_not,
-    "lose a route": lose_a_route,
+    "lose a route": _lose(_ROUTE, beside=_DOSE),
     "drop a condition": drop_a_condition,
     "drop one of several conditions": drop_of_a_condition,
     "drop a decision": drop_a_leaf,

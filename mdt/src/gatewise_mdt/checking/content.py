@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.cover import Cover
@@ -88,21 +89,21 @@ class Stretch(NamedTuple):
 
 def lost_conditions(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A part of a condition that no triple has."""
-    for one in uncovered(marks, cover):
+    for one in uncovered(cover):
         if one.is_condition and one.sure > _HARDLY:
             yield Finding(one.span, None, "No triple has this condition: {words}.", sure=one.sure)
 
 
 def lost_recommendations(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A part of a sentence, outside its conditions, that no triple has."""
-    for one in uncovered(marks, cover):
+    for one in uncovered(cover):
         if not one.is_condition and one.sure > _HARDLY:
             yield Finding(one.span, None, "No triple has this: {words}.", sure=one.sure)
 
 
 def lost_words(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """What else no triple has: single words of phrases, what something is done for, and sentences that advise nothing."""
-    for one in uncovered(marks, cover):
+    for one in uncovered(cover):
         if one.sure <= _HARDLY:
             yield Finding(one.span, None, "No triple has {words}.", sure=one.sure)
     for number in marks.numbers:
@@ -170,8 +171,13 @@ _PURPOSE = re.compile(
 )
 
 
-def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
+@lru_cache(maxsize=1)  # for the three rules above, each of which takes a part of them
+def uncovered(cover: Cover) -> tuple[Stretch, ...]:
     """The stretches of content that no triple has."""
+    return tuple(_uncovered(cover.marks, cover))
+
+
+def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     text = marks.text
     skipped = [number.span for number in marks.numbers]  # which have rules of their own
     skipped += [name for name in marks.repeated_names if not any(map(name.overlaps, marks.conditions))]
@@ -191,10 +197,9 @@ def uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
                 purpose = any(one.begin <= span.begin < one.end for one in purposes)
                 is_drug = any(at >= span.end and _BEFORE_DOSE.fullmatch(text, span.end, at) for at in doses)
                 is_drug |= DRUG_STEM.search(text, *span) is not None
-                if implied and marks.in_condition(span.begin):
-                    continue
                 condition, restricted = marks.in_condition(span.begin), marks.is_restricted(span.begin)
-                yield Stretch(span, size, len(run) == len(words), condition, purpose, background, is_drug, restricted)
+                if not (implied and condition):
+                    yield Stretch(span, size, len(run) == len(words), condition, purpose, background, is_drug, restricted)
             begin = after
 
 

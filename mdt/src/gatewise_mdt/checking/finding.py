@@ -41,7 +41,7 @@ def letters(text: str, span: Span) -> Span:
 def node_of(cover: Cover, span: Span) -> int | None:
     """The first node whose triples have a place."""
     for held in cover.held:
-        if any(place.begin <= span.begin and span.end <= place.end for place in (*held.objects, *held.subjects)):
+        if any(place.holds(span) for place in (*held.objects, *held.subjects)):
             return held.node
     return None
 

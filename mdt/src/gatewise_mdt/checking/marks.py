@@ -229,12 +229,13 @@ class Limit(NamedTuple):
 
 _NAME = re.compile(r"[\s(]*([^:.;。]{1,60}): ?(?=\S)")
 _SENTENCE_END = re.compile(r"[。；！？;!?\n]|(?<!e\.g)(?<!i\.e)(?<!vs)\.(?=\s|$)")
+_COMMA = re.compile(r"(?<=,)(?!\d)")
 _CONTRAST = re.compile(
     _words("but", "however", "instead", "otherwise", "unless", "except", "whereas", "although")
     + "|但是?|除非|否则|然而|而(?=应|可|[^且])"
 )
 _ADVERB = (
-    r"(?:(?:be|been|routinely|generally|usually|currently|normally|always|currently|any|longer|strongly|longer|further|therefore|also"
+    r"(?:(?:be|been|routinely|generally|usually|currently|normally|always|any|longer|strongly|further|therefore|also"
     r"|yet|necessarily|the|first|preferred|a|an|in general|typically|considered|primarily|as) ){0,4}"
 )
 _NOT = r"(?:not|never|no longer|cannot|can ?not|[a-z]+n't)"
@@ -465,12 +466,8 @@ class Marks:
 
     @cached_property
     def parts(self) -> list[Span]:
-        """The sentences, cut at commas."""
-        made = []
-        for sentence in self.sentences:
-            cuts = [match.start() + 1 for match in re.compile(",(?!\\d)").finditer(self.text, *sentence)]
-            made += [Span(a, b) for a, b in pairwise(sorted({sentence.begin, *cuts, sentence.end}))]
-        return made
+        """The sentences, cut behind commas."""
+        return self._cut(_COMMA)
 
     @cached_property
     def repeated_names(self) -> list[Span]:
@@ -481,11 +478,14 @@ class Marks:
     @cached_property
     def clauses(self) -> list[Span]:
         """The sentences, cut before words of contrast."""
+        return self._cut(_CONTRAST)
+
+    def _cut(self, before: re.Pattern[str]) -> list[Span]:
+        """The sentences, cut before what a pattern finds in them."""
         made = []
         for sentence in self.sentences:
-            cuts = [match.start() for match in _CONTRAST.finditer(self.text, *sentence)]
-            bounds = sorted({sentence.begin, *cuts, sentence.end})
-            made += [Span(a, b) for a, b in pairwise(bounds)]
+            cuts = [match.start() for match in before.finditer(self.text, *sentence)]
+            made += [Span(a, b) for a, b in pairwise(sorted({sentence.begin, *cuts, sentence.end}))]
         return made
 
     @cached_property

@@ -31,7 +31,7 @@ def _has(cover: Cover, number: Number) -> bool:
 
 
 def _lost(number: Number) -> Finding:
-    return Finding(Span(number.begin, number.end), None, "No triple has {words}.")
+    return Finding(number.span, None, "No triple has {words}.")
 
 
 def other_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -100,7 +100,7 @@ def _alone(cover: Cover, node: int, number: Number) -> bool:
 
 
 def _holds(place: Span, number: Number) -> bool:
-    return place.begin <= number.digits[0].begin and number.digits[-1].end <= place.end
+    return place.holds(hull(number.digits[0], number.digits[-1]))
 
 
 def _last_word(text: str, span: Span) -> Span:
