@@ -8,7 +8,7 @@ from statistics import median
 
 from gatewise_mdt.documents.headings import SENTENCE_END
 from gatewise_mdt.documents.language import has_han
-from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, lines_of, pieces_of
+from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, fits, is_mark, lines_of, pieces_of
 
 _GUTTER = 8.0  # points between columns of text
 _LEAST_LINES = 4  # on each side of a gutter
@@ -78,9 +78,7 @@ class _Side:
 
     def has_room(self, place: int) -> bool:
         """Whether the first word of a line would have had its place at the end of the line above."""
-        above, first = self.lines[place - 1], self.lines[place][0]
-        width = first.size if has_han(first.text) else first.x1 - first.x0
-        return self.x1 - above[-1].x1 > width + 0.25 * first.size + 0.5
+        return fits(self.lines[place][0], self.x1 - self.lines[place - 1][-1].x1)
 
     @cached_property
     def more(self) -> float:

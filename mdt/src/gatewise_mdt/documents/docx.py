@@ -33,7 +33,7 @@ from gatewise_mdt.documents.headings import (
     reads_as_sentence,
     style_of,
 )
-from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of
+from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of, value_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -112,11 +112,11 @@ class _Styles:
         found: list[Any] = []
         while style in self.known and self.known[style] not in found:
             found.append(self.known[style])
-            style = _value(found[-1].find(f"{_W}basedOn"))
+            style = value_of(found[-1].find(f"{_W}basedOn"))
         return found
 
     def of_paragraph(self, paragraph: Any) -> list[Any]:
-        return self.chain(_value(paragraph.find(f"{_W}pPr/{_W}pStyle"), self.normal))
+        return self.chain(value_of(paragraph.find(f"{_W}pPr/{_W}pStyle"), self.normal))
 
     def outline(self, paragraph: Any) -> int:
         """The outline level of a paragraph, 0 for "Heading 1", -1 for a title, 9 for text."""
@@ -133,7 +133,7 @@ class _Styles:
 
     def property(self, run: Any, paragraph: Any, tag: str) -> Any:
         """A property of a run: its own, that of its style, that of its paragraph's style, or the document's; None without one."""
-        styled = self.chain(_value(run.find(f"{_W}rPr/{_W}rStyle")))
+        styled = self.chain(value_of(run.find(f"{_W}rPr/{_W}rStyle")))
         holders = (run, *styled, *self.of_paragraph(paragraph), *self.defaults)
         return next((found for holder in holders if (found := holder.find(f"{_W}rPr/{_W}{tag}")) is not None), None)
 
@@ -142,7 +142,7 @@ class _Styles:
         look = table.find(f"{_W}tblPr/{_W}tblLook")
         if look is None or not (_is_on(look, "firstRow") or int(look.get(f"{_W}val", "0"), 16) & 0x20):
             return False
-        chain = self.chain(_value(table.find(f"{_W}tblPr/{_W}tblStyle")))
+        chain = self.chain(value_of(table.find(f"{_W}tblPr/{_W}tblStyle")))
         parts = [part for one in chain for part in one.iter(f"{_W}tblStylePr")]
         return any(part.get(f"{_W}type") == "firstRow" and len(part) > 0 for part in parts)
 
@@ -153,22 +153,17 @@ class _Styles:
         return max(points, default=0.0), bool(runs) and all(_on(self.property(run, paragraph, "b")) for run in runs)
 
 
-def _value(element: Any, otherwise: str = "") -> str:
-    """The value of an element; ``otherwise`` where there is none."""
-    return otherwise if element is None else element.get(f"{_W}val", otherwise)
-
-
 def _number(element: Any, otherwise: int) -> int:
-    value = _value(element)
+    value = value_of(element)
     return int(value) if value.isascii() and value.isdigit() and len(value) < 5 else otherwise
 
 
 def _name(style: Any) -> str:
-    return _value(style.find(f"{_W}name")).lower()
+    return value_of(style.find(f"{_W}name")).lower()
 
 
 def _on(element: Any) -> bool:
-    return element is not None and _value(element, "1") not in ("0", "false", "off")
+    return element is not None and value_of(element, "1") not in ("0", "false", "off")
 
 
 def _is_on(element: Any, attribute: str) -> bool:
@@ -242,10 +237,7 @@ class _Reading:
         holders = (paragraph, *self.styles.of_paragraph(paragraph))
         properties = next((found for one in holders if (found := one.find(f"{_W}pPr/{_W}numPr")) is not None), None)
         if properties is not None:
-            name = _value(properties.find(f"{_W}numId"))
-            styles = [one.get(f"{_W}styleId", "") for one in holders[1:]]
-            own = properties.find(f"{_W}ilvl")
-            level = self.numbering.level_of(name, styles[0] if styles else "") if own is None else _number(own, 0)
+            name, level = self._list(properties, holders[1].get(f"{_W}styleId", "") if len(holders) > 1 else "")
             if name not in ("", "0"):  # 0 takes a paragraph out of the list of its style
                 indent = self._indent(paragraph)
                 return _place(name, level, indent, level), self.numbering.next_number(name, level)
@@ -269,10 +261,13 @@ class _Reading:
         for holder in (paragraph, *self.styles.of_paragraph(paragraph)):
             found, properties = found.over(indent_of(holder)), holder.find(f"{_W}pPr/{_W}numPr")
             if properties is not None:
-                name, own = _value(properties.find(f"{_W}numId")), properties.find(f"{_W}ilvl")
-                level = self.numbering.level_of(name, holder.get(f"{_W}styleId", "")) if own is None else _number(own, 0)
-                found = found.over(self.numbering.indent(name, level))
+                found = found.over(self.numbering.indent(*self._list(properties, holder.get(f"{_W}styleId", ""))))
         return found
+
+    def _list(self, properties: Any, style: str) -> tuple[str, int]:
+        """Which list a paragraph is of, and on which level; where the level is not said, on that of its style."""
+        name, own = value_of(properties.find(f"{_W}numId")), properties.find(f"{_W}ilvl")
+        return name, self.numbering.level_of(name, style) if own is None else _number(own, 0)
 
     def _depth(self, paragraph: Any, place: ListPlace | None, item: bool) -> int:
         """How many items a paragraph stands under; an item is one of those for what comes after it."""
@@ -340,7 +335,7 @@ class _Reading:
                 merge = cell.find(f"{_W}tcPr/{_W}vMerge")
                 if merge is None:
                     spanning.pop(column, None)
-                elif _value(merge) == "restart" or column not in spanning:
+                elif value_of(merge) == "restart" or column not in spanning:
                     spanning[column] = text
                 else:
                     text = f"{spanning[column]} {text}".strip()
@@ -401,7 +396,7 @@ class _Reading:
             return ""
         said = self._all(element)
         if tag == f"{_W}r":
-            raised = _value(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
+            raised = value_of(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
             # "50" struck out before "5" is not 505.
             said = f" {said} " if any(_on(element.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike")) else said
             return f"{RAISED}{said}{LOWERED}" if raised else said

@@ -263,8 +263,8 @@ class _Reading:
             self.pictures.append(" ".join((element.get("alt") or "").split()))
         elif tag in _UNREADABLE:
             self.left[_UNREADABLE[tag]] += 1
-        elif tag == "a" and _refers(element) and (key := (element.get("href") or "#")[1:]) in self.footnotes:
-            self._say(f"{NOTE}{key}{NOTE}", bold, element)
+        elif tag == "a" and self._is_mark(element):
+            self._say(f"{NOTE}{element.get('href')[1:]}{NOTE}", bold, element)
         elif tag == "sup" and not (len(element) == 1 and element[0].tag == "a" and self._is_mark(element[0])):
             self._say(RAISED, bold, element)
             self._inside(element, bold=bold, in_main=in_main)

@@ -7,6 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from gatewise_mdt.documents.document import LOWERED, RAISED
+from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.documents.tables import Cell
 
 EDGE = 0.1  # of a page's height: what is printed there on several pages is a header or footer
@@ -144,6 +145,12 @@ def line_of(words: Sequence[Word]) -> PageLine:
     top, bottom = min(word.top for word in main), max(word.bottom for word in main)
     said = said.replace(f"{LOWERED} {RAISED}", f"{LOWERED}{RAISED}")
     return PageLine(said, x0, x1, top, bottom, size, all(word.bold for word in main))
+
+
+def fits(word: Word, white: float) -> bool:
+    """Whether the first word of a line would have had its place in so much white at the end of the line above."""
+    width = word.size if has_han(word.text) else word.x1 - word.x0
+    return white > width + 0.25 * word.size + 0.5
 
 
 def pieces_of(words: Sequence[Word], apart: float = FAR) -> Iterator[list[Word]]:

@@ -102,19 +102,19 @@ class Numbering:
 
     def _read(self, root: Any) -> None:
         abstract = {one.get(f"{_W}abstractNumId", ""): one for one in root.iter(f"{_W}abstractNum")}
-        styled = {_value(one.find(f"{_W}styleLink")): one for one in abstract.values() if one.find(f"{_W}styleLink") is not None}
+        styled = {value_of(one.find(f"{_W}styleLink")): one for one in abstract.values() if one.find(f"{_W}styleLink") is not None}
         for one in root.iter(f"{_W}num"):
             name = one.get(f"{_W}numId", "")
-            counted = _value(one.find(f"{_W}abstractNumId"))
+            counted = value_of(one.find(f"{_W}abstractNumId"))
             base = abstract.get(counted)
             if base is not None and (link := base.find(f"{_W}numStyleLink")) is not None:
-                base = styled.get(_value(link), base)
+                base = styled.get(value_of(link), base)
             self._levels[name] = dict(_levels(base)) if base is not None else {}
             self._counted[name], self._starts[name] = counted, {}
             for other in one.iter(f"{_W}lvlOverride"):
                 self._levels[name] |= dict(_levels(other))
                 if (start := other.find(f"{_W}startOverride")) is not None:
-                    self._starts[name][_number(other.get(f"{_W}ilvl"))] = _number(_value(start))
+                    self._starts[name][_number(other.get(f"{_W}ilvl"))] = _number(value_of(start))
 
     def level_of(self, name: str, style: str) -> int:
         """The level of a list whose paragraphs have a style; the first without one."""
@@ -154,12 +154,12 @@ def _levels(base: Any) -> Iterator[tuple[int, _Level]]:
         yield (
             _number(one.get(f"{_W}ilvl")),
             _Level(
-                _number(_value(one.find(f"{_W}start"), "1"), 1),
-                _value(one.find(f"{_W}numFmt"), "decimal"),
-                _value(one.find(f"{_W}lvlText")),
+                _number(value_of(one.find(f"{_W}start"), "1"), 1),
+                value_of(one.find(f"{_W}numFmt"), "decimal"),
+                value_of(one.find(f"{_W}lvlText")),
                 indent_of(one),
-                _value(one.find(f"{_W}pStyle")),
-                _value(one.find(f"{_W}lvlRestart"), "1") != "0",
+                value_of(one.find(f"{_W}pStyle")),
+                value_of(one.find(f"{_W}lvlRestart"), "1") != "0",
                 one.find(f"{_W}isLgl") is not None,
             ),
         )
@@ -179,7 +179,8 @@ def _twips(said: str | None) -> int | None:
     return int(float(said)) if said and re.fullmatch(r"-?\d{1,6}(?:\.\d+)?", said) else None
 
 
-def _value(element: Any, otherwise: str = "") -> str:
+def value_of(element: Any, otherwise: str = "") -> str:
+    """The value of an element; ``otherwise`` where there is none."""
     return otherwise if element is None else element.get(f"{_W}val", otherwise)
 
 

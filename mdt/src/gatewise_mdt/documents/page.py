@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from gatewise_mdt.documents.columns import gutter, usual_white
 from gatewise_mdt.documents.document import UNKNOWN
@@ -20,6 +20,7 @@ _THIN = 3.0  # points of a rectangle that is a rule
 
 PageItem = PageLine | PageTable
 _Placed = Word | PageTable
+Drawn = TypeVar("Drawn", Rule, Ground)
 
 
 def items_of(page: Any) -> list[PageItem]:
@@ -131,7 +132,7 @@ def _look(page: Any, usual: float) -> Look:
                 rules += [Rule(one["x0"], one["x1"], y) for y in (one["top"], one["bottom"])]
             if one["fill"] and not _is_white(one["non_stroking_color"]):
                 grounds.append(Ground(one["x0"], one["x1"], one["top"], one["bottom"]))
-    return Look(float(page.height), tuple(_joined_rules(rules)), tuple(_joined_grounds(grounds)), usual)
+    return Look(float(page.height), tuple(_joined(rules)), tuple(_joined(grounds)), usual)
 
 
 def _is_white(color: Any) -> bool:
@@ -141,23 +142,11 @@ def _is_white(color: Any) -> bool:
     return values == (0, 0, 0, 0) if len(values) == 4 else all(value >= 1 for value in values)
 
 
-def _joined_rules(rules: Sequence[Rule]) -> Iterator[Rule]:
-    held: Rule | None = None
-    for rule in sorted(rules, key=lambda one: (round(one.y), one.x0)):
-        if held and abs(held.y - rule.y) < 1 and rule.x0 - held.x1 < 1.5:
-            held = Rule(held.x0, max(held.x1, rule.x1), held.y)
-            continue
-        if held:
-            yield held
-        held = rule
-    if held:
-        yield held
-
-
-def _joined_grounds(grounds: Sequence[Ground]) -> Iterator[Ground]:
-    held: Ground | None = None
-    for one in sorted(grounds, key=lambda one: (round(one.top), round(one.bottom), one.x0)):
-        if held and abs(held.top - one.top) < 1 and abs(held.bottom - one.bottom) < 1 and one.x0 - held.x1 < 1.5:
+def _joined(drawn: Sequence[Drawn]) -> Iterator[Drawn]:
+    """Rules, or grounds: pieces side by side at the same height are one."""
+    held: Drawn | None = None
+    for one in sorted(drawn, key=lambda one: (*map(round, one[2:]), one.x0)):
+        if held and one.x0 - held.x1 < 1.5 and all(abs(y - other) < 1 for y, other in zip(held[2:], one[2:], strict=True)):
             held = held._replace(x1=max(held.x1, one.x1))
             continue
         if held:

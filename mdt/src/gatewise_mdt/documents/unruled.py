@@ -11,7 +11,7 @@ from statistics import median
 
 from gatewise_mdt.documents.headings import SENTENCE_END, is_caption
 from gatewise_mdt.documents.language import has_han
-from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, is_mark, line_of, lines_of, pieces_of
+from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, fits, is_mark, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.tables import Cell
 
@@ -19,7 +19,6 @@ DOUBTED = "its rows and columns were told by where words stand, as the table has
 _APART = 0.8  # of the size of letters: between cells
 _NEAR = 2.0  # of the size of letters: between lines of a table
 _FARTHEST = 8.0  # of the size of letters: between rules of a table
-_SPACE = 0.25  # of the size of letters
 
 Line = list[Word]
 
@@ -467,10 +466,7 @@ def _room(before: Sequence[Word] | None, after: Sequence[Word] | None, column: _
     """Whether the first word of a line would have had its place at the end of the line above in its column."""
     if not before or not after:
         return False
-    first = after[0]
-    width = first.size if has_han(first.text) else first.x1 - first.x0
-    free = (column.x1 - column.x0) - (before[-1].x1 - before[0].x0)
-    return free > width + _SPACE * first.size + 0.5
+    return fits(after[0], (column.x1 - column.x0) - (before[-1].x1 - before[0].x0))
 
 
 def _had_room(before: _Piece | None, after: _Piece, column: _Column) -> bool:
