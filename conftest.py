@@ -1,13 +1,20 @@
-"""What all tests share. pytest's own process, which gives the tests out to others, reads this too: it needs no PyTorch for that."""
+"""What the tests of both distributions share.
+
+pytest's own process, which gives the tests out to others, reads this too: it needs no PyTorch for that.
+"""
 
 import functools
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+_frozen = [0]
+"""How many modules there were when what was there was taken from the garbage collector's sight."""
 
 gc.disable()  # imports leave next to no garbage, and to look for it took a fifth of their time
 
@@ -22,18 +29,19 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _what_is_there_is_not_looked_through() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
     """Every training run collects garbage, which would take most of its time: looking through all that was ever imported."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > _frozen[0] + 40:
+        gc.collect()
+        gc.freeze()
+        _frozen[0] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
-    import torch
-
-    torch.manual_seed(0)
+    if "torch" in sys.modules:  # which tests of documents do without
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
