@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatewise_mdt.checking.items import Item, items
+    from gatewise_mdt.checking.ticks import open_items
     from gatewise_mdt.evaluation.agreement import Agreement, agree
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 # Module -> the public names in it.
 _HOME = {
     "checking.items": ("Item", "items"),
+    "checking.ticks": ("open_items",),
     "evaluation.agreement": ("Agreement", "agree"),
     "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
@@ -99,6 +101,7 @@ __all__ = [
     "locate_tree",
     "measure",
     "mistakes",
+    "open_items",
     "parse",
     "parse_lenient",
     "read_trees",

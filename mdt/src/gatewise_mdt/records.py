@@ -33,12 +33,14 @@ class TreeRecord:
         text: "population@passage"; without an "@" all of it is the passage.
         number: place in the file, from 1.
         more: other keys of the record.
+        draft: what a system runs says DRAFT of it, see :mod:`gatewise_mdt.formats.gate`; no key of a file.
     """
 
     text: str
     tree: DecisionTree
     number: int = 1
     more: dict[str, Any] = field(default_factory=dict)
+    draft: bool = False
 
     @property
     def population(self) -> str:
@@ -77,6 +79,17 @@ class TreeRecord:
     def extraction(self) -> dict[str, Any] | None:
         """What a model's tree was made with, see :attr:`gatewise_mdt.Extraction.made_with`; None for other trees."""
         return self._object("extraction")
+
+    @property
+    def is_approved(self) -> bool:
+        """Whether a person stands for the tree as it is."""
+        return self.more.get("review") == "approved"
+
+    @property
+    def ticks(self) -> tuple[dict[str, Any], ...]:
+        """What a person said of items of the check, see :mod:`gatewise_mdt.checking.ticks`."""
+        said = self.more.get("ticks")
+        return tuple(one for one in said if isinstance(one, dict)) if isinstance(said, list | tuple) else ()
 
     @property
     def reviewed(self) -> dict[str, Any] | None:

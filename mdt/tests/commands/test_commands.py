@@ -39,28 +39,28 @@ def test_show_prints_the_outline(gatewise: Gatewise) -> None:
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
-    result = gatewise("show", "sample:guidelines", "--record", 3, "--format", format, "--out", "made/tree")
+    result = gatewise("show", "sample:guidelines", "--record", 3, "--format", format, "--drafts", "--out", "made/tree")
     assert result.exit_code == 0, result.output
     assert result.stdout == "written: made/tree\n"
     content = (tmp_path / "made" / "tree").read_text(encoding="utf-8")
-    assert content == gatewise("show", "sample:guidelines", "--record", 3, "-f", format).stdout
+    assert content == gatewise("show", "sample:guidelines", "--record", 3, "-f", format, "--drafts").stdout
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["tree"]
 
 
 def test_what_a_format_cannot_say_is_said_beside_it(gatewise: Gatewise, tmp_path: Path) -> None:
     for record, format, said in ((1, "dmn", "joined by 'or'"), (28, "fhir-r4", "has a negation")):
-        result = gatewise("show", "sample:guidelines", "--record", record, "--format", format, "--out", "made")
+        result = gatewise("show", "sample:guidelines", "--record", record, "--format", format, "--drafts", "--out", "made")
         assert result.exit_code == 0, result.output
         assert result.stderr.startswith(f"note: record {record}, node")
         assert said in result.stderr
         assert said in (tmp_path / "made").read_text(encoding="utf-8")
-    assert gatewise("show", "sample:guidelines", "--record", 1, "--format", "fhir-r5").stderr == ""
+    assert gatewise("show", "sample:guidelines", "--record", 1, "--format", "fhir-r5", "--drafts").stderr == ""
 
 
 def test_a_workbook_needs_a_file(gatewise: Gatewise, tmp_path: Path) -> None:
     pytest.importorskip("openpyxl")
-    assert_refused(gatewise("show", "good.json", "--format", "dak"), "write it to a file, with --out")
-    result = gatewise("show", "good.json", "--format", "dak", "--out", "trees.xlsx")
+    assert_refused(gatewise("show", "good.json", "--format", "dak", "--drafts"), "write it to a file, with --out")
+    result = gatewise("show", "good.json", "--format", "dak", "--drafts", "--out", "trees.xlsx")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
 

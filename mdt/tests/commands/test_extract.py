@@ -115,7 +115,8 @@ def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
     ("words", "said"),
     [
         (["long.md", "-f", "svg"], "svg of this cannot be printed: name a new folder with --out"),
-        (["good.txt", "-f", "dak"], "dak of this cannot be printed: name a file with --out"),
+        (["good.txt", "-f", "dak", "--drafts"], "dak of this cannot be printed: name a file with --out"),
+        (["good.txt", "-f", "dmn"], "dmn takes approved trees alone, and nobody has approved what is extracted now: give --drafts"),
         (["long.md", "-f", "mermaid", "-o", "full"], "full is not empty"),
         (["good.txt", "-o", "full"], "full is a folder"),
         (["good.txt", "-o", "good.txt/x"], "cannot write good.txt/x"),

@@ -77,9 +77,9 @@ def test_what_is_not_there_or_is_anything_else_is_not_said(more: dict[str, Any],
     record = of(**more)
     assert origin_of(record) == said
     for format in ("text", "json", "html", "mermaid", "svg", "fhir-r4", "fhir-r5", "dmn"):
-        assert render([record], format)
+        assert render([record], format, drafts=True)
     for release in ("R4", "R5"):
-        assert fhir_rules.faults_of(json.loads(render([record], f"fhir-{release.lower()}")), release) == []
+        assert fhir_rules.faults_of(json.loads(render([record], f"fhir-{release.lower()}", drafts=True)), release) == []
 
 
 def test_text_and_pages_say_it() -> None:
@@ -107,7 +107,7 @@ def test_drawings_say_it_unseen() -> None:
 @pytest.mark.parametrize("format", ["fhir-r4", "fhir-r5"])
 def test_fhir_names_the_reviewer_and_the_document(format: str) -> None:
     def plan_of(record: TreeRecord) -> dict[str, Any]:
-        made = json.loads(render([record], format))
+        made = json.loads(render([record], format, drafts=True))
         assert fhir_rules.faults_of(made, format[-2:].upper()) == []
         return dict(made["entry"][0]["resource"])
 
@@ -128,8 +128,8 @@ def test_fhir_names_the_reviewer_and_the_document(format: str) -> None:
 
 
 def test_decision_tables_and_the_cover_of_workbooks_say_it(tmp_path: Path) -> None:
-    cover = openpyxl.load_workbook(write_view([RECORD], "dak", tmp_path / "a.xlsx"))["COVER"]
+    cover = openpyxl.load_workbook(write_view([RECORD], "dak", tmp_path / "a.xlsx", drafts=True))["COVER"]
     said = [row[0].value for row in cover.iter_rows()]
     for phrase in (APPROVED, DOCUMENT, DRAFTED):
         assert f"tree_1: Origin: {phrase}" in said
-        assert f"Origin: {phrase}" in unescape(render([RECORD], "dmn"))
+        assert f"Origin: {phrase}" in unescape(render([RECORD], "dmn", drafts=True))

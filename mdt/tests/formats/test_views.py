@@ -155,9 +155,9 @@ def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format
     assert place == [text.rindex("1 g"), len(text) - 1]
     if format == "dak":
         pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
-        content = b"".join(sheets(write_view([record], format, tmp_path / "x.xlsx")).values()).decode()
+        content = b"".join(sheets(write_view([record], format, tmp_path / "x.xlsx", drafts=True)).values()).decode()
     else:
-        content = render([record], format)
+        content = render([record], format, drafts=True)
     assert {int(start) for start in re.findall(r"characters (\d+) to \d+: 1 g", content)} == {text.index("1 g") + 1, place[0] + 1}
 
 
@@ -255,7 +255,7 @@ def test_the_page_is_whole_whatever_the_texts(nodes: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
     warnings = ["the output was brought to a close before its end", HOSTILE]
-    content = render([replace(RECORD, more={"warnings": warnings})], name)
+    content = render([replace(RECORD, more={"warnings": warnings})], name, drafts=True)
     assert re.search("review by a clinician", content, re.IGNORECASE)
     assert content.endswith("\n")
     # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
@@ -269,7 +269,7 @@ def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
         assert HOSTILE.split(" ")[0] in page.text
         assert (page.count("script"), page.open) == (1, [])
     for nothing in ([], ["", " "], "text", None, [3], {"a": 1}):
-        assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
+        assert render([replace(RECORD, more={"warnings": nothing})], name, drafts=True).count("incomplete") == 0
 
 
 def test_what_cannot_be_rendered_is_refused() -> None:
@@ -280,7 +280,7 @@ def test_what_cannot_be_rendered_is_refused() -> None:
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
     more = {"headings": ["Asthma", "Renal failure"], "notes": ["no headers were found in the table"]}
-    shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format)
+    shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format, drafts=True)
     assert "Renal failure" in shown
     if format not in ("text", "json"):
         assert "Asthma › Renal failure" in shown
@@ -336,4 +336,4 @@ def sheets(path: Path) -> dict[str, bytes]:
 def test_what_runs_has_no_confidence() -> None:
     assert json.loads(render([SURE], "json"))[0]["confidence"] == SURE.more["confidence"]
     for name in ("fhir-r4", "fhir-r5", "dmn"):
-        assert render([SURE], name) == render([RECORD], name)
+        assert render([SURE], name, drafts=True) == render([RECORD], name, drafts=True)

@@ -1,13 +1,15 @@
 """What to look at before a tree is approved: an item for each thing of the text that the tree lost or turned round."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from gatewise_mdt.checking.cover import Cover
 from gatewise_mdt.checking.marks import marks_of
 from gatewise_mdt.checking.rules import RULES, Finding
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.tree import DecisionTree
+from gatewise_mdt.tree import DecisionTree, Triple
 from gatewise_mdt.wholes import Folded
 
 
@@ -23,7 +25,9 @@ class Item:
         sentence: what is wrong, for people.
         sure: how likely the rule is right, in [0, 1], as measured, see :mod:`gatewise_mdt.checking.rules`.
         hint: the rule errs too often to ask for a tick.
-        again: how often the words stand in the passage before these; one more for a second item of just these words.
+        again: how often the words stand in the passage before these; one more for a second item of just these words and triples.
+        about: the triples of the node that the item speaks of; all of them where it names none.
+        alike: how many items differ in ``again`` and ``node`` alone, of which one could pass for the other when one goes.
     """
 
     kind: str
@@ -35,14 +39,8 @@ class Item:
     sure: float
     hint: bool = False
     again: int = 0
-
-    @property
-    def identity(self) -> tuple[str, str, int | None, int]:
-        """What a tick is kept under: it stays as long as the words, how often they stand before, and the node's index do.
-
-        Another item that goes away, as a tree is corrected, hands its identity to none.
-        """
-        return self.kind, self.words, self.node, self.again
+    about: tuple[Triple, ...] = ()
+    alike: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The item with plain names."""
@@ -55,27 +53,31 @@ class Item:
 
 def items(record: TreeRecord) -> list[Item]:
     """What to look at in a record's tree, items before hints, the surest first, then in the order of the text."""
-    return items_of(record.passage, record.tree)
+    return list(items_of(record.passage, record.tree))
 
 
-def items_of(passage: str, tree: DecisionTree) -> list[Item]:
+@lru_cache(maxsize=2048)
+def items_of(passage: str, tree: DecisionTree) -> tuple[Item, ...]:
     """Like :func:`items`, of a passage without its population."""
     marks = marks_of(passage)
     cover = Cover(marks, tree)
     made = [
-        _item(rule.kind, rule.sure, rule.is_hint, one, marks.folded, passage) for rule in RULES for one in rule.find(marks, cover)
+        _item(rule.kind, rule.sure, rule.is_hint, one, marks.folded, passage, tree)
+        for rule in RULES
+        for one in rule.find(marks, cover)
     ]
     made.sort(key=lambda item: (item.hint, -item.sure, item.start is None, item.start or 0, item.node or 0))
-    numbered: dict[tuple[str, str, int | None, int], Item] = {}
+    numbered: dict[tuple[Any, ...], Item] = {}
+    alike = Counter((item.kind, item.words, item.start, item.about) for item in made)
     for item in made:
-        item = replace(item, again=0 if item.start is None else passage.count(item.words, 0, item.start))
-        while item.identity in numbered:
+        item = replace(item, alike=alike[item.kind, item.words, item.start, item.about])
+        while (own := (item.kind, item.words, item.again, item.about)) in numbered:
             item = replace(item, again=item.again + 1)
-        numbered[item.identity] = item
-    return list(numbered.values())
+        numbered[own] = item
+    return tuple(numbered.values())
 
 
-def _item(kind: str, sure: float, is_hint: bool, found: Finding, folded: Folded, passage: str) -> Item:
+def _item(kind: str, sure: float, is_hint: bool, found: Finding, folded: Folded, passage: str, tree: DecisionTree) -> Item:
     start = end = None
     words = found.words
     if found.span is not None:
@@ -83,13 +85,17 @@ def _item(kind: str, sure: float, is_hint: bool, found: Finding, folded: Folded,
         start += len(passage[start:end]) - len(passage[start:end].lstrip())
         words = passage[start:end].rstrip()
         end = start + len(words)
+    sentence = found.sentence.format(words=f'"{words}"')
+    own = () if found.node is None else tuple(sorted(tree.nodes[found.node].triples))
     return Item(
         kind,
         words,
         start,
         end,
         found.node,
-        found.sentence.format(words=f'"{words}"'),
+        sentence,
         sure if found.sure is None else found.sure,
         is_hint,
+        again=0 if start is None else passage.count(words, 0, start),
+        about=tuple(triple for triple in own if triple.object in sentence) or own,
     )

@@ -14,7 +14,7 @@ from gatewise_mdt.commands.model import (
     loaded,
 )
 from gatewise_mdt.commands.passages import PopulationOption
-from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, say
+from gatewise_mdt.commands.trees import DraftsOption, Format, OutOption, check_target, give, say
 from gatewise_mdt.relations import Language
 
 
@@ -28,6 +28,7 @@ def extract(
     adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = "text",
     out: OutOption = None,
+    drafts: DraftsOption = False,
     language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
     verbatim: VerbatimOption = False,
@@ -70,7 +71,7 @@ def extract(
     stopped: BaseException | None = None
     journal: Journal | None = None
     if pieces:
-        _check_place(format, out, several)
+        _check_place(format, out, several, drafts)
         settings: dict[str, Any] = {"verbatim": verbatim, "max_new_tokens": max_new_tokens}
         if out is not None and not is_special(out):
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": fingerprint(adapter)}
@@ -91,7 +92,7 @@ def extract(
         say(f"note: {note}", err=True)
     for sentence in batch.faults:
         say(f"failed: {sentence}", err=True)
-    if batch.records and not (stopped and journal) and (written := give(batch.records, format, out, several)):
+    if batch.records and not (stopped and journal) and (written := give(batch.records, format, out, several, drafts)):
         say(f"written: {written}")
     if stopped:
         raise stopped
@@ -104,18 +105,25 @@ def extract(
         raise GatewiseError(f"{len(batch.faults)} {'passage' if len(batch.faults) == 1 else 'passages'} failed, named above")
 
 
-def _check_place(format: Format, out: Path | None, several: bool) -> None:
+def _check_place(format: Format, out: Path | None, several: bool, drafts: bool) -> None:
     """Refuses before long work what could not be printed or written after it.
 
     Args:
         several: whether there may be more than one tree.
+        drafts: systems may be given what nobody approved.
 
     Raises:
-        GatewiseError: the place cannot be written, or the format needs one.
+        GatewiseError: the place cannot be written, or the format needs one, or takes approved trees alone.
     """
     from gatewise.files import check_new_file, check_new_folder
+    from gatewise_mdt.formats.gate import RUN
     from gatewise_mdt.formats.views import ONE_TREE, WORKBOOKS
 
+    if format in RUN and not drafts:
+        raise GatewiseError(
+            f"{format} takes approved trees alone, and nobody has approved what is extracted now: give --drafts, which marks all as"
+            " DRAFT, or take --format json and approve the trees in gatewise mdt review"
+        )
     folder = several and format in ONE_TREE
     if out is None:
         if folder or format in WORKBOOKS:

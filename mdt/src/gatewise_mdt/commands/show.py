@@ -6,6 +6,7 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise_mdt.commands.trees import (
+    DraftsOption,
     Format,
     OutOption,
     RepairOption,
@@ -22,12 +23,14 @@ def show(
     record: Annotated[int | None, typer.Option(help="Only this record, counted from 1.", min=1)] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = "text",
     out: OutOption = None,
+    drafts: DraftsOption = False,
     repair: RepairOption = False,
 ) -> None:
     """Show trees as text, JSON, Mermaid, SVG or one HTML page; or export them for systems that run them.
 
     Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
-    What one of them cannot say is said in a note.
+    They take approved trees alone, whose items of `gatewise mdt check` are all ticked in `gatewise mdt review`. With --drafts they
+    take others, too, and everything in them says DRAFT. What one of them cannot say is said in a note.
 
     A record with a fault does not stop the others; what failed is said at the end, and the exit code is then 2.
 
@@ -36,7 +39,8 @@ def show(
       gatewise mdt show sample:guidelines --record 3
       gatewise mdt show trees.json --record 3 --format html --out tree.html
       gatewise mdt show trees.json --format svg --out drawings
-      gatewise mdt show trees.json --format fhir-r4 --out bundle.json
+      gatewise mdt show guideline.pdf.review.jsonl --format fhir-r4 --out bundle.json
+      gatewise mdt show trees.json --format dmn --drafts --out drafts.dmn
     """
     check_target(out, [file])
     read = read_file(file, repair)
@@ -45,6 +49,6 @@ def show(
         records, faults = [one for one in records if one.number == record], {}
         if not records:
             raise GatewiseError(read.faults.get(record, f"{file} has {read.count} records, so none with the number {record}"))
-    if written := give(records, format, out, several=len(records) > 1):
+    if written := give(records, format, out, several=len(records) > 1, drafts=drafts):
         say(f"written: {written}")
     check_whole(read, faults)

@@ -30,6 +30,10 @@ StrictOption = Annotated[
         help="Refuse trees with a slip that has one plain meaning, such as 'null' over two triples, in place of counting it.",
     ),
 ]
+DraftsOption = Annotated[
+    bool,
+    typer.Option("--drafts", help="Take trees that are not approved for systems that run them, too, and mark all as DRAFT."),
+]
 Format = Literal["text", "json", "mermaid", "svg", "html", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
 
@@ -97,25 +101,31 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     typer.echo(printable(text), err=err, nl=nl)
 
 
-def give(records: "Sequence[TreeRecord]", format: str, out: Path | None, several: bool) -> Path | None:
+def give(records: "Sequence[TreeRecord]", format: str, out: Path | None, several: bool, drafts: bool = False) -> Path | None:
     """Prints, or writes and says where.
 
     Args:
         several: whether there might have been more than one tree: formats that show one tree then fill a folder.
+        drafts: formats that systems run take trees that are not approved, too.
 
     Raises:
-        GatewiseError: the place cannot be written, or the format cannot show the trees.
+        GatewiseError: the place cannot be written, or the format cannot show the trees, or may not.
     """
     from gatewise.files import whole_folder
+    from gatewise_mdt.formats.gate import approved_alone, cleared
     from gatewise_mdt.formats.views import FORMATS, ONE_TREE, notes_of, render, write_view
 
+    records, left_out = approved_alone(records, format, drafts)
+    cleared(records, format, drafts)
+    if left_out:
+        say(f"note: {left_out}", err=True)
     for note in notes_of(records, format):
         say(f"note: {note}", err=True)
     if out is None:
-        say(render(records, format), nl=False)
+        say(render(records, format, drafts=drafts), nl=False)
         return None
     if not (several and format in ONE_TREE):
-        return write_view(records, format, out)
+        return write_view(records, format, out, drafts=drafts)
     with whole_folder(out) as folder:
         for one in records:
             file = folder / f"record-{one.number:04}{FORMATS[format]}"

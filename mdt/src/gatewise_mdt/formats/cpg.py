@@ -22,7 +22,7 @@ from html import escape
 from typing import Any, Literal
 
 from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, clean, document_of, reviewer_of, sentences_beside
+from gatewise_mdt.formats.origin import DRAFT, before_use, clean, document_of, marked, reviewer_of, sentences_beside
 from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree, part_of
@@ -47,7 +47,9 @@ def bundle_of(records: Sequence[TreeRecord], release: Release) -> dict[str, Any]
     for record, name in zip(records, _names(records), strict=True):
         for resource in _Resources(record, name, release).made():
             entries.append({"fullUrl": resource["url"], "resource": resource})
-    return {"resourceType": "Bundle", "id": f"trees-{_hash(json.dumps(entries))}", "type": "collection", "entry": entries}
+    tag = {"system": f"{BASE}/CodeSystem/gatewise", "code": "DRAFT", "display": "DRAFT: not to be used"}
+    meta = {"meta": {"tag": [tag]}} if any(record.draft for record in records) else {}
+    return {"resourceType": "Bundle", "id": f"trees-{_hash(json.dumps(entries))}", **meta, "type": "collection", "entry": entries}
 
 
 def notes_of(record: TreeRecord) -> list[str]:
@@ -64,10 +66,11 @@ def notes_of(record: TreeRecord) -> list[str]:
     return [*notes, *notes_of_choices(record.tree)]
 
 
-def library_of(tree: DecisionTree, name: str, version: str, release: Release) -> str:
+def library_of(tree: DecisionTree, name: str, version: str, release: Release, draft: bool = False) -> str:
     """The CQL of a tree's conditions."""
     facts = _facts(tree)
-    lines = [f"library {name} version '{version}'", "", _COMMENT, f"using FHIR version '{_VERSIONS[release]}'", ""]
+    comment = f"// {DRAFT}exported to be tried, not to be used.\n{_COMMENT}" if draft else _COMMENT
+    lines = [f"library {name} version '{version}'", "", comment, f"using FHIR version '{_VERSIONS[release]}'", ""]
     lines += [f"parameter Fact{number} Boolean" for number, _ in facts.values()]
     lines += ["", "context Patient"]
     for number, words in facts.values():
@@ -104,6 +107,7 @@ class _Resources:
         self.version = f"0.1.{int(_hash(json.dumps(self.tree.to_preorder()))[:7], 16)}"
         about = clean(record.population or main_subject(self.tree))
         self.title = about or "Decision tree"
+        self.before_use = before_use(record)
         focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
         self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
         # For each node where its triples stand in the text.
@@ -123,12 +127,16 @@ class _Resources:
         plan["type"] = _concept("plan-definition-type", "eca-rule")
         plan["description"] = clean(
             "\n\n".join(
-                [BEFORE_USE, *sentences_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))]
+                [
+                    self.before_use,
+                    *sentences_beside(self.record),
+                    *(f"Note of the export: {note}" for note in notes_of(self.record)),
+                ]
             )
         )
-        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": BEFORE_USE}
+        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": self.before_use}
         plan |= _people(self.record) | _source(self.record) | {"library": [self._canonical("Library", self.name)]}
-        plan["text"] = _narrative(self.title, self.tree.to_outline())
+        plan["text"] = self._narrative(self.title, self.tree.to_outline())
         if root is not None:
             plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
         return plan
@@ -136,15 +144,15 @@ class _Resources:
     def _library(self) -> dict[str, Any]:
         library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
         library["type"] = _concept("library-type", "logic-library")
-        library["description"] = BEFORE_USE
+        library["description"] = self.before_use
         parameters = [
             {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
             for number, fact in enumerate(self.tree.facts, start=1)
         ]
         if parameters:
             library["parameter"] = parameters
-        cql = library_of(self.tree, self.name, self.version, self.release)
-        library["text"] = _narrative(library["title"], cql)
+        cql = library_of(self.tree, self.name, self.version, self.release, self.record.draft)
+        library["text"] = self._narrative(f"Conditions: {self.title}", cql)
         library["content"] = [{"contentType": "text/cql", "data": _base64(cql)}]
         return library
 
@@ -190,7 +198,7 @@ class _Resources:
         name = f"{self.name}Node{number}Order{place}"
         kind = "ServiceRequest" if order.kind == "measure" else "MedicationRequest"
         activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), f"{kind.lower()}activity", name, title)
-        activity |= {"description": BEFORE_USE, "text": _narrative(title), **self.context, "kind": kind}
+        activity |= {"description": self.before_use, "text": self._narrative(title), **self.context, "kind": kind}
         if self.release == "R4":
             activity["profile"] = f"{_CPG}cpg-{kind.lower()}"
         activity |= {"intent": "proposal", "doNotPerform": order.kind == "avoid"}
@@ -223,6 +231,12 @@ class _Resources:
     def _link(self, link: str) -> dict[str, Any]:
         return {"id": link, "linkId": link} if self.release == "R5" else {"id": link}  # R4 has no linkId
 
+    def _narrative(self, title: str, content: str = "") -> dict[str, str]:
+        """What a person reads where a system shows no more than text."""
+        pre = f"<pre>{escape(clean(content), quote=False)}</pre>" if content else ""
+        div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{self.before_use}</p>{pre}</div>'
+        return {"status": "generated", "div": div}
+
     def _canonical(self, kind: str, name: str) -> str:
         return f"{BASE}/{kind}/{name}|{self.version}"
 
@@ -247,7 +261,7 @@ class _Resources:
             "url": f"{BASE}/{kind}/{name}",
             "version": self.version,
             "name": name,
-            "title": title,
+            "title": marked(self.record, title),
             "status": "draft",
             "experimental": True,
             "publisher": _PUBLISHER,
@@ -286,13 +300,6 @@ def _people(record: TreeRecord) -> dict[str, Any]:
 def _base64(text: str) -> str:
     """A text as the data of an attachment."""
     return base64.b64encode(text.encode()).decode()
-
-
-def _narrative(title: str, content: str = "") -> dict[str, str]:
-    """What a person reads where a system shows no more than text."""
-    pre = f"<pre>{escape(clean(content), quote=False)}</pre>" if content else ""
-    div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{BEFORE_USE}</p>{pre}</div>'
-    return {"status": "generated", "div": div}
 
 
 def _concept(system: str, code: str) -> dict[str, Any]:

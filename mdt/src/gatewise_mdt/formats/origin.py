@@ -12,8 +12,9 @@ from gatewise.checks import is_whole, printable
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import TreeRecord
 
+DRAFT = "DRAFT: "
 BEFORE_USE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
-"""Stands in everything that a system runs."""
+"""Stands in everything that a system runs, see :func:`before_use`."""
 # What XML has no way to write, in which FHIR's resources come as well as in JSON.
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _DIGITS = 12  # of a SHA-256, as people compare them
@@ -41,6 +42,16 @@ def sentences_beside(record: TreeRecord) -> list[str]:
     return [*headings, *notes, *(f"Warning of the extraction: {one}" for one in record.warnings)]
 
 
+def marked(record: TreeRecord, title: str) -> str:
+    """A title, which says DRAFT where the record went out as one."""
+    return f"{DRAFT}{title}" if record.draft else title
+
+
+def before_use(record: TreeRecord) -> str:
+    """What stands in everything that a system runs."""
+    return marked(record, f"exported to be tried, not to be used. {BEFORE_USE}" if record.draft else BEFORE_USE)
+
+
 def clean(text: str) -> str:
     """A text as FHIR and any other XML may hold it."""
     return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -56,7 +67,7 @@ def reviewer_of(record: TreeRecord) -> tuple[str, str, str]:
 def confidence_of(record: TreeRecord) -> tuple[float | None, ...]:
     """For each node how likely it is right as the model gave it; empty where that is not known, and for a tree that a person
     approved, who stands for all of it."""
-    return () if record.more.get("review") == "approved" else record.confidence or ()
+    return () if record.is_approved else record.confidence or ()
 
 
 def document_of(record: TreeRecord) -> tuple[str, str]:

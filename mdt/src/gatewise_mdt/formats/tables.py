@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, clean, sentences_beside
+from gatewise_mdt.formats.origin import BEFORE_USE, DRAFT, before_use, clean, marked, sentences_beside
 from gatewise_mdt.formats.svg import name_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
@@ -95,12 +95,20 @@ def _numbers(records: Sequence[TreeRecord]) -> list[int]:
 def dmn_of(records: Sequence[TreeRecord]) -> str:
     """DMN 1.3 with a decision for each record, its outputs being the leaf's ``node`` (from 1) and its ``recommendation``."""
     ET.register_namespace("", _DMN)
-    root = ET.Element(_tag("definitions"), {"id": "trees", "name": "Decision trees", "namespace": "http://example.org/dmn"})
-    _text(root, "description", BEFORE_USE)
+    draft, said = _of_all(records)
+    name = f"{draft}Decision trees"
+    root = ET.Element(_tag("definitions"), {"id": "trees", "name": name, "namespace": "http://example.org/dmn"})
+    _text(root, "description", said)
     for record, number in zip(records, _numbers(records), strict=True):
         _add_decision(root, record, f"tree_{number}")
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _of_all(records: Sequence[TreeRecord]) -> tuple[str, str]:
+    """The mark of a file in which there is a draft, and what stands at its beginning."""
+    said = next((before_use(record) for record in records if record.draft), BEFORE_USE)
+    return DRAFT if said != BEFORE_USE else "", said
 
 
 def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
@@ -109,9 +117,9 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
         _text(data, "description", "\n".join([str(fact), *_absence_notes(record, (fact,))]))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
-    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(name_of(record))})
+    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(marked(record, name_of(record)))})
     about = [f"{name}: {said}" for name, said in (("Population", record.population), ("Passage", record.passage)) if said]
-    _text(decision, "description", "\n\n".join([BEFORE_USE, *_notes_and_origin(record), *about]))
+    _text(decision, "description", "\n\n".join([before_use(record), *_notes_and_origin(record), *about]))
     ET.SubElement(decision, _tag("variable"), {"name": name})
     for number in range(1, len(tree.facts) + 1):
         needed = ET.SubElement(decision, _tag("informationRequirement"))
@@ -185,10 +193,11 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
     cover = book.active
     assert cover is not None
     cover.title = "COVER"
-    _row(cover, 1, (BEFORE_USE,))
+    draft, before = _of_all(records)
+    _row(cover, 1, (before,))
     _row(cover, 3, _COVER, bold=True)
     facts = book.create_sheet("Facts")
-    _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type", "In the text"), bold=True)
+    _row(facts, 1, (f"{draft}Fact", "Decision ID", "Subject", "Relation", "Object", "Type", "In the text"), bold=True)
     said = ["A row of a table is one way to an output. An input has a name and, below it, what it is made of; - does not matter."]
     said += ["The facts, which are TRUE or FALSE, are in the sheet Facts."]
     for record, number in zip(records, _numbers(records), strict=True):
@@ -210,7 +219,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
 
 def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     tree, conditions = record.tree, _conditions(record.tree)
-    business = f"{name_of(record)}: {record.passage}" if record.passage else name_of(record)
+    business = marked(record, f"{name_of(record)}: {record.passage}" if record.passage else name_of(record))
     for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
     inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in conditions)]

@@ -9,6 +9,7 @@ from typing import Any
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file
 from gatewise_mdt.formats import cpg, tables
+from gatewise_mdt.formats.gate import cleared
 from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
@@ -36,16 +37,18 @@ ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
 NOTICE = "Needs review by a clinician. Not medical advice."
 
 
-def render(records: Sequence[TreeRecord], format: str) -> str:
+def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False) -> str:
     """Records in a format, as one text that ends in a line break.
 
     Args:
         format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number; "json" can be read back by
             :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
+        drafts: formats that systems run take trees that are not approved, or have open items, too, and say DRAFT.
 
     Raises:
-        GatewiseError: the format is no text, or cannot hold several.
+        GatewiseError: the format is no text, or cannot hold several, or a tree may not go out in it.
     """
+    records = cleared(records, format, drafts)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
     if format in ONE_TREE and len(records) > 1:
@@ -81,13 +84,16 @@ def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
     return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
 
 
-def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> Path:
+def write_view(records: Sequence[TreeRecord], format: str, path: str | Path, *, drafts: bool = False) -> Path:
     """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
 
     Raises:
         GatewiseError: as :func:`render`, or the place cannot be written.
     """
-    content = tables.dak_of(records) if format in WORKBOOKS else render(records, format).encode()
+    if format in WORKBOOKS:
+        content = tables.dak_of(cleared(records, format, drafts))
+    else:
+        content = render(records, format, drafts=drafts).encode()
     with whole_file(path) as part:
         part.write_bytes(content)
     return Path(path)

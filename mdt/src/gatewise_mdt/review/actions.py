@@ -110,7 +110,7 @@ class Review:
                 format, which = _text(asked, "format"), asked.get("which")
                 if format not in FORMATS:
                     raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-                file = session.export(format, which if is_whole(which) else str(which))
+                file = session.export(format, which if is_whole(which) else str(which), asked.get("drafts") is True)
                 return {"file": dict(zip(("name", "content"), file, strict=True))}
         raise NothingThereError("there is nothing at this address")
 

@@ -608,7 +608,8 @@ onClick("export", () => {
 onClick("export-go", async () => {
   const which = at("export-which").value;
   try {
-    const body = { format: at("export-format").value, which: which === "this" ? passage.number : which };
+    const body = { format: at("export-format").value, which: which === "this" ? passage.number : which,
+      drafts: at("export-drafts").checked };
     const { file } = await post("api/export", body);
     const address = URL.createObjectURL(new Blob([file.content], { type: "text/plain;charset=utf-8" }));
     element("a", { href: address, download: file.name }).click();

@@ -360,14 +360,15 @@ class Session:
                 self._keep([(self._entry("save", NOBODY), {"saved": changed})] if changed else [])
             return Saved(self.files.out, len(kept), [one.number for one in self.passages if one.is_unsaved])
 
-    def export(self, format: str, which: str | int) -> tuple[str, str]:
+    def export(self, format: str, which: str | int, drafts: bool = False) -> tuple[str, str]:
         """A file of trees in a format of :func:`gatewise_mdt.render`: its name and content.
 
         Args:
             which: the number of a passage, "all" for all with a valid tree, or "approved".
+            drafts: see :func:`gatewise_mdt.render`.
 
         Raises:
-            GatewiseError: there is no tree to export, or the format cannot hold it.
+            GatewiseError: there is no tree to export, or the format cannot hold it, or may not.
         """
         if which in ("all", "approved"):
             chosen = [one for one in self.passages if which == "all" or one.now.state == "approved"]
@@ -381,7 +382,7 @@ class Session:
         if format in ONE_TREE and len(records) > 1:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
-        return f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format)
+        return f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format, drafts=drafts)
 
 
 def _now() -> str:

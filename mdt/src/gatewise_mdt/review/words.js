@@ -45,6 +45,7 @@ const CHINESE = {
   "that are approved": "已批准的",
   "of all passages": "全部段落",
   "Format": "格式",
+  "Drafts too, for formats that systems run: marked DRAFT": "系统可执行的格式中也导出草稿，并标明 DRAFT",
   "Download": "下载",
   "no tree": "无树",
   "to review": "待审核",

@@ -1,0 +1,55 @@
+"""Ticks: a person's word that an item of the check was looked at, and why it is no mistake.
+
+A tick belongs to what it was given for, and not to a place in the tree: to the text of the passage, the kind and words of the item,
+how often these stand before it, and the triples that the item speaks of. When one of these changes, the item is open again; nodes
+that come and go elsewhere change nothing.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from gatewise_mdt.checking.items import Item, items
+from gatewise_mdt.records import TreeRecord
+
+_MOST = 10  # items that a sentence names
+
+
+def key_of(item: Item, text: str) -> dict[str, Any]:
+    """What a tick of an item is kept under, in the record of a text "population@passage"."""
+    plain = " ".join(text.split())  # white space does not make another text
+    return {
+        "kind": item.kind,
+        "words": " ".join(item.words.split()),
+        "again": item.again,
+        "alike": item.alike,
+        "about": [list(triple) for triple in item.about],
+        "text": hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+    }
+
+
+def looked_at(record: TreeRecord) -> list[tuple[Item, dict[str, Any] | None]]:
+    """The items of a record with their ticks, None where there is none; hints have none."""
+    ticks = list(record.ticks)
+    return [(item, None if item.hint else tick_in(ticks, key_of(item, record.text))) for item in items(record)]
+
+
+def tick_in(ticks: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
+    """The tick that was given under a key."""
+    return next((tick for tick in ticks if all(tick.get(name) == value for name, value in key.items())), None)
+
+
+def open_items(record: TreeRecord) -> list[Item]:
+    """What somebody has to look at before the tree may be approved, or go out to systems that run it."""
+    return [item for item, tick in looked_at(record) if tick is None and not item.hint]
+
+
+def items_in_words(items: Sequence[Item]) -> str:
+    """Items for a sentence: their kinds and words."""
+    said = [f'{item.kind} "{_short(item.words)}"' for item in items[:_MOST]]
+    return ", ".join(said) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
+
+
+def _short(words: str) -> str:
+    line = " ".join(words.split())
+    return line if len(line) <= 60 else f"{line[:59]}…"

@@ -1,0 +1,58 @@
+"""What may go out to systems that run it: trees that a person approved, with all items of the check ticked; drafts if asked for.
+
+Every export passes :func:`cleared`, from the command line, the page of a review and Python alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gatewise.errors import GatewiseError
+from gatewise_mdt.checking.ticks import items_in_words, open_items
+from gatewise_mdt.records import TreeRecord, quoted_beginning
+
+RUN = ("fhir-r4", "fhir-r5", "dmn", "dak")
+"""The formats that systems run. The others are for people, or to be read back."""
+_MOST = 5  # trees that a sentence names
+_HOW = "tick each in gatewise mdt review, with a word why it is no mistake, or correct the tree"
+_DRAFTS = "--drafts takes drafts too, and marks all of them DRAFT"
+
+
+def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) -> list[TreeRecord]:
+    """The records as they may go out in a format.
+
+    Args:
+        drafts: takes those that nobody approved and those with open items, too; all are then marked as drafts.
+
+    Raises:
+        GatewiseError: a tree may not go out; names the passages, and the open items.
+    """
+    if format not in RUN or drafts:
+        return [replace(record, draft=format in RUN) for record in records]
+    if unapproved := [record for record in records if not record.is_approved]:
+        raise GatewiseError(
+            f"{format} takes approved trees alone, and {_named(unapproved)} {_are(unapproved)} not approved: approve"
+            f" {'them' if len(unapproved) > 1 else 'it'} in gatewise mdt review; {_DRAFTS}"
+        )
+    if held := [(record, items) for record in records if (items := open_items(record))]:
+        said = "; ".join(f"{_named([record])}: {items_in_words(items)}" for record, items in held[:_MOST])
+        more = f"; and {len(held) - _MOST} more" if len(held) > _MOST else ""
+        raise GatewiseError(f"{format} takes no tree with open items, and there are some in {said}{more}: {_HOW}; {_DRAFTS}")
+    return [replace(record, draft=False) for record in records]
+
+
+def approved_alone(records: Sequence[TreeRecord], format: str, drafts: bool = False) -> tuple[list[TreeRecord], str]:
+    """Of the trees of a file those that a format takes, and a sentence on those that are left out; all, if none is approved, so
+    that :func:`cleared` says so."""
+    left = [] if format not in RUN or drafts else [record for record in records if not record.is_approved]
+    if not left or len(left) == len(records):
+        return list(records), ""
+    return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {_DRAFTS}"
+
+
+def _named(records: Sequence[TreeRecord]) -> str:
+    names = [f"passage {record.number} ({quoted_beginning(record.text)})" for record in records[:_MOST]]
+    return ", ".join(names) + (f" and {len(records) - _MOST} more" if len(records) > _MOST else "")
+
+
+def _are(records: Sequence[TreeRecord]) -> str:
+    return "are" if len(records) > 1 else "is"
