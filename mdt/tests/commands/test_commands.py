@@ -242,7 +242,9 @@ def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path
     records = [{"text": f"adults{escapes}@Then{escapes} rest.", "tree": tree, "warnings": [escapes]}, {"text": escapes, "tree": 3}]
     (tmp_path / f"a{escapes[:5]}.json").write_text(json.dumps(records))
     shown, refused = (
-        CliRunner().invoke(app, ["mdt", "show", f"a{escapes[:5]}.json", "--record", record, "--format", format], color=True)
+        CliRunner().invoke(
+            app, ["mdt", "show", f"a{escapes[:5]}.json", "--record", record, "--format", format, "--drafts"], color=True
+        )
         for record in ("1", "2")
     )
     assert shown.exit_code == 0, shown.output

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 
-FORBIDDEN = "adults with gout@Do not give naproxen."
+FORBIDDEN = "gout@Do not give naproxen."
 TREE = [node("D", triple("naproxen", "drug therapy"))]
 
 
@@ -50,7 +50,8 @@ def test_what_runs_takes_approved_trees_without_open_items(format: str, tmp_path
     assert "DRAFT" not in written(record(review="approved"), format, tmp_path)
     held = record(4, FORBIDDEN, review="approved")
     with pytest.raises(
-        GatewiseError, match=r'open items.* passage 4 \("adults .*"\): given though forbidden "Do not give naproxen"'
+        GatewiseError,
+        match=r'open items.* passage 4 \("gout@Do not give naproxen."\): given though forbidden "Do not give naproxen"',
     ):
         written(held, format, tmp_path)
     assert "naproxen" in written(ticked(held), format, tmp_path)
@@ -95,7 +96,7 @@ def test_show_takes_the_approved_trees_of_a_file_and_stops_at_open_items(tmp_pat
     assert 'note: left out, as not approved: passage 2 ("adults@Give aspirin' in result.stderr
     result = show(fine, held, more=("--out", str(tmp_path / "x.dmn")))
     assert_refused(
-        result, 'in passage 2 ("adults with gout@Do not give naproxen."): given though forbidden "Do not give naproxen": tick'
+        result, 'in passage 2 ("gout@Do not give naproxen."): given though forbidden "Do not give naproxen", prohibition'
     )
     assert not (tmp_path / "x.dmn").exists()
     assert_refused(show(record()), "dmn takes approved trees alone, and passage 1")

@@ -42,6 +42,11 @@ class Item:
     about: tuple[Triple, ...] = ()
     alike: int = 1
 
+    @property
+    def identity(self) -> tuple[str, str, int, tuple[Triple, ...]]:
+        """What tells it from all others of its passage. Nodes that come or go change none, but where ``alike`` changes."""
+        return self.kind, self.words, self.again, self.about
+
     def to_json(self) -> dict[str, Any]:
         """The item with plain names."""
         place = None if self.start is None else [self.start, self.end]
@@ -71,7 +76,7 @@ def items_of(passage: str, tree: DecisionTree) -> tuple[Item, ...]:
     alike = Counter((item.kind, item.words, item.start, item.about) for item in made)
     for item in made:
         item = replace(item, alike=alike[item.kind, item.words, item.start, item.about])
-        while (own := (item.kind, item.words, item.again, item.about)) in numbered:
+        while (own := item.identity) in numbered:
             item = replace(item, again=item.again + 1)
         numbered[own] = item
     return tuple(numbered.values())

@@ -14,7 +14,7 @@ from gatewise_mdt.commands.model import (
     loaded,
 )
 from gatewise_mdt.commands.passages import PopulationOption
-from gatewise_mdt.commands.trees import DraftsOption, Format, OutOption, check_target, give, say
+from gatewise_mdt.commands.trees import Format, OutOption, check_target, give, say
 from gatewise_mdt.relations import Language
 
 
@@ -28,7 +28,7 @@ def extract(
     adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = "text",
     out: OutOption = None,
-    drafts: DraftsOption = False,
+    drafts: Annotated[bool, typer.Option("--drafts", hidden=True)] = False,
     language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
     verbatim: VerbatimOption = False,
@@ -48,7 +48,8 @@ def extract(
     With --server and --adapter-name, the adapter is one that a server has (`gatewise serve`; its key is in GATEWISE_API_KEY).
 
     For special cases: --base (the base model, if not the one the adapter names), --device, --passage-characters (most of a
-    passage; 800 in English, 300 in Chinese), --max-new-tokens (512 for a passage) and --batch-size (passages at a time).
+    passage; 800 in English, 300 in Chinese), --max-new-tokens (512 for a passage), --batch-size (passages at a time) and --drafts,
+    without which formats that systems run are refused: nobody has approved these trees yet.
 
     \b
     Examples:
