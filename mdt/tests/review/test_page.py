@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +23,14 @@ from gatewise_mdt import DecisionTree, read_trees, sample
 from gatewise_mdt.review import Extracting, Session
 from gatewise_mdt.review import Review as Reviewed
 from gatewise_mdt.review import session as session_module
+from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import By
 from gatewise_mdt.review.users import UserFile
 from mdt_trees import TEXT, node, triple
 from PIL import Image
+from reading_corpus import Heading, Prose, Table
+from reading_pdf import pdf_of
 
 from gatewise.errors import GatewiseError
 
@@ -636,6 +640,91 @@ def test_what_was_carried_over_from_an_older_version(review: Callable[..., Revie
     here.wait_state("approved")
     sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
     assert not page.evaluate("document.getElementById('carried').open")
+
+
+def test_the_document_stands_beside_the_passage(review: Callable[..., Review], tmp_path: Path) -> None:
+    """The page of a PDF with the passage marked, a table that was read without certainty as a picture, and blocks of others."""
+    about = "Adults with heart failure"
+    given = [("ramipril", "2.5 mg twice daily"), ("bisoprolol", "1.25 mg once daily"), ("losartan", "25 mg once daily")]
+    targets = ("5 mg twice daily", "10 mg once daily", "150 mg once daily")
+    parts = [
+        Heading("Adults with gout"),
+        Prose(("For an acute flare, give colchicine 0.5 mg twice daily. Do not give colchicine if the eGFR is below 10.",)),
+        Heading(about),
+        Prose(
+            ("If the ejection fraction is 40% or less, give ramipril and bisoprolol. If ramipril causes a cough, give losartan.",)
+        ),
+        Table(("Drug", "Start", "Target"), tuple((*one, target) for one, target in zip(given, targets, strict=True))),
+    ]
+    file = tmp_path / "heart failure.pdf"
+    file.write_bytes(pdf_of(parts, Random(1), "none", "one column"))
+    here = review(file)
+    page = here.page
+    gout = [node("D", triple("colchicine", "drug therapy", "Adults with gout"))]
+    drugs = [triple(drug, "drug therapy", about) for drug, _ in given[:2]]
+    doses = [triple(start, "dosage and administration", drug) for drug, start in given[:2]]
+    condition = node("C", triple("ejection fraction is 40% or less", subject=about))
+    trees = [gout, [condition, node("D", *drugs, *doses, joined="and"), node("D")]]
+    for number, nodes in enumerate(trees, start=1):
+        here.session.put(number, Version(nodes, "drafted"), of=0)
+    page.reload()
+    said = re.compile(r"heart failure\.pdf, Page 1 of 1, the passage is marked$")
+    sync_api.expect(page.locator("#source svg.page")).to_have_attribute("aria-label", said)
+    assert page.locator("#source .own").count() == 1
+    assert page.locator("#doubted svg").count() == 0
+    page.keyboard.press("n")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
+    sync_api.expect(page.locator("#doubted figure")).to_contain_text("Read without certainty; as it is printed on page 1:")
+    box = page.locator("#doubted svg").get_attribute("viewBox").split()
+    assert float(box[3]) < 200  # the table alone
+    widths = {name: page.locator(name).bounding_box()["width"] for name in ("nav", "#left", "#right")}
+    assert max(widths, key=lambda name: widths[name]) == "#left"
+    here.shot("review_source")
+
+    # What is not of the document itself is not there: no scripts, no pictures from elsewhere, and signs that turn text round.
+    hostile = tmp_path / "steps.html"
+    hostile.write_text(
+        "<h1>Adults with asthma</h1><script>document.title='broken'</script><img src='http://evil.example/x.png'>"
+        "<p>Give budesonide.</p><ul><li>In pregnancy:<ul><li>stop &lt;b&gt;theophylline&lt;/b&gt;\u202e</ul></ul>"
+        "<table><tr><th>Drug<th>Dose<tr><td>budesonide<td>200 micrograms</table>"
+    )
+    page.click("#add")
+    page.set_input_files("#add-file", hostile)
+    page.click("#add-go")
+    sync_api.expect(page.locator("#source [role=listitem]").nth(1)).to_have_text("stop <b>theophylline</b>\\u202e")
+    assert page.locator("#source [role=listitem]").nth(1).get_attribute("aria-level") == "2"
+    assert page.locator("#source th").all_inner_texts() == ["Drug", "Dose"]
+    assert page.locator("#source script, #source img, #source p b:not(.own)").count() == 0
+    assert page.title() == "Review of decision trees"
+
+
+def test_a_passage_is_found_among_many(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page, listed = here.page, here.page.locator("#passages li")
+    page.wait_for_selector("#tree svg")
+    sync_api.expect(page.locator("#source")).to_have_text("The document of this passage is not here: only its text is shown.")
+    for number in (1, 2, 4):
+        here.session.approve(number, 0)
+    page.reload()
+    page.wait_for_selector("#tree svg")
+    page.keyboard.press("n")  # past what is approved
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 3")
+    page.keyboard.press("n")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 5")
+    page.fill("#search", "asthma beta")
+    sync_api.expect(listed).not_to_have_count(len(sample()))
+    found = {one.number for one in here.session.passages if "asthma" in one.text.lower() and "beta" in one.text.lower()} | {5}
+    sync_api.expect(listed).to_have_count(len(found))
+    page.press("#search", "End")
+    page.keyboard.press("n")  # is a letter here
+    assert page.input_value("#search") == "asthma betan"
+    sync_api.expect(page.locator("#none-found")).to_be_visible()
+    page.fill("#search", "")
+    page.select_option("#filter", "open")
+    sync_api.expect(listed).to_have_count(len(sample()) - 3)
+    sync_api.expect(page.locator("#open-4")).to_have_count(0)
+    page.select_option("#filter", "look")
+    sync_api.expect(listed).not_to_have_count(len(sample()) - 3)
 
 
 def test_controls_have_names(review: Callable[..., Review]) -> None:

@@ -91,7 +91,7 @@ def test_it_listens_on_this_machine_only(ask: Caller) -> None:
     assert len(ask.token) >= 32
 
 
-@pytest.mark.parametrize("path", ["/api/session", "/api/passage?number=1"])
+@pytest.mark.parametrize("path", ["/api/session", "/api/passage?number=1", "/api/source?number=1", "/api/page?number=1&page=1"])
 def test_nothing_is_told_without_the_token(ask: Caller, path: str) -> None:
     assert ask(path)[0] == 200
     for token in (None, "", "x", ask.token[:-1], "Ünïcode"):
@@ -135,7 +135,7 @@ def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None
     assert call("/api/save")[0] == 404  # not by GET
 
 
-SCRIPTS = ("page.js", "editor.js", "calls.js", "history.js", "items.js")
+SCRIPTS = ("page.js", "editor.js", "calls.js", "history.js", "items.js", "list.js", "source.js")
 
 
 def test_all_words_of_the_page_are_there_in_chinese() -> None:
@@ -159,6 +159,8 @@ def test_every_answer_is_locked_up(ask: Caller) -> None:
         "/calls.js",
         "/history.js",
         "/items.js",
+        "/list.js",
+        "/source.js",
         "/words.js",
         "/page.css",
         "/views.css",

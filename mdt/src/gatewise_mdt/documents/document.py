@@ -1,10 +1,10 @@
 """What a document says: headings, paragraphs, items of lists and rows of tables with their places, and the sections they make."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # No text of a document holds these: they stand around a superscript, and around the name of a footnote where it is referred to,
 # until all of a paragraph is known.
@@ -26,6 +26,35 @@ UNKNOWN = "\ufffd"
 Kind = Literal["paragraph", "item", "row", "footnote"]
 
 
+class Region(NamedTuple):
+    """A part of a printed page, in points from the top left corner of what is shown of it."""
+
+    page: int
+    x0: float
+    x1: float
+    top: float
+    bottom: float
+
+    @property
+    def where(self) -> str:
+        return f"page {self.page}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as a document shows it.
+
+    Attributes:
+        rows: for each of its cells, from the left, the text and how many columns it covers.
+        headers: how many rows at the top are its headers.
+        regions: where each row is printed; empty in a document without pages.
+    """
+
+    rows: tuple[tuple[tuple[str, int], ...], ...]
+    headers: int
+    regions: tuple[tuple[Region, ...], ...] = ()
+
+
 @dataclass(frozen=True)
 class Block:
     """A heading, or a piece of the text.
@@ -38,6 +67,8 @@ class Block:
         depth: how many items of lists it stands under: 0 for an outer item and for what is in no list, 1 for an inner item, and for
             a second paragraph of an outer one.
         notes: what has to be known of how it was read, a sentence each.
+        regions: where it is printed.
+        table: of a row its table, and ``row`` its place in there.
     """
 
     text: str
@@ -47,6 +78,9 @@ class Block:
     stem: str = ""
     notes: tuple[str, ...] = ()
     depth: int = 0
+    regions: tuple[Region, ...] = field(default=(), compare=False, repr=False)
+    table: Table | None = field(default=None, compare=False, repr=False)
+    row: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -102,6 +136,24 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
     for note in dict.fromkeys(found):
         kind = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
         yield Block(f"{kind}{notes[note]}", 0, block.where, "footnote")
+
+
+def joined(regions: Iterable[Region]) -> tuple[Region, ...]:
+    """Regions of lines in their order, of which those below each other in a column are one."""
+    made: list[Region] = []
+    for one in regions:
+        last = made[-1] if made else None
+        if last and last.page == one.page and one.top > last.top - 1 and min(last.x1, one.x1) > max(last.x0, one.x0):
+            bottom = max(last.bottom, one.bottom)
+            made[-1] = Region(one.page, min(last.x0, one.x0), max(last.x1, one.x1), last.top, bottom)
+        else:
+            made.append(one)
+    return tuple(made)
+
+
+def unmarked(text: str) -> str:
+    """The text of a cell without the marks of footnotes and superscripts."""
+    return one_line(_MARK.sub("", text))
 
 
 def one_line(said: str) -> str:

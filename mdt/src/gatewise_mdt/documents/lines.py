@@ -65,6 +65,7 @@ class PageTable:
         headers: how many rows at the top are its headers; None where only the look of the first row tells.
         notes: what has to be known of how its rows were told.
         doubted: it stands in a column of text that may be one of a table.
+        tops: where each row begins.
     """
 
     rows: list[list[Cell]]
@@ -76,6 +77,7 @@ class PageTable:
     headers: int | None = None
     notes: tuple[str, ...] = ()
     doubted: bool = False
+    tops: tuple[float, ...] = ()
 
 
 class Rule(NamedTuple):

@@ -87,17 +87,19 @@ def _table(found: Any, words: Sequence[Word], usual: float) -> PageTable | None:
         return None
     x0, top, x1, bottom = found.bbox
     rows: list[list[Cell]] = []
+    tops: list[float] = []
     certain = True
     headers = None
-    for row in _ruled_rows(found, edges):
+    for place, row in enumerate(_ruled_rows(found, edges)):
         parts, told = split_row(
             [(cell, [word for word in words if _within(word, box)]) for cell, box in row], usual, body=len(found.rows) < 3
         )
         if len(parts) > 1 and rows and not headers:
             headers = len(rows)  # what a rule parts from several rows is over them
         rows += parts
+        tops += [found.rows[place].bbox[1]] * len(parts)
         certain = certain and told
-    return PageTable(rows, x0, x1, top, bottom, tuple(edges), headers, () if certain else (DOUBTED,))
+    return PageTable(rows, x0, x1, top, bottom, tuple(edges), headers, () if certain else (DOUBTED,), tops=tuple(tops))
 
 
 def _ruled_rows(table: Any, edges: Sequence[int]) -> Iterator[list[tuple[Cell, Sequence[float]]]]:

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, RAISED, UNKNOWN, Block, Document, in_one_line, one_line, quoted_list
+from gatewise_mdt.documents.document import (
+    LOWERED,
+    RAISED,
+    UNKNOWN,
+    Block,
+    Document,
+    Region,
+    in_one_line,
+    joined,
+    one_line,
+    quoted_list,
+)
 from gatewise_mdt.documents.headings import is_label, number_depth, reads_as_sentence, stands_like_heading, with_levels
 from gatewise_mdt.documents.lines import EDGE, PageLine, PageTable
 from gatewise_mdt.documents.page import PageItem, items_of
@@ -41,10 +52,15 @@ _APART = "its words stand apart on the page, as in a table without rules: compar
 
 @dataclass
 class _Page:
-    """A page with what has to be known of its look."""
+    """A page with what has to be known of its look.
+
+    Attributes:
+        corner: the left top corner of what is shown of it, of which margins for the printer may be cut away.
+    """
 
     number: int
     height: float
+    corner: tuple[float, float]
     items: list[PageItem]
     pictures: set[Any]
     turned: str
@@ -56,6 +72,17 @@ class _Page:
     @property
     def lines(self) -> list[PageLine]:
         return [item for item in self.items if isinstance(item, PageLine)]
+
+    def region(self, top: float, bottom: float, x0: float, x1: float) -> Region:
+        """A part of it."""
+        left, above = self.corner
+        return Region(self.number, x0 - left, x1 - left, top - above, bottom - above)
+
+    def regions(self, item: PageItem) -> list[tuple[Region, ...]]:
+        """Where a line, or each row of a table, is printed."""
+        tops = item.tops if isinstance(item, PageTable) else (item.top,)
+        ends = [next((one for one in tops[place + 1 :] if one > top), item.bottom) for place, top in enumerate(tops)]
+        return [(self.region(top, end, item.x0, item.x1),) for top, end in zip(tops, ends, strict=True)]
 
     def letters(self) -> int:
         """Letters of the page; a Chinese character says about as much as three."""
@@ -102,6 +129,7 @@ def _page(page: Any) -> _Page:
     made = _Page(
         page.page_number,
         float(page.height),
+        (max(0.0, page.cropbox[0] - page.mediabox[0]), max(0.0, page.cropbox[1] - page.mediabox[1])),
         items_of(page),
         pictures={one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)},
         turned="".join(one["text"] for one in page.chars if not one["upright"]),
@@ -158,9 +186,10 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
         label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
         left |= {id(line) for _, line in running if label or texts[line.text] > 1}
         if not label:  # "Give 5 mg" on one page and "Give 50 mg" on another are two sentences
-            places = {line.text: page.where for page, line in reversed(running)}
+            places = {line.text: page.regions(line)[0] for page, line in reversed(running)}
+            said = "this stands at the top or bottom of {} pages"
             first += [
-                Block(one_line(text), 0, places[text], notes=(f"this stands at the top or bottom of {count} pages",))
+                Block(one_line(text), 0, places[text][0].where, notes=(said.format(count),), regions=places[text])
                 for text, count in texts.items()
                 if count > 1
             ]
@@ -206,9 +235,9 @@ def _blocks(pages: Sequence[_Page]) -> list[Block]:
     for page in pages:
         for item in page.items:
             if isinstance(item, PageLine):
-                reading.line(item, page.where)
+                reading.line(item, page.regions(item)[0])
             else:
-                reading.take_table(item, page.where)
+                reading.take_table(item, page.where, page.regions(item))
     return [in_one_line(block) for block in reading.finished()]
 
 
@@ -240,14 +269,14 @@ class _Reading:
     blocks: list[Block] = field(default_factory=list)
     looks: dict[int, tuple[float, bool]] = field(default_factory=dict)  # of the headings, by their places among the blocks
     lines: list[Line] = field(default_factory=list)
-    heading: list[PageLine] = field(default_factory=list)
-    where: str = ""
+    heading: list[tuple[PageLine, tuple[Region, ...]]] = field(default_factory=list)
     in_footnote: bool = False
     doubted: bool = False
     table: PageTable | None = None
     headers: list[list[Cell]] = field(default_factory=list)
     rows: list[Sequence[Cell]] = field(default_factory=list)  # of the table that may go on
     places: list[str] = field(default_factory=list)
+    regions: list[tuple[Region, ...]] = field(default_factory=list)  # of the rows
     rest: bool = False  # a row of it has gone on
 
     def finished(self) -> list[Block]:
@@ -255,11 +284,12 @@ class _Reading:
         self._close()
         return _with_levels(self.blocks, self.looks) if self.looks else with_levels(self.blocks)
 
-    def line(self, line: PageLine, where: str) -> None:
+    def line(self, line: PageLine, regions: tuple[Region, ...]) -> None:
+        where = regions[0].where
         if self.table is not None and line.text[:1].islower() and (where != self.places[-1] or line.top < self.table.top):
             self.rest = True  # of its last row, which has words in one column alone
             self._close()
-            self.blocks.append(Block(line.text, 0, where, notes=(_OVER_PAGES,)))
+            self.blocks.append(Block(line.text, 0, where, notes=(_OVER_PAGES,), regions=regions))
             return
         self._close_table()
         if line.doubted != self.doubted:
@@ -268,29 +298,30 @@ class _Reading:
         if line.apart:
             self._close()
             self.in_footnote = False
-            self.blocks.append(Block(line.text, 0, where, notes=(_APART,)))
+            self.blocks.append(Block(line.text, 0, where, notes=(_APART,), regions=regions))
             return
         if self._stands_out(line):
-            before = self.heading[-1] if self.heading else None
+            before = self.heading[-1][0] if self.heading else None
             if before and not (_look(before) == _look(line) and 0 <= line.top - before.bottom < 0.6 * line.size):
                 self._close_heading()
             if not self.heading:
                 self._close_lines()
-                self.where, self.in_footnote = where, False
-            self.heading.append(line)
+                self.in_footnote = False
+            self.heading.append((line, regions))
             return
         self._close_heading()
         small, blank = line.size <= _SMALL * self.body[0], line.gap > self.blank * line.size
         if small and line.text.startswith(RAISED):
             self._close()
-            self.blocks.append(Block(_FIRST_RAISED.sub(r"\1 ", line.text, count=1), 0, where, notes=(_FOOTNOTE,)))
+            self.blocks.append(Block(_FIRST_RAISED.sub(r"\1 ", line.text, count=1), 0, where, notes=(_FOOTNOTE,), regions=regions))
             self.in_footnote = True
         elif small and self.in_footnote and not blank:
-            self.blocks[-1] = replace(self.blocks[-1], text=join_lines([self.blocks[-1].text, line.text]))
+            note = self.blocks[-1]
+            self.blocks[-1] = replace(note, text=join_lines([note.text, line.text]), regions=joined([*note.regions, *regions]))
         else:
             self.in_footnote = False
             self.lines += [Line("", "")] if blank else []
-            self.lines.append(Line(where, line.text, line.full))
+            self.lines.append(Line(where, line.text, line.full, regions))
 
     def _stands_out(self, line: PageLine) -> bool:
         size, bold = _look(line)
@@ -305,19 +336,20 @@ class _Reading:
         lines, self.heading = self.heading, []
         if not lines:
             return
-        text = join_lines([line.text for line in lines])
+        text, where = join_lines([line.text for line, _ in lines]), lines[0][1][0].where
         if is_label(text):
-            self.looks[len(self.blocks)] = _look(lines[0])
-            self.blocks.append(Block(text, 1, self.where))
+            self.looks[len(self.blocks)] = _look(lines[0][0])
+            self.blocks.append(Block(text, 1, where, regions=joined(one for _, regions in lines for one in regions)))
         else:
-            self.lines += [Line("", ""), *(Line(self.where, line.text, line.full) for line in lines), Line("", "")]
+            said = [Line(where, line.text, line.full, regions) for line, regions in lines]
+            self.lines += [Line("", ""), *said, Line("", "")]
 
     def _close_lines(self) -> None:
         lines, self.lines = self.lines, []
         made = blocks_without_levels(lines, printed=True, named=not self.looks)
         self.blocks += [replace(block, notes=(*block.notes, _BESIDE)) for block in made] if self.doubted else made
 
-    def take_table(self, table: PageTable, where: str) -> None:
+    def take_table(self, table: PageTable, where: str, regions: Sequence[tuple[Region, ...]]) -> None:
         """A table, which may go on with the columns and headers of one on the page or in the column before."""
         rows, before = table.rows, self.table
         if table.doubted:
@@ -334,11 +366,13 @@ class _Reading:
             if rows and self.rows and _may_be_rest(rows[0]):
                 self.rest = True
                 if self._take_rest(rows[0]):
+                    self.regions[-1] += regions[-len(rows)]
                     rows = rows[1:]
             table = replace(table, headers=before.headers, notes=tuple(dict.fromkeys((*before.notes, *table.notes))))
         self.table = table
         self.rows += rows
         self.places += [where] * len(rows)
+        self.regions += regions[len(regions) - len(rows) :]
 
     def _take_rest(self, row: Sequence[Cell]) -> bool:
         """Takes a row at the top of a page that is the rest of the last row: it begins in small letters as no first cell does."""
@@ -360,9 +394,9 @@ class _Reading:
         notes = (*table.notes, _OVER_PAGES) if self.rest else table.notes
         if not notes and any(_TWO_DOSES.search(cell.text) for row in self.rows for cell in row):
             notes = (DOUBTED,)
-        made = table_blocks(self.rows, self.places, table.headers)
+        made = table_blocks(self.rows, self.places, table.headers, self.regions)
         self.blocks += [replace(block, notes=(*notes, *block.notes)) for block in made]
-        self.rows, self.places, self.rest = [], [], False
+        self.rows, self.places, self.regions, self.rest = [], [], [], False
 
 
 def _may_be_rest(row: Sequence[Cell]) -> bool:

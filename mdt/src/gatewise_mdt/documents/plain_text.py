@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from gatewise_mdt.documents.document import Block, Document, in_one_line
+from gatewise_mdt.documents.document import Block, Document, Region, in_one_line, joined
 from gatewise_mdt.documents.headings import (
     ITEM_NUMBER,
     SENTENCE_END,
@@ -30,11 +30,13 @@ class Line(NamedTuple):
         where: its place.
         text: what it says.
         full: characters of a line that is as long as its column is wide; 0 takes the longest of all lines.
+        regions: where it is printed.
     """
 
     where: str
     text: str
     full: int = 0
+    regions: tuple[Region, ...] = ()
 
 
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
@@ -86,6 +88,7 @@ def blocks_without_levels(lines: Sequence[Line], *, printed: bool = False, named
 def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block]:
     longest = max((len(line.text.strip()) for line in lines), default=0)
     held: list[str] = []
+    regions: list[Region] = []
     place, item, depth = "", False, 0
     items: list[_Item] = []  # that the line may stand under, the outermost first
 
@@ -93,13 +96,14 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
         is_one = not item and len(held) == 1 and stands_alone_as_heading(held[0]) and (named or number_of(held[0]) is not None)
         # "In pregnancy:" over a list is said of its items, and not of all that comes after it.
         is_one &= not (re.search(r"[:：]$", held[0]) and _BULLET.match(below))
-        made = Block(join_lines(held), int(is_one), place, "item" if item else "paragraph", depth=depth)
+        made = Block(join_lines(held), int(is_one), place, "item" if item else "paragraph", depth=depth, regions=joined(regions))
         held.clear()
+        regions.clear()
         return made
 
     stripped = [*(line.text.strip() for line in lines), "", ""]
     below = _next_said(lines)
-    for number, (where, raw, full) in enumerate([*lines, Line("", "")]):
+    for number, (where, raw, full, printed_at) in enumerate([*lines, Line("", "")]):
         line, after = stripped[number], stripped[number + 1]
         before = held[-1] if held else ""
         bullet = _bullet(line, before, item)
@@ -127,6 +131,7 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
             depth = len(items)
             items += [own] if own else []
         held.append(line[bullet:] if bullet else line)
+        regions += printed_at
         short = len(line) < 0.75 * (full or longest)
         # A line that goes on in small letters or with a number is a sentence that was broken, however short it is.
         title = named and len(held) == 1 and not item and stands_like_heading(line) and (not after or _begins_anew(after))

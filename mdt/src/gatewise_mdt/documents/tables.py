@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gatewise_mdt.documents.document import Block
+from gatewise_mdt.documents.document import Block, Region, Table
 from gatewise_mdt.documents.headings import gives_dose, reads_as_sentence, tells_what_to_do
 from gatewise_mdt.documents.language import has_han
 
@@ -46,7 +46,9 @@ def row_of(texts: Sequence[str], bold: bool = False) -> list[Cell]:
     return [Cell(text, column, bold=bold) for column, text in enumerate(texts)]
 
 
-def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None = None) -> list[Block]:
+def table_blocks(
+    rows: Sequence[Row], places: Sequence[str], headers: int | None = None, regions: Sequence[tuple[Region, ...]] = ()
+) -> list[Block]:
     """The rows of a table as blocks.
 
     Args:
@@ -54,6 +56,7 @@ def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None
         headers: how many rows at the top are its headers, at least: where the last of them has a cell over several columns that the
             row below names one by one, that is a header too. None where the document does not say, and the look of the first row
             has to tell.
+        regions: where each row is printed.
     """
     filled = [[replace(cell, text=" ".join(cell.text.split())) for cell in row] for row in rows]
     count = _all_headers(filled, min(headers, len(rows))) if headers is not None else header_count(filled)
@@ -73,7 +76,20 @@ def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None
         notes.append("no headers were found in the table: compare it with the document")
     if count and (idle := _idle(filled[count:], top)):
         notes.append(f"headers of the table were left out, as nothing stands under: {_quoted(idle)}")
-    return list(_blocks(filled[count:], places[count:], top if count else [], tuple(notes)))
+    table = Table(tuple(map(_seen, filled)), count, tuple(regions))
+    made = _blocks(filled[count:], places[count:], top if count else [], tuple(notes))
+    placed = [replace(block, table=table, row=block.row + count) for block in made]
+    return [replace(block, regions=regions[block.row]) for block in placed] if regions else placed
+
+
+def _seen(row: Row) -> tuple[tuple[str, int], ...]:
+    """The cells of a row from the left, each with how many columns it covers; empty ones where none is."""
+    made: list[tuple[str, int]] = []
+    at = 0
+    for cell in row:
+        made += [("", 1)] * (cell.column - at) + [(cell.text, cell.span)]
+        at = cell.column + cell.span
+    return tuple(made)
 
 
 def _quoted(headers: Sequence[str]) -> str:
@@ -163,13 +179,13 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
     first: Cell | None = None  # of the last row that has a first cell
     label, waiting = "", None  # of a row that names what the rows below it are about
     doubt: tuple[str, ...] = ()  # whether it does
-    for row, where, alone in zip(rows, places, _alone(rows), strict=True):
+    for number, (row, where, alone) in enumerate(zip(rows, places, _alone(rows), strict=True)):
         said = [cell for cell in row if cell.text]
         if not said:
             continue
         whole = _is_over_all(row, width)
         if whole or alone:
-            block = Block(said[0].text, 0, where, "row", notes=notes)
+            block = Block(said[0].text, 0, where, "row", notes=notes, row=number)
             is_label = _is_label(row)
             if is_label or whole:
                 if waiting is not None:
@@ -192,7 +208,7 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
         elif top and first is not None and said[0].column >= first.span:
             said, taken = [first, *said], (_NO_FIRST.format(first.text),)
         text, stem = _row(said, top, label)
-        yield Block(text, 0, where, "row", stem, (*notes, *doubt, *taken))
+        yield Block(text, 0, where, "row", stem, (*notes, *doubt, *taken), row=number)
     if waiting is not None:
         yield waiting
 

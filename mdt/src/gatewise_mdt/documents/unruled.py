@@ -328,7 +328,8 @@ def _table(lines: Sequence[Sequence[_Piece]], look: Look) -> PageTable | None:
     if names[0] and any(names[2:]) and 2 * sum(names) < len(names):
         certain = False  # a row without any number, as that of the headers: those of another table?
     edges = tuple(round(column.x0) for column in columns)
-    return PageTable(rows, x0, x1, top, bottom, edges, headers, () if certain else (DOUBTED,))
+    tops = tuple(min(placed[place].top for place in group) for group in groups)
+    return PageTable(rows, x0, x1, top, bottom, edges, headers, () if certain else (DOUBTED,), tops=tops)
 
 
 def split_row(cells: Sequence[tuple[Cell, Sequence[Word]]], usual: float, *, body: bool) -> tuple[list[list[Cell]], bool]:

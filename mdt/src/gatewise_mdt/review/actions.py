@@ -16,7 +16,7 @@ from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.passage import Passage
 from gatewise_mdt.review.session import By, Session
-from gatewise_mdt.review.shown import passage_json, session_json
+from gatewise_mdt.review.shown import found_in, passage_json, session_json, source_json
 
 # Changes of a passage, methods of Session: what each takes beside the passage's number and version.
 _CHANGES: dict[str, dict[str, type]] = {
@@ -50,7 +50,8 @@ class Review:
         self.run = secrets.token_hex(8)
 
     def show(self, what: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
-        """Something to look at: "session", or "passage" with its ``number``.
+        """Something to look at: "session"; "passage" with its ``number``; "source", the part of the document that this comes from;
+        "page", a picture of a ``page`` of that; or "search", the numbers of the passages with ``words``.
 
         Args:
             reviewer: who asks; empty for the one who started the review.
@@ -63,6 +64,14 @@ class Review:
             return self.session_json(reviewer)
         if what == "passage":
             return self.passage(self.session.passage(_integer(asked, "number")))
+        if what == "source":
+            return source_json(self.session, self.session.passage(_integer(asked, "number")))
+        if what == "page":
+            passage = self.session.passage(_integer(asked, "number"))
+            if (original := self.session.original(passage)) is not None:
+                return original.picture(_integer(asked, "page"))
+        if what == "search":
+            return {"numbers": found_in(self.session.passages, _text(asked, "words"))}
         raise NothingThereError("there is nothing at this address")
 
     def do(self, action: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:

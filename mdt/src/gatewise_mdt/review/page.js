@@ -4,10 +4,11 @@ import { Failed, WINDOW, base64, element, get, inOrder, post } from "./calls.js"
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { showItems } from "./items.js";
+import { listed, nextOpen, showList, stateOf, watchList } from "./list.js";
+import { showSource } from "./source.js";
 import { choose, language, tr, translatePage } from "./words.js";
 
 const at = id => document.getElementById(id);
-const STATES = { empty: tr("no tree"), drafted: tr("to review"), corrected: tr("corrected"), approved: tr("approved") };
 const AGAIN = 1000; // milliseconds between looks at a running extraction
 const OTHERS = 3000; // milliseconds between looks at what others do
 
@@ -18,7 +19,6 @@ let phrase = ""; // words selected in the text
 let fit = false; // show the whole tree, however small
 let timer = 0;
 let drawn = ""; // the session as the page shows it
-let order = sessionStorage.getItem("gatewise-review-order") || "place"; // of the list: "place", or "sure" for the least sure first
 let news = null; // what others did to the passage that is shown, as long as it is shown as it was before
 
 // ---- asking ----
@@ -170,7 +170,7 @@ async function refresh() {
   } else if (JSON.stringify(session) !== drawn) {
     // Not the text and the tree, in which something may be selected.
     showHead();
-    showList();
+    showList(session, passage, open);
     showPlace();
   }
 }
@@ -208,7 +208,7 @@ async function watch() {
 
 function showAll() {
   showHead();
-  showList();
+  showList(session, passage, open);
   showText();
   showTree();
   showEditor(at("editor"), passage || {}, node, { ask, phrase: () => phrase });
@@ -248,58 +248,6 @@ function showUnsent() {
     text: tr("Passage {number} was changed while you were at work on it: {others}. Not made: {what}.", one) })));
 }
 
-function stateOf(line) {
-  const now = session.progress && session.progress.passage === line.number;
-  if (line.waiting) return [now ? tr("writing…") : tr("waiting"), "waiting"];
-  if (line.error) return [tr("failed"), "failed"];
-  if (line.state !== "empty" && !line.valid) return [tr("unfinished"), "failed"];
-  return [STATES[line.state], line.state];
-}
-
-function chip(line) {
-  const [word, kind] = stateOf(line);
-  return element("span", { class: `chip ${kind}`, text: word });
-}
-
-// The least confidence of each passage as the model's tree had it, so that nothing moves in the list while somebody corrects it.
-const leasts = new Map();
-
-function ordered() {
-  for (const { number, state, least } of session.passages) {
-    if (state === "empty" || state === "drafted" || !leasts.has(number)) leasts.set(number, least ? least.percent : 101);
-  }
-  if (order !== "sure") return session.passages;
-  return [...session.passages].sort((one, other) => leasts.get(one.number) - leasts.get(other.number));
-}
-
-// A percentage, and in words that it is a low one.
-function saidOfSure({ percent, doubtful }) {
-  return doubtful ? tr("{percent}%, doubtful", { percent }) : `${percent}%`;
-}
-
-function showList() {
-  const lines = ordered();
-  at("order").hidden = !session.passages.some(one => one.least);
-  const done = session.passages.filter(one => one.state === "approved").length;
-  const count = session.passages.length;
-  at("counts").textContent = count ? tr("{done} of {count} approved", { done, count }) : "";
-  const focused = document.activeElement && document.activeElement.id;
-  at("passages").replaceChildren(...lines.map(line => element("li", {},
-    element("button", {
-      type: "button", id: `open-${line.number}`, "aria-current": passage && passage.number === line.number && "true",
-      onclick: () => open(line.number),
-    },
-    element("span", { class: "number", text: line.number }),
-    element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins }),
-      line.reviewed && line.reviewed.by && element("span", { class: "by", text: line.reviewed.by, title: saidOfReviewed(line) })),
-    element("span", { class: "marks" }, chip(line),
-      line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" })),
-    // Who approved a tree stands for all of its nodes.
-    line.least && line.state !== "approved" && element("span", { class: line.least.doubtful ? "sure warn" : "sure",
-      text: tr("least sure node: {sure}", { sure: saidOfSure(line.least) }) })))));
-  if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });
-}
-
 function showText() {
   at("text").hidden = !passage;
   if (!passage) return;
@@ -314,6 +262,7 @@ function showText() {
   at("headings").textContent = passage.headings.join(" › ");
   at("place").textContent = passage.place;
   at("reading-notes").replaceChildren(...passage.notes.map(text => element("li", { text })));
+  showSource(passage);
   showCarried();
   showAdjudicated();
   showHistory(at("history-list"), passage);
@@ -388,10 +337,10 @@ function showTree() {
 
 // What the tree's head has from the other passages.
 function showPlace() {
-  const place = ordered().findIndex(one => one.number === passage.number);
+  const lines = listed(session, passage), place = lines.findIndex(one => one.number === passage.number);
   at("previous").disabled = place <= 0;
-  at("next").disabled = place < 0 || place === session.passages.length - 1;
-  const [word, kind] = stateOf(passage);
+  at("next").disabled = place === lines.length - 1;
+  const [word, kind] = stateOf(passage, session);
   at("state").textContent = word;
   at("state").className = `chip ${kind}`;
 }
@@ -502,8 +451,14 @@ function onClick(id, work) {
 }
 
 function go(by) {
-  const lines = ordered(), place = lines.findIndex(one => one.number === passage.number) + by;
+  const lines = listed(session, passage), place = lines.findIndex(one => one.number === passage.number) + by;
   if (lines[place]) open(lines[place].number);
+}
+
+function goToNextOpen() {
+  const number = nextOpen(session, passage);
+  if (number) open(number);
+  else say(tr("No other passage that is listed waits for an approval."));
 }
 
 async function act(path, body, then) {
@@ -527,6 +482,7 @@ const save = () => act("api/save", {}, ({ saved }) => {
 
 onClick("previous", () => go(-1));
 onClick("next", () => go(1));
+onClick("next-open", goToNextOpen);
 onClick("undo", undo);
 onClick("redo", redo);
 onClick("approve", () => {
@@ -656,6 +612,11 @@ document.addEventListener("selectionchange", () => {
 });
 
 document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.key.toLowerCase() === "n" && passage && !event.target.closest("textarea,input:not([type=radio]),select")) goToNextOpen();
+});
+
+document.addEventListener("keydown", event => {
   if (!(event.ctrlKey || event.metaKey) || event.altKey || document.querySelector("dialog[open]")) return;
   const key = event.key.toLowerCase();
   if (key === "s") {
@@ -675,13 +636,11 @@ window.addEventListener("focus", () => { if (session) watch(); });
 document.addEventListener("visibilitychange", () => { if (session && !document.hidden) watch(); });
 translatePage();
 at("language").value = language;
-at("order").value = order;
-at("order").addEventListener("change", event => {
-  order = event.target.value;
-  sessionStorage.setItem("gatewise-review-order", order);
-  showList();
+watchList(() => {
+  if (!session) return;
+  showList(session, passage, open);
   if (passage) showPlace();
-});
+}, failed);
 at("language").addEventListener("change", event => choose(event.target.value));
 marking(at("work"));
 watch();

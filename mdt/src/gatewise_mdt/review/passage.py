@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
+from gatewise_mdt.checking.items import Item, items_of
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
 from gatewise_mdt.records import TreeRecord
@@ -227,6 +228,12 @@ class Passage:
         """What keeps the nodes from being a tree; None for a valid one, and where there are none yet."""
         return None if self.now.nodes is None else fault_of(self.now.nodes)
 
+    @cached_property
+    def items(self) -> Sequence[Item]:
+        """What a valid tree seems to have lost of its text or turned round, see :func:`gatewise_mdt.checking.items.items_of`."""
+        text = self.text.partition("@")[2] if "@" in self.text else self.text
+        return items_of(text.strip(), DecisionTree.from_preorder(self.now.nodes)) if self.now.nodes and self.is_valid else ()
+
     @property
     def is_valid(self) -> bool:
         return self.now.nodes is not None and self.fault is None
@@ -241,6 +248,12 @@ class Passage:
             return detect_language(self.text.partition("@")[2] or self.text)
         except GatewiseError:
             return "en"
+
+    @property
+    def headings(self) -> list[str]:
+        """The headings of the document above it; a file may have anything there."""
+        held = self.more.get("headings")
+        return [str(one) for one in held] if isinstance(held, list) else []
 
     @property
     def kept(self) -> Version | None:

@@ -45,6 +45,8 @@ _PAGES = {
     "/calls.js": ("review", "calls.js"),
     "/history.js": ("review", "history.js"),
     "/items.js": ("review", "items.js"),
+    "/list.js": ("review", "list.js"),
+    "/source.js": ("review", "source.js"),
     "/words.js": ("review", "words.js"),
     "/page.css": ("review", "page.css"),
     "/views.css": ("formats", "page.css"),

@@ -23,8 +23,9 @@ from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
 from gatewise_mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise_mdt.review.merging import merge
+from gatewise_mdt.review.original import Original
 from gatewise_mdt.review.passage import Passage, Version, with_ids
-from gatewise_mdt.review.sources import read_source, source_of
+from gatewise_mdt.review.sources import Source, original_of_record, read_source, source_of
 
 _LONGEST_NAME = 100
 
@@ -78,6 +79,7 @@ class Session:
 
     Attributes:
         reviewer: who is at work, where a change does not say.
+        originals: the documents that passages come from, by their SHA-256; None for one that is not to be had.
         notes: what has to be said of what was read, a sentence each.
     """
 
@@ -92,6 +94,7 @@ class Session:
         draft = draft or Draft()
         self.files, self.notes = files, [*notes, *draft.notes]
         self.reviewer = checked_name(_login_name() if reviewer is None else reviewer)
+        self.originals: dict[str, Original | None] = {}
         self._lock = RLock()
         self._entries, self._last = list(draft.entries), draft.last
         self._passages = {passage.number: passage for passage in self._numbered(passages)}
@@ -128,18 +131,19 @@ class Session:
         is_sample = file is not None and file.startswith("sample:")
         path = None if file is None else Path("guidelines" if is_sample else file)
         files = ReviewFiles(out or ReviewFiles.default_out(path))
-        sources: list[Passage] = []
-        faults: list[str] = []
+        source = Source([], [])
         # The file of corrections itself is read as such, and not twice.
         own = file is not None and os.path.exists(file) and os.path.exists(files.out) and os.path.samefile(file, files.out)
         if file is not None and not own:
             # Before anything is made for it: a file that cannot be read leaves no folder and no lock behind.
-            sources, faults = read_source(file, population=population, repair=repair)
+            source = read_source(file, population=population, repair=repair)
         files.open()
         try:
             saved, draft = files.read_saved(), files.read_draft()
-            passages, notes = merge(sources, saved, draft)
-            return cls(files, passages, [*faults, *notes], draft, reviewer)
+            passages, notes = merge(source.passages, saved, draft)
+            made = cls(files, passages, [*source.notes, *notes], draft, reviewer)
+            made._take_original(source.original)
+            return made
         except BaseException:
             files.close()
             raise
@@ -183,6 +187,17 @@ class Session:
         with self._lock:
             return Counter(entry.passage for entry in self._entries)
 
+    def original(self, passage: Passage) -> Original | None:
+        """The document that a passage comes from, if this review has it."""
+        key = str(passage.more.get("sha256"))
+        if key not in self.originals:
+            self.originals[key] = original_of_record(passage.more, self.files.out.parent)
+        return self.originals[key]
+
+    def _take_original(self, original: Original | None) -> None:
+        if original is not None:
+            self.originals[original.document.sha256] = original
+
     # ---- adding and removing ----
 
     def paste(self, text: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
@@ -199,8 +214,9 @@ class Session:
         Raises:
             GatewiseError: nothing could be read.
         """
-        passages, notes = source_of(content, name, population=population)
-        return self.add([(passage, by.comment) for passage in passages], by), notes
+        source = source_of(content, name, population=population)
+        self._take_original(source.original)
+        return self.add([(passage, by.comment) for passage in source.passages], by), source.notes
 
     def add(self, passages: Sequence[tuple[Passage, str]], by: By = NOBODY) -> list[Passage]:
         """Adds passages with their trees, and with what the history is to say of each."""

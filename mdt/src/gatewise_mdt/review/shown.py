@@ -1,10 +1,12 @@
 """What the page shows of a review, as JSON."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
-from gatewise.checks import printable
-from gatewise_mdt.checking.items import items_of
+from gatewise.checks import is_whole, printable
+from gatewise_mdt.documents.headings import lead_of, population_of
+from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.formats.page import pieces_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
 from gatewise_mdt.formats.views import FORMATS
@@ -21,14 +23,18 @@ from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree
 
 _MOST_ENTRIES = 100  # of a history that a page is sent
+_SHOWN, _FEW = 120, 16  # characters of a text that tell it from others in the list, and of what several begin with
 _LONGEST = 5000  # characters that are compared with those of an older text; a passage has fewer
 
 
 def session_json(session: Session, extracting: Extracting | None = None) -> dict[str, Any]:
     """The passages and how far each is; without their trees, as it is asked for often."""
-    entries = session.entries()
+    entries, passages = session.entries(), session.passages
     return {
-        "passages": [_line(passage, entries[passage.number], extracting) for passage in session.passages],
+        "passages": [
+            {**_line(one, entries[one.number], extracting), "title": printable(title), "begins": printable(begins)}
+            for one, (title, begins) in zip(passages, titles_of(passages), strict=True)
+        ],
         "unsaved": session.unsaved,
         "out": str(session.files.out),
         "notes": session.notes,
@@ -37,14 +43,12 @@ def session_json(session: Session, extracting: Extracting | None = None) -> dict
 
 
 def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict[str, Any]:
-    population, at, rest = passage.text.partition("@")
     return {
         "number": passage.number,
-        "title": printable((population if at else "").strip()),
-        "begins": printable(" ".join((rest if at else passage.text).split())[:120]),
         "state": passage.now.state,
         "reviewed": _reviewed(passage.now),
         "valid": passage.is_valid,
+        "look": passage.now.state != "approved" and _has_doubts(passage),
         "waiting": extracting is not None and extracting.is_waiting(passage),
         "error": extracting.fault(passage) if extracting else "",
         "least": _sure(passage.now.least),
@@ -53,6 +57,50 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
         "entries": entries,
         "beside": passage.extractions if passage.beside is not None else 0,
     }
+
+
+def _has_doubts(passage: Passage) -> bool:
+    """Whether something stands on its page that is to be looked at before it is approved."""
+    told = passage.now.warnings or _texts(passage.more.get("notes")) or any(not item.hint for item in passage.items)
+    return bool(told) or passage.fault is not None or passage.beside is not None
+
+
+def titles_of(passages: Sequence[Passage]) -> list[tuple[str, str]]:
+    """What tells each passage from the others: the heading that it stands under, or else whom it is about, and its first words,
+    without those that another one begins with too."""
+    made = []
+    for one in passages:
+        population, at, rest = one.text.partition("@")
+        about, said = (population, rest) if at else ("", one.text)
+        headings = one.headings
+        said = said.removeprefix(lead_of(population_of(headings)[1]))
+        made.append((" ".join((headings[-1] if headings else about).split()), " ".join(said.split())))
+    order = sorted(range(len(made)), key=lambda place: made[place])
+    alike = [0] * len(made)
+    for place, other in pairwise(order):
+        if made[place][0] == made[other][0]:
+            said = zip(made[place][1], made[other][1], strict=False)
+            shared = sum(1 for _ in takewhile(lambda signs: signs[0] == signs[1], said))
+            alike[place], alike[other] = max(alike[place], shared), shared
+    return [(title, _shortened(said, shared)) for (title, said), shared in zip(made, alike, strict=True)]
+
+
+def _shortened(said: str, shared: int) -> str:
+    """The beginning of a text; of what it shares with another one only the first words."""
+    cut = max(said.rfind(" ", 0, shared + 1) + 1, 0) or shared
+    few = said[: _FEW // 2] if has_han(said[:_FEW]) else said[:_FEW].rpartition(" ")[0]
+    return (f"{few} … {said[cut:]}" if shared > 2 * _FEW and cut < len(said) else said)[:_SHOWN]
+
+
+def found_in(passages: Iterable[Passage], words: str) -> list[int]:
+    """The numbers of the passages that have all of the words: in text, headings, place, or the name of who reviewed them."""
+    wanted = words.casefold().split()
+    made = []
+    for one in passages:
+        told = [one.more.get("place"), *one.headings, (one.now.reviewed or {}).get("by")]
+        said = "\n".join([one.text, *_texts([part for part in told if part])]).casefold()
+        made += [one.number] if all(word in said for word in wanted) else []
+    return made
 
 
 def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Extracting | None = None) -> dict[str, Any]:
@@ -76,14 +124,14 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "passage": [[piece, names] for start, piece, names in pieces if start > mark],
         "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
-        "headings": list(map(printable, _texts(passage.more.get("headings")))),
+        "headings": list(map(printable, passage.headings)),
         "notes": list(map(printable, _texts(passage.more.get("notes")))),
         "carried": _carried(passage),
         "adjudicated": _adjudicated(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": _drawing(passage, passage.now, tree, focusable=True) if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
-        "items": _items(passage, tree) if passage.is_valid else [],
+        "items": _items(passage),
         "warnings": list(map(printable, passage.now.warnings)),
         "made_with": passage.now.extraction,
         "extraction": other,
@@ -94,7 +142,15 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
     }
 
 
-def _items(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
+def source_json(session: Session, passage: Passage) -> dict[str, Any]:
+    """The part of the document that a passage comes from; without a name where the review does not have the document."""
+    original, offsets = session.original(passage), passage.more.get("offsets")
+    if original is None or not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_whole, offsets))):
+        return {"name": ""}
+    return original.around(*offsets)
+
+
+def _items(passage: Passage) -> list[dict[str, Any]]:
     """What the tree seems to have lost of its text, with the places of the words as a browser counts them in what is shown."""
     after = passage.text.partition("@")[2] if "@" in passage.text else passage.text
     before = len(after) - len(after.lstrip())
@@ -102,7 +158,7 @@ def _items(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
     def counted(place: int) -> int:
         return len(printable(after[: before + place]).encode("utf-16-le", "surrogatepass")) // 2
 
-    made = [item.to_json() for item in items_of(after.strip(), tree)]
+    made = [item.to_json() for item in passage.items]
     shown = [{**item, "words": printable(item["words"]), "sentence": printable(item["sentence"])} for item in made]
     return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in shown]
 
