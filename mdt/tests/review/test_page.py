@@ -642,7 +642,9 @@ def test_what_was_carried_over_from_an_older_version(review: Callable[..., Revie
     assert not page.evaluate("document.getElementById('carried').open")
 
 
-def test_the_document_stands_beside_the_passage(review: Callable[..., Review], tmp_path: Path) -> None:
+def test_the_document_stands_beside_the_passage(
+    review: Callable[..., Review], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The page of a PDF with the passage marked, a table that was read without certainty as a picture, and blocks of others."""
     about = "Adults with heart failure"
     given = [("ramipril", "2.5 mg twice daily"), ("bisoprolol", "1.25 mg once daily"), ("losartan", "25 mg once daily")]
@@ -656,9 +658,9 @@ def test_the_document_stands_beside_the_passage(review: Callable[..., Review], t
         ),
         Table(("Drug", "Start", "Target"), tuple((*one, target) for one, target in zip(given, targets, strict=True))),
     ]
-    file = tmp_path / "heart failure.pdf"
-    file.write_bytes(pdf_of(parts, Random(1), "none", "one column"))
-    here = review(file)
+    monkeypatch.chdir(tmp_path)
+    Path("heart failure.pdf").write_bytes(pdf_of(parts, Random(1), "none", "one column"))
+    here = review("heart failure.pdf")
     page = here.page
     gout = [node("D", triple("colchicine", "drug therapy", "Adults with gout"))]
     drugs = [triple(drug, "drug therapy", about) for drug, _ in given[:2]]
@@ -668,8 +670,8 @@ def test_the_document_stands_beside_the_passage(review: Callable[..., Review], t
     for number, nodes in enumerate(trees, start=1):
         here.session.put(number, Version(nodes, "drafted"), of=0)
     page.reload()
-    said = re.compile(r"heart failure\.pdf, Page 1 of 1, the passage is marked$")
-    sync_api.expect(page.locator("#source svg.page")).to_have_attribute("aria-label", said)
+    drawn = page.locator("#source svg.page")
+    sync_api.expect(drawn).to_have_attribute("aria-label", "heart failure.pdf, Page 1 of 1, the passage is marked")
     assert page.locator("#source .own").count() == 1
     assert page.locator("#doubted svg").count() == 0
     page.keyboard.press("n")
@@ -679,6 +681,7 @@ def test_the_document_stands_beside_the_passage(review: Callable[..., Review], t
     assert float(box[3]) < 200  # the table alone
     widths = {name: page.locator(name).bounding_box()["width"] for name in ("nav", "#left", "#right")}
     assert max(widths, key=lambda name: widths[name]) == "#left"
+    page.set_viewport_size({"width": 1440, "height": 1000})
     here.shot("review_source")
 
     # What is not of the document itself is not there: no scripts, no pictures from elsewhere, and signs that turn text round.
