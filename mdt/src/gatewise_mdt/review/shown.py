@@ -79,8 +79,8 @@ def titles_of(passages: Sequence[Passage]) -> list[tuple[str, str]]:
     alike = [0] * len(made)
     for place, other in pairwise(order):
         if made[place][0] == made[other][0]:
-            said = zip(made[place][1], made[other][1], strict=False)
-            shared = sum(1 for _ in takewhile(lambda signs: signs[0] == signs[1], said))
+            signs = zip(made[place][1], made[other][1], strict=False)
+            shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], signs))
             alike[place], alike[other] = max(alike[place], shared), shared
     return [(title, _shortened(said, shared)) for (title, said), shared in zip(made, alike, strict=True)]
 
