@@ -683,6 +683,9 @@ def test_the_document_stands_beside_the_passage(
     assert max(widths, key=lambda name: widths[name]) == "#left"
     page.set_viewport_size({"width": 1440, "height": 1000})
     here.shot("review_source")
+    wide = drawn.bounding_box()["width"]
+    page.click("#larger")
+    assert drawn.bounding_box()["width"] > 1.5 * wide
 
     # What is not of the document itself is not there: no scripts, no pictures from elsewhere, and signs that turn text round.
     hostile = tmp_path / "steps.html"

@@ -43,8 +43,10 @@ const title = ({ name }) => element("h2", { text: name.split(/[\\/]/).at(-1), ti
 // Within its own pane: the page as a whole stays where it is.
 function scrollToMark() {
   const pane = at("source"), mark = pane.querySelector(".own");
-  pane.scrollTop = 0;
-  if (mark) pane.scrollTop = mark.getBoundingClientRect().top - pane.getBoundingClientRect().top - pane.clientHeight / 3;
+  if (!mark) return;
+  const [to, from] = [mark, pane].map(one => one.getBoundingClientRect());
+  pane.scrollTop += to.top - from.top - pane.clientHeight / 3;
+  pane.scrollLeft += to.left - from.left - 16;
 }
 
 async function showPage(number, source, page) {
@@ -62,7 +64,12 @@ async function showPage(number, source, page) {
   const svg = pageOf(picture, `${source.name}, ${label}${regions.length ? `, ${tr("the passage is marked")}` : ""}`, regions);
   at("source").replaceChildren(
     element("div", { class: "top" }, title(source), turn(-1, "‹", tr("Previous page")),
-      element("span", { text: label }), turn(1, "›", tr("Next page"))), svg);
+      element("span", { text: label }), turn(1, "›", tr("Next page")),
+      element("button", { type: "button", id: "larger", "aria-pressed": String(at("source").classList.contains("large")), text: tr("Larger"),
+        onclick: () => {
+          at("larger").setAttribute("aria-pressed", String(at("source").classList.toggle("large")));
+          scrollToMark();
+        } })), svg);
   scrollToMark();
 }
 
@@ -73,8 +80,10 @@ async function showDoubted(number, source) {
     const picture = await pictureOf(number, source, page);
     const box = [Math.max(0, x - MARGIN), Math.max(0, y - MARGIN), w + 2 * MARGIN, h + 2 * MARGIN];
     const label = tr("Page {page} of {count}", { page, count: source.pages });
-    made.push(element("figure", {}, element("figcaption", { text: tr("Read without certainty; as it is printed on page {page}:", { page }) }),
-      pageOf(picture, label, [], box)));
+    const part = pageOf(picture, label, [], box);
+    part.style.maxWidth = `${1.4 * box[2]}px`;
+    const said = tr("Read without certainty; as it is printed on page {page}:", { page });
+    made.push(element("figure", {}, element("figcaption", { text: said }), part));
   }
   if (shown === number) at("doubted").replaceChildren(...made);
 }

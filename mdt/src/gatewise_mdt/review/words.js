@@ -18,6 +18,7 @@ const CHINESE = {
   "the passage is marked": "本段已标出",
   "Previous page": "上一页",
   "Next page": "下一页",
+  "Larger": "放大",
   "Read without certainty; as it is printed on page {page}:": "读取时不能确定；第 {page} 页原样如下：",
   "… {count} more rows": "… 另有 {count} 行",
   "The document of this passage is not here: only its text is shown.": "此处没有本段的文档：只显示其文本。",
