@@ -1,6 +1,7 @@
 """Trees for the tests: one by hand, any number by Hypothesis, and the published ones where they are at hand."""
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,22 @@ def preorders(draw: st.DrawFn, most_conditions: int = 5) -> list[dict[str, Any]]
 
 
 trees = preorders().map(DecisionTree.from_preorder)
+
+
+def random_tree(draw: random.Random) -> DecisionTree:
+    """A tree of few different facts, so that one often comes in several conditions, which then may contradict each other."""
+    facts = [triple(name) for name in "abcd"[: draw.randint(2, 4)]]
+    nodes: list[dict[str, Any]] = []
+    waiting, conditions = 1, draw.randint(1, 5)
+    while waiting:
+        condition = conditions > 0 and (waiting == 1 or draw.random() < 0.5)
+        conditions -= condition
+        held = draw.sample(facts, draw.randint(1, 2))
+        orders = [triple(f"drug {len(nodes)}", "drug therapy")][: draw.randint(0, 3)]
+        joined = draw.choice(["and", "or"]) if condition and len(held) > 1 else "null"
+        nodes.append(node("C", *held, joined=joined) if condition else node("D", *orders))
+        waiting += 1 if condition else -1
+    return DecisionTree.from_preorder(nodes)
 
 
 def swapped_root(tree: DecisionTree) -> DecisionTree:

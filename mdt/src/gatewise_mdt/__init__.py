@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.extraction.extractor import Extraction, Extractor, measure
     from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise_mdt.formats.views import render, write_view
+    from gatewise_mdt.formats.vignettes import Patient, Vignette, vignettes
     from gatewise_mdt.pointing.extractor import PointingExtractor, load_extractor
     from gatewise_mdt.records import TreeFile, TreeRecord, read_trees, write_trees
     from gatewise_mdt.relations import RELATIONS, relation_in
@@ -62,6 +63,7 @@ _HOME = {
     "extraction.extractor": ("Extraction", "Extractor", "measure"),
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
+    "formats.vignettes": ("Patient", "Vignette", "vignettes"),
     "pointing.extractor": ("PointingExtractor", "load_extractor"),
     "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
     "relations": ("RELATIONS", "relation_in"),
@@ -82,6 +84,7 @@ __all__ = [
     "Mistake",
     "Node",
     "Parsed",
+    "Patient",
     "PointingExtractor",
     "Span",
     "TreeFile",
@@ -90,6 +93,7 @@ __all__ = [
     "Triple",
     "TripleSpans",
     "Turn",
+    "Vignette",
     "agree",
     "count_mistakes",
     "evaluate",
@@ -110,6 +114,7 @@ __all__ = [
     "sample",
     "swapped_copies",
     "training_rows",
+    "vignettes",
     "write_trees",
     "write_view",
 ]

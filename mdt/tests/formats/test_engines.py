@@ -6,16 +6,17 @@ They are packages of npm, none of which gatewise needs. To fetch them:
 
 import itertools
 import json
+import random
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, sample
+from gatewise_mdt import DecisionTree, Patient, TreeRecord, sample, vignettes
 from gatewise_mdt.formats.cpg import bundle_of
 from gatewise_mdt.formats.tables import dmn_of
-from mdt_trees import TEXT, gout, node, triple
+from mdt_trees import TEXT, gout, node, random_tree, triple
 
 from gatewise.errors import GatewiseError
 
@@ -24,16 +25,21 @@ MOST = 81  # combinations of facts with "not known" of one tree
 
 
 def runs(records: list[TreeRecord], release: Any) -> list[tuple[TreeRecord, list[tuple[Any, ...]], dict[str, Any]]]:
-    """For each record the combinations of facts, and what the engines made of them."""
+    """For each record the combinations of facts, and what the engines made of them. Among them are the patients of its vignettes."""
     jobs, given = [], []
     for record in records:
         values = (True, False, None) if 3 ** len(record.tree.facts) <= MOST else (True, False)
         combinations = list(itertools.product(values, repeat=len(record.tree.facts)))
         if release == "R5":  # whose logic is that of R4, to the letter
             combinations = combinations[:: max(1, len(combinations) // 4)]
+        combinations += [tuple(map(one.facts.get, record.tree.facts)) for one in patients(record.tree)]
         given.append(combinations)
         jobs.append({"bundle": bundle_of([record], release), "dmn": dmn_of([record]), "combinations": combinations})
     return list(zip(records, given, node_js("run.mjs", jobs), strict=True))
+
+
+def patients(tree: DecisionTree) -> list[Patient]:
+    return [one for pair in vignettes(tree) for one in (pair.patient, pair.other) if one]
 
 
 def node_js(script: str, given: Any, *words: str) -> Any:
@@ -81,7 +87,9 @@ def several() -> TreeRecord:
 @pytest.mark.parametrize("release", ["R4", "R5"])
 def test_engines_come_to_our_own_decision(release: Any) -> None:
     alone = TreeRecord("", DecisionTree.from_preorder([node("D", triple("rest", "therapeutic schedule"))]))
-    records = [*sample(), TreeRecord(TEXT, DecisionTree.from_preorder(gout())), hostile(), several(), alone]
+    draw = random.Random(1)
+    drawn = [TreeRecord("", random_tree(draw)) for _ in range(20)]
+    records = [*sample(), TreeRecord(TEXT, DecisionTree.from_preorder(gout())), hostile(), several(), alone, *drawn]
     count = 0
     for record, combinations, result in runs(records, release):
         tree = record.tree
@@ -103,6 +111,8 @@ def test_engines_come_to_our_own_decision(release: Any) -> None:
             assert [one["node"] for one in made["dmn"]] == [decision.leaf + 1]
             (words,) = [one["recommendation"] for one in made["dmn"]]
             assert all(" ".join(part.object.split()) in words for part in decision.node.triples)
+        expected = [one.leaf + 1 for one in patients(tree)]
+        assert [one["dmn"][0]["node"] for one in result["runs"][-len(expected) :]] == expected
     assert count > (700 if release == "R4" else 200)
 
 

@@ -34,7 +34,7 @@ DraftsOption = Annotated[
     bool,
     typer.Option("--drafts", help="Take trees that are not approved for systems that run them, too, and mark all as DRAFT."),
 ]
-Format = Literal["text", "json", "mermaid", "svg", "html", "fhir-r4", "fhir-r5", "dmn", "dak"]
+Format = Literal["text", "json", "mermaid", "svg", "html", "vignettes", "vignettes-json", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
 
 def read_file(file: str, repair: bool, *, counted: bool = False) -> "TreeFile":

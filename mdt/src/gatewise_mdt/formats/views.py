@@ -14,6 +14,7 @@ from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
 from gatewise_mdt.formats.svg import drawing_of
+from gatewise_mdt.formats.vignettes import vignettes_json, vignettes_text
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import TripleSpans, absent_triples, locate_tree, part_of
@@ -25,6 +26,8 @@ FORMATS = {
     "mermaid": ".mmd",
     "svg": ".svg",
     "html": ".html",
+    "vignettes": ".txt",
+    "vignettes-json": ".json",
     "fhir-r4": ".r4.json",
     "fhir-r5": ".r5.json",
     "dmn": ".dmn",
@@ -59,6 +62,8 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False) 
         "mermaid": lambda records: mermaid_of(records[0]),
         "svg": lambda records: _drawing(records[0]),
         "html": page_of,
+        "vignettes": vignettes_text,
+        "vignettes-json": lambda records: _json(vignettes_json(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
         "dmn": tables.dmn_of,
