@@ -25,7 +25,7 @@ MOST = 81  # combinations of facts with "not known" of one tree
 
 
 def runs(records: list[TreeRecord], release: Any) -> list[tuple[TreeRecord, list[tuple[Any, ...]], dict[str, Any]]]:
-    """For each record the combinations of facts, and what the engines made of them. Among them are the patients of its vignettes."""
+    """For each record the combinations of facts, and what the engines made of them; with the patients of its vignettes."""
     jobs, given = [], []
     for record in records:
         values = (True, False, None) if 3 ** len(record.tree.facts) <= MOST else (True, False)

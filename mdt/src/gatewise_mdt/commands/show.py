@@ -26,7 +26,7 @@ def show(
     drafts: DraftsOption = False,
     repair: RepairOption = False,
 ) -> None:
-    """Show trees as text, JSON, Mermaid, SVG, one HTML page or a few patients (vignettes); or export them for systems that run them.
+    """Show trees as text, JSON, Mermaid, SVG, HTML page or as a few patients (vignettes); or export them for systems that run them.
 
     Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
     They take approved trees alone, whose items of `gatewise mdt check` are all ticked in `gatewise mdt review`. With --drafts they

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gatewise_mdt.formats.orders import Order, choices_of, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, origin_of
+from gatewise_mdt.formats.origin import BEFORE_USE, origin_of, sentences_beside
 from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import TreeRecord
@@ -149,6 +149,8 @@ def vignettes_text(records: Sequence[TreeRecord]) -> str:
         words = words_for(record.tree.language)
         told = _Told(record.tree, words)
         made += ["", words.record.format(number=record.number) + words.colon + " ".join(record.text.split())]
+        beside = [(words.headings, (" › ".join(record.headings),)), (words.notes, record.notes), (words.warnings, record.warnings)]
+        made += [f"  {name}{words.colon}{said}" for name, several in beside for said in several if said]
         made += [f"  {phrase}" for phrase in origin_of(record, words)]
         for number, one in enumerate(vignettes(record.tree), start=1):
             made += [f"  {number}. {told.patient(one.patient)}{words.stop}", f"     {told.expected(one.patient)}"]
@@ -170,6 +172,7 @@ def vignettes_json(records: Sequence[TreeRecord]) -> list[dict[str, Any]]:
                 **known,
                 "text": record.text,
                 "notice": BEFORE_USE,
+                "beside": sentences_beside(record),
                 "vignettes": [told.as_json(one) for one in vignettes(record.tree)],
                 "unreachable": [leaf + 1 for leaf in unreachable(record.tree)],
             }
