@@ -202,7 +202,7 @@ class _Told:
         return self.words.nobody.format(what=self.decision(self.tree.nodes[leaf]), node=leaf + 1)
 
     def as_json(self, one: Vignette) -> dict[str, Any]:
-        said = {"patient": self._patient_as_json(one.patient)}
+        said: dict[str, Any] = {"patient": self._patient_as_json(one.patient)}
         if one.differs and one.other:
             said |= {"differs": list(one.differs), "other": self._patient_as_json(one.other)}
         return said
