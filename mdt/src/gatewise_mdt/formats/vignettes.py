@@ -162,21 +162,14 @@ def vignettes_text(records: Sequence[TreeRecord]) -> str:
 
 def vignettes_json(records: Sequence[TreeRecord]) -> list[dict[str, Any]]:
     """The vignettes of records for programs: facts are triples with whether they hold, nodes counted from 1."""
-    made = []
+    made: list[dict[str, Any]] = []
     for record in records:
         told = _Told(record.tree, words_for(record.tree.language))
         known = {key: record.more[key] for key in ("passage_id", "sha256") if key in record.more}
-        made.append(
-            {
-                "record": record.number,
-                **known,
-                "text": record.text,
-                "notice": BEFORE_USE,
-                "beside": sentences_beside(record),
-                "vignettes": [told.as_json(one) for one in vignettes(record.tree)],
-                "unreachable": [leaf + 1 for leaf in unreachable(record.tree)],
-            }
-        )
+        said = {"text": record.text, "notice": BEFORE_USE, "beside": sentences_beside(record)}
+        found = [told.as_json(one) for one in vignettes(record.tree)]
+        nobody = [leaf + 1 for leaf in unreachable(record.tree)]
+        made.append({"record": record.number, **known, **said, "vignettes": found, "unreachable": nobody})
     return made
 
 
