@@ -7,7 +7,7 @@
     mdt.write_view([record], "html", "tree.html")
 
 At the top lie what every room needs: ``tree`` with its rules (``checks``) and relations, files of texts with trees
-(``records``), and where the phrases of a tree stand in its text (``spans``).
+(``records``), where the phrases of a tree stand in its text (``spans``), and how the trees of a guideline make one ``pathway``.
 
 | room          | its story                                                                              |
 |---------------|----------------------------------------------------------------------------------------|
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise_mdt.formats.views import render, write_view
     from gatewise_mdt.formats.vignettes import Patient, Vignette, vignettes
+    from gatewise_mdt.pathway import Link, Pathway, PathwayDecision, propose_links, read_links, write_links
     from gatewise_mdt.pointing.extractor import PointingExtractor, load_extractor
     from gatewise_mdt.records import TreeFile, TreeRecord, read_trees, write_trees
     from gatewise_mdt.relations import RELATIONS, relation_in
@@ -64,6 +65,7 @@ _HOME = {
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
     "formats.vignettes": ("Patient", "Vignette", "vignettes"),
+    "pathway": ("Link", "Pathway", "PathwayDecision", "propose_links", "read_links", "write_links"),
     "pointing.extractor": ("PointingExtractor", "load_extractor"),
     "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
     "relations": ("RELATIONS", "relation_in"),
@@ -81,9 +83,12 @@ __all__ = [
     "Extraction",
     "Extractor",
     "Item",
+    "Link",
     "Mistake",
     "Node",
     "Parsed",
+    "Pathway",
+    "PathwayDecision",
     "Patient",
     "PointingExtractor",
     "Span",
@@ -108,6 +113,8 @@ __all__ = [
     "open_items",
     "parse",
     "parse_lenient",
+    "propose_links",
+    "read_links",
     "read_trees",
     "relation_in",
     "render",
@@ -115,6 +122,7 @@ __all__ = [
     "swapped_copies",
     "training_rows",
     "vignettes",
+    "write_links",
     "write_trees",
     "write_view",
 ]

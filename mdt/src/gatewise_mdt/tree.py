@@ -154,6 +154,16 @@ class DecisionTree:
         """For each node its (true, false) children as positions in ``nodes``; None for a leaf."""
         return checks.children_of([node.role for node in self.nodes])
 
+    @cached_property
+    def ways(self) -> dict[int, dict[int, bool]]:
+        """For each decision, in pre-order, what holds of the conditions on the way to it; all by their positions in ``nodes``."""
+        ways: dict[int, dict[int, bool]] = {0: {}}
+        for at, both in enumerate(self.children):
+            if both:
+                way = ways.pop(at)
+                ways |= {child: {**way, at: side} for child, side in zip(both, (True, False), strict=True)}
+        return dict(sorted(ways.items()))
+
     @property
     def triples(self) -> tuple[Triple, ...]:
         """All triples, each once, in the order in which they first come."""
@@ -196,17 +206,10 @@ class DecisionTree:
                 bool, or to None where it does not know.
 
         Raises:
-            GatewiseError: a fact that is needed on the way is not known, a fact is no bool, its relation none of the six, or two
-                facts contradict each other.
+            NotKnown: a fact that is needed on the way is not known.
+            GatewiseError: a fact is no bool, its relation none of the six, or two facts contradict each other.
         """
-        if not callable(facts):
-            by_key: dict[tuple[str, ...], bool] = {}
-            for fact, given in facts.items():
-                if by_key.setdefault(Triple(*fact).key, given) != given:
-                    raise GatewiseError(f"the fact {fact} is given as true and as false, perhaps in other words: give it once")
-            known: Callable[[Triple], bool | None] = lambda triple: by_key.get(triple.key)  # noqa: E731
-        else:
-            known = facts
+        known = known_facts(facts)
         turns: list[Turn] = []
         at = 0
         while (both := self.children[at]) is not None:
@@ -218,7 +221,7 @@ class DecisionTree:
             holds = _joined([value for _, value in values], node.logical_rel)
             if holds is None:
                 missing = "; ".join(str(triple) for triple, value in values if value is None)
-                raise GatewiseError(f"node {at + 1}: it is not known whether this holds: {missing}; give it as true or false")
+                raise NotKnown(f"node {at + 1}: it is not known whether this holds: {missing}; give it as true or false")
             turns.append(Turn(at, node, holds, values))
             at = both[0] if holds else both[1]
         return Decision(at, self.nodes[at], tuple(turns))
@@ -235,6 +238,21 @@ def on_one_line(part: str) -> str:
 # ---- walking a tree with known facts ----
 
 NOTICE = "Needs review by a clinician; not medical advice."
+
+
+class NotKnown(GatewiseError):  # noqa: N818
+    """A fact that is needed is not known."""
+
+
+def known_facts(facts: "Mapping[Any, bool] | Callable[[Triple], bool | None]") -> "Callable[[Triple], bool | None]":
+    """What is known of a triple, see :meth:`DecisionTree.decide`."""
+    if callable(facts):
+        return facts
+    by_key: dict[tuple[str, ...], bool] = {}
+    for fact, given in facts.items():
+        if by_key.setdefault(Triple(*fact).key, given) != given:
+            raise GatewiseError(f"the fact {fact} is given as true and as false, perhaps in other words: give it once")
+    return lambda triple: by_key.get(triple.key)
 
 
 class Turn(NamedTuple):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, Patient, TreeRecord, sample, vignettes
-from gatewise_mdt.formats.cpg import bundle_of
-from gatewise_mdt.formats.tables import dmn_of
+from gatewise_mdt import DecisionTree, Pathway, Patient, TreeRecord, propose_links, sample, vignettes
+from gatewise_mdt.formats.cpg import bundle_of, pathway_bundle_of
+from gatewise_mdt.formats.tables import dmn_of, pathway_dmn_of
 from mdt_trees import TEXT, gout, node, random_tree, triple
+from pathway_trees import guideline, random_pathway
 
 from gatewise.errors import GatewiseError
 
@@ -35,7 +36,10 @@ def runs(records: list[TreeRecord], release: Any) -> list[tuple[TreeRecord, list
         combinations += [tuple(map(one.facts.get, record.tree.facts)) for one in patients(record.tree)]
         given.append(combinations)
         jobs.append({"bundle": bundle_of([record], release), "dmn": dmn_of([record]), "combinations": combinations})
-    return list(zip(records, given, node_js("run.mjs", jobs), strict=True))
+    results = node_js("run.mjs", jobs)
+    for made in (made for result in results for made in result["runs"]):
+        (made["dmn"],) = made["dmn"].values()
+    return list(zip(records, given, results, strict=True))
 
 
 def patients(tree: DecisionTree) -> list[Patient]:
@@ -114,6 +118,28 @@ def test_engines_come_to_our_own_decision(release: Any) -> None:
         expected = [one.leaf + 1 for one in patients(tree)]
         assert [one["dmn"][0]["node"] for one in result["runs"][-len(expected) :]] == expected
     assert count > (700 if release == "R4" else 200)
+
+
+def test_engines_come_to_our_own_decisions_in_a_pathway() -> None:
+    draw = random.Random(2)
+    guided = Pathway(tuple(guideline()), tuple(link._replace(state="accepted") for link in propose_links(guideline())))
+    pathways = [guided, *(random_pathway(draw) for _ in range(4))]
+    jobs = []
+    for pathway in pathways:
+        given = [[draw.choice((True, False, None)) for _ in pathway.facts] for _ in range(40)]
+        jobs.append({"bundle": pathway_bundle_of(pathway, "R4"), "dmn": pathway_dmn_of(pathway), "combinations": given})
+    count = 0
+    for pathway, job, result in zip(pathways, jobs, node_js("run.mjs", jobs), strict=True):
+        assert result["errors"] == []
+        for values, made in zip(job["combinations"], result["runs"], strict=True):
+            known = {fact.key: value for fact, value in zip(pathway.facts, values, strict=True)}
+            decided = pathway.decide(lambda fact, known=known: known[fact.key])
+            leaves = {f"tree_{number}": [one.leaf + 1] for number, one in decided.decisions.items()}
+            assert {name: [one["node"] for one in rows] for name, rows in made["dmn"].items() if rows} == leaves
+            done = {f"Passage{number}-node-{one.leaf + 1}" for number, one in decided.decisions.items() if not one.node.is_empty}
+            assert {one.partition("-order")[0] for one in made["apply"]["ids"]} == done
+            count += bool(decided.open) and len(decided.decisions) > 1
+    assert count > 10
 
 
 @pytest.mark.parametrize("release", ["R4", "R5"])

@@ -12,7 +12,7 @@ from typing import Any
 import openpyxl
 import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, sample
-from gatewise_mdt.formats.tables import dak_of, dmn_of, notes_of, rules_of
+from gatewise_mdt.formats.tables import dak_of, dmn_of, notes_of
 from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
 
@@ -54,7 +54,7 @@ def engine(xml: str) -> Run:
 
 
 def test_a_condition_is_a_column_and_a_way_a_rule() -> None:
-    assert rules_of(TREE) == [({0: True}, 1), ({0: False, 2: True}, 3), ({0: False, 2: False}, 4)]
+    assert TREE.ways == {1: {0: True}, 3: {0: False, 2: True}, 4: {0: False, 2: False}}
     root = ET.fromstring(dmn_of([RECORD]))
     assert [one.attrib["name"] for one in root.findall("inputData", NS)] == ["tree_1_fact_1", "tree_1_fact_2", "tree_1_fact_3"]
     assert root.findtext("inputData/description", namespaces=NS) == "adults with gout | clinical manifestation | acute flare"

@@ -2,7 +2,7 @@
 
 import typer
 
-from gatewise_mdt.commands import agree, carry, check, evaluate, extract, passages, prepare, review, show
+from gatewise_mdt.commands import agree, carry, check, evaluate, extract, passages, pathway, prepare, review, show
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -25,6 +25,7 @@ for command in (
     evaluate.evaluate,
     check.check,
     review.review,
+    pathway.pathway,
     agree.agree,
     carry.carry,
 ):

@@ -1,5 +1,6 @@
 """``gatewise mdt show``: trees of a file in a form for people or systems."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ def show(
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = "text",
     out: OutOption = None,
     drafts: DraftsOption = False,
+    pathway: Annotated[Path | None, typer.Option(help="Join the trees by the links of this file of gatewise mdt pathway.")] = None,
     repair: RepairOption = False,
 ) -> None:
     """Show trees as text, JSON, Mermaid, SVG, HTML page or as a few patients (vignettes); or export them for systems that run them.
@@ -41,14 +43,18 @@ def show(
       gatewise mdt show trees.json --format svg --out drawings
       gatewise mdt show guideline.pdf.review.jsonl --format fhir-r4 --out bundle.json
       gatewise mdt show trees.json --format dmn --drafts --out drafts.dmn
+      gatewise mdt show trees.json --pathway pathway.json --format svg --out pathway.svg
     """
-    check_target(out, [file])
+    from gatewise_mdt.pathway import read_links
+
+    check_target(out, [file, *([pathway] if pathway else [])])
     read = read_file(file, repair)
     records, faults = list(read.records), read.faults
     if record is not None:
         records, faults = [one for one in records if one.number == record], {}
         if not records:
             raise GatewiseError(read.faults.get(record, f"{file} has {read.count} records, so none with the number {record}"))
-    if written := give(records, format, out, several=len(records) > 1, drafts=drafts):
+    links = None if pathway is None else read_links(pathway, read.records)
+    if written := give(records, format, out, several=len(records) > 1, drafts=drafts, links=links):
         say(f"written: {written}")
     check_whole(read, faults)

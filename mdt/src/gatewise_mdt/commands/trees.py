@@ -11,6 +11,7 @@ from gatewise.checks import printable
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
+    from gatewise_mdt.pathway import Link
     from gatewise_mdt.records import TreeFile, TreeRecord
 
 OutOption = Annotated[
@@ -101,12 +102,20 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     typer.echo(printable(text), err=err, nl=nl)
 
 
-def give(records: "Sequence[TreeRecord]", format: str, out: Path | None, several: bool, drafts: bool = False) -> Path | None:
+def give(
+    records: "Sequence[TreeRecord]",
+    format: str,
+    out: Path | None,
+    several: bool,
+    drafts: bool = False,
+    links: "Sequence[Link] | None" = None,
+) -> Path | None:
     """Prints, or writes and says where.
 
     Args:
         several: whether there might have been more than one tree: formats that show one tree then fill a folder.
         drafts: formats that systems run take trees that are not approved, too.
+        links: between the trees, which are then one pathway.
 
     Raises:
         GatewiseError: the place cannot be written, or the format cannot show the trees, or may not.
@@ -122,10 +131,10 @@ def give(records: "Sequence[TreeRecord]", format: str, out: Path | None, several
     for note in notes_of(records, format):
         say(f"note: {note}", err=True)
     if out is None:
-        say(render(records, format, drafts=drafts), nl=False)
+        say(render(records, format, drafts=drafts, links=links), nl=False)
         return None
-    if not (several and format in ONE_TREE):
-        return write_view(records, format, out, drafts=drafts)
+    if links is not None or not (several and format in ONE_TREE):
+        return write_view(records, format, out, drafts=drafts, links=links)
     with whole_folder(out) as folder:
         for one in records:
             file = folder / f"record-{one.number:04}{FORMATS[format]}"

@@ -17,18 +17,20 @@ populations and drugs are words without codes.
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
 from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
 from gatewise_mdt.formats.origin import DRAFT, before_use, clean, document_of, marked, reviewer_of, sentences_beside
-from gatewise_mdt.formats.svg import main_subject
+from gatewise_mdt.formats.svg import main_subject, name_in_pathway
+from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 Release = Literal["R4", "R5"]
+_Facts = dict[tuple[str, str, str], tuple[int, str]]  # by the key of a fact its number and the identifier of its ``define``
 BASE = "http://example.org/fhir"
 """What the canonical addresses begin with; who publishes the resources puts their own in its place."""
 _VERSIONS = {"R4": "4.0.1", "R5": "5.0.0"}
@@ -43,13 +45,20 @@ _COMMENT = """\
 
 def bundle_of(records: Sequence[TreeRecord], release: Release) -> dict[str, Any]:
     """A ``Bundle`` of type collection with the resources of the records."""
-    entries = []
-    for record, name in zip(records, _names(records), strict=True):
-        for resource in _Resources(record, name, release).made():
-            entries.append({"fullUrl": resource["url"], "resource": resource})
+    made = [_Resources(record, name, release) for record, name in zip(records, _names(records), strict=True)]
+    return _bundle("trees", [resource for one in made for resource in one.made()], records)
+
+
+def pathway_bundle_of(pathway: Pathway, release: Release) -> dict[str, Any]:
+    """A ``Bundle`` with one plan and one library for a whole pathway, and an activity for each order."""
+    return _bundle("pathway", _Pathway(pathway, release).made(), pathway.records)
+
+
+def _bundle(what: str, resources: Sequence[dict[str, Any]], records: Sequence[TreeRecord]) -> dict[str, Any]:
+    entries = [{"fullUrl": resource["url"], "resource": resource} for resource in resources]
     tag = {"system": f"{BASE}/CodeSystem/gatewise", "code": "DRAFT", "display": "DRAFT: not to be used"}
     meta = {"meta": {"tag": [tag]}} if any(record.draft for record in records) else {}
-    return {"resourceType": "Bundle", "id": f"trees-{_hash(json.dumps(entries))}", **meta, "type": "collection", "entry": entries}
+    return {"resourceType": "Bundle", "id": f"{what}-{_hash(json.dumps(entries))}", **meta, "type": "collection", "entry": entries}
 
 
 def notes_of(record: TreeRecord) -> list[str]:
@@ -68,28 +77,37 @@ def notes_of(record: TreeRecord) -> list[str]:
 
 def library_of(tree: DecisionTree, name: str, version: str, release: Release, draft: bool = False) -> str:
     """The CQL of a tree's conditions."""
-    facts = _facts(tree)
+    facts = _facts(tree.facts)
+    return _cql(name, version, release, facts, _conditions(tree, facts), draft)
+
+
+def _cql(name: str, version: str, release: Release, facts: _Facts, conditions: Sequence[str], draft: bool) -> str:
     comment = f"// {DRAFT}exported to be tried, not to be used.\n{_COMMENT}" if draft else _COMMENT
     lines = [f"library {name} version '{version}'", "", comment, f"using FHIR version '{_VERSIONS[release]}'", ""]
     lines += [f"parameter Fact{number} Boolean" for number, _ in facts.values()]
     lines += ["", "context Patient"]
     for number, words in facts.values():
         lines += ["", f"define {words}:", f"  Fact{number}"]
+    return "\n".join([*lines, *conditions]) + "\n"
+
+
+def _conditions(tree: DecisionTree, facts: _Facts, passage: str = "") -> list[str]:
+    """The lines that define the conditions of a tree."""
+    lines = []
     for number, node in enumerate(tree.nodes, start=1):
         if node.is_condition:
             joined = f"\n    {node.logical_rel} ".join(facts[triple.key][1] for triple in node.triples)
-            lines += ["", f"define {_holds(number, True)}:", f"  {joined}"]
-            lines += ["", f"define {_holds(number, False)}:", f"  not {_holds(number, True)}"]
-    return "\n".join(lines) + "\n"
+            lines += ["", f"define {_holds(number, True, passage)}:", f"  {joined}"]
+            lines += ["", f"define {_holds(number, False, passage)}:", f"  not {_holds(number, True, passage)}"]
+    return lines
 
 
-def _facts(tree: DecisionTree) -> dict[tuple[str, str, str], tuple[int, str]]:
-    """For each fact its number and the identifier of its ``define``, by the key of the triple."""
-    return {fact.key: (number, _quoted(f"Fact {number}: {fact}")) for number, fact in enumerate(tree.facts, start=1)}
+def _facts(facts: Sequence[Triple]) -> _Facts:
+    return {fact.key: (number, _quoted(f"Fact {number}: {fact}")) for number, fact in enumerate(facts, start=1)}
 
 
-def _holds(number: int, side: bool) -> str:
-    return f"Node{number}Holds" if side else f"Node{number}DoesNotHold"
+def _holds(number: int, side: bool, passage: str = "") -> str:
+    return f"{passage}Node{number}Holds" if side else f"{passage}Node{number}DoesNotHold"
 
 
 def _quoted(text: str) -> str:
@@ -99,10 +117,14 @@ def _quoted(text: str) -> str:
 
 
 class _Resources:
-    """The resources of one record."""
+    """The resources of one record.
 
-    def __init__(self, record: TreeRecord, name: str, release: Release) -> None:
-        self.record, self.tree, self.name, self.release = record, record.tree, name, release
+    Args:
+        passage: what its names begin with, where it is one of several in a plan.
+    """
+
+    def __init__(self, record: TreeRecord, name: str, release: Release, passage: str = "") -> None:
+        self.record, self.tree, self.name, self.release, self.passage = record, record.tree, name, release, passage
         # A number of the tree's content: another tree of the same text is another version. Larger is not later.
         self.version = f"0.1.{int(_hash(json.dumps(self.tree.to_preorder()))[:7], 16)}"
         about = clean(record.population or main_subject(self.tree))
@@ -120,38 +142,38 @@ class _Resources:
 
     def _plan(self) -> dict[str, Any]:
         root = self._inside(0)
+        actions = [] if root is None else [{**self._link("tree"), "title": self.title, **root}]
+        more = self.context | _people([self.record]) | _source(self.record)
+        return self._plan_of(actions, self._sentences(), more, self.tree.to_outline())
+
+    def _plan_of(self, actions: list[Any], said: Sequence[str], more: dict[str, Any], outline: str) -> dict[str, Any]:
         profiles = ("shareableplandefinition", "computableplandefinition")
         # A recommendation of CPG has an action.
-        cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
+        cpg = "recommendationdefinition" if actions else "shareableplandefinition"
         plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
         plan["type"] = _concept("plan-definition-type", "eca-rule")
-        plan["description"] = clean(
-            "\n\n".join(
-                [
-                    self.before_use,
-                    *sentences_beside(self.record),
-                    *(f"Note of the export: {note}" for note in notes_of(self.record)),
-                ]
-            )
-        )
-        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": self.before_use}
-        plan |= _people(self.record) | _source(self.record) | {"library": [self._canonical("Library", self.name)]}
-        plan["text"] = self._narrative(self.title, self.tree.to_outline())
-        if root is not None:
-            plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
-        return plan
+        plan["description"] = clean("\n\n".join([self.before_use, *said]))
+        plan |= {"purpose": "To run the decisions that the source text describes.", "usage": self.before_use, **more}
+        plan |= {"library": [self._canonical("Library", self.name)], "text": self._narrative(self.title, outline)}
+        return plan | ({"action": actions} if actions else {})
+
+    def _sentences(self) -> list[str]:
+        return [*sentences_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))]
 
     def _library(self) -> dict[str, Any]:
+        cql = library_of(self.tree, self.name, self.version, self.release, self.record.draft)
+        return self._library_of(self.tree.facts, cql)
+
+    def _library_of(self, facts: Sequence[Triple], cql: str) -> dict[str, Any]:
         library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
         library["type"] = _concept("library-type", "logic-library")
         library["description"] = self.before_use
         parameters = [
             {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
-            for number, fact in enumerate(self.tree.facts, start=1)
+            for number, fact in enumerate(facts, start=1)
         ]
         if parameters:
             library["parameter"] = parameters
-        cql = library_of(self.tree, self.name, self.version, self.release, self.record.draft)
         library["text"] = self._narrative(f"Conditions: {self.title}", cql)
         library["content"] = [{"contentType": "text/cql", "data": _base64(cql)}]
         return library
@@ -170,12 +192,12 @@ class _Resources:
             return None
         words = clean(node.words)
         words = words if side else f"not ({words})"
-        expression = {"description": words, "language": "text/cql-identifier", "expression": _holds(number, side)}
+        condition = _applies(words, _holds(number, side, self.passage))
         return {
             **self._link(f"node-{number}-{'yes' if side else 'no'}"),
             "title": f"If {words}",
             **self._documentation(node.triples, number),
-            "condition": [{"kind": "applicability", "expression": expression}],
+            **condition,
             **inside,
         }
 
@@ -229,6 +251,7 @@ class _Resources:
         return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}
 
     def _link(self, link: str) -> dict[str, Any]:
+        link = f"{self.passage}-{link}" if self.passage else link
         return {"id": link, "linkId": link} if self.release == "R5" else {"id": link}  # R4 has no linkId
 
     def _narrative(self, title: str, content: str = "") -> dict[str, str]:
@@ -268,6 +291,77 @@ class _Resources:
         }
 
 
+class _Pathway(_Resources):
+    """The resources of a pathway: one plan and one library for all passages. In the plan each passage is an action, which applies
+    where a link comes to it, or always."""
+
+    def __init__(self, pathway: Pathway, release: Release) -> None:
+        said = [record.text if record.text.strip() else json.dumps(record.tree.to_preorder()) for record in pathway.order]
+        super().__init__(pathway.order[0], f"Pathway{_hash(json.dumps(said))}", release)
+        content = [[record.tree.to_preorder() for record in pathway.order], [link[:3] for link in pathway.links]]
+        self.version = f"0.1.{int(_hash(json.dumps(content))[:7], 16)}"
+        self.title = f"Pathway: {clean(document_of(self.record)[0]) or self.title}"
+        self.pathway, self.parts = pathway, []
+        for record in pathway.order:
+            part = _Resources(record, f"{self.name}Passage{record.number}", release, _passage(record.number))
+            part.version = self.version
+            self.parts.append(part)
+
+    def _plan(self) -> dict[str, Any]:
+        insides = {part.record.number: inside for part in self.parts if (inside := part._inside(0)) is not None}
+        self.activities = [activity for part in self.parts for activity in part.activities]
+        actions = [self._action(part, insides) for part in self.parts if part.record.number in insides]
+        said = [f"Passage {part.record.number}: {one}" for part in self.parts for one in part._sentences()]
+        outline = "\n".join(f"passage {part.record.number}:\n{part.tree.to_outline()}" for part in self.parts)
+        return self._plan_of(actions, said, _people(self.pathway.records), outline)
+
+    def _action(self, part: _Resources, insides: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        number = part.record.number
+        action = {
+            **self._link(part.passage),
+            "title": clean(f"Passage {number}: {name_in_pathway(part.record)}"),
+            **insides[number],
+        }
+        if artifacts := _source(part.record).get("relatedArtifact"):
+            action["documentation"] = artifacts
+        if links := self.pathway.into[number]:
+            words = " or ".join(f"passage {link.start} comes to node {link.node + 1}" for link in links)
+            action |= _applies(words, f"{part.passage}IsReached")
+            before = dict.fromkeys(_passage(link.start) for link in links if link.start in insides)
+            target = "actionId" if self.release == "R4" else "targetId"
+            if before:
+                action["relatedAction"] = [{target: one, "relationship": "after"} for one in before]
+        return action
+
+    def _library(self) -> dict[str, Any]:
+        facts = _facts(self.pathway.facts)
+        conditions = []
+        for part in self.parts:
+            conditions += _conditions(part.tree, facts, part.passage)
+            if links := self.pathway.into[part.record.number]:
+                ways = "\n    or ".join(f"({self._way(link)})" for link in links)
+                conditions += ["", f"define {part.passage}IsReached:", f"  {ways}"]
+        cql = _cql(self.name, self.version, self.release, facts, conditions, self.record.draft)
+        return self._library_of(self.pathway.facts, cql)
+
+    def _way(self, link: Link) -> str:
+        """The conditions on the way to a decision that leads on, of all passages before it."""
+        start = _passage(link.start)
+        first = [f"{start}IsReached"] if self.pathway.into[link.start] else []
+        way = self.pathway.numbered[link.start].tree.ways[link.node]
+        return " and ".join([*first, *(_holds(at + 1, side, start) for at, side in way.items())]) or "true"
+
+
+def _passage(number: int) -> str:
+    return f"Passage{number}"
+
+
+def _applies(words: str, name: str) -> dict[str, Any]:
+    """That an action applies where the library says so."""
+    expression = {"description": words, "language": "text/cql-identifier", "expression": name}
+    return {"condition": [{"kind": "applicability", "expression": expression}]}
+
+
 def _group(actions: Sequence[dict[str, Any]], selection: str) -> dict[str, Any] | None:
     """Actions of which a FHIR selection is to be taken, such as "all"; None for no action."""
     return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": list(actions)} if actions else None
@@ -280,8 +374,10 @@ def _source(record: TreeRecord) -> dict[str, Any]:
     """
     text, made = clean(record.text), []
     if text.strip():
+        name = record.more.get("passage_id")
+        said = f"Source text, passage {clean(name)}" if isinstance(name, str) else "Source text"
         document = {"contentType": "text/plain; charset=utf-8", "data": _base64(text)}
-        made.append({"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document})
+        made.append({"type": "documentation", "label": "source", "display": said, "citation": text, "document": document})
     source, where = map(clean, document_of(record))
     if source:
         cited = f"{source}: {where}" if where else source
@@ -289,12 +385,15 @@ def _source(record: TreeRecord) -> dict[str, Any]:
     return {"relatedArtifact": made} if made else {}
 
 
-def _people(record: TreeRecord) -> dict[str, Any]:
-    """Who approved the tree and when, or who corrected it, as elements of a resource. It stays a draft."""
-    state, by, day = map(clean, reviewer_of(record))
-    if state == "approved" and by:
-        return {"reviewer": [{"name": by}]} | ({"approvalDate": day} if day else {})
-    return {"editor": [{"name": by}]} if state and by else {}
+def _people(records: Sequence[TreeRecord]) -> dict[str, Any]:
+    """Who approved the trees and when the last was, and who corrected some, as elements of a resource. It stays a draft."""
+    found = [tuple(map(clean, reviewer_of(record))) for record in records]
+    people: dict[str, Any] = {}
+    for role, state in (("reviewer", "approved"), ("editor", "corrected")):
+        if names := dict.fromkeys(by for was, by, _ in found if was == state and by):
+            people[role] = [{"name": name} for name in names]
+    days = [day for was, by, day in found if was == "approved" and by and day]
+    return people | ({"approvalDate": max(days)} if days and len(days) == len(records) else {})
 
 
 def _base64(text: str) -> str:

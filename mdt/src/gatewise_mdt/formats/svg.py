@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gatewise.checks import printable
+from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.words import Words, words_for
+from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
 from gatewise_mdt.relations import Language, relation_in
 from gatewise_mdt.tree import DecisionTree, Node, Triple
@@ -88,32 +90,142 @@ def drawing_of(
     """
     words = words_for(language or tree.language)
     main = main_subject(tree)
+    title = "" if focusable else main or words.title
+    drawn = _drawn(tree, text, title, words, warnings, headings, focusable, confidence)
+    described = " ".join([words.notice, *(f"{phrase}." for phrase in origin)])
+    below, height = _lines_below([words.notice], True, drawn.height, drawn.width)
+    head = _head(drawn.width, height + MARGIN, words, main or words.nothing, described, focusable)
+    return "".join([head, *drawn.parts, *below, "</svg>\n"])
+
+
+def pathway_drawing_of(pathway: Pathway) -> str:
+    """All trees of a pathway below each other, each after those that lead to it, and a line for each link: from its decision to the
+    name of the passage that it leads to. Lines of links that nobody accepted yet are broken."""
+    words = words_for(pathway.order[0].tree.language)
+    lanes = _lanes(pathway)
+    left = MARGIN + _LANE * max(lanes.values(), default=0)  # where the line nearest to the trees is
+    parts: list[str] = []
+    tops: dict[int, float] = {}
+    boxes: dict[int, list[Place]] = {}
+    y, width = float(MARGIN), 0.0
+    for record in pathway.order:
+        title = f"{record.number}. {name_in_pathway(record)}"
+        own = words_for(record.tree.language)
+        origin, warnings = origin_of(record, own), record.warnings
+        drawn = _drawn(record.tree, record.text, title, own, warnings, record.headings, False, confidence_of(record))
+        below, height = _lines_below(origin, False, drawn.height, drawn.width)
+        named = _escaped(str(record.more.get("passage_id", "")))
+        parts.append(
+            f'<g class="passage" data-record="{record.number}" data-passage="{named}" transform="translate({left:g} {y:g})">'
+        )
+        parts += [*drawn.parts, *below, "</g>"]
+        tops[record.number] = y + MARGIN + TITLE / 2
+        boxes[record.number] = [one._replace(x=one.x + left, y=one.y + y) for one in drawn.places]
+        y, width = y + height + 3 * MARGIN, max(width, left + drawn.width)
+    followed: dict[Place, list[int]] = {}
+    for link, lane in lanes.items():
+        box = boxes[link.start][link.node]
+        under = max(one.y + one.height for one in boxes[link.start]) + 6 + 3 * (lane % 4)
+        parts.append(_line_of(link, box, under, left - _LANE * lane, tops[link.end], left + MARGIN - 6))
+        followed.setdefault(box, []).append(link.end)
+    for box, numbers in followed.items():
+        said, across, down = f"\N{RIGHTWARDS ARROW} {', '.join(map(str, numbers))}", box.middle + 6, box.y + box.height + SMALL + 4
+        at = f'x="{across - 3:g}" y="{down - SMALL:g}" width="{width_of(said, SMALL, True) + 6:g}" height="{SMALL + 4:g}"'
+        parts += [f'<rect class="paper" {at} fill="#ffffff"/>', _text(said, across, down, SMALL, True, INK, "ink")]
+    below, height = _lines_below([words.notice], True, y, width)
+    head = _head(width, height + MARGIN, words, ", ".join(name_of(record) for record in pathway.order), words.notice, False)
+    return "".join([head, *parts, *below, "</svg>\n"])
+
+
+_LANE = 12  # pixels between two lines beside the trees
+
+
+def _lanes(pathway: Pathway) -> dict[Link, int]:
+    """For each link which of the lines beside the trees it takes: the first that no other takes where it does."""
+    rows = {record.number: row for row, record in enumerate(pathway.order)}
+    free: list[int] = []  # for each line the row from which on it is free
+    lanes = {}
+    for link in sorted(pathway.links, key=lambda link: (rows[link.start], rows[link.end], link.node)):
+        lane = next((lane for lane, row in enumerate(free) if row < rows[link.start]), len(free))
+        free[lane : lane + 1] = [rows[link.end]]
+        lanes[link] = lane
+    return lanes
+
+
+def _line_of(link: Link, box: Place, under: float, lane: float, top: float, left: float) -> str:
+    colour, name, dashes = (INK, "ink", "") if link.state == "accepted" else (WARN, "warn", ' stroke-dasharray="6 4"')
+    way = f"M{box.middle:g} {box.y + box.height:g}V{under:g}H{lane:g}V{top:g}H{left:g}m-7 -5l7 5l-7 5"
+    line = f'<path class="link {name}" d="{way}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>'
+    title = f"<title>{_escaped(link.reason)}</title>" if link.reason else ""
+    return f'<g data-link="{link.start}.{link.node}.{link.end}">{title}{line}</g>'
+
+
+class _Drawn(NamedTuple):
+    """A tree as parts of a drawing whose top left is at (0, 0)."""
+
+    parts: list[str]
+    places: list[Place]
+    width: float
+    height: float
+
+
+def _drawn(
+    tree: DecisionTree,
+    text: str,
+    title: str,
+    words: Words,
+    warnings: Sequence[str],
+    headings: Sequence[str],
+    focusable: bool,
+    confidence: Sequence[float | None],
+) -> _Drawn:
+    main = main_subject(tree)
     sure = confidence or (None,) * len(tree.nodes)
     boxes = [_box_lines(node, main, words, text, one) for node, one in zip(tree.nodes, sure, strict=True)]
     places = place_boxes(tree, [_height(lines) for lines in boxes])
     across = max(place.x + place.width for place in places)
     width = max(across, 560.0) + 2 * MARGIN
-    title = [] if focusable else wrap(main or words.title, width - 2 * MARGIN, TITLE, bold=True)
-    top = MARGIN + (len(title) * TITLE * LINE + 14 if title else 0)
+    titles = wrap(title, width - 2 * MARGIN, TITLE, bold=True) if title else []
+    top = MARGIN + (len(titles) * TITLE * LINE + 14 if titles else 0)
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
     means = words.confidence_means if any(one is not None for one in sure) else ""
-    below, height = _below(words, main, headings, warnings, means, bottom + 20, width)
-    described = " ".join([words.notice, *(f"{phrase}." for phrase in origin)])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
-        f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
-        f' aria-label="{_escaped(words.title + ": " + (main or words.nothing))}">',
-        f"<title>{_escaped(words.title)}</title><desc>{_escaped(described)}</desc>" if not focusable else "",
-        f'<rect class="paper" width="{width:g}" height="{height:g}" fill="#ffffff"/>',
-    ]
-    for i, line in enumerate(title):
+    parts = []
+    for i, line in enumerate(titles):
         y = MARGIN + TITLE * LINE * i + TITLE
         parts.append(_text(line, MARGIN, y, TITLE, True, INK, "ink"))
     parts += [_edges(places[i], places[both[0]], places[both[1]], words) for i, both in enumerate(tree.children) if both]
     for i, node in enumerate(tree.nodes):
         parts.append(_box(i, node, boxes[i], places[i], words, focusable, sure[i]))
-    return "".join([*parts, *below, "</svg>\n"])
+    about = [f"{words.headings}: {' › '.join(headings)}"] if headings else []
+    about += [f"{words.about}: {main}"] if main else []
+    said, height = _lines_below([*about, *filter(None, [means])], False, bottom + 20, width)
+    warned = [words.warnings, *(f"! {warning}" for warning in warnings)] if warnings else []
+    told, height = _lines_below(warned, True, height, width)
+    return _Drawn([*parts, *said, *told], places, width, height)
+
+
+def _head(width: float, height: float, words: Words, about: str, described: str, focusable: bool) -> str:
+    """What an SVG begins with."""
+    return "".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+            f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
+            f' aria-label="{_escaped(words.title + ": " + about)}">',
+            f"<title>{_escaped(words.title)}</title><desc>{_escaped(described)}</desc>" if not focusable else "",
+            f'<rect class="paper" width="{width:g}" height="{height:g}" fill="#ffffff"/>',
+        ]
+    )
+
+
+def _lines_below(said: Sequence[str], is_warning: bool, y: float, width: float) -> tuple[list[str], float]:
+    """Lines of text under a drawing, and where they end."""
+    size, colour, name = (BODY, WARN, "warn") if is_warning else (SMALL, FAINT, "faint")
+    parts = []
+    for line in (line for one in said for line in wrap(one, width - 2 * MARGIN, size, is_warning)):
+        y += size * (1.6 if is_warning else 1.5)
+        parts.append(_text(line, MARGIN, y, size, is_warning, colour, name))
+    return parts, y
 
 
 def main_subject(tree: DecisionTree) -> str:
@@ -125,6 +237,11 @@ def main_subject(tree: DecisionTree) -> str:
 def name_of(record: TreeRecord) -> str:
     """What a tree is called: its population, else its main subject."""
     return record.population or main_subject(record.tree) or words_for(record.tree.language).title
+
+
+def name_in_pathway(record: TreeRecord) -> str:
+    """What a passage is called among others of its document: after its heading."""
+    return ": ".join([*record.headings[-1:], name_of(record)])
 
 
 def kind_of(node: Node) -> str:
@@ -220,28 +337,6 @@ def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
         parts.append(f'<rect class="paper" {at} rx="8" fill="#ffffff"/>')
         parts.append(_text(word, child.middle, middle + 4, HEAD, True, colour, name, anchor="middle"))
     return "".join(parts)
-
-
-def _below(
-    words: Words, main: str, headings: Sequence[str], warnings: Sequence[str], means: str, y: float, width: float
-) -> tuple[list[str], float]:
-    """What stands under the drawing: the headings, what a confidence means, the warnings and the notice; and the height of the
-    whole."""
-    parts: list[str] = []
-    about = wrap(f"{words.headings}: {' › '.join(headings)}", width - 2 * MARGIN, SMALL) if headings else []
-    about += wrap(f"{words.about}: {main}", width - 2 * MARGIN, SMALL) if main else []
-    about += wrap(means, width - 2 * MARGIN, SMALL) if means else []
-    for line in about:
-        y += SMALL * 1.5
-        parts.append(_text(line, MARGIN, y, SMALL, False, FAINT, "faint"))
-    for line in [
-        *(wrap(words.warnings, width - 2 * MARGIN, BODY, bold=True) if warnings else ()),
-        *(line for warning in warnings for line in wrap(f"! {warning}", width - 2 * MARGIN, BODY, bold=True)),
-        *wrap(words.notice, width - 2 * MARGIN, BODY, bold=True),
-    ]:
-        y += BODY * 1.6
-        parts.append(_text(line, MARGIN, y, BODY, True, WARN, "warn"))
-    return parts, y + MARGIN
 
 
 def _text(text: str, x: float, y: float, size: float, bold: bool, colour: str, name: str, anchor: str = "") -> str:

@@ -15,28 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
-from gatewise_mdt.formats.origin import BEFORE_USE, DRAFT, before_use, clean, marked, sentences_beside
+from gatewise_mdt.formats.origin import BEFORE_USE, DRAFT, before_use, clean, document_of, marked, sentences_beside
 from gatewise_mdt.formats.svg import name_of
 from gatewise_mdt.formats.words import words_for
+from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import TripleSpans, locate_tree
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
+_Names = dict[tuple[str, str, str], str]  # by the key of a fact the name of its input
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
-
-
-def rules_of(tree: DecisionTree) -> list[tuple[dict[int, bool], int]]:
-    """The ways from the root to a decision: what holds of the conditions on it, by their positions in pre-order (from 0),
-    and the position of the decision."""
-    rules = []
-    to_do: list[tuple[int, dict[int, bool]]] = [(0, {})]
-    while to_do:
-        at, answers = to_do.pop()
-        if (both := tree.children[at]) is None:
-            rules.append((answers, at))
-        else:
-            to_do += [(both[1], {**answers, at: False}), (both[0], {**answers, at: True})]
-    return rules
 
 
 def _conditions(tree: DecisionTree) -> list[int]:
@@ -77,10 +65,13 @@ def _choices(node: Node) -> tuple[list[str], list[str]]:
     return choices, always
 
 
-def _expression(node: Node, tree: DecisionTree, prefix: str) -> str:
+def _expression(node: Node, names: _Names) -> str:
     """A condition over the names of its facts, in FEEL (and as people read it)."""
-    numbers = {fact.key: number for number, fact in enumerate(tree.facts, start=1)}
-    return f" {node.logical_rel} ".join(f"{prefix}fact_{numbers[triple.key]}" for triple in node.triples)
+    return f" {node.logical_rel} ".join(names[triple.key] for triple in node.triples)
+
+
+def _names(facts: Sequence[Triple], prefix: str = "") -> _Names:
+    return {fact.key: f"{prefix}fact_{number}" for number, fact in enumerate(facts, start=1)}
 
 
 def _numbers(records: Sequence[TreeRecord]) -> list[int]:
@@ -94,13 +85,38 @@ def _numbers(records: Sequence[TreeRecord]) -> list[int]:
 
 def dmn_of(records: Sequence[TreeRecord]) -> str:
     """DMN 1.3 with a decision for each record, its outputs being the leaf's ``node`` (from 1) and its ``recommendation``."""
+    root = _definitions("trees", "Decision trees", records)
+    for record, number in zip(records, _numbers(records), strict=True):
+        names = _names(record.tree.facts, f"tree_{number}_")
+        _add_inputs(root, [record], names)
+        _add_decision(root, record, number, names)
+    return _written(root)
+
+
+def pathway_dmn_of(pathway: Pathway) -> str:
+    """DMN 1.3 with a decision for each passage of a pathway, which requires those that lead to it.
+
+    A fact of several passages is one input. A decision that links lead to has a first column for them, and no rule of it applies
+    where none of them comes to it.
+    """
+    root = _definitions("pathway", "Pathway", pathway.records)
+    names = _names(pathway.facts)
+    _add_inputs(root, pathway.order, names)
+    for record in pathway.order:
+        own = {fact.key: names[fact.key] for fact in record.tree.facts}
+        _add_decision(root, record, record.number, own, pathway.into[record.number])
+    return _written(root)
+
+
+def _definitions(kind: str, title: str, records: Sequence[TreeRecord]) -> ET.Element:
     ET.register_namespace("", _DMN)
     draft, said = _of_all(records)
-    name = f"{draft}Decision trees"
-    root = ET.Element(_tag("definitions"), {"id": "trees", "name": name, "namespace": "http://example.org/dmn"})
+    root = ET.Element(_tag("definitions"), {"id": kind, "name": f"{draft}{title}", "namespace": "http://example.org/dmn"})
     _text(root, "description", said)
-    for record, number in zip(records, _numbers(records), strict=True):
-        _add_decision(root, record, f"tree_{number}")
+    return root
+
+
+def _written(root: ET.Element) -> str:
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
@@ -111,33 +127,52 @@ def _of_all(records: Sequence[TreeRecord]) -> tuple[str, str]:
     return DRAFT if said != BEFORE_USE else "", said
 
 
-def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
-    tree, prefix = record.tree, f"{name}_"
-    for number, fact in enumerate(tree.facts, start=1):
-        data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
-        _text(data, "description", "\n".join([str(fact), *_absence_notes(record, (fact,))]))
-        ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
+def _add_inputs(root: ET.Element, records: Sequence[TreeRecord], names: _Names) -> None:
+    """An input for each fact, which says where the fact does not stand in a text."""
+    for key, name in names.items():
+        held = [(record, fact) for record in records for fact in record.tree.facts if fact.key == key]
+        said = [str(held[0][1]), *(note for record, fact in held for note in _absence_notes(record, (fact,)))]
+        data = ET.SubElement(root, _tag("inputData"), {"id": name, "name": name})
+        _text(data, "description", "\n".join(dict.fromkeys(said)))
+        ET.SubElement(data, _tag("variable"), {"name": name, "typeRef": "boolean"})
+
+
+def _add_decision(root: ET.Element, record: TreeRecord, number: int, names: _Names, links: Sequence[Link] = ()) -> None:
+    """A decision for a record.
+
+    Args:
+        links: those that lead to it; without any it is always decided.
+    """
+    tree, name = record.tree, f"tree_{number}"
+    prefix = f"{name}_"
     decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(marked(record, name_of(record)))})
     about = [f"{name}: {said}" for name, said in (("Population", record.population), ("Passage", record.passage)) if said]
+    document = ": ".join(filter(None, document_of(record)))
+    about += [f"{name}: {said}" for name, said in (("Passage id", record.more.get("passage_id")), ("Document", document)) if said]
     _text(decision, "description", "\n\n".join([before_use(record), *_notes_and_origin(record), *about]))
     ET.SubElement(decision, _tag("variable"), {"name": name})
-    for number in range(1, len(tree.facts) + 1):
+    required = [("requiredInput", one) for one in names.values()]
+    required += [("requiredDecision", one) for one in dict.fromkeys(f"tree_{link.start}" for link in links)]
+    for kind, one in required:
         needed = ET.SubElement(decision, _tag("informationRequirement"))
-        ET.SubElement(needed, _tag("requiredInput"), {"href": f"#{prefix}fact_{number}"})
+        ET.SubElement(needed, _tag(kind), {"href": f"#{one}"})
     conditions = _conditions(tree)
     made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
-    for i in conditions:
-        node = tree.nodes[i]
-        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(node.words)})
+    asked = [(f"node_{i + 1}", tree.nodes[i].words, _expression(tree.nodes[i], names)) for i in conditions]
+    if links:
+        said = " or ".join(f"passage {link.start} comes to node {link.node + 1}" for link in links)
+        asked.insert(0, ("reached", said, " or ".join(f"tree_{link.start}.node = {link.node + 1}" for link in links)))
+    for place, label, text in asked:
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}{place}", "label": clean(label)})
         expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
-        _text(expression, "text", _expression(node, tree, prefix))
+        _text(expression, "text", text)
     for output, type_ in (("node", "number"), ("recommendation", "string")):
         ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
-    for holds, leaf in rules_of(tree):
+    for leaf, holds in tree.ways.items():
         row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{leaf + 1}"})
         if absent := _absence_notes(record, tree.nodes[leaf].triples):
             _text(row, "description", "\n".join(absent))
-        answers = [str(holds.get(i, "-")).lower() for i in conditions]
+        answers = [*(["true"] if links else []), *(str(holds.get(i, "-")).lower() for i in conditions)]
         outputs = [str(leaf + 1), _feel(_recommendation(tree.nodes[leaf]))]
         for kind, values in (("input", answers), ("output", outputs)):
             for place, value in enumerate(values, start=1):
@@ -222,16 +257,17 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     business = marked(record, f"{name_of(record)}: {record.passage}" if record.passage else name_of(record))
     for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
-    inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in conditions)]
+    names = _names(tree.facts)
+    inputs = [(_line(node.words), _expression(node, names)) for node in (tree.nodes[i] for i in conditions)]
     inputs = inputs or [(_line(name_of(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
     absent = [_absence_notes(record, tree.nodes[i].triples) for i in conditions] or [[]]
-    names = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
-    definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(names, inputs, strict=True))
+    heads = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
+    definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(heads, inputs, strict=True))
     _row(sheet, 5, [*definitions, "", "", _ONE_ROW], bold=True)
     located = locate_tree(record.text, tree)
-    for place, (holds, leaf) in enumerate(rules_of(tree), start=6):
+    for place, (leaf, holds) in enumerate(tree.ways.items(), start=6):
         answers = [holds.get(i) for i in conditions] or [None]
         cells = [_answer(*one, answer) for one, answer in zip(inputs, answers, strict=True)]
         _row(sheet, place, [*cells, *_outputs(leaf, record, located[leaf], name)])

@@ -13,9 +13,10 @@ from gatewise_mdt.formats.gate import cleared
 from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
-from gatewise_mdt.formats.svg import drawing_of
+from gatewise_mdt.formats.svg import drawing_of, pathway_drawing_of
 from gatewise_mdt.formats.vignettes import vignettes_json, vignettes_text
 from gatewise_mdt.formats.words import words_for
+from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import TripleSpans, absent_triples, locate_tree, part_of
 from gatewise_mdt.tree import Triple, on_one_line
@@ -40,18 +41,22 @@ ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
 NOTICE = "Needs review by a clinician. Not medical advice."
 
 
-def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False) -> str:
+def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, links: Sequence[Link] | None = None) -> str:
     """Records in a format, as one text that ends in a line break.
 
     Args:
         format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number; "json" can be read back by
             :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
         drafts: formats that systems run take trees that are not approved, or have open items, too, and say DRAFT.
+        links: between the records, which are then one pathway: in FHIR a plan, in DMN decisions that require each other, in SVG a
+            picture. Those are followed that were accepted, with ``drafts`` those that are proposed, too.
 
     Raises:
-        GatewiseError: the format is no text, or cannot hold several, or a tree may not go out in it.
+        GatewiseError: the format is no text, or cannot hold several, or a tree may not go out in it, or the links make no pathway.
     """
     records = cleared(records, format, drafts)
+    if links is not None:
+        return _pathway(records, links, format, drafts)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
     if format in ONE_TREE and len(records) > 1:
@@ -69,6 +74,19 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False) 
         "dmn": tables.dmn_of,
     }
     return makers[format](records)
+
+
+def _pathway(records: Sequence[TreeRecord], links: Sequence[Link], format: str, drafts: bool) -> str:
+    makers: dict[str, Callable[[Pathway], str]] = {
+        "svg": pathway_drawing_of,
+        "fhir-r4": lambda pathway: _json(cpg.pathway_bundle_of(pathway, "R4")),
+        "fhir-r5": lambda pathway: _json(cpg.pathway_bundle_of(pathway, "R5")),
+        "dmn": tables.pathway_dmn_of,
+    }
+    if format not in makers:
+        raise GatewiseError(f"a pathway cannot be shown as {format}: expected one of {', '.join(makers)}")
+    followed = [link for link in links if link.state == "accepted" or (drafts and link.state == "proposed")]
+    return makers[format](Pathway(tuple(records), tuple(followed)))
 
 
 def _drawing(record: TreeRecord) -> str:
@@ -89,16 +107,18 @@ def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
     return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
 
 
-def write_view(records: Sequence[TreeRecord], format: str, path: str | Path, *, drafts: bool = False) -> Path:
+def write_view(
+    records: Sequence[TreeRecord], format: str, path: str | Path, *, drafts: bool = False, links: Sequence[Link] | None = None
+) -> Path:
     """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
 
     Raises:
         GatewiseError: as :func:`render`, or the place cannot be written.
     """
-    if format in WORKBOOKS:
+    if format in WORKBOOKS and links is None:
         content = tables.dak_of(cleared(records, format, drafts))
     else:
-        content = render(records, format, drafts=drafts).encode()
+        content = render(records, format, drafts=drafts, links=links).encode()
     with whole_file(path) as part:
         part.write_bytes(content)
     return Path(path)

@@ -5,7 +5,7 @@ Each way through the tree that a patient can take is that of one of the two; a v
 there are about half as many as ways. A patient has only the facts that matter to either; the others are not known.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gatewise_mdt.formats.orders import Order, choices_of, orders_of
@@ -46,7 +46,6 @@ class Vignette(NamedTuple):
 
 def vignettes(tree: DecisionTree) -> list[Vignette]:
     """As few vignettes as cover each way that a patient can take, in the order of the tree."""
-    ways = _ways(tree)
     made: list[Vignette] = []
     waiting: list[list[int]] = [[] for _ in tree.nodes]  # below each node the leaves that no vignette has yet
     for at in range(len(tree.nodes) - 1, -1, -1):
@@ -55,38 +54,28 @@ def vignettes(tree: DecisionTree) -> list[Vignette]:
             continue
         waiting[at] = waiting[both[0]] + waiting[both[1]]
         for leaf in waiting[both[0]]:
-            pairs = (one for other in waiting[both[1]] if (one := _pair(tree, ways, at, leaf, other)))
+            pairs = (one for other in waiting[both[1]] if (one := _pair(tree, at, leaf, other)))
             if found := next(pairs, None):
                 made.append(found)
                 waiting[at] = [one for one in waiting[at] if one not in (leaf, found.other and found.other.leaf)]
-    made += [one for leaf in waiting[0] if (one := _alone(tree, ways, leaf))]
+    made += [one for leaf in waiting[0] if (one := _alone(tree, leaf))]
     return sorted(made, key=lambda one: one.patient.leaf)
 
 
 def unreachable(tree: DecisionTree) -> list[int]:
     """The leaves that no patient comes to, since the conditions on the way contradict each other."""
-    return [leaf for leaf, way in _ways(tree).items() if next(_fitting(tree, list(way.items()), {}), None) is None]
+    return [leaf for leaf, way in tree.ways.items() if next(_fitting(tree, list(way.items()), {}), None) is None]
 
 
-def _ways(tree: DecisionTree) -> dict[int, dict[int, bool]]:
-    """For each leaf the conditions on the way to it, with their answers."""
-    ways: dict[int, dict[int, bool]] = {0: {}}
-    for at, both in enumerate(tree.children):
-        if both:
-            way = ways.pop(at)
-            ways |= {child: {**way, at: side} for child, side in zip(both, (True, False), strict=True)}
-    return ways
-
-
-def _alone(tree: DecisionTree, ways: Mapping[int, dict[int, bool]], leaf: int) -> Vignette | None:
+def _alone(tree: DecisionTree, leaf: int) -> Vignette | None:
     """A vignette for a leaf, with whichever other leaf takes the fewest facts; None where nobody comes to the leaf."""
     pairs = []
-    for at, side in ways[leaf].items():
-        others = (other for other, way in ways.items() if way.get(at, side) is not side)
-        pairs += [one for other in others if (one := _pair(tree, ways, at, leaf, other))]
+    for at, side in tree.ways[leaf].items():
+        others = (other for other, way in tree.ways.items() if way.get(at, side) is not side)
+        pairs += [one for other in others if (one := _pair(tree, at, leaf, other))]
     if pairs:
         return min(pairs, key=lambda one: (len(one.patient.facts), sum(one.patient.facts.values())))
-    facts = next(_fitting(tree, list(ways[leaf].items()), {}), None)
+    facts = next(_fitting(tree, list(tree.ways[leaf].items()), {}), None)
     return None if facts is None else Vignette(_patient(tree, facts, leaf))
 
 
@@ -95,14 +84,14 @@ def _patient(tree: DecisionTree, facts: Known, leaf: int) -> Patient:
     return Patient({fact: facts[fact] for fact in tree.facts if fact in facts}, leaf)
 
 
-def _pair(tree: DecisionTree, ways: Mapping[int, dict[int, bool]], at: int, leaf: int, other: int) -> Vignette | None:
+def _pair(tree: DecisionTree, at: int, leaf: int, other: int) -> Vignette | None:
     """Two patients, of two leaves on the two sides of a condition, who differ in one of its facts; None where there are none.
 
     The last fact of the condition is taken where it can be: the first often says what the condition is about.
     """
     first_of = {fact.key: fact for fact in tree.facts}
-    rest = [[(node, side) for node, side in ways[one].items() if node != at] for one in (leaf, other)]
-    node, side = tree.nodes[at], ways[leaf][at]
+    rest = [[(node, side) for node, side in tree.ways[one].items() if node != at] for one in (leaf, other)]
+    node, side = tree.nodes[at], tree.ways[leaf][at]
     for triple in reversed(node.triples):
         fact = first_of[triple.key]
         # All other facts of the condition are such that this one decides it.

@@ -58,13 +58,18 @@ for (const job of JSON.parse(fs.readFileSync(0, "utf8"))) {
   const [{ content: [{ data }] }] = kept("Library");
   const { errors, elm } = translated(Buffer.from(data, "base64").toString("utf8"));
   const { rootElement } = await new DmnModdle().fromXML(job.dmn);
-  const decision = rootElement.drgElement.find(one => one.$type === "dmn:Decision");
+  const decisions = rootElement.drgElement.filter(one => one.$type === "dmn:Decision"); // each after those that it requires
   const names = rootElement.drgElement.filter(one => one.$type === "dmn:InputData").map(one => one.name);
   const runs = [];
   for (const facts of job.combinations) {
     const known = await values(new cql.Library(elm), facts);
     const context = Object.fromEntries(names.map((name, i) => [name, facts[i]]));
-    runs.push({ cql: known, apply: await applied(job.bundle, plan, known), dmn: decided(decision, context) });
+    const made = {};
+    for (const decision of decisions) {
+      made[decision.name] = decided(decision, context);
+      context[decision.name] = made[decision.name][0] ?? null;
+    }
+    runs.push({ cql: known, apply: await applied(job.bundle, plan, known), dmn: made });
   }
   results.push({ errors, runs });
 }
