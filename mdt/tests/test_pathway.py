@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from fhir_rules import faults_of
-from gatewise_mdt import Link, Pathway, TreeRecord, propose_links, read_links, render, write_links, write_trees
-from mdt_trees import triple
+from gatewise_mdt import DecisionTree, Link, Pathway, TreeRecord, propose_links, read_links, render, write_links, write_trees
+from mdt_trees import node, triple
 from pathway_trees import guideline, random_pathway
 from typer.testing import CliRunner
 
@@ -53,6 +53,16 @@ def test_what_holds_on_the_way_leads_to_the_passage_about_it_but_not_in_another_
     assert 'it is about "adults with eGFR is below 30", and "eGFR is below 30" holds on the way' in link.reason
     assert link.node == 1
     assert propose_links([one, TreeRecord(two[1].text, other.tree, 2, {"sha256": "cd" * 32})]) == []
+
+
+def test_chinese_passages_are_joined_too() -> None:
+    treat = node("D", ["糖尿病患者", "治疗方案", "按慢性肾病处理"])
+    one = TreeRecord("糖尿病患者@若肾功能下降，按慢性肾病处理。", DecisionTree.from_preorder([treat]), 1, {"headings": ["糖尿病"]})
+    other = TreeRecord(
+        "糖尿病患者@慢性肾病：复查。", DecisionTree.from_preorder([node("D")]), 2, {"headings": ["糖尿病", "慢性肾病"]}
+    )
+    (link,) = propose_links([one, other])
+    assert link.reason == 'the decision names "慢性肾病"; a section within its own'
 
 
 # Who decides --------------------------------------------------------------------------------------------------------------
