@@ -262,7 +262,9 @@ def write_links(
 
 
 def _where(record: TreeRecord) -> dict[str, Any]:
-    known = {key: record.more[key] for key in ("passage_id", "source", "sha256", "place") if isinstance(record.more.get(key), str)}
+    known: dict[str, Any] = {
+        key: record.more[key] for key in ("passage_id", "source", "sha256", "place") if isinstance(record.more.get(key), str)
+    }
     return {"record": record.number, **known, "text": quoted_beginning(record.text)}
 
 

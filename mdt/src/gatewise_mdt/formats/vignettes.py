@@ -154,7 +154,7 @@ def vignettes_json(records: Sequence[TreeRecord]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for record in records:
         told = _Told(record.tree, words_for(record.tree.language))
-        known = {key: record.more[key] for key in ("passage_id", "sha256") if key in record.more}
+        known: dict[str, Any] = {key: record.more[key] for key in ("passage_id", "sha256") if key in record.more}
         said = {"text": record.text, "notice": BEFORE_USE, "beside": sentences_beside(record)}
         found = [told.as_json(one) for one in vignettes(record.tree)]
         nobody = [leaf + 1 for leaf in unreachable(record.tree)]
