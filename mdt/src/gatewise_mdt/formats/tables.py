@@ -162,8 +162,8 @@ def _add_decision(root: ET.Element, record: TreeRecord, number: int, names: _Nam
     if links:
         said = " or ".join(f"passage {link.start} comes to node {link.node + 1}" for link in links)
         asked.insert(0, ("reached", said, " or ".join(f"tree_{link.start}.node = {link.node + 1}" for link in links)))
-    for place, label, text in asked:
-        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}{place}", "label": clean(label)})
+    for key, label, text in asked:
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}{key}", "label": clean(label)})
         expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
         _text(expression, "text", text)
     for output, type_ in (("node", "number"), ("recommendation", "string")):
