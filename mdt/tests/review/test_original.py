@@ -57,18 +57,24 @@ def test_a_passage_of_a_pdf_is_marked_where_it_is_printed(printed: bytes) -> Non
     assert (table["pages"], table["name"]) == (1, "a.pdf")
 
 
-def test_what_is_cut_off_a_page_moves_no_mark() -> None:
+@pytest.mark.parametrize(
+    ("crop", "media", "size", "place"),
+    [((50, 100, 545, 792), b"[ 0 0 595 842 ]", (495, 692), (22, 92)), (None, b"[ 10 20 605 862]", (595, 842), (62, 162))],
+)
+def test_margins_and_corners_of_pages_move_no_mark(
+    crop: Any, media: bytes, size: tuple[float, float], place: tuple[float, float]
+) -> None:
+    """A printer's margins are cut off, or the page does not begin at its corner."""
     made = io.BytesIO()
-    canvas = Canvas(made, pagesize=(595, 842), cropBox=(50, 100, 545, 792))
+    canvas = Canvas(made, pagesize=(595, 842), cropBox=crop)
     canvas.drawString(72, 700, "Give colchicine 0.5 mg twice daily for an acute flare of gout.")
     canvas.save()
-    original = source_of(made.getvalue(), "a.pdf").original
+    original = source_of(made.getvalue().replace(b"[ 0 0 595 842 ]", media), "a.pdf").original
     assert original is not None
     ((_, x, y, _, height),) = original.around(0, 10)["regions"]
     shown = original.picture(1)
-    assert (shown["width"], shown["height"]) == (495, 692)
-    assert x == pytest.approx(72 - 50, abs=1)
-    assert y + height == pytest.approx(792 - 700, abs=4)
+    assert (shown["width"], shown["height"]) == size
+    assert (x, y + height) == pytest.approx(place, abs=3)
 
 
 def test_a_page_is_drawn_on_demand_in_bounds(printed: bytes) -> None:

@@ -129,7 +129,7 @@ def _page(page: Any) -> _Page:
     made = _Page(
         page.page_number,
         float(page.height),
-        (max(0.0, page.cropbox[0] - page.mediabox[0]), max(0.0, page.cropbox[1] - page.mediabox[1])),
+        (max(page.cropbox[0], page.mediabox[0]), max(page.cropbox[1], page.mediabox[1])),
         items_of(page),
         pictures={one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)},
         turned="".join(one["text"] for one in page.chars if not one["upright"]),
