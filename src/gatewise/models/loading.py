@@ -65,7 +65,7 @@ def embedded_for(name_or_path: str | Path) -> EmbeddedModel | None:
     if text in EMBEDDED:
         return EMBEDDED[text]
     model = next((one for one in EMBEDDED.values() if one.hub == text), None)
-    if model is None or Path(text).is_dir() or not (model.terms is None or fetched(model.name)) or _is_on_hub(text):
+    if model is None or Path(text).is_dir() or (model.by_name and not fetched(model.name)) or _is_on_hub(text):
         return None
     return model
 
