@@ -44,7 +44,7 @@ def convert_gguf(gguf: Path, out: Path, dtype: str = "float32", *, ends: Sequenc
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
         model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
         model.tie_weights()
-        eos = [config.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ends))] if ends else config.eos_token_id
+        eos = [config.eos_token_id, *(tokenizer.convert_tokens_to_ids(end) for end in ends)] if ends else config.eos_token_id
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=eos, pad_token_id=config.pad_token_id
         )
