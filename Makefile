@@ -1,14 +1,15 @@
-# make quickstart, make test, make test-lowest and make test-newest do all their own set-up on a fresh machine.
+# All of these do their own set-up on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 SERVE := .venv-serve
+DOCS := .venv-docs
 CPU_TORCH := 2.13.0+cpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest test-newest serve-env test-serve lint format clean python-is-new-enough
+.PHONY: quickstart test test-lowest test-newest serve-env test-serve docs lint format clean python-is-new-enough
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
@@ -36,6 +37,12 @@ test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
 	GATEWISE_VLLM_PYTHON=$(abspath $(SERVE)/bin/python) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  $(BIN)/python -m pytest tests/serving/test_vllm_routed.py tests/serving/server/test_with_vllm.py tests/serving/server/test_soak.py mdt/tests/extraction/test_in_vllm.py
 
+# The documentation as a site in build/site. A link, an anchor or a page that leads nowhere ends it. It needs no PyTorch: what is made
+# from the code is committed, see tools/reference.py.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "the site is in build/site: python3 -m http.server --directory build/site"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,7 +56,7 @@ python-is-new-enough:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "gatewise needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
 
-$(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python: | python-is-new-enough
+$(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python $(DOCS)/bin/python: | python-is-new-enough
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 # pip would compile what it installs on one core. This takes them all, and passes over the tests of packages.
@@ -70,6 +77,11 @@ $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_require
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --editable './mdt[dev]' --constraint $(LOWEST)/lowest.txt
 	@touch $@
 
+$(DOCS)/.installed: pyproject.toml | $(DOCS)/bin/python
+	$(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/docs.txt
+	@touch $@
+
 # PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them. Of gatewise-mdt the constraint
 # of trees is tried in vLLM, with the older llguidance that vLLM asks for.
 $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
@@ -83,4 +95,4 @@ $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(SERVE) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(SERVE) $(DOCS) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

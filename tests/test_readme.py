@@ -22,6 +22,8 @@ PAGES = [
     ROOT / "mdt/README.md",
     *sorted((ROOT / "mdt/docs").glob("*.md")),
 ]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
+"""Pages that tell of what is gone too, or of scripts: their links alone are followed."""
 PLACEHOLDERS = {
     "NAME",
     "json",
@@ -119,7 +121,12 @@ def test_commands_inside_sentences_exist(page: Path) -> None:
             assert not name.startswith("-") or name in options, f"{page.name}: `gatewise {line}` has no option {name}"
 
 
-@by_page
+def test_the_site_has_every_page() -> None:
+    named = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(page.relative_to(ROOT).as_posix() for page in (*PAGES, *OTHERS))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
