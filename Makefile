@@ -59,8 +59,9 @@ python-is-new-enough:
 $(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python $(DOCS)/bin/python: | python-is-new-enough
 	$(PYTHON) -m venv $(@:/bin/python=)
 
-# pip would compile what it installs on one core. This takes them all, and passes over the tests of packages.
-COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+# pip would compile what it installs on one core. This takes them all, and passes over the tests of packages and what is hardly used:
+# a quarter of it.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models|fhir|pip)/' $(VENV)/lib || true
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[cli]'

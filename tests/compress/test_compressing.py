@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 WITHIN = Goal(tolerance=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=["llama", "bert"])
+@pytest.fixture(scope="module", params=["llama"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose adapter tells nice from poor, and rows to measure and to train on. Queries do nothing: their B is tiny."""
     folder: Path = tmp_path_factory.mktemp(request.param)
@@ -68,6 +68,7 @@ def quick(adapter: Path, rows: Path, out: Path, goal: Goal, **settings: Any) -> 
 # ---------------------------------------------------------------- what it finds
 
 
+@pytest.mark.parametrize("folder", ["llama", "bert"], indirect=True, scope="module")
 def test_what_does_nothing_goes_and_the_rest_is_as_good(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter" / "allocation.json").write_text("{}")  # of rounds that left other ranks
     found = small(folder, tmp_path / "small")
@@ -106,7 +107,6 @@ def test_rows_that_are_sorted_by_label_are_fitted_on_in_another_order(tmp_path: 
     assert len(set(seen[0][:15])) == len(set(seen[0][15:])) == 2
 
 
-@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that holds by itself is not taken where the bounds that hold for all that was measured say otherwise."""
     first = small(folder, tmp_path / "first", Goal(tolerance=0.15))
@@ -239,7 +239,6 @@ def test_an_adapter_that_does_nothing_is_said_to(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_a_tolerance_that_nothing_meets_is_said_to(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter(range(100))
     original = search.qualities
@@ -383,7 +382,6 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     return Measuring(monkeypatch)
 
 
-@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_an_interrupted_search_goes_on(folder: Path, tmp_path: Path, measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "LOOKS", 4)
     settings: dict[str, Any] = {"recovery": Recovery(str(folder / "train.jsonl"), steps=10, learning_rate=0.01)}
