@@ -20,6 +20,10 @@ from gatewise_mdt.tree import DecisionTree
 
 SUFFIXES = (".json", ".jsonl")
 _OWN_KEYS = ("text", "tree")
+CARRIED_KEY = "carried"
+"""The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
+"place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
+"reviewed" who had approved or corrected it there, where nobody has yet for the newer text."""
 DOUBTFUL = 0.5
 """A node of less confidence is more likely wrong than right."""
 _REVIEWED = ("approved", "corrected")  # what a record's "review" may be, see gatewise_mdt.review.passage
@@ -90,6 +94,12 @@ class TreeRecord:
         """What a person said of items of the check, see :mod:`gatewise_mdt.checking.ticks`."""
         said = self.more.get("ticks")
         return tuple(one for one in said if isinstance(one, dict)) if isinstance(said, list | tuple) else ()
+
+    @property
+    def older_text(self) -> str:
+        """The text that its tree was made for, where the document has another one now; else empty."""
+        said = (self._object(CARRIED_KEY) or {}).get("text")
+        return said if isinstance(said, str) else ""
 
     @property
     def reviewed(self) -> dict[str, Any] | None:

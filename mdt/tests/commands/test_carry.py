@@ -8,6 +8,7 @@ import pytest
 from gatewise_mdt import read_trees
 from gatewise_mdt.review.session import Session
 from refusals import assert_refused
+from review_serving import tick_all
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -43,7 +44,7 @@ def reviewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, passage in enumerate(session.passages, start=1):
         session.begin(number, passage.version)
         session.edit(number, 1, "add_triple", {"node": 0, "parts": ["adults with gout", "therapeutic schedule", f"step {number}"]})
-        session.approve(number, 2)
+        session.approve(number, tick_all(session, number))
     session.save()
     session.close()
     return tmp_path

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree, read_trees
-from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.review.carrying import Carried, carry, difference
-from gatewise_mdt.review.passage import CARRIED_KEY, Passage, Version
+from gatewise_mdt.checking.changes import difference
+from gatewise_mdt.records import CARRIED_KEY, TreeRecord
+from gatewise_mdt.review.carrying import Carried, carry
+from gatewise_mdt.review.passage import Passage, Version
 from gatewise_mdt.review.session import By, Session
 from hypothesis import given
 from hypothesis import strategies as st
 from mdt_trees import TEXT, gout, node, properties, triple
+from review_serving import tick_all
 
 OTHER = "children with fever@If the fever lasts, give paracetamol."
 CHANGED = TEXT.replace("0.5 mg", "1 mg")
@@ -266,8 +268,7 @@ def test_a_review_keeps_what_was_carried_over(tmp_path: Path) -> None:
 
     session = open_new(tmp_path, with_other)
     assert [passage.now.state for passage in session.passages] == ["drafted", "approved"]
-    changed = session.passages[0]
-    session.approve(1, changed.version)
+    session.approve(1, tick_all(session, 1))
     session.save()
     session.close()
     assert {one.text: one.more["review"] for one in read_trees(session.files.out).records} == {

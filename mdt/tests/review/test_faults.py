@@ -14,6 +14,7 @@ from gatewise_mdt import DecisionTree
 from gatewise_mdt.review import Extracting, Session, sources
 from gatewise_mdt.review.passage import Version
 from mdt_trees import TEXT, gout, triple
+from review_serving import tick_all
 
 from gatewise.errors import GatewiseError
 
@@ -68,7 +69,7 @@ def test_a_full_disk_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     session.approve(1, 0)
     session.save()
     before = session.files.out.read_bytes()
-    session.approve(2, 0)
+    session.approve(2, tick_all(session, 2))
     with monkeypatch.context() as full:
 
         def write_text(self: Path, *_: Any, **__: Any) -> None:
@@ -98,7 +99,7 @@ def test_a_review_that_has_ended_writes_nothing_any_more(tmp_path: Path) -> None
     session = Session.open(file)
     session.close()
     again = Session.open(file)
-    again.approve(2, 0)
+    again.approve(2, tick_all(again, 2))
     kept = again.files.history.read_bytes()
     with pytest.raises(GatewiseError, match="has ended"):
         session.put(1, Version(gout(), "drafted", ("late",)), 0)
@@ -182,13 +183,14 @@ def test_an_approval_that_is_taken_back_leaves_what_was_before(tmp_path: Path) -
     session.approve(1, 0)
     session.approve(1, 1, approved=False)
     correct(session, 2)
-    session.approve(2, 1)
-    session.approve(2, 2, approved=False)
+    version = tick_all(session, 2)
+    session.approve(2, version)
+    session.approve(2, version + 1, approved=False)
     assert [passage.now.state for passage in session.passages] == ["drafted", "corrected"]
     session.approve(1, 2, approved=False)  # of what is not approved there is nothing to take back
     assert session.passage(1).version == 2
     assert session.save().records == 1
-    session.approve(2, 3)
+    session.approve(2, version + 2)
     session.close()
     again = Session.open(file)
     again.approve(2, again.passage(2).version, approved=False)

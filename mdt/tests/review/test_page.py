@@ -293,6 +293,23 @@ def test_what_a_tree_leaves_out_is_listed_in_place_of_the_green_line(review: Cal
     sync_api.expect(items.filter(has_text="empty tree")).to_have_count(0)
     sync_api.expect(dose).to_have_count(0)
     here.shot("items", full_page=True)
+    # With the keys: a word why for each, and then the tree can be approved.
+    left = items.count()
+    sync_api.expect(page.locator("#approve")).to_be_disabled()
+    items.first.locator("input[type=text]").focus()
+    page.keyboard.press("Enter")  # without a word nothing is ticked
+    for done in range(left):
+        sync_api.expect(page.locator("#items-list .ticked")).to_have_count(done)
+        page.keyboard.type(f"why {done}")
+        page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#approve")).to_be_focused()
+    here.validity("every item is ticked")
+    sync_api.expect(items.nth(left - 1)).to_contain_text(f"“why {left - 1}” Cora Weiss")
+    items.first.locator("input[type=checkbox]").uncheck()
+    sync_api.expect(page.locator("#approve")).to_be_disabled()
+    page.click("#undo")
+    page.click("#approve")
+    here.wait_state("approved")
     page.select_option("#language", "zh")
     sync_api.expect(page.locator("#items-list")).to_contain_text("禁忌缺失: “avoid colchicine.”")
 

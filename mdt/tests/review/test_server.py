@@ -295,7 +295,14 @@ def test_a_whole_review(call: Caller) -> None:
     assert "without triples" in answer["passage"]["fault"]["message"]
     answer = call("/api/undo", {"number": 1, "version": 2})[1]
     assert (answer["passage"]["fault"], answer["passage"]["redo"]) == (None, 1)
-    assert call("/api/approve", {"number": 1, "version": 3, "approved": True})[1]["passage"]["state"] == "approved"
+    status, refused = call("/api/approve", {"number": 1, "version": 3, "approved": True})
+    assert (status, "the tree cannot be approved yet, it has open items: " in refused["error"]) == (400, True)
+    for place, item in enumerate(answer["passage"]["items"]):
+        if not item["hint"]:
+            tick = {"number": 1, "version": answer["passage"]["version"], "item": place, "ticked": True, "why": HOSTILE}
+            answer = call("/api/tick", tick)[1]
+    approve = {"number": 1, "version": answer["passage"]["version"], "approved": True}
+    assert call("/api/approve", approve)[1]["passage"]["state"] == "approved"
     saved = call("/api/save", {})[1]
     assert saved["saved"]["records"] == 1
     (record,) = (json.loads(line) for line in Path(saved["saved"]["path"]).read_text(encoding="utf-8").split("\n") if line)

@@ -10,6 +10,7 @@ from gatewise_mdt import DecisionTree, read_trees, sample
 from gatewise_mdt.review.extracting import NOTHING_FOUND, Extracting
 from gatewise_mdt.review.session import Session
 from mdt_trees import TEXT, gout, node, triple
+from review_serving import tick_all
 
 from gatewise.errors import GatewiseError
 
@@ -155,7 +156,7 @@ def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> 
     out.write_text("".join(json.dumps({"text": text, "tree": gout(), "mine": 1}) + "\n" for text in (TEXT, OTHER, OTHER)))
     session = Session.open(str(trees), out)
     assert len(session.passages) == 4  # nothing says which record of two is of the one passage
-    session.approve(4, 0)
+    session.approve(4, tick_all(session, 4))
     assert session.save().records == 3
     assert [record.get("review") for record in lines(out)] == [None, None, "approved"]
     assert all(record["mine"] == 1 for record in lines(out))

@@ -12,10 +12,12 @@ from typing import Any
 from gatewise_mdt.checking.items import Item, items
 from gatewise_mdt.records import TreeRecord
 
+Tick = dict[str, Any]
+"""What it was given for, see :func:`key_of`, with "why", "by" (who) and "at" (when, in UTC)."""
 _MOST = 10  # items that a sentence names
 
 
-def key_of(item: Item, text: str) -> dict[str, Any]:
+def key_of(item: Item, text: str) -> Tick:
     """What a tick of an item is kept under, in the record of a text "population@passage"."""
     plain = " ".join(text.split())  # white space does not make another text
     return {
@@ -28,13 +30,13 @@ def key_of(item: Item, text: str) -> dict[str, Any]:
     }
 
 
-def looked_at(record: TreeRecord) -> list[tuple[Item, dict[str, Any] | None]]:
+def looked_at(record: TreeRecord) -> list[tuple[Item, Tick | None]]:
     """The items of a record with their ticks, None where there is none; hints have none."""
-    ticks = list(record.ticks)
-    return [(item, None if item.hint else tick_in(ticks, key_of(item, record.text))) for item in items(record)]
+    ticks = record.ticks
+    return [(item, tick_in(ticks, key_of(item, record.text)) if ticks and not item.hint else None) for item in items(record)]
 
 
-def tick_in(ticks: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
+def tick_in(ticks: Sequence[Tick], key: Tick) -> Tick | None:
     """The tick that was given under a key."""
     return next((tick for tick in ticks if all(tick.get(name) == value for name, value in key.items())), None)
 
@@ -48,6 +50,13 @@ def items_in_words(items: Sequence[Item]) -> str:
     """Items for a sentence: their kinds and words."""
     said = [f'{item.kind} "{_short(item.words)}"' for item in items[:_MOST]]
     return ", ".join(said) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
+
+
+def how_to_tick(items: Sequence[Item]) -> str:
+    """What is to be done about open items."""
+    return (
+        f"tick {'each' if len(items) > 1 else 'it'} in gatewise mdt review, with a word why it is no mistake, or correct the tree"
+    )
 
 
 def _short(words: str) -> str:

@@ -96,8 +96,8 @@ def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
-    from gatewise_mdt.review.carrying import difference
-    from gatewise_mdt.review.passage import CARRIED_KEY
+    from gatewise_mdt.checking.changes import difference
+    from gatewise_mdt.records import CARRIED_KEY
 
     by_number = {passage.number: passage for passage in passages}
     differences = {
@@ -115,7 +115,8 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         return
     approved = sum(by_number[number].now.state == "approved" for number in done.same)
     say(f"{len(passages)} passages, {len(records)} trees of the older review:")
-    say(f"  {len(done.same)} with the same text, {approved} of them approved")
+    held = sum(by_number[number].now.state == "approved" and bool(by_number[number].open_items) for number in done.same)
+    say(f"  {len(done.same)} with the same text, {approved} of them approved{f' ({held} with open items)' if held else ''}")
     say(f"  {len(done.changed)} changed, {len(done.new)} new, {len(done.gone)} gone")
     if done.kept:
         say(f"  {len(done.kept)} where the newer review stays as it is")

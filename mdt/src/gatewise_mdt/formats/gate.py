@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.checking.ticks import items_in_words, open_items
+from gatewise_mdt.checking.ticks import how_to_tick, items_in_words, open_items
 from gatewise_mdt.records import TreeRecord, quoted_beginning
 
 RUN = ("fhir-r4", "fhir-r5", "dmn", "dak")
 """The formats that systems run. The others are for people, or to be read back."""
 _MOST = 5  # trees that a sentence names
-_HOW = "tick each in gatewise mdt review, with a word why it is no mistake, or correct the tree"
-_DRAFTS = "--drafts takes drafts too, and marks all of them DRAFT"
+DRAFTS = "--drafts takes drafts too, and marks all of them DRAFT"
 
 
 def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) -> list[TreeRecord]:
@@ -31,12 +30,14 @@ def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) ->
     if unapproved := [record for record in records if not record.is_approved]:
         raise GatewiseError(
             f"{format} takes approved trees alone, and {_named(unapproved)} {_are(unapproved)} not approved: approve"
-            f" {'them' if len(unapproved) > 1 else 'it'} in gatewise mdt review; {_DRAFTS}"
+            f" {'them' if len(unapproved) > 1 else 'it'} in gatewise mdt review; {DRAFTS}"
         )
     if held := [(record, items) for record in records if (items := open_items(record))]:
         said = "; ".join(f"{_named([record])}: {items_in_words(items)}" for record, items in held[:_MOST])
         more = f"; and {len(held) - _MOST} more" if len(held) > _MOST else ""
-        raise GatewiseError(f"{format} takes no tree with open items, and there are some in {said}{more}: {_HOW}; {_DRAFTS}")
+        raise GatewiseError(
+            f"{format} takes no tree with open items, and there are some in {said}{more}: {how_to_tick(held[0][1])}; {DRAFTS}"
+        )
     return [replace(record, draft=False) for record in records]
 
 
@@ -46,7 +47,7 @@ def approved_alone(records: Sequence[TreeRecord], format: str, drafts: bool = Fa
     left = [] if format not in RUN or drafts else [record for record in records if not record.is_approved]
     if not left or len(left) == len(records):
         return list(records), ""
-    return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {_DRAFTS}"
+    return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {DRAFTS}"
 
 
 def _named(records: Sequence[TreeRecord]) -> str:

@@ -25,6 +25,7 @@ _CHANGES: dict[str, dict[str, type]] = {
     "undo": {},
     "redo": {},
     "approve": {"approved": bool},
+    "tick": {"item": int, "ticked": bool, "why": str},
     "take": {"extraction": int, "replaced": bool},
     "leave": {"extraction": int},
 }
@@ -93,6 +94,7 @@ class Review:
         if action in _CHANGES:
             more = [_given(asked, name, kind) for name, kind in _CHANGES[action].items()]
             change = getattr(session, action)
+            _text(asked, "why")
             return {"passage": self.passage(change(_integer(asked, "number"), _integer(asked, "version"), *more, by=by))}
         match action:
             case "comment":

@@ -73,7 +73,7 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
         if agreed:
             yield made, f"the tree of {a} and {b}"
             continue
-        other = version_of(passage.b)._replace(state="drafted", reviewed=None, of=b)
+        other = version_of(passage.b)._replace(state="drafted", reviewed=None, of=b, ticks=())
         yield replace(made, beside=other, extractions=1), f"{a}'s tree; beside it {b}'s tree"
     for i, records in enumerate((agreement.only_a, agreement.only_b)):
         for record in records:
@@ -92,4 +92,4 @@ def _passage(record: TreeRecord, origin: dict[str, Any], *, may_be_approved: boo
     made = replace(made, more={**made.more, ADJUDICATED_KEY: origin})
     if may_be_approved and made.now.state == "approved":
         return made
-    return replace(made, now=made.now._replace(state="drafted", reviewed=None))
+    return replace(made, now=made.now._replace(state="drafted", reviewed=None, ticks=()))

@@ -7,14 +7,14 @@ be shown. What has no counterpart is new, or gone. Nothing that a person did in 
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
 
 from gatewise_mdt.documents.passages import ORIGIN
-from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, Version, ids_of, lasting_keys, version_of
+from gatewise_mdt.records import CARRIED_KEY, TreeRecord
+from gatewise_mdt.review.passage import NOTHING, REVIEWED, Passage, Version, ids_of, lasting_keys, version_of
 from gatewise_mdt.wholes import pieces
 
 ALIKE = 0.6
@@ -95,20 +95,25 @@ def _matches(passages: Sequence[Passage], records: Sequence[TreeRecord]) -> dict
         else:
             found |= {j: (i, False) for i, j in zip(before, now.values(), strict=False)}
     taken = {i for i, _ in found.values()}
-    left = {i: _words(one.text) for i, one in enumerate(records) if i not in taken and _plain(one.text) not in newer}
+    left = {i: one.text for i, one in enumerate(records) if i not in taken and _plain(one.text) not in newer}
+    free = {j: passage.text for j, passage in enumerate(passages) if j not in found}
+    return found | {j: (i, False) for j, i in likest(left, free).items()}
+
+
+def likest(older: Mapping[int, str], newer: Mapping[int, str]) -> dict[int, int]:
+    """Place of a newer text -> that of the older one that it is most like, if it is like one; each comes once."""
+    olds = {i: _words(text) for i, text in older.items()}
     pairs: list[tuple[float, float, int, int]] = []
-    for j, passage in enumerate(passages):
-        if j in found:
-            continue
-        matcher = SequenceMatcher(None, b=_words(passage.text), autojunk=False)
-        for i, words in left.items():
+    for j, text in newer.items():
+        matcher = SequenceMatcher(None, b=_words(text), autojunk=False)
+        for i, words in olds.items():
             matcher.set_seq1(words)
             if matcher.real_quick_ratio() >= ALIKE and matcher.quick_ratio() >= ALIKE and (ratio := matcher.ratio()) >= ALIKE:
-                pairs.append((-ratio, abs(i / len(records) - j / len(passages)), i, j))
+                pairs.append((-ratio, abs(i / (max(older) + 1) - j / (max(newer) + 1)), i, j))
+    found: dict[int, int] = {}
     for _, _, i, j in sorted(pairs):
-        if i not in taken and j not in found:
-            taken.add(i)
-            found[j] = i, False
+        if i not in found.values() and j not in found:
+            found[j] = i
     return found
 
 
@@ -125,7 +130,7 @@ def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple
     version = version_of(record)
     if not same:  # how sure a model was of the old tree, it was for the old text
         sure = passage.now.confidence if passage.now.nodes == version.nodes else None
-        version = version._replace(state="drafted", reviewed=None, confidence=sure)
+        version = version._replace(state="drafted", reviewed=None, confidence=sure, ticks=())
     origin: dict[str, Any] = {"from": source}
     origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
     if _plain(record.text) != _plain(passage.text):
@@ -146,21 +151,33 @@ def _carried(passage: Passage, record: TreeRecord, version: Version, origin: dic
     return replace(passage.put_extraction(version, -1), more=more)
 
 
-def difference(old: str, new: str) -> list[tuple[str, str]]:
-    """Two texts in pieces, in the order of reading: "same" that both have, "gone" that only the old one has, "new" that only the
-    new one has.
+def reworded(passage: Passage, source: Passage) -> Passage:
+    """A passage whose text is another one in its document now: its tree is a draft, to be read against the new text.
 
-    Words, numbers with their units, ranges and fractions are taken whole (:mod:`gatewise_mdt.wholes`): "5 mg" became "50 mg", and
-    not "5" "50".
+    *Undo* does not go back behind it, to an approval of the old text. Where the document came with a newer tree, the old one lies
+    beside it; so does one that was approved, under a correction that nobody finished.
     """
-    before, after = pieces(old)[0], pieces(new)[0]
-    made: list[tuple[str, str]] = []
-    for operation, i, k, j, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        if operation == "equal":
-            made.append(("same", "".join(before[i:k])))
-        else:
-            made += [("gone", "".join(before[i:k])), ("new", "".join(after[j:m]))]
-    return [one for one in made if one[1]]
+    now, standing = passage.now, passage.now.standing
+    known = passage.more.get(CARRIED_KEY)
+    if now.state in REVIEWED or not isinstance(known, dict) or "text" not in known:  # else the tree is of a text before this one
+        known = {"from": str(passage.more.get("source") or "the earlier review"), "text": passage.text}
+        known |= {key: passage.more[key] for key in ("sha256", "place") if isinstance(passage.more.get(key), str)}
+        known |= {"reviewed": now.reviewed} if now.reviewed else {}
+    more = {**passage.more, **source.more, CARRIED_KEY: known}
+    made = replace(passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1)
+    made = replace(made, saved=None, past=(), future=())
+    if source.now.nodes is not None and source.now.nodes != now.nodes:
+        return replace(made, now=source.now, beside=_draft(standing or now), extractions=made.extractions + 1)
+    if standing is not None and standing.nodes != now.nodes and made.beside is None:
+        return replace(made, beside=_draft(standing), extractions=made.extractions + 1)
+    return made
+
+
+def _draft(version: Version) -> Version:
+    """A tree of another text, of which nobody has said yet that it is right for this one."""
+    if version.nodes is None:
+        return NOTHING
+    return version._replace(state="drafted", approved=None, reviewed=None, confidence=None, ticks=())
 
 
 def _content(record: TreeRecord) -> tuple[str, str, str]:

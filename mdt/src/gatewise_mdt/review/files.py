@@ -215,7 +215,11 @@ def change_row(passage: Passage) -> dict[str, Any]:
 def _version(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
-    held = version._asdict() | {"approved": _version(version.approved), "warnings": list(version.warnings)}
+    held = version._asdict() | {
+        "approved": _version(version.approved),
+        "warnings": list(version.warnings),
+        "ticks": list(version.ticks) or None,
+    }
     held["tree"] = held.pop("nodes")
     return {name: value for name, value in held.items() if name in ("tree", "warnings") or value not in (None, "")}
 
@@ -250,6 +254,8 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
     if before is None:
         before = Passage(entry.passage, row["text"], now, row["more"])
     past = before.past[:-1] if entry.action == "undo" else before.with_version(now).past
+    if entry.action == "text":  # the document has another text, or none: what was said of the old one does not come back
+        past = ()
     made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
     beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
     # What comes in may be what the file of corrections has. Histories of format 3 say so.
@@ -271,5 +277,6 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         extraction=held.get("extraction"),
         reviewed=held.get("reviewed"),
         of=str(held.get("of", "")),
+        ticks=tuple(one for one in held.get("ticks") or () if isinstance(one, dict)),
         confidence=confidence if confidence and nodes and len(confidence) == len(nodes) else None,
     )

@@ -6,7 +6,7 @@ import { tr } from "./words.js";
 const ACTIONS = { come: tr("brought it in"), add: tr("added it"), edit: tr("changed the tree"), begin: tr("began a tree"),
   undo: tr("took a change back"), redo: tr("made a change again"), approve: tr("approved it"), withdraw: tr("took the approval back"),
   extract: tr("had it extracted"), take: tr("took the other tree"), leave: tr("left the other tree"), carry: tr("carried it over"),
-  comment: tr("commented") };
+  comment: tr("commented"), text: tr("opened it with a changed text"), tick: tr("ticked an item"), untick: tr("took a tick back") };
 const two = number => String(number).padStart(2, "0");
 
 function hour(time) {
@@ -15,7 +15,7 @@ function hour(time) {
 }
 
 // Day and hour of this machine's time zone; what is no time stays as it is.
-function when(time) {
+export function when(time) {
   const at = new Date(time);
   return isNaN(at) ? time : `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${hour(time)}`;
 }

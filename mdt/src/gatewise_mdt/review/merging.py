@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
-from gatewise_mdt.records import TreeRecord, quoted_beginning
+from gatewise_mdt.records import CARRIED_KEY, TreeRecord, quoted_beginning
+from gatewise_mdt.review.carrying import likest, reworded
 from gatewise_mdt.review.files import Draft
-from gatewise_mdt.review.passage import Passage, lasting_keys, passage_of, version_of, with_ids
+from gatewise_mdt.review.passage import NOTHING, Passage, lasting_keys, passage_of, version_of, with_ids
 
 
 @dataclass
@@ -41,7 +42,8 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
 
     The history has the last word, unless another program changed a saved record meanwhile: then that one has, and the tree of the
     history can be had back by undoing. A saved record that may be of several passages becomes a passage of its own, so that no tree
-    passes for one that a person approved.
+    passes for one that a person approved. An approval is of a text: where that is another one in the document now, or is gone, the
+    tree is to be looked at again.
     """
     rows = _rows(with_ids(sources), draft)
     left = list(saved)
@@ -52,6 +54,10 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
                 for row, record in zip(places, records, strict=True):
                     row.record = record
                     left.remove(record)
+    documents = {_document(source) for source in sources}
+    carried = {_carried_text(row.old) for row in rows if row.old is not None and row.source is not None}
+    # Of what was put under a new text before, the file has the old record until it is saved.
+    left = [record for record in left if record.text not in carried or _document(record) not in documents]
     notes = [
         f"the file of corrections has a tree for {quoted_beginning(record.text)}, a text that comes several times, and nothing says"
         " for which of them: it is shown as a passage of its own"
@@ -59,7 +65,40 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
         if any(row.first.text == record.text for row in rows)
     ]
     rows += [_Row(record=record) for record in left]
-    return with_ids([_merged(row, draft, notes) for row in rows]), notes
+    made = [_merged(row, draft, notes) for row in rows]
+    news = (i for i, row in enumerate(rows) if row.source and row.record is None and (row.old is None or made[i].now == NOTHING))
+    olds = (i for i, row in enumerate(rows) if row.source is None and made[i].now != NOTHING)
+    fresh, texts = {i: made[i].text for i in news}, {source.text for source in sources}
+    lost = {i: made[i].text for i in olds if _document(made[i]) in documents and made[i].text not in texts}
+    pairs = likest(lost, fresh)
+    for j, i in pairs.items():
+        notes += _told(made[i], "changed in the document")
+        made[j] = reworded(made[i], made[j])
+    for i in lost.keys() - pairs.values():
+        if _document(made[i]) and made[i].now.standing is not None:
+            notes += _told(made[i], "is gone from the document")
+            made[i] = made[i].unapproved()
+    return with_ids([one for i, one in enumerate(made) if i not in pairs.values()]), notes
+
+
+def _document(one: Passage | TreeRecord) -> str:
+    """The document that a passage is of, or the file of trees; empty where it is not known."""
+    source = one.more.get("source")
+    return source if isinstance(source, str) else ""
+
+
+def _carried_text(passage: Passage) -> str:
+    known = passage.more.get(CARRIED_KEY)
+    return str(known.get("text", "")) if isinstance(known, dict) else ""
+
+
+def _told(passage: Passage, what: str) -> list[str]:
+    """What has to be said of an approval whose text is not that of the document."""
+    if passage.now.standing is None:
+        return []
+    by = f" by {passage.now.approver}" if passage.now.approver else ""
+    said = f"the text of {quoted_beginning(passage.text)} {what} since its tree was approved{by}: it is approved no more"
+    return [f"{said}; look at it again and save: until then the file of corrections has it as it was"]
 
 
 def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:

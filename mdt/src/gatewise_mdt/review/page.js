@@ -3,7 +3,7 @@
 import { Failed, WINDOW, base64, element, get, inOrder, post } from "./calls.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
-import { showItems } from "./items.js";
+import { isOpen, showItems } from "./items.js";
 import { listed, nextOpen, showList, stateOf, watchList } from "./list.js";
 import { showSource } from "./source.js";
 import { choose, language, tr, translatePage } from "./words.js";
@@ -77,7 +77,7 @@ function giveCommentBack(number, text) {
 
 // A change of the present passage as it was seen, after the ones asked for before it.
 function change(action, body = {}, then = () => {}, seen = passage.version) {
-  const { number } = passage, comment = takeComment(number);
+  const { number } = passage, comment = action === "tick" ? "" : takeComment(number); // a tick has words of its own
   return inOrder(() => send(number, action, { ...body, comment }, then, seen)).catch(failed);
 }
 
@@ -86,7 +86,7 @@ async function send(number, action, body, then, seen) {
   try {
     const answer = await post(`api/${action}`, { number, version, ...body });
     own.push({ number, from: version, to: answer.passage.version,
-      still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
+      still: ["approve", "tick", "leave"].includes(action) || STILL.includes(body.edit) });
     session = answer.session;
     if (passage && passage.number === number) setPassage(answer.passage);
     then();
@@ -321,11 +321,13 @@ function showTree() {
   at("extract").textContent = passage.nodes ? tr("Extract again") : tr("Extract");
   at("extract").title = session.extracts ? "" : session.reason;
   const approved = passage.state === "approved";
-  at("approve").disabled = !passage.valid;
+  const open = passage.items.filter(isOpen).length;
+  at("approve").disabled = !passage.valid || (!approved && open > 0);
+  at("approve").title = open ? tr("each item below has to be ticked first: {count} are open", { count: open }) : "";
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
-  showItems(at, passage, goTo);
+  showItems(at, passage, goTo, change);
   showSure();
   at("kept").hidden = !passage.kept;
   showBeside();
@@ -392,12 +394,16 @@ function showValidity() {
     place.className = "warn";
     const places = absent.flatMap((i, k) => [k ? ", " : "", goTo(i)]);
     place.replaceChildren(tr("A valid tree, but some phrases are not in the text: "), ...places);
-  } else if (passage.items.some(item => !item.hint)) {
+  } else if (passage.items.some(isOpen)) {
     place.className = "warn";
-    place.replaceChildren(tr("A valid tree, but look below at what it may have left out of the text or turned round."));
+    place.replaceChildren(passage.state === "approved"
+      ? tr("Approved, but with open items: systems that run trees do not get it until each is ticked below.")
+      : tr("A valid tree, but look below at what it may have left out of the text or turned round."));
   } else {
     place.className = "good";
-    place.replaceChildren(tr("A valid tree; every phrase is in the text, and the rules find nothing left out."));
+    place.replaceChildren(passage.items.some(item => item.tick)
+      ? tr("A valid tree; every phrase is in the text, and every item is ticked.")
+      : tr("A valid tree; every phrase is in the text, and the rules find nothing left out."));
   }
 }
 

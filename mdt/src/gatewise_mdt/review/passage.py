@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise_mdt.checking.items import Item, items_of
+from gatewise_mdt.checking.items import Item
+from gatewise_mdt.checking.ticks import Tick, how_to_tick, items_in_words, key_of, looked_at, tick_in
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
 from gatewise_mdt.records import TreeRecord
@@ -22,16 +23,12 @@ from gatewise_mdt.tree import DecisionTree
 State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
-# The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
-# "place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
-# "reviewed" who had approved or corrected it there, where nobody has yet for the newer text.
-CARRIED_KEY = "carried"
 # The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
 # "reviewed", what their records said under this key, and "agreed", whether both had the same tree.
 ADJUDICATED_KEY = "adjudicated"
 _MOST_STEPS = 200
 # What is said of one version of a tree, and is no longer true of the next.
-_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", "review", "extraction", "reviewed", "confidence")
+_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", "review", "extraction", "reviewed", "confidence", "ticks")
 
 
 class Version(NamedTuple):
@@ -48,6 +45,8 @@ class Version(NamedTuple):
         of: of the tree of another reviewer that lies beside one, whose it is.
         confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise_mdt.Extraction.confidence`; None
             for one that a person changed, and as a whole where no node has any.
+        ticks: what a person said of items of the check, see :mod:`gatewise_mdt.checking.ticks`; also of items that are there no
+            more, which may come back.
     """
 
     nodes: Nodes | None = None
@@ -58,6 +57,7 @@ class Version(NamedTuple):
     reviewed: dict[str, Any] | None = None
     of: str = ""
     confidence: tuple[float | None, ...] | None = None
+    ticks: tuple[Tick, ...] = ()
 
     @property
     def least(self) -> float | None:
@@ -181,7 +181,7 @@ class Passage:
             reviewed: who does it and when, see :class:`Version`. One that is approved already is then approved by them.
 
         Raises:
-            GatewiseError: there is no tree, or it is not valid.
+            GatewiseError: there is no tree, or it is not valid, or has open items, with which it could not go out.
         """
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet, so there is nothing to approve")
@@ -193,7 +193,40 @@ class Passage:
         if (fault := self.fault) is not None:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
-        return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
+        if items := self.open_items:
+            raise GatewiseError(
+                f"the tree cannot be approved yet, it has open items: {items_in_words(items)}: {how_to_tick(items)}"
+            )
+        ticks = tuple(tick for _, tick in self.looked_at if tick is not None)
+        return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed, ticks=ticks))
+
+    def tick(self, item: int, ticked: bool, why: str, reviewed: Mapping[str, Any]) -> "Passage":
+        """Says of an item of the check that a person looked at it, and why it is no mistake, or takes that back.
+
+        Args:
+            item: its place in ``looked_at``.
+            reviewed: who does it and when, see :class:`Version`.
+
+        Raises:
+            GatewiseError: there is no such item, or no word why; or the tick of an approved tree would go.
+        """
+        if not 0 <= item < len(self.looked_at) or self.looked_at[item][0].hint:
+            raise GatewiseError("there is no such item to tick: look at what there is now")
+        key = key_of(found := self.looked_at[item][0], self.text)
+        if ticked and not why.strip() and not found.is_change:
+            raise GatewiseError(
+                f"{items_in_words([found])} is ticked with a word why it is no mistake: give one, or correct the tree"
+            )
+        if not ticked and self.now.state == "approved":
+            raise GatewiseError("the tree is approved, and its ticks with it: take the approval back first")
+        others = tuple(tick for tick in self.now.ticks if tick_in([tick], key) is None)
+        said = {"why": why.strip(), **{name: reviewed[name] for name in ("by", "at") if name in reviewed}}
+        return self.with_version(self.now._replace(ticks=(*others, {**key, **said}) if ticked else others))
+
+    def unapproved(self) -> "Passage":
+        """With a tree that was right for a text which is not there any more; *Undo* brings no approval of it back."""
+        now = self.now._replace(state="corrected", approved=None, reviewed=None)
+        return replace(self, now=now, past=(), future=(), version=self.version + 1)
 
     def put_extraction(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
@@ -229,10 +262,14 @@ class Passage:
         return None if self.now.nodes is None else fault_of(self.now.nodes)
 
     @cached_property
-    def items(self) -> Sequence[Item]:
-        """What a valid tree seems to have lost of its text or turned round, see :func:`gatewise_mdt.checking.items.items_of`."""
-        text = self.text.partition("@")[2] if "@" in self.text else self.text
-        return items_of(text.strip(), DecisionTree.from_preorder(self.now.nodes)) if self.now.nodes and self.is_valid else ()
+    def looked_at(self) -> list[tuple[Item, Tick | None]]:
+        """The items of a valid tree, each with its tick, see :func:`gatewise_mdt.checking.ticks.looked_at`."""
+        return looked_at(self.record()) if self.is_valid else []
+
+    @property
+    def open_items(self) -> list[Item]:
+        """The items that are to be ticked before the tree is approved."""
+        return [item for item, tick in self.looked_at if tick is None and not item.hint]
 
     @property
     def is_valid(self) -> bool:
@@ -274,7 +311,7 @@ class Passage:
     @property
     def is_unsaved(self) -> bool:
         """True if the file of corrections has something else than the tree as it stands, or lacks the approved one under it."""
-        now, kept, saved = (one and (one.nodes, one.state, one.reviewed) for one in (self.now, self.kept, self.saved))
+        now, kept, saved = (one and (one.nodes, one.state, one.reviewed, one.ticks) for one in (self.now, self.kept, self.saved))
         return kept != saved or (now != saved and (self.now.state in REVIEWED or saved is not None))
 
     def record(self, version: Version | None = None) -> TreeRecord:
@@ -291,6 +328,8 @@ class Passage:
             more["extraction"] = version.extraction
         if version.confidence is not None:
             more["confidence"] = list(version.confidence)
+        if version.ticks:
+            more["ticks"] = list(version.ticks)
         if version.state in REVIEWED:
             more["review"] = version.state
             more |= {} if version.reviewed is None else {"reviewed": version.reviewed}
@@ -325,7 +364,8 @@ def version_of(record: TreeRecord) -> Version:
     state: State = named if named in REVIEWED else "drafted"
     reviewed = writable(record.reviewed) if state in REVIEWED else None
     made = Version(record.tree.to_preorder(), state, tuple(map(writable, record.warnings)), reviewed=reviewed)
-    return made._replace(extraction=writable(record.extraction), confidence=record.confidence)
+    made = made._replace(extraction=writable(record.extraction), confidence=record.confidence)
+    return made._replace(ticks=tuple(map(writable, record.ticks)))
 
 
 def lasting_keys(more: Mapping[str, Any]) -> dict[str, Any]:

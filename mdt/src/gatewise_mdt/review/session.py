@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from gatewise.checks import has_half_a_pair, is_whole, printable, writable
 from gatewise.errors import GatewiseError
+from gatewise_mdt.checking.ticks import items_in_words
 from gatewise_mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
@@ -98,12 +99,20 @@ class Session:
         self._lock = RLock()
         self._entries, self._last = list(draft.entries), draft.last
         self._passages = {passage.number: passage for passage in self._numbered(passages)}
+        held = [str(number) for number, one in self._passages.items() if one.now.state == "approved" and one.open_items]
+        if held:
+            self.notes.append(
+                f"approved, but with open items, so that systems that run trees do not get them until each item is ticked: passage"
+                f" {', '.join(held)}"
+            )
         # What the history does not have yet. It is made with the first change.
         self._opening: list[tuple[Entry, Mapping[str, Any]]] = []
         for number, passage in self._passages.items():
             known = draft.passages.get(number)
             if known is None or passage_row(known) != passage_row(passage):
-                self._opening.append((self._entry("come", NOBODY, passage), passage_row(passage)))
+                # What was said of another text of the document is not to be had back.
+                is_text = known is not None and (known.text != passage.text or (known.now != passage.now and not passage.past))
+                self._opening.append((self._entry("text" if is_text else "come", NOBODY, passage), passage_row(passage)))
         self._opening.append((self._entry("open", NOBODY), opening_row(self._passages.values())))
 
     @classmethod
@@ -280,6 +289,15 @@ class Session:
         """Marks a passage as read and right, or takes the mark away."""
         action = "approve" if approved else "withdraw"
         return self._change(action, number, version, by, lambda passage, reviewed: passage.set_approval(approved, reviewed))
+
+    def tick(self, number: int, version: int, item: int, ticked: bool, why: str = "", by: By = NOBODY) -> Passage:
+        """Ticks an item of the check, or takes the tick back, see :meth:`Passage.tick`. The history says which item it was."""
+        with self._lock:
+            known = self._seen(number, version).looked_at
+            said = items_in_words([known[item][0]]) if 0 <= item < len(known) else ""
+            by = by._replace(comment=f"{said}: {why.strip()}" if why.strip() else said)
+            action = "tick" if ticked else "untick"
+            return self._change(action, number, version, by, lambda passage, by: passage.tick(item, ticked, why, by))
 
     def take(self, number: int, version: int, extraction: int, replaced: bool = False, by: By = NOBODY) -> Passage:
         """Puts the extraction that lies beside a tree in its place, see :meth:`Passage.settle_extraction`."""

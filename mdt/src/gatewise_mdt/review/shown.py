@@ -5,19 +5,19 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from gatewise.checks import is_whole, printable
+from gatewise_mdt.checking.changes import difference
 from gatewise_mdt.documents.headings import lead_of, population_of
 from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.formats.page import pieces_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
 from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.formats.words import percent, words_for
-from gatewise_mdt.records import DOUBTFUL
+from gatewise_mdt.records import CARRIED_KEY, DOUBTFUL
 from gatewise_mdt.relations import RELATIONS
-from gatewise_mdt.review.carrying import difference
 from gatewise_mdt.review.edits import drawable, empty_tree
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.files import Entry
-from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version
+from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, Version
 from gatewise_mdt.review.session import Session
 from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree
@@ -48,7 +48,7 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
         "state": passage.now.state,
         "reviewed": _reviewed(passage.now),
         "valid": passage.is_valid,
-        "look": passage.now.state != "approved" and _has_doubts(passage),
+        "look": bool(passage.open_items) if passage.now.state == "approved" else _has_doubts(passage),
         "waiting": extracting is not None and extracting.is_waiting(passage),
         "error": extracting.fault(passage) if extracting else "",
         "least": _sure(passage.now.least),
@@ -61,7 +61,7 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
 
 def _has_doubts(passage: Passage) -> bool:
     """Whether something stands on its page that is to be looked at before it is approved."""
-    told = passage.now.warnings or _texts(passage.more.get("notes")) or any(not item.hint for item in passage.items)
+    told = passage.now.warnings or _texts(passage.more.get("notes")) or passage.open_items
     return bool(told) or passage.fault is not None or passage.beside is not None
 
 
@@ -151,16 +151,21 @@ def source_json(session: Session, passage: Passage) -> dict[str, Any]:
 
 
 def _items(passage: Passage) -> list[dict[str, Any]]:
-    """What the tree seems to have lost of its text, with the places of the words as a browser counts them in what is shown."""
+    """What the tree seems to have lost of its text, with the places of the words as a browser counts them in what is shown, and
+    who ticked it and why."""
     after = passage.text.partition("@")[2] if "@" in passage.text else passage.text
     before = len(after) - len(after.lstrip())
 
     def counted(place: int) -> int:
         return len(printable(after[: before + place]).encode("utf-16-le", "surrogatepass")) // 2
 
-    made = [item.to_json() for item in passage.items]
-    shown = [{**item, "words": printable(item["words"]), "sentence": printable(item["sentence"])} for item in made]
-    return [{**item, "place": item["place"] and [counted(place) for place in item["place"]]} for item in shown]
+    made = []
+    for item, tick in passage.looked_at:
+        texts = {"words": printable(item.words), "sentence": printable(item.sentence), "is_change": item.is_change}
+        place = None if item.start is None or item.end is None else [counted(item.start), counted(item.end)]
+        said = tick and {name: printable(str(tick.get(name, ""))) for name in ("why", "by", "at")}
+        made.append({**item.to_json(), **texts, "place": place, "tick": said})
+    return made
 
 
 def _reviewed(version: Version) -> dict[str, str] | None:
