@@ -55,7 +55,7 @@ function line(item, place, at, passage, goTo, change) {
     const who = [item.tick.by, item.tick.at && when(item.tick.at)].filter(Boolean).join(", ");
     box.disabled = passage.state === "approved";
     box.addEventListener("change", () => change("tick", { item: place, ticked: false, why: "" }, () => { next = box.id; }));
-    return element("li", { class: "ticked" }, box, " ", ...said(item, block, goTo), " ",
+    return element("li", { class: "ticked" }, box, element("span", {}, ...said(item, block, goTo)),
       element("span", { class: "hint", text: [item.tick.why && `“${item.tick.why}”`, who].filter(Boolean).join(" ") }));
   }
   const why = element("input", { type: "text", id: `why-${place}`, maxlength: 500, autocomplete: "off", list: "whys",
@@ -79,7 +79,7 @@ function line(item, place, at, passage, goTo, change) {
   why.addEventListener("keydown", event => {
     if (event.key === "Enter" && !event.isComposing) tick();
   });
-  return element("li", {}, box, " ", ...said(item, block, goTo), why);
+  return element("li", {}, box, element("span", {}, ...said(item, block, goTo)), why);
 }
 
 // Fills the list in a place of the page; the words of an item are selected in the passage when it is pressed.
