@@ -443,7 +443,12 @@ def test_places_on_the_page_are_those_of_the_words_as_shown() -> None:
     )
     said = passage_json(passage)
     assert "\u202e" not in "".join(
-        [said["title"], *said["headings"], *said["notes"], *(item["sentence"] for item in said["items"])]
+        [
+            *(piece for piece, _ in said["population"]),
+            *said["headings"],
+            *said["notes"],
+            *(item["sentence"] for item in said["items"]),
+        ]
     )
     shown = "".join(text for text, _ in said["passage"]).encode("utf-16-le")
     places = [(item["words"], item["place"]) for item in said["items"] if item["kind"] == "prohibition"]
