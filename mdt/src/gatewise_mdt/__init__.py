@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.checking.items import Item, items
     from gatewise_mdt.checking.ticks import open_items
     from gatewise_mdt.evaluation.agreement import Agreement, agree
+    from gatewise_mdt.evaluation.differences import Difference, differences
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
     from gatewise_mdt.extraction.extractor import Extraction, Extractor, measure
@@ -59,6 +60,7 @@ _HOME = {
     "checking.items": ("Item", "items"),
     "checking.ticks": ("open_items",),
     "evaluation.agreement": ("Agreement", "agree"),
+    "evaluation.differences": ("Difference", "differences"),
     "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
     "extraction.extractor": ("Extraction", "Extractor", "measure"),
@@ -80,6 +82,7 @@ __all__ = [
     "Agreement",
     "Decision",
     "DecisionTree",
+    "Difference",
     "Extraction",
     "Extractor",
     "Item",
@@ -101,6 +104,7 @@ __all__ = [
     "Vignette",
     "agree",
     "count_mistakes",
+    "differences",
     "evaluate",
     "in_text_order",
     "items",

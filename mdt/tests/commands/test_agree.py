@@ -58,13 +58,14 @@ BOTH = ("ada.review.jsonl", "ben.review.jsonl")
 def test_agree_prints_measures_and_what_differs(gatewise: Gatewise) -> None:
     result = gatewise(*BOTH)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("Ada and Ben: 3 passages in both\n")
+    assert result.stdout.startswith("Ada and Ben: 3 passages in both, 2 with the same tree\n")
     # Triples: 7 + 6 + 7 of 21 are shared; trees: 2 of 3.
     for said in ("F1 of triples", "0.952", "same trees", "0.667", "kappa of characters", "Only Ada has record 4"):
         assert said in result.stdout
     words = "adults with gout | drug therapy |"
-    assert f"  other words: Ada: {words} colchicine; Ben: {words} low-dose colchicine\n" in result.stdout
-    assert "Passage 1" not in result.stdout
+    differs = f"\nother dose: 1\n  2 (amount): {TEXT[:69]}…\n     Ada, node 2: {words} colchicine\n"
+    differs += f"     Ben, node 2: {words} low-dose colchicine\n"
+    assert result.stdout.partition("F1 of triples")[0].count(differs) == 1  # what differs comes before the figures
     assert "\x1b" not in result.stdout
     assert result.stderr == ""
 
@@ -163,6 +164,7 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
             {"names": ["Ada"], "agreed": False},
         ]
         assert shown[1]["extraction"]["of"] == "Ben"
+        assert [(one["kind"], one["what"]) for one in shown[1]["extraction"]["differences"]] == [("other dose", "amount")]
     finally:
         session.close()
 
@@ -205,7 +207,10 @@ def test_what_an_adjudicator_decides_is_kept_and_can_be_compared(gatewise: Gatew
     assert json.loads(gatewise(THIRD, BOTH[1], "--json").stdout)["pairs"][0]["tree_agreement"] == 1
     against_ada = gatewise(THIRD, BOTH[0])
     assert against_ada.exit_code == 0, against_ada.output
-    assert "third.review.jsonl: adults with gout | drug therapy | low-dose colchicine; Ada: " in against_ada.stdout
+    assert (
+        "third.review.jsonl, node 2: adults with gout | drug therapy | low-dose colchicine\n     Ada, node 2: "
+        in against_ada.stdout
+    )
 
 
 def test_an_adjudicators_files_are_never_written_over(gatewise: Gatewise, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree
+from gatewise_mdt.evaluation.differences import KINDS, WHAT
 from gatewise_mdt.review import Extracting, Review, Session
 from gatewise_mdt.review import server as server_module
 from gatewise_mdt.review.server import ReviewServer
@@ -142,7 +143,7 @@ def test_all_words_of_the_page_are_there_in_chinese() -> None:
     folder = resources.files("gatewise_mdt.review")
     scripts = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
-    asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
+    asked = set(re.findall(r'\btr\("([^"]+)"', scripts)) | {*KINDS, *WHAT}
     page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
     texts = {text.strip() for text in re.findall(r">([^<>]+)<", page)} | set(re.findall(r'(?:aria-label|title)="([^"]+)"', page))
     standing = {text for text in texts if re.search(r"[A-Za-z]{3}", text) and not text.startswith("Ctrl+")} - {"English"}

@@ -188,7 +188,7 @@ def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
         ends = [*(match.span() for match in _PARTS.finditer(text, *clause)), (clause.end, clause.end)]
         begin = clause.begin
         for end, after in ends:
-            words = [one for one in _contents(text, Span(begin, end)) if not any(map(one[0].overlaps, skipped))]
+            words = [one for one in contents(text, Span(begin, end)) if not any(map(one[0].overlaps, skipped))]
             lost = [(span, weight) for span, weight in words if not cover.touches(span)]
             implied = any(Span(begin, end).holds(one.span) for one in cover.implied)
             for run in _runs(words, lost):
@@ -216,7 +216,7 @@ def _runs(words: list[tuple[Span, int]], lost: list[tuple[Span, int]]) -> Iterat
         yield run
 
 
-def _contents(text: str, clause: Span) -> Iterator[tuple[Span, int]]:
+def contents(text: str, clause: Span) -> Iterator[tuple[Span, int]]:
     """The words that say something, with their weights."""
     for match in re.compile(rf"[{HAN}]+|[^\W{HAN}_](?:[^\s{HAN},;:()，；：、。（）]*[^\W{HAN}_])?").finditer(text, *clause):
         if re.match(rf"[{HAN}]", match[0]):

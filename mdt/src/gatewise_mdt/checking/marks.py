@@ -144,7 +144,7 @@ def quantities(text: str) -> set[tuple[str, str]]:
 
 # ---- limits and frequencies ----
 
-_LIMIT = re.compile(
+LIMIT = re.compile(
     r"[<>≤≥]=?|"
     + _words(
         "max(?:imum|imal|imally)?",
@@ -161,8 +161,8 @@ _LIMIT = re.compile(
     + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
     r"|不少于|不多于|不足|极量"
 )
-_BELOW = re.compile(r"<|≤|below|under|less|fewer|lower|younger|smaller|[小低少]于|不足|以下")
-_ABOVE = re.compile(r">|≥|above|over|more|greater|higher|older|larger|exceed|[大高多]于|(?<!不)超过|以上")
+BELOW = re.compile(r"<|≤|below|under|less|fewer|lower|younger|smaller|[小低少]于|不足|以下")
+ABOVE = re.compile(r">|≥|above|over|more|greater|higher|older|larger|exceed|[大高多]于|(?<!不)超过|以上")
 _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily dose of bisoprolol for these patients is 5 mg"
     r"[^.;。,<>≤≥\d]{0,60}"
 )
@@ -190,7 +190,7 @@ _FREQUENCY = re.compile(
     rf"|(?:{DIGITS}|{_HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{_HAN_DIGITS})次"
     rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
 )
-_DAILY = re.compile(  # counts only beside a dose
+DAILY = re.compile(  # counts only beside a dose
     _words(
         "daily", "(?:per|a|each|every) day", "/ ?d(?:ay)?", "at (?:night|bedtime)|nocte", "prn|as (?:needed|required)|when required"
     )
@@ -198,7 +198,7 @@ _DAILY = re.compile(  # counts only beside a dose
 )
 
 
-_ROUTE = re.compile(
+ROUTE = re.compile(
     _words(
         "(?:intravenous|intramuscular|subcutaneous|intrathecal|sublingual|oral|rectal|topical)(?:ly)?",
         "by mouth|inhaled|nebuli[sz]ed",
@@ -386,7 +386,7 @@ class Marks:
     def limits(self) -> list[Limit]:
         """The words that make a number a limit; those without a number are left out."""
         found = []
-        for match in _LIMIT.finditer(self.text):
+        for match in LIMIT.finditer(self.text):
             after = next((one for one in self.numbers if one.begin >= match.end()), None)
             before = next((one for one in reversed(self.numbers) if one.end <= match.start()), None)
             behind = before and _AFTER_NUMBER.fullmatch(self.text, before.digits[-1].end, match.start())
@@ -402,7 +402,7 @@ class Marks:
         """Numbers that are limits, and whether they are so from above ("below 140/90")."""
         said = [(limit.number, self.text[limit.words.begin : limit.words.end]) for limit in self.limits]
         found = {
-            number: [(bool(_BELOW.search(words)), bool(_ABOVE.search(words))) for one, words in said if one == number]
+            number: [(bool(BELOW.search(words)), bool(ABOVE.search(words))) for one, words in said if one == number]
             for number, _ in said
         }
         return {number: kinds[0][0] for number, kinds in found.items() if len(kinds) == 1 and kinds[0][0] != kinds[0][1]}
@@ -423,14 +423,14 @@ class Marks:
     @cached_property
     def daily(self) -> list[tuple[Span, Number]]:
         """ "daily", "per day", 每日 beside a dose, with the dose."""
-        spans = [Span(*match.span()) for match in _DAILY.finditer(self.text)]
+        spans = [Span(*match.span()) for match in DAILY.finditer(self.text)]
         alone = [one for one in spans if not any(other.begin <= one.begin < other.end for other, _ in self.frequencies)]
         return [(one, dose) for one in alone if (dose := self._dose_beside(one)) is not None]
 
     @cached_property
     def routes(self) -> list[tuple[Span, Number]]:
         """By which way a dose is given, with the dose beside it."""
-        spans = [Span(*match.span()) for match in _ROUTE.finditer(self.text)]
+        spans = [Span(*match.span()) for match in ROUTE.finditer(self.text)]
         found = [(one, dose) for one in spans if (dose := self._dose_beside(one)) is not None]
         return [(one, dose) for one, dose in found if not self.text[: dose.end].endswith("kg")]  # which weighs a patient
 

@@ -28,22 +28,6 @@ _MEASURES = {
     "tree_agreement": "same trees",
     "ter": "tree edit ratio",
 }
-# A mistake -> what it is called where neither of the two trees is the right one.
-_KINDS = {
-    "missed triple": "triple of one",
-    "invented triple": "triple of one",
-    "wrong span": "other words",
-    "wrong subject": "other subject",
-    "wrong relation": "other relation",
-    "several parts": "alike",
-    "wrong grouping": "other grouping",
-    "wrong join": "and / or",
-    "wrong role": "condition or decision",
-    "wrong side": "other branch",
-    "wrong depth": "other depth",
-    "missed node": "node of one",
-    "extra node": "node of one",
-}
 
 
 def agree(
@@ -64,11 +48,11 @@ def agree(
     as_json: JsonOption = False,
     strict: StrictOption = False,
 ) -> None:
-    """Compare the trees of two reviewers: measures of agreement with 95% intervals, and what differs in each passage.
+    """Compare the trees of two reviewers: what differs, the most dangerous first, then measures of agreement with 95% intervals.
 
-    Passages are paired by their text. F1 of triples, nodes and paths and the tree edit ratio are those of mdt evaluate, and do not
-    depend on the order of the files; Cohen's kappa is given where chance agreement is defined. More than two files are compared in
-    pairs. Records with a fault are left out and named at the end, and the exit code is then 2.
+    First come contrary orders (given and prohibited), then other doses, other conditions, what only one tree has, and other words.
+    Passages are paired by their text, and more than two files are compared in pairs. Records with a fault are left out and named at
+    the end, and the exit code is then 2.
 
     \b
     Examples:
@@ -116,7 +100,21 @@ def _show(agreement: "Agreement") -> None:
 
     console, count = Console(highlight=False), len(agreement.passages)
     a, b = agreement.names
-    console.print(Text(printable(f"{a} and {b}: {count} {'passage' if count == 1 else 'passages'} in both")))
+    same = sum(passage.same for passage in agreement.passages)
+    console.print(Text(printable(f"{a} and {b}: {_passages(count)} in both, {same or 'none'} with the same tree")), soft_wrap=True)
+    kind = ""
+    for passage, one in agreement.differences:
+        if one.kind != kind:
+            kind = one.kind
+            console.print(Text(f"\n{kind}: {sum(other.kind == kind for _, other in agreement.differences)}", style="bold"))
+        numbers = "/".join(str(number) for number in dict.fromkeys((passage.a.number, passage.b.number)))
+        console.print(
+            Text(printable(f"  {numbers}{one.what and f' ({one.what})'}: {_clipped(passage.a.text, 70)}")), soft_wrap=True
+        )
+        for name, said, node in zip(agreement.names, (one.a, one.b), one.nodes, strict=True):
+            if node is not None:
+                console.print(Text(printable(f"     {name}, node {node + 1}: {said}")), soft_wrap=True)
+    console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "value", "95% interval"):
         table.add_column(column, justify="right" if column == "value" else "left")
@@ -125,22 +123,18 @@ def _show(agreement: "Agreement") -> None:
     kappa = "not defined" if agreement.kappa is None else f"{agreement.kappa:.3f}"
     table.add_row("kappa of characters", kappa, _interval(agreement, "kappa"))
     console.print(table)
-    remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {count} passages."] if agreement.intervals else []
+    remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {_passages(count)}."] if agreement.intervals else []
     for name, records in zip(agreement.names, (agreement.only_a, agreement.only_b), strict=True):
         if records:
             listed = "; ".join(f'record {record.number}, "{_clipped(record.text, 40)}"' for record in records)
             remarks.append(f"Only {name} has {listed}.")
     for remark in [*remarks, *agreement.notes]:
         console.print(Text(printable(remark)), soft_wrap=True)
-    for passage in agreement.passages:
-        if passage.same:
-            continue
-        numbers = "/".join(str(number) for number in dict.fromkeys((passage.a.number, passage.b.number)))
-        console.print(Text(printable(f"\n{numbers}. {_clipped(passage.a.text, 100)}"), style="bold"), soft_wrap=True)
-        for one in passage.differences:
-            sides = [f"{name}: {said}" for name, said in zip(agreement.names, (one.gold, one.predicted), strict=True) if said]
-            console.print(Text(printable(f"  {_KINDS[one.kind]}: {'; '.join(sides)}")), soft_wrap=True)
     console.print(Text(f"\n{NOTICE}"), soft_wrap=True)
+
+
+def _passages(count: int) -> str:
+    return "1 passage" if count == 1 else f"{count} passages"
 
 
 def _interval(agreement: "Agreement", name: str) -> str:

@@ -33,9 +33,9 @@ import numpy as np
 from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.passages import PASSAGE_ID
+from gatewise_mdt.evaluation.differences import KINDS, Difference, differences
 from gatewise_mdt.evaluation.intervals import intervals
 from gatewise_mdt.evaluation.metrics import Counts, count_trees, rates
-from gatewise_mdt.evaluation.mistakes import Mistake, mistakes
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.relations import Language, relation_in
 from gatewise_mdt.spans import locate_tree
@@ -55,7 +55,7 @@ class PassageAgreement:
         trees: both trees as they are compared: A's words for relations, phrases in NFC with single spaces.
         text: the text that they are of, in the same form.
         values: the :data:`MEASURES`.
-        differences: B's mistakes if A's tree is the gold one; none exactly where the trees are the same.
+        differences: the most dangerous first; none exactly where the trees are the same.
     """
 
     a: TreeRecord
@@ -63,7 +63,7 @@ class PassageAgreement:
     text: str
     trees: tuple[DecisionTree, DecisionTree]
     values: dict[str, float]
-    differences: tuple[Mistake, ...]
+    differences: tuple[Difference, ...]
 
     @property
     def same(self) -> bool:
@@ -76,7 +76,6 @@ class PassageAgreement:
             "b": _record_json(self.b),
             "same": self.same,
             **{name: value for name, value in self.values.items() if name != "tree_agreement"},
-            "differences": [{"kind": one.kind, "a": one.gold, "b": one.predicted} for one in self.differences],
         }
 
 
@@ -105,6 +104,12 @@ class Agreement:
     intervals: dict[str, dict[str, float]]
     notes: tuple[str, ...]
 
+    @property
+    def differences(self) -> list[tuple[PassageAgreement, Difference]]:
+        """All that differs, with its passage: the most dangerous first, then in the order of the passages."""
+        found = [(passage, one) for passage in self.passages for one in passage.differences]
+        return sorted(found, key=lambda both: KINDS.index(both[1].kind))
+
     def to_json(self) -> dict[str, Any]:
         """As in ``gatewise mdt agree --json``."""
         a, b = ({"name": name, "file": file} for name, file in zip(self.names, self.files, strict=True))
@@ -113,6 +118,9 @@ class Agreement:
             "b": b,
             "passages": len(self.passages),
             "same": sum(passage.same for passage in self.passages),
+            "differences": [
+                {**one._asdict(), "records": [passage.a.number, passage.b.number]} for passage, one in self.differences
+            ],
             **self.values,
             "kappa": self.kappa,
             "intervals": self.intervals,
@@ -154,7 +162,7 @@ def agree(
             text,
             trees,
             _plain_numbers(_measures({name: column[row] for name, column in counts.items()})),
-            tuple(mistakes(*trees, repair=True)),
+            tuple(differences(*trees)),
         )
         for row, ((i, j), (text, trees)) in enumerate(zip(pairs, compared, strict=True))
     ]

@@ -140,7 +140,7 @@ def _triple_mistakes(wanted: Sequence[PlainNode], found: Sequence[PlainNode], ri
 
 def _likeness(one: PlainTriple, other: PlainTriple) -> tuple[int, float, str] | None:
     """How far two triples are from each other (the kind first, then how unlike the phrases are), or None if they are not alike."""
-    subjects, objects = _alike(one[0], other[0]), _alike(one[2], other[2])
+    subjects, objects = alike(one[0], other[0]), alike(one[2], other[2])
     if not objects:
         return None
     unlike, same_relation = 2.0 - subjects - objects, one[1] == other[1]
@@ -153,7 +153,7 @@ def _likeness(one: PlainTriple, other: PlainTriple) -> tuple[int, float, str] | 
     return 2, unlike, "several parts"
 
 
-def _alike(one: str, other: str) -> float:
+def alike(one: str, other: str) -> float:
     """1 for the same phrase, less for phrases that share a run of words, 0 for phrases that are not alike."""
     if one == other:
         return 1.0

@@ -111,16 +111,16 @@ def _order(triple: Triple, doses: tuple[Triple, ...]) -> Order:
         return Order(triple, "text", why_text="is a dose of which it is not certain which drug of the decision it is of")
     if kind == "fact":
         return Order(triple, "text", why_text=f"is no order ({relation_in(triple.relation, 'en')})")
-    if kind == "avoid" and _is_negated(triple.object, stopped=True):
+    if kind == "avoid" and is_negated(triple.object, stopped=True):
         return Order(triple, "text", doses, "has a negation, so that it is not certain whether the drug is to be avoided or given")
-    if kind != "avoid" and _is_negated(triple.object, stopped=kind == "drug"):
+    if kind != "avoid" and is_negated(triple.object, stopped=kind == "drug"):
         return Order(
             triple, "text", doses, "has a negation or stops something, and only prohibited drugs are taken as not to be done"
         )
     return Order(triple, kind, doses)
 
 
-def _is_negated(words: str, *, stopped: bool) -> bool:
+def is_negated(words: str, *, stopped: bool) -> bool:
     """Whether words say that something is not done, or with ``stopped`` that it is ended. To stop something may be a measure."""
     left = _NO_NEGATION.sub("·", words)
     return bool(_BEGINS_NEGATED.match(left) or _NEGATED.search(left) or (stopped and _STOPPED.search(left)))

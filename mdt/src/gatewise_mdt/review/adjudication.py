@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.evaluation.agreement import Agreement, PassageAgreement
+from gatewise_mdt.evaluation.agreement import Agreement
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review.files import ReviewFiles
 from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, passage_of, version_of
 from gatewise_mdt.review.session import Session
-from gatewise_mdt.wholes import fold
 
 
 def check_new(out: Path) -> None:
@@ -53,7 +52,7 @@ def prepare(agreement: Agreement, out: Path, reviewer: str | None = None) -> lis
         saved = session.save()
     finally:
         session.close()
-    same, alone = sum(map(_agreed, agreement.passages)), len(agreement.only_a) + len(agreement.only_b)
+    same, alone = sum(passage.same for passage in agreement.passages), len(agreement.only_a) + len(agreement.only_b)
     return [
         f"written: {out}: passages to decide: {len(agreement.passages) - same}, with the same tree: {same}"
         f" ({saved.records} approved by both), that only one has: {alone}",
@@ -66,11 +65,10 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
     a, b = agreement.names
     both = {"files": list(agreement.files), "names": [a, b]}
     for passage in agreement.passages:
-        agreed = _agreed(passage)
-        origin = {**both, "reviewed": [passage.a.reviewed, passage.b.reviewed], "agreed": agreed}
-        approved = agreed and version_of(passage.b).state == "approved"
+        origin = {**both, "reviewed": [passage.a.reviewed, passage.b.reviewed], "agreed": passage.same}
+        approved = passage.same and version_of(passage.b).state == "approved"
         made = _passage(passage.a, origin, may_be_approved=approved)
-        if agreed:
+        if passage.same:
             yield made, f"the tree of {a} and {b}"
             continue
         other = version_of(passage.b)._replace(state="drafted", reviewed=None, of=b, ticks=())
@@ -79,12 +77,6 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
         for record in records:
             origin = {"files": [agreement.files[i]], "names": [agreement.names[i]], "reviewed": [record.reviewed], "agreed": False}
             yield _passage(record, origin, may_be_approved=False), f"{agreement.names[i]}'s tree; there is no other"
-
-
-def _agreed(passage: PassageAgreement) -> bool:
-    """True if two trees are the same for who reads them. The measures leave case out, in which "10 MU" and "10 mU" differ."""
-    a, b = ([{(fold(s).text, r, fold(o).text) for s, r, o in node.triples} for node in tree.nodes] for tree in passage.trees)
-    return passage.same and a == b
 
 
 def _passage(record: TreeRecord, origin: dict[str, Any], *, may_be_approved: bool) -> Passage:

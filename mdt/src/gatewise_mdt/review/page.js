@@ -355,8 +355,16 @@ function showBeside() {
   at("beside-head").textContent =
     found.of ? tr("The tree of {name} lies beside this one", { name: found.of }) : tr("Another tree lies beside this one");
   const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
-  at("beside-tree").append(document.importNode(drawing, true),
+  at("beside-tree").append(element("ul", { class: "differences" }, ...found.differences.map(one => difference(one, found.of))),
+    document.importNode(drawing, true),
     element("ul", {}, ...found.warnings.map(warning => element("li", { text: warning }))));
+}
+
+// What this tree and the other one say differently; the server has put the most dangerous first.
+function difference({ kind, what, a, b }, of) {
+  return element("li", {}, element("strong", { text: tr(kind) + (what ? ` (${tr(what)})` : "") }),
+    ...[[tr("here"), a], [of || tr("beside"), b]].filter(([, text]) => text)
+      .map(([name, text]) => element("div", { text: `${name}: ${text}`, lang: passage.language })));
 }
 
 function goTo(i) {

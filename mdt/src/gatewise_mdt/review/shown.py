@@ -8,13 +8,14 @@ from gatewise.checks import is_whole, printable
 from gatewise_mdt.checking.changes import difference
 from gatewise_mdt.documents.headings import lead_of, population_of
 from gatewise_mdt.documents.language import has_han
+from gatewise_mdt.evaluation.differences import differences
 from gatewise_mdt.formats.page import pieces_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
 from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.formats.words import percent, words_for
 from gatewise_mdt.records import CARRIED_KEY, DOUBTFUL
 from gatewise_mdt.relations import RELATIONS
-from gatewise_mdt.review.edits import drawable, empty_tree
+from gatewise_mdt.review.edits import drawable, empty_tree, fault_of
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.files import Entry
 from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, Version
@@ -113,9 +114,11 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
     fault, beside = passage.fault, passage.beside
     other = None
     if beside is not None:  # to be looked at
-        drawing = _drawing(passage, beside, drawable(beside.nodes or empty_tree()))
+        nodes = beside.nodes or empty_tree()
+        differ = differences(tree, drawable(nodes)) if passage.is_valid and fault_of(nodes) is None else []
         other = {"number": passage.extractions, "warnings": list(beside.warnings), "made_with": beside.extraction}
-        other |= {"of": beside.of, "drawing": drawing}
+        other |= {"of": beside.of, "drawing": _drawing(passage, beside, drawable(nodes))}
+        other["differences"] = [{**one._asdict(), "a": printable(one.a), "b": printable(one.b)} for one in differ]
     return {
         **_line(passage, len(entries), extracting),
         "history": entries_json(entries[-_MOST_ENTRIES:]),
