@@ -43,6 +43,21 @@ def test_one_covers_two_ways_where_the_facts_are_different_ones() -> None:
         assert len(vignettes(record.tree)) == -(-leaves // 2)
 
 
+def test_a_contradiction_at_the_end_of_a_long_tree_is_found_at_once() -> None:
+    asked = [node("C", *(triple(f"{i} {name}") for name in "abc"), joined="and") for i in range(30)]
+    again = [
+        node("C", triple("x")),
+        node("D", triple("rest", "therapeutic schedule")),
+        node("C", triple("x")),
+        node("D"),
+        node("D"),
+    ]
+    nodes = [one for condition in asked for one in (condition, node("D"))] + again
+    tree = DecisionTree.from_preorder(nodes)
+    assert unreachable(tree) == [len(nodes) - 2]
+    assert len(vignettes(tree)) == 16
+
+
 @pytest.mark.parametrize(
     ("language", "said"),
     [

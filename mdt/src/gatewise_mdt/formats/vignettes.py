@@ -96,6 +96,8 @@ def _pair(tree: DecisionTree, at: int, leaf: int, other: int) -> Vignette | None
         fact = first_of[triple.key]
         # All other facts of the condition are such that this one decides it.
         held = {first_of[one.key]: node.logical_rel != "or" for one in node.triples}
+        if next(_fitting(tree, rest[1], held | {fact: not side}), None) is None:
+            continue  # not to be found out once for each way in which the first patient can be
         for some in _fitting(tree, rest[0], held | {fact: side}):
             if (facts := next(_fitting(tree, rest[1], some | {fact: not side}), None)) is not None:
                 return Vignette(_patient(tree, facts | {fact: side}, leaf), fact, _patient(tree, facts, other))
