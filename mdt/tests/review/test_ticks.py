@@ -200,6 +200,10 @@ def test_a_text_that_changed_in_the_document_is_to_be_looked_at_again(tmp_path: 
     assert CliRunner().invoke(app, show).exit_code == 0
     file.write_text(GUIDE.replace("0.5 mg twice", "5 mg twice"))
     assert_refused(CliRunner().invoke(app, show), f"{file} has changed since its review was saved")
+    without = Session.open(str(out))  # opened without its document
+    with pytest.raises(GatewiseError, match=r"g\.md has changed since its review was saved"):
+        without.export("dmn", "approved")
+    without.close()
     again = Session.open(str(file), reviewer="Ben")
     assert [(one.text.partition("@")[2][:20], one.now.state) for one in again.passages] == [("Give colchicine 5 mg", "drafted")]
     assert "changed in the document since its tree was approved by Ada: it is approved no more" in again.notes[0]

@@ -1,13 +1,11 @@
 """``gatewise mdt show``: trees of a file in a form for people or systems."""
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of
 from gatewise_mdt.commands.trees import (
     DraftsOption,
     Format,
@@ -19,9 +17,6 @@ from gatewise_mdt.commands.trees import (
     read_file,
     say,
 )
-
-if TYPE_CHECKING:
-    from gatewise_mdt.records import TreeRecord
 
 
 def show(
@@ -50,7 +45,7 @@ def show(
       gatewise mdt show trees.json --format dmn --drafts --out drafts.dmn
       gatewise mdt show trees.json --pathway pathway.json --format svg --out pathway.svg
     """
-    from gatewise_mdt.formats.gate import RUN
+    from gatewise_mdt.formats.gate import RUN, check_documents
     from gatewise_mdt.pathway import read_links
 
     check_target(out, [file, *([pathway] if pathway else [])])
@@ -61,28 +56,8 @@ def show(
         if not records:
             raise GatewiseError(read.faults.get(record, f"{file} has {read.count} records, so none with the number {record}"))
     if not drafts and format in RUN:
-        _check_document(file, records)
+        check_documents(Path(file).parent, records)
     links = None if pathway is None else read_links(pathway, read.records)
     if written := give(records, format, out, several=len(records) > 1, drafts=drafts, links=links):
         say(f"written: {written}")
     check_whole(read, faults)
-
-
-def _check_document(file: str, records: "list[TreeRecord]") -> None:
-    """Refuses what was approved in a document that is another one by now.
-
-    Raises:
-        GatewiseError: the document that lies beside its file of corrections is not the one that they were last saved for.
-    """
-    from gatewise_mdt.formats.gate import DRAFTS
-    from gatewise_mdt.review.files import SUFFIX
-
-    document = Path(file.removesuffix(SUFFIX))
-    own = [one for one in records if Path(str(one.more.get("source"))).name == document.name and one.sha256]
-    if file.endswith(SUFFIX) and own and document.is_file():
-        digest = hashlib.sha256(content_of(document)).hexdigest()
-        if any(one.sha256 != digest for one in own):
-            raise GatewiseError(
-                f"{document} has changed since its review was saved, so an approval may be of another text: open it again with"
-                f" gatewise mdt review {document}, look at what changed, and save; {DRAFTS}"
-            )

@@ -1,12 +1,17 @@
 """What may go out to systems that run it: trees that a person approved, with all items of the check ticked; drafts if asked for.
 
-Every export passes :func:`cleared`, from the command line, the page of a review and Python alike.
+Every export passes :func:`cleared`, from the command line, the page of a review and Python alike; the first two know where the
+documents may be, and ask :func:`check_documents`, too.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from gatewise.errors import GatewiseError
+from gatewise.files import content_of
 from gatewise_mdt.checking.ticks import how_to_tick, items_in_words, open_items
 from gatewise_mdt.records import TreeRecord, quoted_beginning
 
@@ -48,6 +53,21 @@ def approved_alone(records: Sequence[TreeRecord], format: str, drafts: bool = Fa
     if not left or len(left) == len(records):
         return list(records), ""
     return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {DRAFTS}"
+
+
+def check_documents(folder: Path, records: Sequence[TreeRecord]) -> None:
+    """Refuses approvals of what a document was before it changed, as far as it is at hand: in a folder, or where a record names it.
+
+    Raises:
+        GatewiseError: a document is not the one that the records were last saved for.
+    """
+    for source, sha256 in {(str(record.more.get("source")), record.sha256) for record in records if record.sha256}:
+        found = next((path for path in (folder / Path(source).name, Path(source)) if os.path.isfile(path)), None)
+        if found is not None and hashlib.sha256(content_of(found)).hexdigest() != sha256:
+            raise GatewiseError(
+                f"{found} has changed since its review was saved, so an approval may be of another text: open it again with"
+                f" gatewise mdt review {found}, look at what changed, and save; {DRAFTS}"
+            )
 
 
 def _named(records: Sequence[TreeRecord]) -> str:

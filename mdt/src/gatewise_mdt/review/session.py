@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from gatewise.checks import has_half_a_pair, is_whole, printable, writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.checking.ticks import items_in_words
+from gatewise_mdt.formats.gate import RUN, check_documents
 from gatewise_mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
@@ -415,6 +416,8 @@ class Session:
             raise GatewiseError("there is no valid tree to export: none was approved yet, or it is unfinished")
         if format in ONE_TREE and len(records) > 1:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
+        if format in RUN and not drafts:
+            check_documents(self.files.out.parent, records)
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
         return f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format, drafts=drafts)
 
