@@ -250,6 +250,23 @@ def test_an_approval_of_what_the_document_no_longer_has_is_none(tmp_path: Path) 
     assert [record.more["review"] for record in read_trees(again.files.out).records] == ["corrected", "approved"]
 
 
+def test_an_unfinished_correction_goes_on_and_what_was_approved_under_it_lies_beside(tmp_path: Path) -> None:
+    file = tmp_path / "g.md"
+    session = opened(file)
+    drafted(session)
+    tick_all(session, 1)
+    approve(session)
+    session.edit(1, session.passage(1).version, "to_condition", {"node": 0})
+    session.edit(1, session.passage(1).version, "remove_triple", {"node": 0, "triple": 0})
+    session.edit(1, session.passage(1).version, "remove_triple", {"node": 0, "triple": 0})
+    unfinished = session.passage(1).now.nodes
+    session.close()
+    passage = opened(file, GUIDE.replace("0.5 mg twice", "5 mg twice")).passage(1)
+    assert (passage.now.nodes, passage.is_valid, passage.now.approved) == (unfinished, False, None)
+    assert passage.beside is not None
+    assert (passage.beside.nodes, passage.beside.state, passage.beside.ticks) == (TREE, "drafted", ())
+
+
 def test_of_a_text_that_came_with_a_newer_tree_the_old_one_lies_beside(tmp_path: Path) -> None:
     file = tmp_path / "trees.json"
     file.write_text(json.dumps([{"text": "adults@Give colchicine 0.5 mg twice daily.", "tree": TREE}]))
