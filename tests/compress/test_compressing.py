@@ -1,5 +1,6 @@
 """``compress`` as a whole, on an adapter that was trained: what it finds, writes, refuses and goes on with."""
 
+import functools
 import json
 import math
 import shutil
@@ -63,6 +64,12 @@ def saved(folder: Path, base: Path | None = None, **settings: Any) -> tuple[Path
 
 def quick(adapter: Path, rows: Path, out: Path, goal: Goal, **settings: Any) -> Compressed:
     return compress(adapter, rows, out, goal, **{"measure": "loss", "score_rows": 16, **settings})
+
+
+@pytest.fixture(autouse=True)
+def _fitted_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What more steps gain is shown in test_recovery.py."""
+    monkeypatch.setattr(search, "refit", functools.partial(search.refit, steps=2))
 
 
 # ---------------------------------------------------------------- what it finds
