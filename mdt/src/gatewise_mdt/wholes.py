@@ -214,7 +214,7 @@ _WHOLE = [
         # Numbers that share a unit: "4 or 8 mg", "1, 2 or 3 tablets", "between 5 mg and 10 mg".
         rf"{_NUMBER}(?: ?[,、] ?{_NUMBER}){{0,8}}(?:,? (?:or|and|&) | ?[或和及、] ?){_NUMBER}{_UNIT}{_PER}{{0,8}}+",
         rf"{_SPELT}(?:, {_SPELT}){{0,8}},? or {_SPELT}(?:{_SPELT_UNIT})?",
-        rf"{_APART}between {_QUANTITY} and {_QUANTITY}|{_QUANTITY}[和与及]{_QUANTITY}之间",
+        rf"(?P<between>{_APART}between )?{_QUANTITY}(?(between) and |[和与及]){_QUANTITY}(?(between)|之间)",
         # How often: "once or twice daily", "3 times a day", "every other day".
         rf"{_APART}{_TIMES}(?: (?:or|to) {_TIMES})?(?: (?:(?:dai|week|month|night|year|hour)ly|(?:an?|per|each|every|in)"
         rf" (?:{_SIGN}++ )?{_PERIOD}))?{_NO_MORE}",
