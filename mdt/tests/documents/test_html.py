@@ -37,6 +37,7 @@ LINK = '<sup><a href="#n{0}">{0}</a></sup>'
         ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80 mmHg[1], CO2"]),
         ("<p>If ALT &lt; 3 give it<br><br>Else stop", ["If ALT < 3 give it", "Else stop"]),
         ("<p>Stop:<br>- naproxen<br>• warfarin", ["Stop:", "naproxen", "warfarin"]),
+        ("<p>Stop:<br>\uf0b7 naproxen<br>\uf0a7warfarin", ["Stop:", "naproxen", "warfarin"]),  # of Word's own fonts
         (
             "<p>Give it</p><p><strong>Renal failure</strong></p><p><b>Do not give it.</b></p>",
             ["Give it", "Renal failure", "Do not give it."],

@@ -21,6 +21,10 @@ _MEASURED = (
 _UNIT = r"\s?(?:%|(?:m?g|kg|mcg|[µμ]g|micrograms|m[lL]|mm\s?Hg|mm|cm|mmol|[µμ]mol|IU|units?)\b(?:/\w+(?:\.\d+)?)*)"
 _SUPERSCRIPT = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}?({_UNIT})?")
 _SMALL_NUMBER = re.compile(rf"(?<=\d)([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+)({_UNIT})?")
+BULLETS = "•●▪■◦‣∙○\uf0b7\uf0a7"
+"""Signs that are bullets wherever they stand before a text, two of them of Word's own fonts."""
+TYPED_BULLET = re.compile(rf"(?:[{BULLETS}]\s*|[-–*]\s+(?=[^\W\d_]))(?=\S)")
+"""A bullet that is a part of the text, as nothing marks a list."""
 UNKNOWN = "\ufffd"
 """Stands for a sign that a document gives no meaning to."""
 Kind = Literal["paragraph", "item", "row", "footnote"]

@@ -16,6 +16,7 @@ from gatewise_mdt.documents.document import (
     LOWERED,
     NOTE,
     RAISED,
+    TYPED_BULLET,
     UNKNOWN,
     Block,
     Document,
@@ -67,7 +68,6 @@ _SYMBOLS = {
 }  # fmt: skip
 _DEEP_CELL = "a cell of the table has a list within a list, which is read as one: compare it with the document"
 _BODY = 9  # the outline level of text
-_TYPED = re.compile(r"(?:[•●▪■◦‣∙○\uf0b7\uf0a7]\s*|[-–*]\s+(?=[^\W\d_]))(?=\S)")  # a bullet that is a part of the text
 _LARGER = 1.15  # of the size of most text: a line in such letters is a heading
 
 
@@ -217,7 +217,7 @@ class _Reading:
             level = outline + 2 if outline < _BODY else 0
             place, number = self._in_list(paragraph, names)
             item = place is not None and not level
-            if not level and place is None and (typed := _TYPED.match(said.lstrip())):
+            if not level and place is None and (typed := TYPED_BULLET.match(said.lstrip())):
                 item, said = True, said.lstrip()[typed.end() :]
             look = self.styles.look(paragraph)
             if not level and not item and (place := self._typed(paragraph, said.lstrip(), look)) is not None:

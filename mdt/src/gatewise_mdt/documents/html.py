@@ -10,7 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, Block, Document, in_one_line, quoted_list, with_footnotes
+from gatewise_mdt.documents.document import (
+    LOWERED,
+    NOTE,
+    RAISED,
+    TYPED_BULLET,
+    Block,
+    Document,
+    in_one_line,
+    quoted_list,
+    with_footnotes,
+)
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label
 from gatewise_mdt.documents.numbering import written
 from gatewise_mdt.documents.tables import Cell, table_blocks
@@ -31,7 +41,6 @@ _UNREADABLE = {
 }  # fmt: skip
 _AROUND = {"nav", "header", "footer", "aside"}  # outside of the main part they are about the site
 _ROLES = {"navigation", "banner", "contentinfo", "search", "complementary"}
-_BULLET = re.compile(r"(?:[•●▪■◦‣∙○]\s*|[-–*]\s+(?=[^\W\d_]))(?=\S)")
 _HIDDEN = re.compile(r"(?:display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
 _WORD_LEVEL = re.compile(r"mso-list:\s*(?!Ignore)\S+\s+level(\d)")
 _BACK = re.compile(r"\s*[↩⏎↑^]\ufe0e?\s*$")
@@ -296,9 +305,9 @@ class _Reading:
             return
         mark, self.mark = self.mark, None
         lines = [line for line in (" ".join(one.split()) for one in said.split(_BREAK)) if line]
-        if any(_BULLET.match(line) for line in lines[1:]):  # a list that is typed
+        if any(TYPED_BULLET.match(line) for line in lines[1:]):  # a list that is typed
             for number, line in enumerate(lines):
-                bullet = _BULLET.match(line)
+                bullet = TYPED_BULLET.match(line)
                 own = f"{mark or ''}{line}" if number == 0 else line[bullet.end() :] if bullet else line
                 first = number == 0 and mark is not None
                 self._add(own, "item" if bullet or first else "paragraph", self.items - first)

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from gatewise_mdt.documents.document import LOWERED, RAISED
+from gatewise_mdt.documents.document import BULLETS, LOWERED, RAISED
 from gatewise_mdt.documents.language import has_han
 from gatewise_mdt.documents.tables import Cell
 
 EDGE = 0.1  # of a page's height: what is printed there on several pages is a header or footer
 FAR = 2.2  # of the size of letters: between pieces of a line that are no sentence
-_MARK = re.compile(
-    r"(?:[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]|\(?(?:\d+(?:\.\d+)*|[a-zA-Z]|[ivx]{1,4})[.)]?|[（(]?[一二三四五六七八九十]+[）)、]?)$"
-)
+_MARK = re.compile(rf"(?:[{BULLETS}·–*-]|\(?(?:\d+(?:\.\d+)*|[a-zA-Z]|[ivx]{{1,4}})[.)]?|[（(]?[一二三四五六七八九十]+[）)、]?)$")
 
 
 class Word(NamedTuple):

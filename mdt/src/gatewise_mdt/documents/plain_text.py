@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from gatewise_mdt.documents.document import Block, Document, Region, in_one_line, joined
+from gatewise_mdt.documents.document import BULLETS, Block, Document, Region, in_one_line, joined
 from gatewise_mdt.documents.headings import (
     ITEM_NUMBER,
     SENTENCE_END,
@@ -44,8 +44,8 @@ _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha")
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
-_BULLET = re.compile(r"[•●▪■◦‣∙·○–*+\uf0b7\uf0a7-]\s+(?=\S)")
-_SURE_BULLET = re.compile(r"[•●▪■◦‣∙○\uf0b7\uf0a7]\s*(?=\S)")
+_BULLET = re.compile(rf"[{BULLETS}·–*+-]\s+(?=\S)")
+_SURE_BULLET = re.compile(rf"[{BULLETS}]\s*(?=\S)")
 
 
 def read_plain_text(text: str, name: str) -> Document:
