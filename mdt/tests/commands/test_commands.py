@@ -103,7 +103,15 @@ def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> 
     (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": [node("C")] * 9}]))
     result = gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json")
     assert result.exit_code == 0, result.output
-    for text in ("triplet", "node", "path", "0.6667", "tree accuracy: 0.5000", "tree edit ratio: 0.3333", "1 are no trees"):
+    for text in (
+        "triplet",
+        "node",
+        "path",
+        "0.6667",
+        "tree accuracy: 0.5000",
+        "tree edit ratio: 0.3333",
+        "no trees: 1 (0 of them empty)",
+    ):
         assert text in result.stdout
     values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--json").stdout)
     assert values["triplet_f1"] == pytest.approx(2 / 3)
@@ -153,7 +161,7 @@ def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> No
     assert "grouping" not in said
     values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--mistakes", "--json").stdout)
     assert values["mistakes"]["wrong span"] == {"count": 1, "trees": 1, "alone": 1}
-    assert "nothing is wrong" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--mistakes").stdout
+    assert "no mistakes" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--mistakes").stdout
     assert "mistakes" not in json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--json").stdout)
 
 
@@ -213,8 +221,8 @@ def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, li
     if link:
         out.symlink_to(tmp_path / "rows.jsonl")
     before = out.read_bytes()
-    assert_refused(gatewise("show", "rows.jsonl", "--format", "html", "--out", out), "is what is read")
-    assert_refused(gatewise("prepare", "rows.jsonl", "--out", "x.jsonl", "--dev", out), "is what is read")
+    assert_refused(gatewise("show", "rows.jsonl", "--format", "html", "--out", out), "is a file that is read")
+    assert_refused(gatewise("prepare", "rows.jsonl", "--out", "x.jsonl", "--dev", out), "is a file that is read")
     assert out.read_bytes() == before
 
 

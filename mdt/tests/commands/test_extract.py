@@ -99,7 +99,10 @@ def test_extract_reads_standard_input(gatewise: Gatewise) -> None:
 
 
 def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
-    assert_refused(gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"), "not both")
+    assert_refused(
+        gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"),
+        "expected --pred FILE, the predicted trees, or --adapter DIR",
+    )
 
 
 def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
@@ -114,14 +117,14 @@ def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["long.md", "-f", "svg"], "svg of this cannot be printed: name a new folder with --out"),
-        (["good.txt", "-f", "dak", "--drafts"], "dak of this cannot be printed: name a file with --out"),
+        (["long.md", "-f", "svg"], "svg of several trees cannot be printed: name a new folder with --out"),
+        (["good.txt", "-f", "dak", "--drafts"], "dak cannot be printed: name a file with --out"),
         (["good.txt", "-f", "dmn"], "dmn takes approved trees alone, and nobody has approved what is extracted now: give --drafts"),
         (["long.md", "-f", "mermaid", "-o", "full"], "full is not empty"),
         (["good.txt", "-o", "full"], "full is a folder"),
         (["good.txt", "-o", "good.txt/x"], "cannot write good.txt/x"),
         (["good.txt", "-o", "x" * 300], "cannot write"),
-        (["long.md", "good.txt", "-o", "./good.txt"], "is what is read"),
+        (["long.md", "good.txt", "-o", "./good.txt"], "is a file that is read"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -175,7 +178,7 @@ def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: 
     assert "the same command goes on from there, out.work.jsonl has what was found" in result.stderr
     assert not Path("out").exists()
     refused = gatewise(*words, "--base", "other")
-    assert_refused(refused, "out.work.jsonl is not what an interrupted extraction with these settings left")
+    assert_refused(refused, "out.work.jsonl was left by an extraction with other settings")
     stop = False
     del asked[2:]
     result = gatewise(*words)

@@ -61,7 +61,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--users", "trees.json"], "trees.json is no list of reviewers"),
         (["--add-user", "Ada"], "--add-user needs --users FILE"),
         (["--add-user", " ", "--users", "new.json"], "expected a name"),
-        (["trees.json", "--population", "children"], "a population was given with trees.json"),
+        (["trees.json", "--population", "children"], "a population was given, but trees.json is a file of trees"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -77,10 +77,10 @@ def test_reviewers_are_added_and_come_in_with_their_tokens(gatewise: Gatewise) -
         result = gatewise("--users", "users.json", "--add-user", name, *words)
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith("https://review.clinic.example/#token=" if words else "/#token=")
-        assert f"{name}: it is shown once" in result.stderr
+        assert f"to {name} and nobody else: it is not shown again" in result.stderr
         tokens.append(result.stdout.strip().partition("#token=")[2])
     assert_refused(
-        gatewise("--users", "users.json", "--add-user", "ADA"), "users.json has a reviewer already from whom 'ADA' cannot be told"
+        gatewise("--users", "users.json", "--add-user", "ADA"), "users.json has a reviewer named 'ADA', or nearly so, already"
     )
     users = UserFile(Path("users.json"))
     assert [users.who(token) for token in tokens] == ["Ada", "Bea"]
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
             process.kill()  # whatever went wrong, nothing waits for it for ever
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert "1 passage is not in trees.json.review.jsonl as they stand; the history keeps them" in said
+    assert "changes of 1 passage are not saved in trees.json.review.jsonl; the next review goes on with them" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trees.json", "trees.json.review.history.jsonl"]
     last = json.loads((tmp_path / "trees.json.review.history.jsonl").read_text().splitlines()[-1])
     assert (last["reviewer"], last["action"], last["now"]["state"]) == ("Ada", "approve", "approved")

@@ -86,7 +86,7 @@ def agree(
 
 def _check(files: list[str], adjudicate: Path | None) -> None:
     if len(files) < 2:
-        raise GatewiseError(f"{files[0]} is the only file, expected two or more to compare")
+        raise GatewiseError(f"{files[0]} is the only file, expected two or more: name another one to compare it with")
     if adjudicate is not None:
         from gatewise_mdt.review.adjudication import check_new
 

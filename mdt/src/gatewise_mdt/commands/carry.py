@@ -44,15 +44,15 @@ def carry(
 
     corrections = _corrections(old)
     if is_one_file(new, corrections):
-        raise GatewiseError(f"{new} is what is carried over: name the newer guideline after it")
+        raise GatewiseError(f"{new} is the older review: name the newer guideline after the older one")
     if is_one_file(target := out or ReviewFiles.default_out(Path(new)), corrections):
         raise GatewiseError(f"{target} is the older review, and would be changed: name another file with --out")
     name = writable(corrections.name)
     records, lacking = _records(corrections)
     if lacking:
         say(
-            f"note: {name} lacks what stands in its review for {lacking} passages (not saved, or reviewed by nobody): save there"
-            " first to carry it over, too",
+            f"note: the older review has trees for {lacking} passages that are not in {name} (not saved, or not reviewed) and are"
+            " not carried over: save them there first",
             err=True,
         )
     session = Session.open(new, out, population=population, reviewer=reviewer)
@@ -122,7 +122,7 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         say(f"  {len(done.kept)} where the newer review stays as it is")
     for number, parts in differences.items():
         is_same = all(kind == "same" for kind, _ in parts)
-        what = "same text as before, with several trees, of which nothing says which is of" if is_same else "changed:"
+        what = "several old trees have the text of" if is_same else "changed:"
         say(f"\n{what} passage {number}; the old tree is a draft to review, or lies beside a newer draft")
         say("   " + "".join(_MARKS[kind].format(text) for kind, text in parts))
     for number, record in done.unlike:

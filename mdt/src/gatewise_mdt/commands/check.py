@@ -23,7 +23,7 @@ NOTICE = "Needs review by a clinician. Rules of thumb: what they do not list can
 
 def check(
     file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
-    hints: Annotated[bool, typer.Option("--hints", help="List the hints, too, which err more often.")] = False,
+    hints: Annotated[bool, typer.Option("--hints", help="Also list hints, which are wrong more often.")] = False,
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:

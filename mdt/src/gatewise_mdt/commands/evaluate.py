@@ -23,7 +23,9 @@ from gatewise_mdt.commands.trees import StrictOption, read_file, say
 def evaluate(
     gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Extract the trees with this adapter, in place of --pred.", show_default=False)
+    ] = None,
     base: BaseOption = None,
     verbatim: VerbatimOption = False,
     max_new_tokens: TokensOption = 512,
@@ -31,7 +33,7 @@ def evaluate(
     device: DeviceOption = "auto",
     limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
     mistakes: Annotated[
-        bool, typer.Option("--mistakes", "--errors", help="Show what is wrong with the trees, too, by kind.")
+        bool, typer.Option("--mistakes", "--errors", help="Also count what is wrong with the trees, by kind.")
     ] = False,
     as_json: JsonOption = False,
     strict: StrictOption = False,
@@ -46,7 +48,7 @@ def evaluate(
       gatewise mdt evaluate --gold dev.json --adapter runs/mdt-pointing/adapter
     """
     if (pred is None) == (adapter is None):
-        raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
+        raise GatewiseError("expected --pred FILE, the predicted trees, or --adapter DIR, to extract them now: give one of the two")
     if adapter is not None:
         from gatewise_mdt.extraction.extractor import measure
 
@@ -74,7 +76,7 @@ def evaluate(
     console.print(f"tree accuracy: {_with_interval(values, 'tree_acc')}")
     console.print(f"tree accuracy of the predictions that are not empty: {_with_interval(values, 'tree_acc_nonempty')}")
     console.print(f"tree edit ratio: {_with_interval(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
-    console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
+    console.print(f"trees: {values['n']}; predictions that are no trees: {values['malformed']} ({values['empty']} of them empty)")
     if values["intervals"]:
         console.print(f"in brackets: 95% intervals, from {DRAWS:,} bootstrap draws of the {values['n']} passages")
     if mistakes:
@@ -118,7 +120,9 @@ def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_fil
     given = [item.get("text") if isinstance(item, dict) else getattr(item, "text", None) for item in (gold, pred)]
     texts = [text.strip() for text in given if isinstance(text, str) and text.strip()]
     if len(texts) == 2 and texts[0] != texts[1]:
-        raise GatewiseError(f"record {number} of {pred_file} has another text than record {number} of {gold_file}: keep the order")
+        raise GatewiseError(
+            f"record {number} of {pred_file} has another text than record {number} of {gold_file}: give them in the same order"
+        )
 
 
 def _show_mistakes(console: Console, counts: dict[str, dict[str, int]]) -> None:
@@ -128,4 +132,4 @@ def _show_mistakes(console: Console, counts: dict[str, dict[str, int]]) -> None:
     for kind, one in sorted(counts.items(), key=lambda item: -item[1]["count"]):
         if one["count"]:
             table.add_row(kind, *(str(one[name]) for name in ("count", "trees", "alone")))
-    console.print(table if table.row_count else "nothing is wrong")
+    console.print(table if table.row_count else "no mistakes")

@@ -26,7 +26,7 @@ def extract(
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
     server: ServerOption = None,
     adapter_name: NameOption = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = "text",
+    format: Annotated[Format, typer.Option("--format", "-f", help="The form to write the trees in.")] = "text",
     out: OutOption = None,
     drafts: Annotated[bool, typer.Option("--drafts", hidden=True)] = False,
     language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,
@@ -63,7 +63,7 @@ def extract(
     from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
 
     if (adapter is None) == (server is None) or (server is None) != (adapter_name is None):
-        raise GatewiseError("give either --adapter, a folder, or both --server and --adapter-name, an adapter that a server has")
+        raise GatewiseError("expected --adapter DIR, or --server URL with --adapter-name NAME: give one of the two")
     files = [str(one) for one in documents_in(files)]
     check_target(out, files)
     batch = Batch()
@@ -128,7 +128,11 @@ def _check_place(format: Format, out: Path | None, several: bool, drafts: bool) 
     folder = several and format in ONE_TREE
     if out is None:
         if folder or format in WORKBOOKS:
-            raise GatewiseError(f"{format} of this cannot be printed: name {'a new folder' if folder else 'a file'} with --out")
+            raise GatewiseError(
+                f"{format} of several trees cannot be printed: name a new folder with --out"
+                if folder
+                else f"{format} cannot be printed: name a file with --out"
+            )
     elif folder:
         check_new_folder(out)
     else:

@@ -12,7 +12,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from gatewise_mdt.extraction.extractor import Extracts
 
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written for a passage.", min=1)]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write for a passage.", min=1)]
 VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
 ServerOption = Annotated[
     str | None, typer.Option(help="Ask a running server, such as http://127.0.0.1:8000, in place of loading --adapter.")

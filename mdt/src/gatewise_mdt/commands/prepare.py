@@ -18,15 +18,15 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
     only: Annotated[Literal["approved"] | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
     dev: Annotated[
-        Path | None, typer.Option(help="Write the rows of some documents here instead, all of each.", show_default=False)
+        Path | None, typer.Option(help="Hold whole documents back for dev, and write their rows to this file.", show_default=False)
     ] = None,
     dev_share: Annotated[
         float | None, typer.Option(help="With --dev: about this share of the records, 0.2 if not given.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the documents of --dev and the phrases of --swapped.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of documents (--dev) and phrases (--swapped).")] = 0,
     swapped: Annotated[
         int,
-        typer.Option(help="So many copies of each record to train on, with phrases of other records in place of its own.", min=0),
+        typer.Option(help="Copies to add of each training record, with phrases of other records in place of its own.", min=0),
     ] = 0,
     strict: StrictOption = False,
 ) -> None:

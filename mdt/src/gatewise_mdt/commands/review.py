@@ -111,8 +111,8 @@ def review(
             extracting.end()
         session.close()
     if unsaved := session.unsaved:
-        what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
-        say(f"{what} not in {session.files.out} as they stand; the history keeps them for the next review", err=True)
+        what = "1 passage" if unsaved == 1 else f"{unsaved} passages"
+        say(f"changes of {what} are not saved in {session.files.out}; the next review goes on with them", err=True)
 
 
 def _serve(server: Any) -> None:
@@ -129,8 +129,8 @@ def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
         raise GatewiseError("--add-user needs --users FILE, the file to add the reviewer to")
     token = people.add(name)
     say(f"{f'https://{names[0]}' if names else ''}/#token={token}")
-    where = "the address of" if names else "what stands behind the review's address for"
-    say(f"this is {where} {name.strip()}: it is shown once, give it to nobody else; {people.path} keeps only its SHA-256", err=True)
+    what = "this address" if names else "the address of the review with this behind it"
+    say(f"send {what} to {name.strip()} and nobody else: it is not shown again; {people.path} keeps only its SHA-256", err=True)
 
 
 def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extracts":

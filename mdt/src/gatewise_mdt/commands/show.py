@@ -22,7 +22,7 @@ from gatewise_mdt.commands.trees import (
 def show(
     file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
     record: Annotated[int | None, typer.Option(help="Only this record, counted from 1.", min=1)] = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = "text",
+    format: Annotated[Format, typer.Option("--format", "-f", help="The form to show it in.")] = "text",
     out: OutOption = None,
     drafts: DraftsOption = False,
     pathway: Annotated[Path | None, typer.Option(help="Join the trees by the links of this file of gatewise mdt pathway.")] = None,

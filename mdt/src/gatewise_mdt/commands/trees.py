@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out", "--output", "-o", help="The file to write, not stdout; for SVG or Mermaid of several records a new folder."
+        "--out", "--output", "-o", help="Write to this file, not to stdout; SVG or Mermaid of several records to a new folder."
     ),
 ]
 RepairOption = Annotated[
     bool,
-    typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
+    typer.Option("--repair", help="Correct slips that have one plain meaning, such as 'and' over a single triple."),
 ]
 StrictOption = Annotated[
     bool,
     typer.Option(
         "--strict/--repair",
-        help="Refuse trees with a slip that has one plain meaning, such as 'null' over two triples, in place of counting it.",
+        help="Refuse trees with slips such as 'null' over two triples, or correct and count them.",
     ),
 ]
 DraftsOption = Annotated[
@@ -86,7 +86,7 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
         GatewiseError: the target is one of the inputs.
     """
     if out is not None and any(is_one_file(one, out) for one in inputs):
-        raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
+        raise GatewiseError(f"--out {out} is a file that is read, and would be lost: give another path")
 
 
 def is_one_file(one: str | Path, other: str | Path) -> bool:

@@ -41,7 +41,7 @@ def detect_language(text: str, where: str = "") -> Language:
     if not letters:
         raise GatewiseError(f"{place}the text has no letters, expected a passage in English or Chinese")
     han, latin = (len(kind.findall(part)) for kind in (_HAN, _LATIN))
-    advice = "name the language with --language en or zh if it is one of them all the same"
+    advice = "if it is one of them, say so with --language en or zh"
     if han + latin < 0.6 * letters:
         raise GatewiseError(f"{place}the text is in another script, expected English or Chinese; {advice}")
     # A Chinese character says about as much as three Latin letters, and Chinese passages name drugs and units in Latin ones.

@@ -79,8 +79,8 @@ class Journal:
         self._begun = bool(rows)
         if rows and rows[0] != self._head:
             raise GatewiseError(
-                f"{path} is not what an interrupted extraction with these settings left (it begins with {rows[0]}): give the same"
-                " command again to go on with it, or move the file to begin anew"
+                f"{path} was left by an extraction with other settings (it begins with {rows[0]}): give the same command as then"
+                " to go on with it, or move the file to begin anew"
             )
         for number, row in enumerate(rows[1:], start=2):
             try:

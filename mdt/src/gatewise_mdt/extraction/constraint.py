@@ -97,7 +97,7 @@ class TreeScores:
         """False if the matcher cannot go on; the output is then at its end."""
         if self.matcher.is_error():
             reason = (str(self.matcher.get_error()).strip().splitlines() or ["no reason given"])[0]
-            self.fault = GatewiseError(f"what the model may write cannot be worked out ({reason[:200]}): try without --verbatim")
+            self.fault = GatewiseError(f"the constraint for this passage cannot be built ({reason[:200]}): try without --verbatim")
             self.course.finished = True
         return self.fault is None
 

@@ -74,7 +74,7 @@ class Course:
             if not fits or held.keys() - {"language", "within"}:
                 raise ValueError("expected language, en or zh, and perhaps within, a passage")
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-            raise GatewiseError(f"what may be written in a tree was not told as gatewise tells it ({reason_of(error)})") from error
+            raise GatewiseError(f"the constraint of the request is none of gatewise's ({reason_of(error)})") from error
         return cls(**held)
 
     @property

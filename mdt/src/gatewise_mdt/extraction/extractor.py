@@ -210,7 +210,9 @@ class Extractor(Extracts):
                 " `gatewise mdt prepare`"
             )
         if not (ends := end_ids(self.model, self.tokenizer)):
-            raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
+            raise GatewiseError(
+                "the tokenizer has no end-of-text token (eos_token), which ends a tree: set one, or give another model"
+            )
         prompts = [{"source": prompt(one.text, one.language), "target": "D"} for one in texts]
         rows = Records("generation", prompts, None, "the prompts")
         ids, positions = prompt_ids(rows, self.tokenizer, self.template, [2**40] * len(texts), 2**40), most_positions(self.model)

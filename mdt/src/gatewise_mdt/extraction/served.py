@@ -125,7 +125,7 @@ class ServedExtractor(Extracts):
             tokens = int((answer.get("usage") or {}).get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise GatewiseError(
-                f"the server at {self.url} answered what is no completion ({reason_of(error)}): expected an OpenAI-compatible one"
+                f"the answer of the server at {self.url} is no completion ({reason_of(error)}): expected OpenAI's API"
             ) from error
         if not ended:  # what the tokens cut off is left out
             text = text[: max(text.rfind("\n"), text.rfind(";")) + 1]
@@ -134,8 +134,8 @@ class ServedExtractor(Extracts):
         made = tree_written(one, text, told, ended=ended, hurried=False)
         if ended and (not _is_tree(text) or (self.verbatim and made.absent)):
             return GatewiseError(
-                f"the server at {self.url} wrote what is no tree: start it with `gatewise serve --constraint gatewise_tree`, or"
-                " vLLM with --logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits; else the passage is too large for it"
+                f"the server at {self.url} wrote no tree: start it with `gatewise serve --constraint gatewise_tree`, or vLLM with"
+                " --logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits; if it was, the passage is too large for it"
             )
         if ended and tokens > self.max_new_tokens - _NEAR_THE_END:
             note = "the output may have been brought to a close before its end: allow more new tokens"
@@ -166,7 +166,7 @@ class ServedExtractor(Extracts):
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise GatewiseError(f"the server at {self.url} answered what is no JSON object: is it an OpenAI-compatible one?")
+            raise GatewiseError(f"the answer of the server at {self.url} is no JSON object: expected OpenAI's API")
         return found
 
 

@@ -68,7 +68,10 @@ class PointingModel(ModelAround):
     def __init__(self, encoder: PreTrainedModel, settings: HeadSettings) -> None:
         super().__init__(encoder)
         if (hidden := int(encoder.config.get_text_config().hidden_size)) != settings.hidden:
-            raise GatewiseError(f"the heads are made for states of {settings.hidden} numbers, but the base model's have {hidden}")
+            raise GatewiseError(
+                f"the heads are made for states of {settings.hidden} numbers, but the base model's have {hidden}: give the base"
+                " model that they were trained with"
+            )
         _drop_pooler(encoder)
         self.encoder = encoder
         self.heads = PointingHeads(settings).to(encoder.device)  # in float32, whatever the encoder is in

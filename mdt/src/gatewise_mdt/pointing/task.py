@@ -81,7 +81,7 @@ def training_rows(
             " long)"
         )
     if trees := sum(not one.has_tree for one in own):
-        say(f"{what}: {trees} of {len(records)} trees lose a node by that, or have a node twice, and teach phrases alone")
+        say(f"{what}: {trees} of {len(records)} trees lose a node by that, or have a node twice: only their phrases are trained on")
     for i, row in enumerate(rows):
         at = i if i < len(records) else (i - len(records)) // swapped
         row["group"] = at  # a record with its copies

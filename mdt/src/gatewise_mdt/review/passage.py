@@ -135,8 +135,7 @@ class Passage:
         words = [(one.standing and one.standing.nodes, one.approver) for one in (earlier, later)]
         if words[0] != words[1] and concerned not in ("", by):
             raise GatewiseError(
-                f"this is about an approval of {concerned}, which only they undo or redo: take it back with its button, or approve"
-                " the tree yourself if you stand for it"
+                f"only {concerned} can undo or redo their own approval: take it back with its button, or approve the tree yourself"
             )
         if back:
             return self._at(versions[-1], past=versions[:-1], future=(*self.future, self.now))
@@ -249,11 +248,11 @@ class Passage:
             GatewiseError: another tree lies beside, or none; or a reviewed tree would go without a word.
         """
         if self.beside is None or self.extractions != extraction:
-            raise GatewiseError("that extraction does not lie beside this tree any more: look at what there is now")
+            raise GatewiseError("that extraction is not here any more: look at what there is now")
         if not take:
             return replace(self, beside=None)
         if self.now.state in REVIEWED and not replaced:
-            raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
+            raise GatewiseError(f"a person {self.now.state} this tree: say that it may be replaced")
         return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
 
     @cached_property

@@ -215,8 +215,8 @@ class ReviewServer:
         except (OSError, OverflowError, UnicodeError) as error:
             said = getattr(error, "strerror", None) or error
             raise GatewiseError(
-                f"port {port} of {host[:100]!r} cannot be had ({said}): leave --port out for a free one, and --host too"
-                " unless it is an address of this machine"
+                f"port {port} of {host[:100]!r} cannot be had ({said}): leave --port out to take a free one; --host must be an"
+                " address of this machine"
             ) from error
         ip = ipaddress.ip_address(self.socket.getsockname()[0])
         self.is_local = ip.is_loopback

@@ -61,7 +61,7 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
     if suffix in SUFFIXES:
         if population:
             raise GatewiseError(
-                f"a population was given with {name}, whose trees come with texts that say whom they are about: leave it out"
+                f"a population was given, but {name} is a file of trees, whose texts say whom they are about: leave it out"
             )
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:

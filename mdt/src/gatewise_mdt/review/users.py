@@ -71,8 +71,8 @@ class UserFile:
         names = self.read() if os.path.exists(self.path) else {}
         if _folded(name) in map(_folded, names):
             raise GatewiseError(
-                f"{self.path} has a reviewer already from whom {name!r} cannot be told: take another name, or take that entry out"
-                " to give a new token"
+                f"{self.path} has a reviewer named {name!r}, or nearly so, already: take another name, or delete that entry to give"
+                " a new token"
             )
         with whole_file(self.path) as part:
             part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
