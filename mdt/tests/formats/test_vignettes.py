@@ -94,6 +94,10 @@ def test_programs_read_them_too_and_what_nobody_comes_to_is_said() -> None:
         "", DecisionTree.from_preorder([node("C", triple("a")), node("C", triple("A")), avoid, node("D"), node("D")])
     )
     assert "No patient comes to node 4 (No recommendation)" in render([never], "vignettes")
+    left = DecisionTree.from_preorder([node("C", triple("a"), triple("b"), joined="or"), node("D"), node("D")])
+    assert "The same patient, but not: b." in render([TreeRecord("", left)], "vignettes")
+    right = DecisionTree.from_preorder([node("C", triple("a")), node("C", triple("b")), node("D"), node("D"), avoid])
+    assert "The same patient, but with: a. Expected" in render([TreeRecord("", right)], "vignettes")
     (made,) = json.loads(render([never], "vignettes-json"))
     assert made["unreachable"] == [4]
     (one,) = made["vignettes"]

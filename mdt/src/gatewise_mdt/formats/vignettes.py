@@ -177,7 +177,7 @@ class _Told:
         )
 
     def differs(self, fact: Triple, other: Patient) -> str:
-        return f"{self.words.same.format(fact=self._fact(fact, other.facts[fact]))} {self.expected(other)}"
+        return f"{self.words.same[other.facts[fact]].format(fact=self._fact(fact, True))} {self.expected(other)}"
 
     def expected(self, one: Patient) -> str:
         return self.words.expected.format(what=self.decision(self.tree.nodes[one.leaf]), node=one.leaf + 1)
