@@ -19,15 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, read_trees, sample
+from gatewise_mdt import DecisionTree, TreeRecord, agree, read_trees, sample
 from gatewise_mdt.review import Extracting, Session
 from gatewise_mdt.review import Review as Reviewed
 from gatewise_mdt.review import session as session_module
+from gatewise_mdt.review.adjudication import prepare
 from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import By
 from gatewise_mdt.review.users import UserFile
-from mdt_trees import TEXT, node, triple
+from mdt_trees import TEXT, gout, node, triple
 from PIL import Image
 from reading_corpus import Heading, Prose, Table
 from reading_pdf import pdf_of
@@ -661,6 +662,32 @@ def test_what_was_carried_over_from_an_older_version(review: Callable[..., Revie
     here.wait_state("approved")
     sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
     assert not page.evaluate("document.getElementById('carried').open")
+
+
+def test_what_two_reviewers_say_differently_stands_by_danger(review: Callable[..., Review], tmp_path: Path) -> None:
+    other = gout()
+    other[1]["triples"][1][2] = "5 mg twice daily"
+    other[1]["triples"][2][1] = "prohibited drugs"
+    ada, ben = (TreeRecord(TEXT, DecisionTree.from_preorder(tree), 1) for tree in (gout(), other))
+    prepare(agree([ada], [ben], names=("Ada", "Ben")), tmp_path / "out.jsonl")
+    here = review()
+    listed = here.page.locator("#beside-tree .differences li")
+    sync_api.expect(listed.first).to_be_visible()
+    assert [one.split("\n") for one in listed.all_inner_texts()] == [
+        [
+            "contrary orders (given / not given)",
+            "here: adults with gout | drug therapy | naproxen",
+            "Ben: adults with gout | prohibited drugs | naproxen",
+        ],
+        [
+            "other dose (number)",
+            "here: colchicine | dosage and administration | 0.5 mg twice daily",
+            "Ben: colchicine | dosage and administration | 5 mg twice daily",
+        ],
+    ]
+    here.shot("review_differences")
+    here.page.click("#beside-leave")
+    sync_api.expect(listed).to_have_count(0)
 
 
 def test_the_document_stands_beside_the_passage(

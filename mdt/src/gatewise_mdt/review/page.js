@@ -352,6 +352,7 @@ function showBeside() {
   at("beside").hidden = !found;
   at("beside-tree").replaceChildren();
   if (!found) return;
+  if (found.of) at("beside").open = true; // an adjudicator is here for what differs
   at("beside-head").textContent =
     found.of ? tr("The tree of {name} lies beside this one", { name: found.of }) : tr("Another tree lies beside this one");
   const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
