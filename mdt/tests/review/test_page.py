@@ -1,7 +1,7 @@
 """The page of a review in a real browser: load, extract, correct, save, reload.
 
 It needs a Chromium that is installed on this machine (or named in GATEWISE_CHROMIUM) and Playwright to drive it; no browser is
-downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has three.
+downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has five.
 """
 
 import io
@@ -294,7 +294,6 @@ def test_what_a_tree_leaves_out_is_listed_in_place_of_the_green_line(review: Cal
     page.select_option("#relation-0", "dosage and administration")
     sync_api.expect(items.filter(has_text="empty tree")).to_have_count(0)
     sync_api.expect(dose).to_have_count(0)
-    here.shot("items", full_page=True)
     # With the keys: a word why for each, and then the tree can be approved.
     left = items.count()
     sync_api.expect(page.locator("#approve")).to_be_disabled()
@@ -302,11 +301,14 @@ def test_what_a_tree_leaves_out_is_listed_in_place_of_the_green_line(review: Cal
     page.keyboard.press("Enter")  # without a word nothing is ticked
     for done in range(left):
         sync_api.expect(page.locator("#items-list .ticked")).to_have_count(done)
-        page.keyboard.type(f"why {done}")
+        if done == 2:
+            page.locator("#items").evaluate("one => { one.scrollTop = 0; one.scrollIntoView({block: 'center'}); }")
+            here.shot("review_items")
+        page.keyboard.type(("said in other words", "stands elsewhere in the tree")[done % 2])
         page.keyboard.press("Enter")
     sync_api.expect(page.locator("#approve")).to_be_focused()
     here.validity("every item is ticked")
-    sync_api.expect(items.nth(left - 1)).to_contain_text(f"“why {left - 1}” Cora Weiss")
+    sync_api.expect(items.nth(left - 1)).to_contain_text("” Cora Weiss, 20")
     items.first.locator("input[type=checkbox]").uncheck()
     sync_api.expect(page.locator("#approve")).to_be_disabled()
     page.click("#undo")
