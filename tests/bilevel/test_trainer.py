@@ -1,5 +1,6 @@
 """Two levels, two streams: alternation against a loop written by hand, nothing of one level in the other, resuming, refusals."""
 
+import gc
 import random
 import shutil
 from collections.abc import Iterator
@@ -229,8 +230,9 @@ class CutOff(Gated):
         return {"loss": F.mse_loss(self.outer(hidden).squeeze(-1), labels)}
 
 
-def test_a_hub_data_set_with_other_columns_read_by_workers(tmp_path: Path) -> None:
+def test_a_hub_data_set_with_other_columns_read_by_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows in the same order as from a list, also after a resume: workers read ahead, which does not count."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds; the end of a worker would take 5
     table = Dataset.from_list([{"note": "-", **{key: value.tolist() for key, value in row.items()}} for row in UPPER])
     args = arguments(tmp_path / "workers", dataloader_num_workers=1, save_strategy="steps", save_steps=3)
     workers, plain = bilevel(tmp_path, args=args, upper_dataset=table), bilevel(tmp_path)
@@ -240,6 +242,8 @@ def test_a_hub_data_set_with_other_columns_read_by_workers(tmp_path: Path) -> No
     resumed = bilevel(tmp_path, args=arguments(tmp_path / "rest", dataloader_num_workers=1), upper_dataset=table)
     resumed.train(resume_from_checkpoint=str(tmp_path / "workers" / "checkpoint-3"))
     assert_same(weights(resumed.model), weights(plain.model))
+    del workers, resumed
+    gc.collect()
 
 
 @pytest.mark.parametrize(
