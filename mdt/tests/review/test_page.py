@@ -39,6 +39,7 @@ from gatewise.errors import GatewiseError
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise-mdt[dev]'")
 pytestmark = pytest.mark.browser
 
+OFTEN = "const later = setTimeout; window.setTimeout = (done, after) => later(done, after === 3000 ? 200 : after)"
 HOSTILE = "women@For <script>document.title='broken'</script> & <b>pain</b>, give \"ibuprofen\"."
 ASTHMA = next(record for record in sample() if record.population == "Adults asthma" or "asthma" in record.population)
 
@@ -69,6 +70,7 @@ class Review:
     def __init__(self, session: Session, chromium: Any, slow: float = 0, users: UserFile | None = None) -> None:
         self.session = session
         self.slow = slow
+        self.users = users
         self.extracting = Extracting(session, self.extract)
         self.server = ReviewServer(Reviewed(session, self.extracting), users)
         self.thread = threading.Thread(target=self.server.run)
@@ -86,6 +88,8 @@ class Review:
         size = {"width": 1280, "height": 800}
         self.context = self.chromium.new_context(viewport=size, accept_downloads=True, reduced_motion="reduce", timezone_id="UTC")
         self.context.set_default_timeout(20_000)
+        if self.users:  # each looks often at what the others do
+            self.context.add_init_script(OFTEN)
         self.contexts.append(self.context)
         return self.opened(url)
 
