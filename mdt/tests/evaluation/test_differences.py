@@ -153,6 +153,7 @@ def test_what_is_missing() -> None:
     # Without a condition, what follows where it does not hold goes too; what is left is no difference of its own.
     assert listed(gout(), gout()[:2] + gout()[3:4]) == [(MISSING, "condition")]
     assert of_decision(triple("aspirin", DRUG), triple("aspirin and warfarin", DRUG)) == [(MISSING, "a part")]
+    assert of_decision(triple("insulin", DRUG), triple("insulin glargine", DRUG)) == [(MISSING, "a part")]
     several = node("D", triple("aspirin", DRUG), triple("rest", PLAN), joined="and")
     assert listed([several], [{**several, "logical_rel": "or"}]) == [(MISSING, "and / or")]
 

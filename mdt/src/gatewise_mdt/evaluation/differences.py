@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.content import contents
-from gatewise_mdt.checking.finding import AVOIDS, DOSE
+from gatewise_mdt.checking.finding import AVOIDS, DOSE, GIVES
 from gatewise_mdt.checking.marks import ABOVE, BELOW, DAILY, DIGITS, HAN, LIMIT, ROUTE, Marks, Number, Span, marks_of, value
 from gatewise_mdt.checking.numbers import DRUG_STEM
 from gatewise_mdt.checking.prohibitions import NOT
@@ -340,7 +340,9 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
         return "other condition", "negation"
     if a.people != b.people or (not doses and _are_other_people(one.subject, other.subject)):
         return "other condition", "population"
-    if replaced or _has_more(one.object, other.object) or _has_more(other.object, one.object):
+    drug = not is_condition and {one.key[1], other.key[1]} <= {GIVES[0], AVOIDS}  # "insulin" is not "insulin glargine"
+    more = _has_more(one.object, other.object) or _has_more(other.object, one.object)
+    if replaced or more or (drug and a.words != b.words):
         return ("other condition", "finding") if is_condition else ("missing", "a part")
     return "wording", "" if one.key[1] == other.key[1] else "relation"
 
