@@ -301,6 +301,59 @@ def test_what_changed_is_an_item_after_carry(tmp_path: Path) -> None:
         approve(again)
 
 
+def saved(file: Path) -> Session:
+    """Approved, saved and closed."""
+    session = opened(file)
+    drafted(session)
+    tick_all(session, 1)
+    approve(session)
+    session.save()
+    session.close()
+    return session
+
+
+def reworded(file: Path) -> Session:
+    """Approved at 0.5 mg, then 0.6 mg in the document, corrected there and saved, but the change not ticked."""
+    saved(file)
+    session = opened(file, GUIDE.replace("0.5 mg twice", "0.6 mg twice"))
+    session.edit(1, session.passage(1).version, "join", {"node": 0, "join": "or"})
+    session.save()
+    return session
+
+
+def test_a_change_that_nobody_ticked_stays_open_when_the_text_changes_again(tmp_path: Path) -> None:
+    reworded(tmp_path / "g.md").close()
+    text = (tmp_path / "g.md").read_text()
+    for file in ("same.md", "new.md"):
+        (tmp_path / file).write_text(text if file == "same.md" else f"{text.strip()} Measure urate.\n")
+        assert CliRunner().invoke(app, ["mdt", "carry", str(tmp_path / "g.md"), str(tmp_path / file)]).exit_code == 0
+        assert ("changed text", "0.6 mg") in kinds(Session.open(str(tmp_path / file)))
+    for end in ("Measure urate.", "Weigh."):  # of which the file of corrections gets none
+        session = opened(tmp_path / "g.md", f"{text.strip()} {end}\n")
+        assert [one.number for one in session.passages] == [1]
+        assert {("changed text", "0.6 mg"), ("changed text", end)} <= set(kinds(session))
+        session.comment(1, By(comment="to be asked"))
+        session.close()
+
+
+def test_a_document_is_the_same_by_whichever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "g.md"
+    saved(file)
+    file.write_text(GUIDE.replace("0.5 mg twice", "5 mg twice"))
+    monkeypatch.chdir(tmp_path)
+    assert [one.now.state for one in Session.open("g.md").passages] == ["drafted"]
+
+
+def test_a_tree_that_leaves_the_file_of_corrections_is_in_the_history(tmp_path: Path) -> None:
+    """Of a colleague's file, which came without a history."""
+    file = tmp_path / "g.md"
+    saved(file).files.history.unlink()
+    session = opened(file, GUIDE.replace("0.5 mg twice", "5 mg twice"))
+    assert session.save().records == 0
+    session.close()
+    assert Session.open(str(file)).passage(1).now.nodes == TREE
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

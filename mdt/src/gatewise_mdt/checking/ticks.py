@@ -46,6 +46,11 @@ def open_items(record: TreeRecord) -> list[Item]:
     return [item for item, tick in looked_at(record) if tick is None and not item.hint]
 
 
+def text_read(record: TreeRecord) -> str:
+    """The text that a person last read a tree against: the one before its own, as long as a change since then is open."""
+    return record.older_text if any(item.is_change for item in open_items(record)) else record.text
+
+
 def items_in_words(items: Sequence[Item]) -> str:
     """Items for a sentence: their kinds and words."""
     said = [f'{item.kind} "{_short(item.words)}"' for item in items[:_MOST]]

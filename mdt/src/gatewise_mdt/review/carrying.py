@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
 
+from gatewise_mdt.checking.ticks import text_read
 from gatewise_mdt.documents.passages import ORIGIN
 from gatewise_mdt.records import CARRIED_KEY, TreeRecord
 from gatewise_mdt.review.passage import NOTHING, REVIEWED, Passage, Version, ids_of, lasting_keys, version_of
@@ -133,8 +134,8 @@ def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple
         version = version._replace(state="drafted", reviewed=None, confidence=sure, ticks=())
     origin: dict[str, Any] = {"from": source}
     origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
-    if _plain(record.text) != _plain(passage.text):
-        origin["text"] = record.text
+    if _plain(read := text_read(record)) != _plain(passage.text):
+        origin["text"] = read
     if not same and record.reviewed is not None:
         origin["reviewed"] = record.reviewed
     return version, origin
@@ -159,10 +160,13 @@ def reworded(passage: Passage, source: Passage) -> Passage:
     """
     now, standing = passage.now, passage.now.standing
     known = passage.more.get(CARRIED_KEY)
-    if now.state in REVIEWED or not isinstance(known, dict) or "text" not in known:  # else the tree is of a text before this one
+    is_read = passage.is_valid and text_read(passage.record()) == passage.text
+    if is_read or not isinstance(known, dict) or "text" not in known:  # else a change from a text before this one is open
         known = {"from": str(passage.more.get("source") or "the earlier review"), "text": passage.text}
         known |= {key: passage.more[key] for key in ("sha256", "place") if isinstance(passage.more.get(key), str)}
         known |= {"reviewed": now.reviewed} if now.reviewed else {}
+    elif passage.saved is not None:
+        known = {**known, "replaces": passage.text}
     more = {**passage.more, **source.more, CARRIED_KEY: known}
     made = replace(passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1)
     made = replace(made, saved=None, past=(), future=())

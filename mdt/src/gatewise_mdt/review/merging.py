@@ -7,6 +7,7 @@ versions have none, and are found again by their texts and headings. Passages ar
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
@@ -55,7 +56,7 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
                     row.record = record
                     left.remove(record)
     documents = {_document(source) for source in sources}
-    carried = {_carried_text(row.old) for row in rows if row.old is not None and row.source is not None}
+    carried = {text for row in rows if row.old is not None for text in _carried_texts(row.old)}
     # Of what was put under a new text before, the file has the old record until it is saved.
     left = [record for record in left if record.text not in carried or _document(record) not in documents]
     notes = [
@@ -82,14 +83,15 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
 
 
 def _document(one: Passage | TreeRecord) -> str:
-    """The document that a passage is of, or the file of trees; empty where it is not known."""
+    """The document that a passage is of, or the file of trees, by its name, whichever path leads to it; empty where it is not
+    known."""
     source = one.more.get("source")
-    return source if isinstance(source, str) else ""
+    return PurePath(source).name if isinstance(source, str) else ""
 
 
-def _carried_text(passage: Passage) -> str:
+def _carried_texts(passage: Passage) -> list[str]:
     known = passage.more.get(CARRIED_KEY)
-    return str(known.get("text", "")) if isinstance(known, dict) else ""
+    return [str(known[key]) for key in ("text", "replaces") if key in known] if isinstance(known, dict) else []
 
 
 def _told(passage: Passage, what: str) -> list[str]:

@@ -372,7 +372,10 @@ class Session:
             GatewiseError: they cannot be written; then nothing may be changed.
         """
         if lines:
-            lines = [*self._opening, *lines]
+            self._write([*self._opening, *lines])
+
+    def _write(self, lines: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
+        if lines:
             self.files.append([{**entry.to_json(), **more} for entry, more in lines])
             self._entries += [entry for entry, _ in lines]
             self._opening = []
@@ -387,6 +390,8 @@ class Session:
         """
         with self._lock:
             kept = {passage.number: version for passage in self.passages if (version := passage.kept) is not None}
+            if any(one.now.nodes is not None and number not in kept for number, one in self._passages.items()):
+                self._write(self._opening)  # what the file has no more is in the history before
             self.files.save([self._passages[number].record(version) for number, version in kept.items()])
             saved = {number: replace(self._passages[number], saved=version) for number, version in kept.items()}
             changed = [number for number, passage in saved.items() if passage.saved != self._passages[number].saved]
