@@ -48,11 +48,11 @@ def agree(
     as_json: JsonOption = False,
     strict: StrictOption = False,
 ) -> None:
-    """Compare the trees of two reviewers: what differs, the most dangerous first, then measures of agreement with 95% intervals.
+    """Compare the trees of two reviewers: what differs, then figures.
 
-    First come contrary orders (given and prohibited), then other doses, other conditions, what only one tree has, and other words.
-    Passages are paired by their text, and more than two files are compared in pairs. Records with a fault are left out and named at
-    the end, and the exit code is then 2.
+    What differs comes by danger: contrary orders (given and prohibited), other doses, other conditions, what only one tree has, and
+    other words. Figures are measures of agreement with 95% intervals. Passages are paired by their text, and more than two files
+    are compared in pairs. Records with a fault are left out and named at the end, and the exit code is then 2.
 
     \b
     Examples:

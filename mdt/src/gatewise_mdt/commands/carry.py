@@ -28,11 +28,11 @@ def carry(
     reviewer: Annotated[str | None, typer.Option(help="Who carries over, for the history. [default: the login name]")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Carry a review over to a new version of its guideline, and show what changed.
+    """Carry a review over to a new version of its guideline.
 
-    Passages with the same text keep their tree, and who approved it and when. Where the text changed, the old tree becomes a
-    draft, to be read against the change, which is shown here ([-gone-] {+new+}) and on the page of `gatewise mdt review NEW`. What
-    a person did in the newer review stays as it is. The command may be given again.
+    It shows what changed. Passages with the same text keep their tree, and who approved it and when. Where the text changed, the
+    old tree becomes a draft, to be read against the change, which is shown here ([-gone-] {+new+}) and on the page of `gatewise mdt
+    review NEW`. What a person did in the newer review stays as it is. The command may be given again.
 
     \b
     Examples:

@@ -27,13 +27,13 @@ def check(
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:
-    """List what of its text each tree has lost or turned round: doses, limits, prohibitions, conditions, recommendations.
+    """List what of its text each tree has lost or turned round.
 
-    The rules read from the text to the tree, in English and Chinese, and need no model. Each item names its kind, the words of the
-    text, the node where there is one, and how sure the rule is. Those that a person ticked in `gatewise mdt review` say so, by whom
-    and why; the others are open, and keep the tree from being approved. What changed in the text since the tree was made is one,
-    too. With --json stand the places of the words in the passage, nodes are counted from 0, and hints are among the items. Items do
-    not change the exit code.
+    That is doses, limits, prohibitions, conditions, recommendations. The rules read from the text to the tree, in English and
+    Chinese, and need no model. Each item names its kind, the words of the text, the node where there is one, and how sure the rule
+    is. Those that a person ticked in `gatewise mdt review` say so, by whom and why; the others are open, and keep the tree from
+    being approved. What changed in the text since the tree was made is one, too. With --json stand the places of the words in the
+    passage, nodes are counted from 0, and hints are among the items. Items do not change the exit code.
 
     \b
     Examples:

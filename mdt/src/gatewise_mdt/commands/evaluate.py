@@ -38,9 +38,10 @@ def evaluate(
     as_json: JsonOption = False,
     strict: StrictOption = False,
 ) -> None:
-    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio, with 95% bootstrap intervals.
+    """Measure predicted trees against the right ones.
 
-    The trees are those of a file, or are extracted with an adapter. Predictions that are no trees count as wrong.
+    Measures are F1 of triples, nodes and decision paths, tree accuracy and tree edit ratio, with 95% bootstrap intervals. The trees
+    are those of a file, or are extracted with an adapter. Predictions that are no trees count as wrong.
 
     \b
     Examples:

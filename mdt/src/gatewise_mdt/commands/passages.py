@@ -24,7 +24,7 @@ def passages(
     passage_characters: CharactersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what will be read from a document: its passages as a model reads them, with their places and notes.
+    """Show the passages of a document as a model reads them.
 
     A passage is "population@text". The text begins with the headings that name no people, and each row of a table says
     "header: cell". Offsets count characters of the document's text as it was read: a line for each heading, paragraph, item

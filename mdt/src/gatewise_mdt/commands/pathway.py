@@ -13,11 +13,12 @@ def pathway(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file of links. What was decided in it is kept.")] = None,
     repair: RepairOption = False,
 ) -> None:
-    """Propose how the trees of a guideline's passages make one pathway: which decision leads on to which other passage.
+    """Propose how the trees of a guideline make one pathway.
 
-    Links are proposed by headings, populations, the drugs of a decision in the condition of another passage, and order. None is
-    followed before a person sets its "state" in the file from "proposed" to "accepted"; "refused" ones are not proposed again.
-    Links may be added. `gatewise mdt show FILE --pathway pathway.json` then makes one picture, FHIR plan or DMN of all.
+    A link says which decision leads on to which other passage. Links are proposed by headings, populations, the drugs of a decision
+    in the condition of another passage, and order. None is followed before a person sets its "state" in the file from "proposed" to
+    "accepted"; "refused" ones are not proposed again. Links may be added. `gatewise mdt show FILE --pathway pathway.json` then
+    makes one picture, FHIR plan or DMN of all.
 
     \b
     Examples:

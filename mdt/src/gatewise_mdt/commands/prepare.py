@@ -30,9 +30,10 @@ def prepare(
     ] = 0,
     strict: StrictOption = False,
 ) -> None:
-    """Write the rows that `gatewise train` takes: prompts, and the trees that are to be written after them.
+    """Write training rows for a model that writes trees.
 
-    The recipe's template is "{source}", see mdt/recipes/mdt-pi-lora.yaml.
+    A row is a prompt and the tree that is to be written after it, as `gatewise train` takes them. The recipe's template is
+    "{source}", see mdt/recipes/mdt-pi-lora.yaml.
 
     \b
     Examples:

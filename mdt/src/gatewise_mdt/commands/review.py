@@ -63,7 +63,7 @@ def review(
         str | None, typer.Option(help="Who reviews: the name that the history has beside each change. [default: the login name]")
     ] = None,
 ) -> None:
-    """Review trees in the browser: read each against its text, correct it, approve it, save.
+    """Review trees in the browser: read, correct, approve, save.
 
     The page is served on this machine only, unless --host says otherwise; with --users several people review at once. What is
     corrected or approved goes into a JSONL file in the published format, which is training data; every change, of unfinished trees

@@ -28,7 +28,9 @@ def show(
     pathway: Annotated[Path | None, typer.Option(help="Join the trees by the links of this file of gatewise mdt pathway.")] = None,
     repair: RepairOption = False,
 ) -> None:
-    """Show trees as text, JSON, Mermaid, SVG, HTML page or as a few patients (vignettes); or export them for systems that run them.
+    """Show trees to people, or export them for systems that run them.
+
+    People read text, JSON, Mermaid, SVG, an HTML page or a few patients (vignettes).
 
     Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
     They take approved trees alone, whose items of `gatewise mdt check` are all ticked in `gatewise mdt review`. With --drafts they
