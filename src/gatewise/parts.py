@@ -58,23 +58,26 @@ Source = Annotated[str, BeforeValidator(_source)]
 
 
 class DataSection(Section):
-    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, or another source that the task knows.
-
-    Training, early stopping and choice see ``train`` and ``dev`` alone: ``test`` is measured before and after, and nothing else.
-    ``held_out`` rows of ``train``, at most a quarter, are not trained on by any method, so that all methods train on the same rows;
-    methods that score ranks, or learn in two levels, do it with them. ``tuning`` rows of ``train``, at most a quarter and the same
-    for every seed, are taken out before: what is tuned, such as the learning rate, can be measured on them, and ``dev`` is left.
-    ``max_length`` is in tokens.
-    """
+    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, or another source that the task knows."""
 
     train: str
+    """Rows to train on."""
     dev: Source
+    """Rows to measure on before, during and after the training. Early stopping, the best checkpoint and you choose by them."""
     test: Source | None = None
+    """Rows that are measured before and after, and that nothing else sees."""
     held_out: Annotated[int, Field(ge=0)] = 32
+    """So many rows of ``train``, at most a quarter, that no method trains on, so that all methods train on the same rows; methods
+    that score ranks, or learn in two levels, do it with them."""
     tuning: Count | None = None
+    """So many rows of ``train``, at most a quarter and the same for every seed, are taken out before: a learning rate can be chosen
+    on them, and ``dev`` is left."""
     limit_train: Count | None = None
+    """The first rows of ``train`` only."""
     limit_dev: Count | None = None
+    """The first rows of ``dev`` only."""
     max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of the longest text, prompt and answer together."""
 
 
 # A run, as parts see it -------------------------------------------------------------------------------------------------

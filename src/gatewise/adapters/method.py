@@ -52,20 +52,25 @@ Start = Literal[True, "gaussian", "eva", "pissa", "pissa_niter_16", "olora", "co
 
 
 class PeftSection(Section):
-    """The settings of ``peft.LoraConfig``. With adalora, ``r`` is the mean rank at the end.
-
-    ``pattern`` is a file that ``gatewise inspect --suggest`` wrote, for lora and dora: it has modules, ranks and alphas in place of
-    ``r``, ``lora_alpha`` and ``target_modules``.
-    """
+    """The settings of ``peft.LoraConfig``."""
 
     r: Count = 8
+    """The rank of every module. With adalora, and with ``allocation.schedule: cubic``, the mean rank at the end."""
     lora_alpha: Count = 16
+    """LoRA's alpha: what it adds is multiplied by alpha / r."""
     target_modules: Modules = "all-linear"
+    """Which modules get LoRA: ``all-linear``, or a list of their names."""
     exclude_modules: list[str] | None = None
+    """Which of them do not."""
     lora_dropout: Share = 0.0
+    """Dropout on the input of the adapter."""
     use_rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead of alpha / r."""
     init_lora_weights: Start = True
+    """How LoRA starts: ``true`` (B at zero, A as in PEFT), ``gaussian``, or one of PEFT's starts, see docs/fitting.md."""
     pattern: Pattern = None
+    """A file that ``gatewise inspect --suggest`` wrote, for lora and dora: modules, ranks and alphas in place of ``r``,
+    ``lora_alpha`` and ``target_modules``."""
 
 
 class Lora(Method):

@@ -41,35 +41,46 @@ ScoreName = Annotated[
 
 
 class AllocationSection(Section):
-    """The rounds of ALoRA, see ``gatewise.RankAllocation``.
-
-    ``score`` names a file in ``gatewise/allocation/scores``, or your own function as module:function, and ``rule`` your
-    own function for who is pruned and who grows. With ``schedule: cubic`` every module starts with ``init_r`` ranks
-    (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that
-    ``peft.r`` everywhere would have; ``prune_fraction`` is not used. ``first_round`` and ``recover`` left out are one epoch and
-    a quarter of one, the paper's; in a run too short for all rounds, the first is after a fifth of it, and the last before three.
-    """
+    """The rounds of ALoRA, see ``gatewise.RankAllocation``."""
 
     score: ScoreName = DEFAULT
+    """The score of a rank, see docs/scores.md, or a function of your own as ``module:function``."""
     schedule: Literal["constant-budget", "cubic"] = "constant-budget"
+    """``constant-budget``: what is pruned is given to other modules. ``cubic``: every module starts with ``init_r`` ranks, and the
+    adapter comes down to what ``peft.r`` everywhere would have; nothing grows."""
     budget: Unit = "parameters"
+    """What is counted: the ``parameters`` of live ranks, or the ``ranks`` themselves, as the papers do."""
     rounds: Count = 8
+    """How many rounds at most."""
     prune_fraction: Fraction = 0.125
+    """The share of the budget that a round moves; not with ``cubic``."""
     first_round: Span | None = None
+    """Training before the first round: epochs, or steps if an integer above 1. Left out: one epoch, or a fifth of a run that is too
+    short for all rounds."""
     recover: Span | None = None
+    """Training between two rounds, likewise. Left out: a quarter of an epoch, or so much that the last of a short run is before
+    three fifths of it."""
     r_max: Count | None = None
+    """The most ranks that a module can get; not with ``cubic``. Left out: twice ``peft.r``."""
     init_r: Count | None = None
+    """With ``cubic``: the ranks of every module at the start. Left out: one and a half times ``peft.r``."""
     module_pruning: bool = False
+    """Modules whose scores add up to zero or less lose all their ranks."""
     grace_rounds: Annotated[int, Field(ge=0)] = 0
+    """For so many rounds a new rank is not pruned; not with ``cubic``."""
     score_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the score, such as ``points: 8``, see docs/scores.md."""
     rule: str | None = None
+    """A function of your own for who is pruned and who grows, as ``module:function``. Left out: the papers' rule."""
 
 
 class PathSection(AllocationSection):
     """The rounds of PI-LoRA: scored along a path of gates, and whole modules may go."""
 
     score: ScoreName = "path_integral"
+    """The score of a rank, by which the method is defined; others are taken too."""
     module_pruning: bool = True
+    """Modules whose scores add up to zero or less lose all their ranks, as in the paper."""
 
 
 class ALora(Lora):

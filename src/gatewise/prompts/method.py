@@ -41,37 +41,45 @@ Layers = Annotated[Any, AfterValidator(_layers), WithJsonSchema({"anyOf": [{"enu
 
 
 class PromptsSection(Section):
-    """The prompts of SPT, see ``gatewise.SelectivePromptConfig``.
-
-    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers.
-    """
+    """The prompts of SPT, see ``gatewise.SelectivePromptConfig``."""
 
     num_prompt_tokens: Count = 10
+    """Prompt tokens in front of the text, inside the model."""
     bottleneck: Count = 64
+    """Width of the generators that write them."""
     prompt_layers: Layers = None
+    """The layers with a new prompt: a list from 0, or with ``keep`` a fixed choice of so many. Left out: they are searched."""
     keep: Count | None = None
+    """With such a choice: how many layers."""
     tau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of the prompt from below a new one replaces."""
     balanced: bool | None = None
+    """Mix prompts by direction and not by size, see docs/spt.md. Left out: in decoders."""
     phm: Count | None = None
+    """Generators as sums of so many Kronecker products, with so many times fewer parameters. Left out: plain ones."""
     activation: Literal["gelu", "relu", "tanh", "identity"] = "gelu"
+    """The generators' activation."""
     normalize_states: bool = True
+    """Scale hidden states to unit size before a generator reads them."""
 
 
 class SearchSection(Section):
-    """SPT-DARTS, the search for the layers that take a new prompt. Only without ``prompts.prompt_layers``.
-
-    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
-    follows. ``keep`` is K, how many layers are kept: those with the largest gates. ``consistency`` is the weight λ of the distance
-    between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
-    """
+    """SPT-DARTS, the search for the layers that take a new prompt. Only without ``prompts.prompt_layers``."""
 
     keep: Count = 4
+    """K, how many layers are kept: those with the largest gates."""
     max_steps: Count | None = None
+    """Steps of the search, in place of ``epochs``. Left out, with those too: as many as the training that follows."""
     epochs: Positive | None = None
+    """Passes over the half of the rows that the weights learn on; the gates learn on the other half."""
     gate_learning_rate: Positive = 1e-2
+    """Learning rate of the gates."""
     reparameterise: bool = True
+    """Gates compete for the gradient."""
     consistency: NotNegative = 1.0
+    """Weight λ of the distance between two passes with different gates left out; 0: one pass, with all of them."""
     drop: Fraction = 0.5
+    """The probability that such a pass leaves a gate out."""
 
 
 class SelectivePrompts(Method):

@@ -14,22 +14,28 @@ from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig
 
 
 class RoutingSection(Section):
-    """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``.
-
-    The coefficients of the rational activation learn on the rows of ``data.held_out``, one step of rate
-    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); without such rows
-    they learn with the rest.
-    """
+    """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``."""
 
     top_k: Count = 3
+    """How many of a layer's LoRA modules a prompt keeps."""
     pooler: Literal["attention", "mean", "max", "last"] = "attention"
+    """How the prompt's hidden states become one vector: a learnt weighting of its tokens, their mean or maximum, or the last one.
+"""
     activation: Literal["rational", "gelu", "relu", "identity"] = "rational"
+    """The router's activation; ``rational`` has coefficients that learn."""
     balance_weight: NotNegative = 1e-2
+    """Weight of the loss that keeps a layer's modules evenly used."""
     normalize_gates: bool = True
+    """The gates of the kept modules add up to 1. ``false``: they are the router's probabilities."""
     normalize_states: bool = True
+    """Scale each token's hidden state to unit size before pooling."""
     center_states: bool = True
+    """Take off what all prompts have in common before routing, see docs/milora.md."""
     activation_learning_rate: Positive = 1e-6
+    """Rate of the coefficients of ``rational``, which learn on the rows of ``data.held_out``; without such rows they learn with the
+    rest."""
     activation_every: Count = 4
+    """One step of theirs after so many steps of the rest."""
 
 
 class RoutedLora(Lora):

@@ -28,19 +28,22 @@ from gatewise.parts import Count, Fraction, Method, NotNegative, Run, Section
 
 
 class AdaloraSection(Section):
-    """AdaLoRA's schedule, see ``peft.AdaLoraConfig``; ``total_step`` is the run's.
-
-    ``init_r``, ``tinit`` and ``tfinal`` left out are derived: one and a half times ``peft.r``, a tenth and three
-    tenths of the run.
-    """
+    """AdaLoRA's schedule, see ``peft.AdaLoraConfig``; ``total_step`` is the run's."""
 
     init_r: Count | None = None
+    """The rank of every module at the start. Left out: one and a half times ``peft.r``."""
     tinit: Annotated[int, Field(ge=0)] | None = None
+    """Steps before the first rank is removed. Left out: a tenth of the run."""
     tfinal: Annotated[int, Field(ge=0)] | None = None
+    """Steps at the end in which none is removed. Left out: three tenths of the run."""
     deltaT: Count = 1  # noqa: N815 (PEFT's name)
+    """Steps between two decisions."""
     beta1: Fraction = 0.85
+    """Smoothing of the importance over steps."""
     beta2: Fraction = 0.85
+    """Smoothing of its uncertainty."""
     orth_reg_weight: NotNegative = 0.5
+    """Weight of the loss that keeps the factors orthogonal; the training loss that is shown includes it."""
 
 
 class AdaLora(Lora):
@@ -130,12 +133,14 @@ class PrefixSection(Section):
     """The prompts of prefix tuning."""
 
     num_prompt_tokens: Count = 10
+    """Prompt tokens in front of the text."""
 
 
 class PromptSection(PrefixSection):
-    """The prompts of prompt tuning, which begin as token embeddings drawn from the vocabulary or as random numbers."""
+    """The prompts of prompt tuning."""
 
     init: Literal["vocabulary", "random"] = "vocabulary"
+    """They begin as token embeddings drawn from the ``vocabulary``, or as ``random`` numbers."""
 
 
 class PrefixTuning(Method):

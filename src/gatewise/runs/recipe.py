@@ -32,14 +32,16 @@ from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Count, DataSection, Met
 class LaunchSection(Section):
     """In how many processes the run trains, and how they share the model. Not for a run that another launcher started.
 
-    ``strategy``: ddp has the whole model in every process; fsdp2 shards the base model; zero2 and zero3 are DeepSpeed's, which
-    shard the optimiser's state, zero3 the base model too. Other keys are settings of ``accelerate launch``, by its own names.
+    Other keys are settings of ``accelerate launch``, by its own names.
     """
 
     model_config = ConfigDict(extra="allow")
 
     processes: Count = 1
+    """How many processes, one a GPU where there are GPUs."""
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+    """``ddp`` has the whole model in every process; ``fsdp2`` shards the base model; ``zero2`` and ``zero3`` are DeepSpeed's, which
+    shard the optimiser's state, ``zero3`` the base model too."""
 
 
 Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -53,39 +55,54 @@ BitsAndBytesOptimizer = Literal[
 
 
 class TrainingSection(Section):
-    """The training run. ``max_steps`` or ``epochs``; all other counts are in optimiser steps.
-
-    ``batch_size`` is of all processes together: the same recipe trains the same adapter, whatever the number of processes.
-    ``optim`` is a name of Transformers' ``OptimizerNames``, of those in which ranks can be moved. With ``lora_plus_ratio`` LoRA's
-    B learns so many times faster than its A (LoRA+, Hayou et al., arXiv 2402.12354).
-    """
+    """The training run. Counts are in optimiser steps."""
 
     max_steps: Count | None = None
+    """How many steps, in place of ``epochs``."""
     epochs: Positive | None = None
+    """How many passes over the rows. Left out, with ``max_steps`` too: 3."""
     batch_size: Count = 8
+    """Rows of a batch, of all processes together: the same recipe trains the same adapter, whatever their number."""
     eval_batch_size: Count = 16
+    """Rows of a batch where nothing is trained."""
     gradient_accumulation: Count = 1
+    """Batches of one step."""
     optim: Literal[TorchOptimizer, "adafactor", BitsAndBytesOptimizer] = "adamw_torch_fused"
+    """A name of Transformers' ``OptimizerNames``, of those in which ranks can be moved."""
     learning_rate: Positive = 2e-4
+    """The highest rate, after ``warmup_ratio``."""
     lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """LoRA's B learns so many times faster than its A (LoRA+, Hayou et al., arXiv 2402.12354). Left out: as fast."""
     warmup_ratio: Share = 0.06
+    """Share of the steps in which the learning rate rises."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How it falls after that; to zero with ``linear`` and ``cosine``."""
     weight_decay: NotNegative = 0.0
+    """Of the trained weights."""
     max_grad_norm: NotNegative = 1.0
+    """Gradients are clipped to this norm; 0: not at all."""
     bf16: bool = False
+    """Compute in bfloat16 (autocast) where the weights are float32."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
     eval_every: Count | None = None
+    """Steps between measurements on dev while it trains. Left out: none."""
     save_every: Count | None = None
+    """Steps between checkpoints, of which the last two are kept. Left out: a fifth of the run."""
     early_stopping_patience: Count | None = None
+    """Stop after so many measurements without a new best one (``best_by``). Left out: never."""
     load_best: bool = False
+    """Keep the adapter that measured best (``best_by``), not the last one."""
     eval_metric: bool = True
     """An evaluation on dev also measures what the task is measured by (accuracy, BLEU, ...), not the loss alone."""
     best_by: str = "loss"
     """What load_best and early_stopping_patience go by: loss, or a metric of the task such as accuracy."""
     log_every: Count = 10
+    """Steps between two lines of the log."""
     report_to: Reporter | list[Reporter] = Field(default_factory=list)
     """Where losses, metrics and rounds are shown while the run trains. The run has its folder's name there."""
     group_by_length: bool = False
+    """Put rows of similar length into a batch: less padding, faster."""
 
     @property
     def reporters(self) -> list[str]:
@@ -128,20 +145,23 @@ class TrainingSection(Section):
 
 
 class Recipe(Section):
-    """What every recipe has. Paths in it are absolute once it was read by ``load_recipe``.
-
-    ``dtype`` is that of the base model's weights; auto is bfloat16 where the device computes in it by itself, else float32.
-    ``quantization`` keeps those of its linear layers in 4 bits (nf4) or 8 (int8), by bitsandbytes; they compute in ``dtype``.
-    ``device`` is auto, cpu, cuda, cuda:1 or mps.
-    """
+    """What every recipe has. Paths in it are absolute once it was read by ``load_recipe``."""
 
     method: str
+    """How the model is tuned."""
     model: str
+    """The base model: an embedded one (``smollm2-135m-instruct``), a folder, or a hub id."""
     task: str = DEFAULT_TASK
+    """What a row is."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the base model's weights; ``auto`` is bfloat16 where the device computes in it by itself, else float32."""
     quantization: Quantization | None = None
+    """Keeps the weights of the base's linear layers in 4 bits (``nf4``) or 8 (``int8``), by bitsandbytes; they compute in
+    ``dtype``. Left out: not."""
     device: Annotated[str, Field(pattern=DEVICES)] = "auto"
+    """Where to train: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn."""
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """Where the finished adapter is uploaded on the Hugging Face Hub: NAME/REPOSITORY."""
     hub_private: bool = True

@@ -31,43 +31,46 @@ SourceOrPart = Annotated[str | Fraction, BeforeValidator(_source_or_part)]
 
 
 class RowsSection(DataSection):
-    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, ``sample:NAME``, or a Hugging Face ``datasets`` name.
-
-    ``dev`` and ``test`` may be numbers: the part of ``train`` that is taken out of it to measure on, by a hash of each row and with
-    rows of each label; rows with the same ``group``, a column, stay together. ``columns``: field -> the column it is read from.
-    """
+    """Where the rows come from: a JSONL, JSON, CSV or Parquet file, ``sample:NAME``, or a Hugging Face ``datasets`` name."""
 
     dev: SourceOrPart  # type: ignore[assignment]
+    """Rows to measure on before, during and after the training, or the part of ``train`` that is taken out of it for that (0.1), by
+    a hash of each row and with rows of each label."""
     test: SourceOrPart | None = None  # type: ignore[assignment]
+    """Rows that are measured before and after, and that nothing else sees, or such a part of ``train``."""
     columns: dict[str, str] | None = None
+    """Field of a row -> the column of the file that it is read from."""
     group: str | None = None
+    """With parts of ``train``: rows with the same value in this column stay on one side."""
     train_split: str | None = None
+    """Which split of a Hugging Face data set ``train`` is; needed there."""
     dev_split: str | None = None
+    """Which split ``dev`` is."""
     test_split: str | None = None
+    """Which split ``test`` is."""
     labels: Annotated[list[Label], Field(min_length=2)] | None = None
+    """All labels, in their order; left out: those of ``train``, sorted."""
 
 
 class AnsweredRowsSection(RowsSection):
-    """Rows to which a model writes answers.
-
-    ``assistant``: which turns of a conversation are trained, all of the assistant's or the last. Left out: all, and the last with
-    methods whose adapter reads the prompt, which is only then the prompt that it is used with.
-    ``max_new_tokens``: of an answer where it is measured, see ``gatewise.tasks.evaluate``.
-    """
+    """Rows to which a model writes answers."""
 
     max_new_tokens: Count | None = None
+    """Tokens of a written answer where it is measured; left out: 16 more than the longest right one has, and 64 at least."""
     assistant: Answers | None = None
+    """Which turns of a conversation are trained, ``all`` of the assistant's or the ``last``. Left out: all, and the last with
+    methods whose adapter reads the prompt."""
 
 
 class TemplateSection(Section):
-    """How a row becomes a prompt: ``{field}`` stands for a field of the row; ``labels`` has a word for each label.
-
-    ``chat``: the Jinja template of conversations, if not the base model's own.
-    """
+    """How a row becomes a prompt."""
 
     prompt: str | None = None
+    """The prompt, in which ``{field}`` stands for a field of the row. Left out: the usual one for such rows."""
     chat: str | None = None
+    """The Jinja template of conversations, if not the base model's own."""
     labels: Annotated[dict[Label, str], Field(min_length=2)] | None = None
+    """Label -> the word that is written for it, if not the label itself."""
 
 
 class Rows(Task):

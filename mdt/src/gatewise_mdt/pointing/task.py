@@ -97,17 +97,16 @@ def training_rows(
 
 
 class PointingSection(Section):
-    """The heads of a pointing model, see ``gatewise_mdt.pointing.heads``.
-
-    ``swapped``: copies of each training passage whose phrases have changed places with those of others. ``width`` is that of the
-    heads, ``dropout`` theirs in training. ``longest``: units (words, doses, Chinese characters) of the longest phrase that can be
-    pointed at.
-    """
+    """The heads of a pointing model, see ``gatewise_mdt.pointing.heads``."""
 
     swapped: Annotated[int, Field(ge=0)] = 3
+    """Copies of each training passage whose phrases have changed places with those of others."""
     width: Annotated[int, Field(gt=0, multiple_of=4)] = 128
+    """Width of the heads."""
     dropout: Share = 0.2
+    """Dropout of the heads in training."""
     longest: Count = 24
+    """Units (words, doses, Chinese characters) of the longest phrase that can be pointed at."""
 
 
 class Text2Mdt(Task):
