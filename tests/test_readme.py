@@ -59,9 +59,9 @@ def resolve(path: str) -> Any:
 
 
 def command_lines(page: Path) -> list[str]:
-    """The lines of indented blocks that call gatewise, without comments, and without what is piped into them."""
+    """The lines of indented blocks that call gatewise, without comments, and without what is piped into or out of them."""
     lines = re.findall(r"^    (?:.*\| )?(gatewise .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return [line.split("  #")[0].strip() for line in lines]
+    return [re.split(" > |  #", line)[0].strip() for line in lines]
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
@@ -145,7 +145,9 @@ def test_python_files_exist(page: Path) -> None:
     """Those that are named with their folder, from the repository or from src/gatewise."""
     for file in re.findall(r"`([\w.]+/[\w./]+\.py)", page.read_text(encoding="utf-8")):
         if "NAME" not in file:
-            assert any((start / file).is_file() for start in (ROOT, ROOT / "src/gatewise")), f"{page.name}: there is no {file}"
+            assert any((start / file).is_file() for start in (ROOT, ROOT / "src", ROOT / "src/gatewise")), (
+                f"{page.name}: there is no {file}"
+            )
 
 
 def test_something_was_found() -> None:
