@@ -331,7 +331,7 @@ def test_a_dead_device_or_a_fault_of_ours_ends_the_server(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     shutil.copytree(made["b"], tmp_path / "later")
-    given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None}
+    given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None, "settled": 0.1}
     places = [str(made["routed"]), str(tmp_path)]
     with AdapterServer(str(made["base"]), places, **given) as server, ThreadPoolExecutor(4) as threads:
         run = threads.submit(server.run)
