@@ -61,7 +61,7 @@ def test_what_cannot_be_kept_to_is_refused(server: AdapterServer) -> None:
 
     ask = client(server).completions.create
     for extra, expected in (
-        ({"gatewise_tree": '{"language": "fr"}'}, "not told as gatewise tells it"),
+        ({"gatewise_tree": '{"language": "fr"}'}, "none of gatewise's .expected language, en or zh"),
         ({"gatewise_poem": "a"}, "vllm_xargs has gatewise_poem: this server serves one of gatewise_tree"),
         (["gatewise_tree"], "vllm_xargs: Input should be a valid dictionary"),
     ):

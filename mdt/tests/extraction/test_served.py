@@ -105,7 +105,7 @@ def engine() -> Iterator[tuple[Engine, str]]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield made, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
