@@ -178,7 +178,7 @@ def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: 
     assert "the same command goes on from there, out.work.jsonl has what was found" in result.stderr
     assert not Path("out").exists()
     refused = gatewise(*words, "--base", "other")
-    assert_refused(refused, "out.work.jsonl was left by an extraction with other settings")
+    assert_refused(refused, "out.work.jsonl was not left by an extraction with these settings")
     stop = False
     del asked[2:]
     result = gatewise(*words)

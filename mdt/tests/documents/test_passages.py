@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_said_again_with_a_note() -> None:
     first, second = of_blocks(f"{condition} Otherwise give colchicine.", most=110)
     assert first.passage == condition
     assert second.passage == "Otherwise give colchicine."
-    assert second.notes == ("the passage begins with what belongs to the end of the one before",)
+    assert second.notes == ("the passage begins with the end of the one before",)
     items = [Block(f"{number} mg of the drug by mouth in the morning", kind="item") for number in range(9)]
     parts = of_blocks("Give one of these:", *items, most=120)
     assert all(one.passage.startswith("Give one of these:") for one in parts)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_said_again_with_a_note() -> None:
 
 def test_a_second_half_without_a_first_is_noted() -> None:
     _, second = read("# If kidneys work\n\nGive naproxen.\n\n# If they do not\n\nOtherwise give prednisolone.")
-    assert second.notes == ('"Otherwise give prednisolone." refers to what is not under its heading',)
+    assert second.notes == ('"Otherwise give prednisolone." refers to something that is not under its heading',)
 
 
 def test_a_row_that_is_too_long_says_its_beginning_again() -> None:

@@ -118,7 +118,7 @@ def test_text_that_is_turned_round_is_noted() -> None:
     document = document_of("Give \u202e05\u202c mg.\n\nRest.".encode(), "a.txt", ".txt")
     (note,) = document.notes
     assert note.startswith(
-        "a.txt has signs that turn its text round (U+202E and the like), which is read in the order of the file: "
+        "a.txt has invisible signs that turn its text round (U+202E and the like); it is read in the order of the file: "
     )
     assert note.endswith("(line 1)")
 

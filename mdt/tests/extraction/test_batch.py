@@ -112,10 +112,10 @@ def test_a_journal_of_other_settings_or_of_something_else_is_left_alone(tmp_path
     path = tmp_path / "w.jsonl"
     extracted(files[1:], Slow(), Journal(path, SETTINGS))
     whole = path.read_bytes()
-    with pytest.raises(GatewiseError, match="with these settings left"):
+    with pytest.raises(GatewiseError, match="not left by an extraction with these settings"):
         Journal(path, {**SETTINGS, "verbatim": True})
     for other, said in (
-        (b'{"text": "a", "tree": []}\n', "with these settings left"),
+        (b'{"text": "a", "tree": []}\n', "not left by an extraction with these settings"),
         (whole.replace(b'"role"', b'"roll"', 1), "line 2 is damaged"),
         (whole.replace(b'"extraction": {', b'"extraction": [5], "x": {', 1), "line 2 is damaged"),
     ):

@@ -284,7 +284,7 @@ def _units(group: Sequence[Block], starts: dict[int, int], skipped: int) -> Iter
             apart = opens and parted and not refers and block.kind != "footnote"
             notes = block.notes if place == 0 else ()
             if not before and _REFERS.match(text):
-                notes = (*notes, f'"{text[:40]}{"…" if len(text) > 40 else ""}" refers to what is not under its heading')
+                notes = (*notes, f'"{text[:40]}{"…" if len(text) > 40 else ""}" refers to something that is not under its heading')
             yield _Unit(
                 text,
                 start,
@@ -382,7 +382,7 @@ class _Packed:
             self.text, self.where, self.start = head, unit.where, unit.start
             self.notes.append(f'"{head[:60]}{"…" if len(head) > 60 else ""}" is said again, as the text was cut after it')
         elif unit.bound or head:
-            self.notes.append("the passage begins with what belongs to the end of the one before")
+            self.notes.append("the passage begins with the end of the one before")
 
     def add(self, unit: _Unit) -> None:
         if not self.text:

@@ -105,7 +105,8 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     if turned := [block for block in blocks if _TURNING.search(block.text)]:
         texts = quoted_list([block.text for block in turned], [block.where for block in turned])
         notes += (
-            f"{name} has signs that turn its text round (U+202E and the like), which is read in the order of the file: {texts}",
+            f"{name} has invisible signs that turn its text round (U+202E and the like); it is read in the order of the file:"
+            f" {texts}",
         )
     if alone := headings_without_text(blocks):
         texts = quoted_list([block.text for block in alone], [block.where for block in alone])

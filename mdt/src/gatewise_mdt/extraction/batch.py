@@ -79,7 +79,7 @@ class Journal:
         self._begun = bool(rows)
         if rows and rows[0] != self._head:
             raise GatewiseError(
-                f"{path} was left by an extraction with other settings (it begins with {rows[0]}): give the same command as then"
+                f"{path} was not left by an extraction with these settings (it begins with {rows[0]}): give the command of then"
                 " to go on with it, or move the file to begin anew"
             )
         for number, row in enumerate(rows[1:], start=2):
