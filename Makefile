@@ -9,7 +9,7 @@ DOCS := .venv-docs
 CPU_TORCH := 2.13.0+cpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest test-newest serve-env test-serve docs lint format clean python-is-new-enough
+.PHONY: quickstart test test-lowest test-newest serve-env test-serve docs dist lint format clean python-is-new-enough
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
@@ -42,6 +42,14 @@ test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	@echo "the site is in build/site: python3 -m http.server --directory build/site"
+
+# Both distributions in dist/, as they would be uploaded.
+dist: | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --quiet 'build>=1.2,<2' 'twine>=6.1,<8'
+	rm -rf dist
+	$(DOCS)/bin/python -m build --outdir dist .
+	$(DOCS)/bin/python -m build --outdir dist mdt
+	$(DOCS)/bin/python -m twine check --strict dist/*
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -96,4 +104,4 @@ $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(SERVE) $(DOCS) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(SERVE) $(DOCS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

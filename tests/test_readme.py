@@ -22,7 +22,7 @@ PAGES = [
     ROOT / "mdt/README.md",
     *sorted((ROOT / "mdt/docs").glob("*.md")),
 ]
-OTHERS = [ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")]
 """Pages that tell of what is gone too, or of scripts: their links alone are followed."""
 PLACEHOLDERS = {
     "NAME",

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.training.swapping import swapped_copies
     from gatewise_mdt.tree import Decision, DecisionTree, Node, Triple, Turn
 
+__version__ = "0.1.0"
 # Module -> the public names in it.
 _HOME = {
     "checking.items": ("Item", "items"),
