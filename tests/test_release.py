@@ -5,11 +5,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import gatewise_mdt
 import pytest
 from ruamel.yaml import YAML
 
 import gatewise
-import gatewise_mdt
 
 ROOT = Path(__file__).parents[1]
 
