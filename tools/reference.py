@@ -32,7 +32,7 @@ from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.internals.zero import _NOT_WITH_STAGE_3
-from gatewise.parts import METHODS, TASKS
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS
 from gatewise.runs.launch import STRATEGIES
 from gatewise.runs.recipe import Recipe, checked
 from gatewise.runs.run import _check_sharing
@@ -137,6 +137,7 @@ def recipes_page() -> str:
     ]
     made.append("\n## At the top\n\n")
     described = {name: {**tops[name], "description": fields[name].description or ""} for name in plain}
+    described["task"]["default"] = DEFAULT_TASK
     needed = [name for name in plain if fields[name].is_required()]
     made.append(table(["key", "type", "default", "meaning"], [row("", key, one, key in needed) for key, one in described.items()]))
     for name, kinds in sections().items():
@@ -423,6 +424,7 @@ class Reasons:
         except GatewiseError as error:
             reason = re.sub(r"^the recipe: ", "", re.sub(r"the adapter /\S+", "the adapter", str(error)))
             reason = re.sub(r"\b(which|with) method [\w-]+", r"\1 this method", reason)
+            reason = re.sub(r"^method is [\w-]+, ", "the method is one ", reason)
             reason = re.sub(r"^.* (does not go with \w+: .*)", r"it \1", reason)
             if reason not in self.found:
                 self.found.append(reason)
