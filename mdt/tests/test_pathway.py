@@ -88,6 +88,7 @@ def test_a_person_accepts_and_refuses_links_and_keeps_both(tmp_path: Path, monke
         "text": "",
         "node": 2,
         "decision": "adults with type 2 diabetes | therapeutic schedule | treat as in chronic kidney disease",
+        "way": ["adults with type 2 diabetes | clinical manifestation | eGFR is below 30: yes"],
     }
     drawn = mdt("show", "trees.json", "--pathway", "pathway.json", "--format", "svg", "--drafts").stdout
     assert drawn.count('stroke-dasharray="6 4"/></g>') == len(LINKS)
@@ -113,6 +114,23 @@ def test_a_link_does_not_outlive_the_words_it_was_decided_over(tmp_path: Path) -
     assert [link[:3] for link in read_links(path, other, outdated=outdated)] == [*LINKS[:2], LINKS[3]]
     write_links(path, other, [], outdated)
     assert json.loads(path.read_text())["outdated"][0]["to"]["record"] == 2
+    # The decision says the same, but under another condition.
+    write_links(path, records, accepted())
+    nodes = records[0].tree.to_preorder()
+    nodes[0]["triples"][0][2] = "eGFR is below 60"
+    other = [TreeRecord(records[0].text, DecisionTree.from_preorder(nodes), 1, records[0].more), *records[1:]]
+    with pytest.raises(GatewiseError, match=r'link 1: "way" is .*below 30: yes.*below 60: yes.* look at the link again'):
+        read_links(path, other)
+
+
+def test_a_link_is_not_both_accepted_and_refused_and_no_refused_one_is_followed(tmp_path: Path) -> None:
+    records, (link, *_) = guideline(), accepted()
+    refused = link._replace(state="refused")
+    write_links(tmp_path / "pathway.json", records, [link, refused])
+    with pytest.raises(GatewiseError, match=r"link 2: the link from passage .* is decided twice"):
+        read_links(tmp_path / "pathway.json", records)
+    with pytest.raises(GatewiseError, match="is refused, so it is not followed"):
+        Pathway(tuple(records), (refused,))
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ class Pathway:
     """Records and the links that are followed between them.
 
     Raises:
-        GatewiseError: two records have one number, a link is not between a decision and a passage of these, or links lead back to
-            where they came from.
+        GatewiseError: two records have one number, a link was refused, or is not between a decision and a passage of these, or
+            links lead back to where they came from.
     """
 
     records: tuple[TreeRecord, ...]
@@ -84,6 +84,8 @@ class Pathway:
         if len(numbered) < len(self.records):
             raise GatewiseError("two records have the same number: a pathway needs records with numbers of their own")
         for link in self.links:
+            if link.state == "refused":
+                raise GatewiseError(f"{_named(link)} is refused, so it is not followed: leave it out")
             for number in (link.start, link.end):
                 if number not in numbered:
                     raise GatewiseError(
@@ -249,7 +251,8 @@ def write_links(
     items = []
     for link in links:
         start, end = numbered[link.start], numbered[link.end]
-        begins = {**_where(start), "node": link.node + 1, "decision": start.tree.nodes[link.node].words}
+        said = {"decision": start.tree.nodes[link.node].words, "way": _way(start, link.node)}
+        begins = {**_where(start), "node": link.node + 1, **said}
         ends = {**_where(end), "begins": end.tree.nodes[0].words}
         items.append({"state": link.state, "reason": link.reason, "from": begins, "to": ends})
     content = json.dumps(
@@ -259,6 +262,12 @@ def write_links(
     )
     with whole_file(path) as part:
         part.write_text(content + "\n", encoding="utf-8", newline="\n")
+
+
+def _way(record: TreeRecord, node: int) -> list[str]:
+    """What holds and what does not on the way to a decision, in words."""
+    nodes, way = record.tree.nodes, record.tree.ways.get(node, {})
+    return [f"{nodes[at].words}: {'yes' if side else 'no'}" for at, side in way.items()]
 
 
 def _where(record: TreeRecord) -> dict[str, Any]:
@@ -287,7 +296,7 @@ def read_links(path: str | Path, records: Sequence[TreeRecord], *, outdated: lis
         raise GatewiseError(f'{path}: expected JSON with a list of "links", as gatewise mdt pathway writes it')
     if outdated is not None:
         outdated += [one for one in held.get("outdated") or () if isinstance(one, dict) and "outdated" in one]
-    made = []
+    made: list[Link] = []
     for number, item in enumerate(items, start=1):
         where = f"{path}, link {number}"
         if not isinstance(item, dict) or not all(isinstance(item.get(key), dict) for key in ("from", "to")):
@@ -295,7 +304,10 @@ def read_links(path: str | Path, records: Sequence[TreeRecord], *, outdated: lis
         if item.get("state") not in get_args(State):
             raise GatewiseError(f"{where}: the state is {item.get('state')!r}, expected one of {', '.join(get_args(State))}")
         try:
-            made.append(_link(item, where, records))
+            link = _link(item, where, records)
+            if any(one[:3] == link[:3] and one.state != link.state for one in made):
+                raise GatewiseError(f"{where}: {_named(link)} is decided twice, in two ways: leave one of them")
+            made.append(link)
         except _OutdatedError as error:
             if outdated is None:
                 raise
@@ -314,6 +326,7 @@ def _link(item: dict[str, Any], where: str, records: Sequence[TreeRecord]) -> Li
         raise _OutdatedError(f"{where}: the node is {node!r}, expected a decision of passage {start.number}, nodes counted from 1")
     for key, said, now in (
         ("decision", item["from"].get("decision"), start.tree.nodes[node - 1].words),
+        ("way", item["from"].get("way"), _way(start, node - 1)),
         ("begins", item["to"].get("begins"), end.tree.nodes[0].words),
     ):
         if said is not None and said != now:

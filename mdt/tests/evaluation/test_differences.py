@@ -46,6 +46,13 @@ CONTRARY, OTHER_DOSE, CONDITION, MISSING = "contrary orders", "other dose", "oth
         (triple("ACEI", "治疗药物", "患者"), triple("ACEI", "禁用药物", "患者"), "given / not given"),
         (triple("推荐手术", "治疗方案", "患者"), triple("不推荐手术", "治疗方案", "患者"), "given / not given"),
         (triple("开始华法林", "治疗方案", "患者"), triple("停用华法林", "治疗方案", "患者"), "given / not given"),
+        (triple("use ramipril in the morning", PLAN), triple("avoid ramipril at night", PLAN), "given / not given"),
+        (triple("oral antibiotics", DRUG), triple("antibiotics given routinely", NOT), "given / not given"),
+        (triple("aspirin with clopidogrel", PLAN), triple("aspirin without clopidogrel", PLAN), "given / not given"),
+        (triple("华法林联合阿司匹林", "治疗方案", "患者"), triple("华法林不联合阿司匹林", "治疗方案", "患者"), "given / not given"),
+        (triple("step up treatment", PLAN), triple("step down treatment", PLAN), "more / less"),
+        (triple("escalate treatment", PLAN), triple("de-escalate treatment", PLAN), "more / less"),
+        (triple("升阶梯治疗", "治疗方案", "患者"), triple("降阶梯治疗", "治疗方案", "患者"), "more / less"),
     ],
 )
 def test_contrary_orders(one: list[str], other: list[str], what: str) -> None:
@@ -82,6 +89,13 @@ def test_contrary_orders_are_found_where_both_trees_have_both() -> None:
 )
 def test_other_doses(one: str, other: str, what: str) -> None:
     assert of_decision(triple(one, DOSE, "ramipril"), triple(other, DOSE, "ramipril")) == [(OTHER_DOSE, what)]
+
+
+def test_caution_and_what_a_dose_goes_with_are_no_wording() -> None:
+    assert of_decision(triple("5 mg with food", DOSE, "x"), triple("5 mg without food", DOSE, "x")) == [(CONDITION, "negation")]
+    assert of_decision(triple("使用利尿剂", "治疗方案", "患者"), triple("慎用利尿剂", "治疗方案", "患者")) == [
+        (CONDITION, "degree")
+    ]
 
 
 def test_a_dose_of_another_drug() -> None:

@@ -184,16 +184,22 @@ _PEOPLE = {
 }
 _DEGREE = re.compile(
     r"\b(?:mild|moderate|severe|acute|chronic|high|low|elevated|raised|increased|reduced|decreased|higher|lower|early|late|left|right"
-    r"|stable|unstable|large|small|partial|complete|first|second|third|full|half|long|short|before|after|during|until)\b"
-    r"|[轻中重]度|重症|急性|慢性|亚急性|[升增偏]高|[降减偏]低|早期|晚期|[左右]侧?|(?<!不)稳定|高危|低危|中危|大剂量|小剂量|高剂量|低剂量|半量|全量|(?<!以)[前后内外上下]"
+    r"|stable|unstable|large|small|partial|complete|first|second|third|full|half|long|short|before|after|during|until|caution\w*)\b"
+    r"|[轻中重]度|慎|重症|急性|慢性|亚急性|[升增偏]高|[降减偏]低|早期|晚期|[左右]侧?|(?<!不)稳定|高危|低危|中危|大剂量|小剂量|高剂量|低剂量|半量|全量|(?<!以)[前后内外上下]"
 )
 _DEGREES = {
     "high": "^(?:high|elevated|raised|increased)|^[升增偏]高|^[大高]剂",
     "low": "^(?:low|reduced|decreased)|^[降减偏]低|^[小低]剂",
 }
 _AMOUNT = re.compile("high|low|large|small|full|half|量")
-_MORE = re.compile(r"\b(?:increas\w+|rais(?:e|ed|ing)|doubl\w+|escalat\w+)\b|加量|增[加大量]|上调|加倍")
-_LESS = re.compile(r"\b(?:reduc\w+|decreas\w+|lower(?:ed|ing)?|halv\w+|taper\w*)\b|减[量少]|降低|下调|减半")
+_MORE = re.compile(
+    r"\b(?:increas\w+|rais(?:e|ed|ing)|doubl\w+|(?<!de-)escalat\w+|intensif\w+|(?:step\w*|titrat\w+)[ -]up|up-?titrat\w+)\b"
+    "|加[量倍强]|增[加大量]|上调|升级|升阶梯"
+)
+_LESS = re.compile(
+    r"\b(?:reduc\w+|decreas\w+|lower(?:ed|ing)?|halv\w+|taper\w*|de-?escalat\w+|(?:step\w*|titrat\w+)[ -]down|down-?titrat\w+)\b"
+    "|减[量少半]|降低|下调|降级|降阶梯"
+)
 _POLARITY = re.compile(
     r"\b(?:stop(?:ped|ping)?|discontinu\w+|withh[eo]ld\w*|withdr[ae]w\w*|ceas\w+|avoid\w*|prohibit\w*|resum\w+|restart\w*|begin\w*"
     r"|longer|contra-?indicat\w+|against)\b|停[止用药服]?|禁[止用忌]?|避免|开始|继续|恢复"
@@ -322,8 +328,10 @@ def _compared(one: Triple, other: Triple, is_condition: bool) -> _Compared | Non
 def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[str, str]:
     a, b = said(one.object), said(other.object)
     replaced = bool(a.words - b.words and b.words - a.words)
-    if not is_condition and not replaced:
-        if forbids(one) != forbids(other):
+    # What is said more of one thing ("in the morning", "at night") does not make another thing of it.
+    shared = [word for word in a.words | b.words if word in a.words & b.words or _MORE.search(word) or _LESS.search(word)]
+    if not is_condition and (not replaced or 2 * len(shared) >= min(len(a.words), len(b.words))):
+        if forbids(one) != forbids(other) or (a.negated != b.negated and a.words == b.words and not doses):
             return "contrary orders", "given / not given"
         if {a.way, b.way} == {"more", "less"}:
             return "contrary orders", "more / less"
@@ -336,7 +344,8 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
     if a.degrees != b.degrees:
         amount = not is_condition and any(_AMOUNT.search(one) for one in a.degrees ^ b.degrees)
         return ("other dose", "amount") if amount else ("other condition", "degree")
-    if is_condition and (a.negated != b.negated or is_negated(one.object, stopped=True) != is_negated(other.object, stopped=True)):
+    stopped = is_condition and is_negated(one.object, stopped=True) != is_negated(other.object, stopped=True)
+    if stopped or (a.negated != b.negated and (is_condition or doses)):
         return "other condition", "negation"
     if a.people != b.people or (not doses and _are_other_people(one.subject, other.subject)):
         return "other condition", "population"
