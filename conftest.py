@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-_frozen = [0]
-"""How many modules there were when what was there was taken from the garbage collector's sight."""
+_frozen = SimpleNamespace(file=None, modules=0)
+"""In which file's tests, and with how many modules, what was there was taken from the garbage collector's sight."""
 
 gc.disable()  # imports leave next to no garbage, and to look for it took a fifth of their time
 
@@ -30,12 +31,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every training run collects garbage, which would take most of its time: looking through all that was ever imported."""
-    if len(sys.modules) > _frozen[0] + 40:
+    if item.path != _frozen.file or len(sys.modules) > _frozen.modules + 40:
         gc.collect()
         gc.freeze()
-        _frozen[0] = len(sys.modules)
+        _frozen.file, _frozen.modules = item.path, len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def test_a_course_that_cannot_be_read_is_refused(url: str) -> None:
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
-    assert "none of gatewise's (expected language, en or zh" in refused.value.read().decode()
+    assert "none of gatewise's (" in refused.value.read().decode()
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_at_the_start() -> None:
