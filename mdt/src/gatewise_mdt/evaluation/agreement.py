@@ -266,7 +266,8 @@ def _plain_tree(tree: DecisionTree, language: Language) -> DecisionTree:
 
 def _measures(totals: Counts) -> Counts:
     """The measures and kappa, of one passage, of all, or of many draws of passages at once."""
-    made = rates(totals) | {"tree_agreement": rates(totals)["tree_acc"]}
+    made = rates(totals)
+    made["tree_agreement"] = made["tree_acc"]
     cells = np.stack([totals[f"kappa {i}"] for i in range(CLASSES**2)], axis=-1)
     return {name: made[name] for name in MEASURES} | {"kappa": kappa_of(cells.reshape(*cells.shape[:-1], CLASSES, CLASSES))}
 
