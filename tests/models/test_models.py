@@ -220,7 +220,7 @@ def test_an_interrupted_conversion_leaves_only_what_was_downloaded(
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "gatewise.json"]  # the GGUF is not kept
 
 
-@pytest.mark.parametrize("damage", ["no marker", "other checksum", "marker no JSON"])
+@pytest.mark.parametrize("damage", ["no marker", "other checksum", "marker no JSON", "marker of another kind"])
 def test_a_folder_of_something_else_is_made_again(
     damage: str, index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +228,8 @@ def test_a_folder_of_something_else_is_made_again(
     folder = fetch("toy")
     if damage == "no marker":
         (folder / "gatewise.json").unlink()
-    elif damage == "marker no JSON":
-        (folder / "gatewise.json").write_text("[")
+    elif damage.startswith("marker"):
+        (folder / "gatewise.json").write_text("[" if damage == "marker no JSON" else "{}")
     else:  # the registry of a later gatewise pins another file
         index.wheels["toy-part0"][0] = ("data/config.json.0", b"{ }")
         sha256 = hashlib.sha256(b"{ }").hexdigest()

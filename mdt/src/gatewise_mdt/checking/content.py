@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.cover import Cover
-from gatewise_mdt.checking.finding import Finding, quoted
+from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, quoted
 from gatewise_mdt.checking.marks import HAN, Marks, Span, set_of
 from gatewise_mdt.checking.numbers import DRUG_STEM
 
@@ -64,7 +64,8 @@ class Stretch(NamedTuple):
         size: how many words; of Chinese, half as many as there are signs.
         is_whole: nothing else stands in this part of the sentence, as commas and "and" part it.
         is_purpose: what something is done for ("to relieve pain").
-        is_background: of a sentence that advises nothing, and of which no triple has anything.
+        is_background: of a sentence that advises nothing, and of which no triple has anything; or of a heading, but
+            for its conditions, and where it may name the drug of a dose, as no triple does.
         is_drug: a word in it is built like the name of a drug, or it stands before a dose.
         is_restriction: of a sentence with "only if".
     """
@@ -183,6 +184,7 @@ def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     skipped += [name for name in marks.repeated_names if not any(map(name.overlaps, marks.conditions))]
     doses = [number.begin for number in marks.numbers if number.kind == "dose"]
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]
+    has_drug = not doses or any(one.relation in (*GIVES, AVOIDS) for one in cover.held)
     for clause in marks.clauses:
         background = cover.is_background(clause.begin)
         ends = [*(match.span() for match in _PARTS.finditer(text, *clause)), (clause.end, clause.end)]
@@ -198,8 +200,9 @@ def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
                 is_drug = any(at >= span.end and _BEFORE_DOSE.fullmatch(text, span.end, at) for at in doses)
                 is_drug |= DRUG_STEM.search(text, *span) is not None
                 condition, restricted = marks.in_condition(span.begin), marks.is_restricted(span.begin)
+                aside = background or (has_drug and not condition and marks.is_named_above(span.begin))
                 if not (implied and condition):
-                    yield Stretch(span, size, len(run) == len(words), condition, purpose, background, is_drug, restricted)
+                    yield Stretch(span, size, len(run) == len(words), condition, purpose, aside, is_drug, restricted)
             begin = after
 
 

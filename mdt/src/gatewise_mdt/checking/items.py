@@ -67,7 +67,7 @@ class Item:
 
 def items(record: TreeRecord) -> list[Item]:
     """What to look at in a record's tree, items before hints, the surest first, then in the order of the text."""
-    return [*_changed(record), *items_of(record.passage, record.tree)]
+    return [*_changed(record), *items_of(record.passage, record.tree, record.headings)]
 
 
 def _changed(record: TreeRecord) -> list[Item]:
@@ -89,9 +89,9 @@ def _changed(record: TreeRecord) -> list[Item]:
 
 
 @lru_cache(maxsize=2048)
-def items_of(passage: str, tree: DecisionTree) -> tuple[Item, ...]:
-    """Like :func:`items`, of a passage without its population."""
-    marks = marks_of(passage)
+def items_of(passage: str, tree: DecisionTree, headings: tuple[str, ...] = ()) -> tuple[Item, ...]:
+    """Like :func:`items`, of a passage without its population, and the headings above it."""
+    marks = marks_of(passage, headings)
     cover = Cover(marks, tree)
     made = [_item(rule.kind, rule.sure, rule.is_hint, one, cover, passage) for rule in RULES for one in rule.find(marks, cover)]
     made.sort(key=lambda item: (item.hint, -item.sure, item.start is None, item.start or 0, item.node or 0))

@@ -354,6 +354,12 @@ _ORDER = re.compile(  # at the beginning of a sentence or a part of it
     r"(?:^|[,;:.] ?|(?<![a-z])(?:then|and) )(?:repeat|increase|reduce|double|halve|taper|titrate|switch|replace|change|continue"
     r"|withdraw|withhold|admit|perform|inject|apply|arrange|call|seek|measure|aim)(?![a-z])"
 )
+_ORDERED = re.compile(  # a heading that says what to do
+    r"(?:do not|don't|never|only|give|offer|avoid|stop|take|consider|add|prescribe|administer|refer|check|recommend|choose"
+    r"|(?:use|start|treat|monitor|change|test|screen|review)(?! of| in| for| and))(?![a-z])"
+    r"|推荐|建议|应|宜|首选|选用|采用|使用|给予|避免|停用|禁|忌|不"
+)
+_HEADING_ENDS = ":：.。?？!！ "
 _ADVICE = re.compile(
     _words(
         "recommend(?:ed|s)?|should|advis(?:ed|able)|suggest(?:ed|s)?|indicated|considered|preferred|must|give|use|administer(?:ed)?"
@@ -366,9 +372,14 @@ _ADVICE = re.compile(
 
 @dataclass(frozen=True)
 class Marks:
-    """What a passage says that a tree should have, as far as rules of thumb can tell."""
+    """What a passage says that a tree should have, as far as rules of thumb can tell.
+
+    Attributes:
+        headings: those above it, with which it may begin.
+    """
 
     passage: str
+    headings: tuple[str, ...] = ()
 
     @cached_property
     def folded(self) -> Folded:
@@ -505,6 +516,25 @@ class Marks:
         return any(one.begin <= place < one.end for one in self.conditions)
 
     @cached_property
+    def named_above(self) -> list[Span]:
+        """The headings that the passage begins with, their numbers apart, but for those that say what to do."""
+        made, at = [], 0
+        for heading in map(fold, self.headings):
+            said = heading.text.strip(_HEADING_ENDS)
+            ends = (match.start() for match in re.finditer(r"(?<![a-z])\S", said))
+            for part in (said[begin:] for begin in ends):
+                after = at + len(part)
+                if self.text.startswith(part, at) and self.text[after : after + 1] in tuple(_HEADING_ENDS):
+                    if not _ORDERED.match(part) and not _ORDER.match(part):
+                        made.append(Span(at, after))
+                    at = len(self.text) - len(self.text[after:].lstrip(_HEADING_ENDS))
+                    break
+        return made
+
+    def is_named_above(self, place: int) -> bool:
+        return any(one.begin <= place < one.end for one in self.named_above)
+
+    @cached_property
     def forbidden(self) -> list[Prohibition]:
         """What the passage forbids."""
         found = [(*one, self._wide(*one)) for clause in self.clauses for one in self._forbidden_in(clause)]
@@ -638,6 +668,6 @@ def _to_comma(text: str, begin: int, end: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def marks_of(passage: str) -> Marks:
-    """The marks of a passage."""
-    return Marks(passage)
+def marks_of(passage: str, headings: tuple[str, ...] = ()) -> Marks:
+    """The marks of a passage under headings."""
+    return Marks(passage, headings)
