@@ -5,6 +5,7 @@ one a line. Other keys of a record are kept, and written back, as far as a file 
 a surrogate pair as the replacement character.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -87,8 +88,14 @@ class TreeRecord:
 
     @property
     def is_approved(self) -> bool:
-        """Whether a person stands for the tree as it is."""
-        return self.more.get("review") == "approved"
+        """Whether a person stands for the tree and its text as they are. Approvals of earlier versions do not say of which."""
+        return self.more.get("review") == "approved" and (self.reviewed or {}).get("of") in (None, self.digest)
+
+    @property
+    def digest(self) -> str:
+        """Of the text, but for its white space, and the tree: what an approval is of."""
+        said = json.dumps([self.text.split(), self.tree.to_preorder()])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @property
     def ticks(self) -> tuple[dict[str, Any], ...]:
@@ -104,8 +111,9 @@ class TreeRecord:
 
     @property
     def reviewed(self) -> dict[str, Any] | None:
-        """Who approved or corrected the tree last: "by", "at" (UTC), "comment" where there was one, and "sha256", the document that
-        they read, where it is known. None where it is not known, or nobody did."""
+        """Who approved or corrected the tree last: "by", "at" (UTC), "comment" where there was one, "sha256", the document that
+        they read, where it is known, and of an approval "of", the :attr:`digest` of what it is of. None where it is not known, or
+        nobody did."""
         return self._object("reviewed")
 
     @property

@@ -370,3 +370,19 @@ def test_changes_of_a_text_are_items_at_their_places(old: str, new: str, said: l
     found = [item for item in open_items(record) if item.is_change]
     assert [(item.words, item.start is not None) for item in found] == said
     assert all(record.passage[item.start : item.end] == item.words for item in found if item.start is not None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("Give colchicine", "Take colchicine"), ('"logical_rel": "and"', '"logical_rel": "or"')], ids=["text", "tree"]
+)
+def test_an_approval_is_of_a_text_and_a_tree_whoever_changes_the_file(tmp_path: Path, old: str, new: str) -> None:
+    out = saved(tmp_path / "g.md").files.out
+    show = ["mdt", "show", str(out), "--format", "dmn"]
+    out.write_text(out.read_text().replace("In renal failure", "In renal  failure"))  # white space makes no other text
+    assert CliRunner().invoke(app, show).exit_code == 0
+    assert "approved by Ada" in CliRunner().invoke(app, show[:3]).stdout
+    out.write_text(out.read_text().replace(old, new))
+    assert_refused(CliRunner().invoke(app, show), "is not approved as it is")
+    assert "approved by Ada" not in CliRunner().invoke(app, show[:3]).stdout
+    (passage,) = Session.open(str(out), tmp_path / "other.review.jsonl").passages
+    assert (passage.now.state, passage.now.reviewed) == ("corrected", None)

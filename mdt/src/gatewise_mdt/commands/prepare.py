@@ -77,7 +77,7 @@ def prepare(
 
 def _only_approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":
     """Those that a reviewer approved; says how many others there are."""
-    kept = [one for one in records if one.more.get("review") == "approved"]
+    kept = [one for one in records if one.is_approved]
     if not kept:
         raise GatewiseError(
             f"none of the {len(records)} records of {data} was approved: approve some in `gatewise mdt review`, or leave --only out"

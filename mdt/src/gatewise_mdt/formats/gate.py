@@ -33,9 +33,9 @@ def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) ->
     if format not in RUN or drafts:
         return [replace(record, draft=format in RUN) for record in records]
     if unapproved := [record for record in records if not record.is_approved]:
+        are, them = ("are not approved as they are", "them") if len(unapproved) > 1 else ("is not approved as it is", "it")
         raise GatewiseError(
-            f"{format} takes approved trees alone, and {_named(unapproved)} {_are(unapproved)} not approved: approve"
-            f" {'them' if len(unapproved) > 1 else 'it'} in gatewise mdt review; {DRAFTS}"
+            f"{format} takes approved trees alone, and {_named(unapproved)} {are}: approve {them} in gatewise mdt review; {DRAFTS}"
         )
     if held := [(record, items) for record in records if (items := open_items(record))]:
         said = "; ".join(f"{_named([record])}: {items_in_words(items)}" for record, items in held[:_MOST])
@@ -73,7 +73,3 @@ def check_documents(folder: Path, records: Sequence[TreeRecord]) -> None:
 def _named(records: Sequence[TreeRecord]) -> str:
     names = [f"passage {record.number} ({quoted_beginning(record.text)})" for record in records[:_MOST]]
     return ", ".join(names) + (f" and {len(records) - _MOST} more" if len(records) > _MOST else "")
-
-
-def _are(records: Sequence[TreeRecord]) -> str:
-    return "are" if len(records) > 1 else "is"

@@ -60,6 +60,8 @@ def clean(text: str) -> str:
 def reviewer_of(record: TreeRecord) -> tuple[str, str, str]:
     """Whether a tree was "approved" or "corrected", by whom, and on which day (UTC, ISO 8601); each empty where it is not known."""
     held, state = record.reviewed or {}, record.more.get("review")
+    if state == "approved" and not record.is_approved:
+        held, state = {}, None
     moment = _moment(_text(held, "at"))
     return state if state in ("approved", "corrected") else "", _text(held, "by"), moment.date().isoformat() if moment else ""
 

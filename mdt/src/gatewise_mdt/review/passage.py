@@ -40,7 +40,8 @@ class Version(NamedTuple):
         extraction: what a model's tree was made with, see :attr:`gatewise_mdt.Extraction.made_with`; it stays when the tree is
             corrected. None for one that was written by hand, and where it is not known.
         reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
-            "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
+            "comment" where there was one, "sha256", which document they read, where it is known, and of an approval "of", see
+            :attr:`gatewise_mdt.TreeRecord.digest`. None where nobody did, and for
             what was reviewed before gatewise noted it.
         of: of the tree of another reviewer that lies beside one, whose it is.
         confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise_mdt.Extraction.confidence`; None
@@ -197,6 +198,7 @@ class Passage:
                 f"the tree cannot be approved yet, it has open items: {items_in_words(items)}: {how_to_tick(items)}"
             )
         ticks = tuple(tick for _, tick in self.looked_at if tick is not None)
+        reviewed = reviewed and {**reviewed, "of": self.record().digest}
         return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed, ticks=ticks))
 
     def tick(self, item: int, ticked: bool, why: str, reviewed: Mapping[str, Any]) -> "Passage":
@@ -362,6 +364,8 @@ def version_of(record: TreeRecord) -> Version:
     named = record.more.get("review")
     state: State = named if named in REVIEWED else "drafted"
     reviewed = writable(record.reviewed) if state in REVIEWED else None
+    if state == "approved" and not record.is_approved:  # another program changed what was
+        state, reviewed = "corrected", None
     made = Version(record.tree.to_preorder(), state, tuple(map(writable, record.warnings)), reviewed=reviewed)
     made = made._replace(extraction=writable(record.extraction), confidence=record.confidence)
     return made._replace(ticks=tuple(map(writable, record.ticks)))
