@@ -32,7 +32,7 @@ from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.internals.zero import _NOT_WITH_STAGE_3
-from gatewise.parts import DEFAULT_TASK, METHODS, TASKS
+from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Section
 from gatewise.runs.launch import STRATEGIES
 from gatewise.runs.recipe import Recipe, checked
 from gatewise.runs.run import _check_sharing
@@ -128,15 +128,10 @@ def recipes_page() -> str:
         "# Recipe keys\n\nAll keys of a recipe, by section. A section belongs to the methods or tasks below its heading, and is "
         "refused with\nothers. Where a key is for some of them alone, or has another default with them, its row says so.\n",
     ]
-    tops = {name: one for name, one in schema["properties"].items() if name in Recipe.model_fields}
     fields = Recipe.model_fields
-    plain = [
-        name
-        for name in tops
-        if not isinstance(fields[name].annotation, type) or not hasattr(fields[name].annotation, "model_fields")
-    ]
+    plain = [name for name, one in fields.items() if not (inspect.isclass(one.annotation) and issubclass(one.annotation, Section))]
     made.append("\n## At the top\n\n")
-    described = {name: {**tops[name], "description": fields[name].description or ""} for name in plain}
+    described = {name: {**schema["properties"][name], "description": fields[name].description} for name in plain}
     described["task"]["default"] = DEFAULT_TASK
     needed = [name for name in plain if fields[name].is_required()]
     made.append(table(["key", "type", "default", "meaning"], [row("", key, one, key in needed) for key, one in described.items()]))
@@ -145,8 +140,7 @@ def recipes_page() -> str:
         made.append(f"\n## {name}\n\n{prose(about_sections(kinds))}\n\n")
         found: dict[tuple[str, ...], list[str]] = {}
         for kind, owners in kinds.items():
-            made_schema = kind.model_json_schema()
-            definition = schema["definitions"].get(kind.__qualname__, made_schema)
+            definition = schema["definitions"][kind.__qualname__]
             for key, one in definition["properties"].items():
                 needs_it = key in definition.get("required", ())
                 found.setdefault(tuple(row(f"{name}.", key, one, needs_it)), []).extend(owners)
@@ -187,8 +181,6 @@ def row(section: str, key: str, one: Mapping[str, Any], needed: bool) -> list[st
     found = next((part for part in (one, *options) if "default" in part), {})
     default = found.get("default")
     shown = "" if needed or default is None else f"`{json.dumps(default, ensure_ascii=False)}`".replace('"', "")
-    if one.get("default_factory") is None and not needed and default is None and one.get("type") == "object":
-        shown = "`{}`"
     description = one.get("description") or next((part["description"] for part in options if "description" in part), "")
     kinds = " or ".join(dict.fromkeys(type_in_words(part) for part in options))
     return [f"`{section}{key}`", kinds, shown if not needed else "needed", prose(description)]
@@ -337,9 +329,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "`peft.use_rslora`": {"peft": {"use_rslora": True}},
     "`peft.init_lora_weights: eva`": {"peft": {"init_lora_weights": "eva"}},
     "`pissa`, `olora`, `corda`, `lora_ga`": {"peft": {"init_lora_weights": "pissa"}},
+    "`training.optim` of bitsandbytes": {"training": {"optim": "adamw_8bit"}},
     "`data.assistant: all`": {"data": {"assistant": "all"}},
     "`data.held_out: 0`": {"data": {"held_out": 0}},
 }
+NOT_SHARED = (*[*SETTINGS][:3], *[*SETTINGS][6:8])
+"""Of these, what the base model or the optimiser must be whole for."""
 WRITES: dict[str, dict[str, Any]] = {
     **{one: {"peft_type": "LORA"} for one in ("lora", "alora", "pi-lora", "adalora")},
     "dora": {"peft_type": "LORA", "use_dora": True},
@@ -352,95 +347,75 @@ WRITES: dict[str, dict[str, Any]] = {
 
 def fits_page() -> str:
     """Methods against tasks, settings, launchers and engines: what gatewise refuses, found by asking it."""
-    why = Reasons()
-    methods, tasks = [*METHODS], sorted(TASKS)
-    made = [
-        MADE,
-        "# What fits with what\n\nMade by asking gatewise for each pair: a number is the reason of a refusal, below its table. "
-        "What was tried with which\nquantised bases, optimisers and trainers: [fitting.md](../fitting.md).\n",
-        "\n## Methods and tasks\n\n",
-        table(
-            ["", *tasks],
-            [[f"`{one}`", *(why.of(lambda one=one, task=task: recipe_of(one, task)) for task in tasks)] for one in methods],
-        ),
-        "\nPrompt tuning refuses classification by a decoder, when the model is loaded.\n",
-        why.told(),
-        "\n## Methods and settings\n\nWith task `causal`. Nothing stands where the method has no such key.\n\n",
-    ]
-    rows = []
-    for name, given in SETTINGS.items():
-        cells = []
-        for method in methods:
-            has = all(
-                not isinstance(one, dict) or key in Recipe.model_fields or key in METHODS[method].sections()
-                for key, one in given.items()
-            )
-            cells.append(why.of(lambda method=method, given=given: recipe_of(method, "causal", given)) if has else "")
-        rows.append([name, *cells])
-    made += [table(["", *methods], rows), why.told()]
-    made.append("\n## Methods and launchers\n\n`launch.strategy` of a recipe, or `--strategy`.\n\n")
-    rows = [[f"`{one}`", *(why.of(lambda one=one, how=how: launched(one, how)) for how in STRATEGIES)] for one in methods]
-    made += [table(["", *STRATEGIES], rows), why.told(), "\nSettings under the same launchers:\n\n"]
-    shared = {
-        **{name: SETTINGS[name] for name in list(SETTINGS)[:3]},
-        "`pissa`, `olora`, `corda`, `lora_ga`": SETTINGS["`pissa`, `olora`, `corda`, `lora_ga`"],
-    }
-    shared["`training.optim` of bitsandbytes"] = {"training": {"optim": "adamw_8bit"}}
-    rows = [
-        [name, *(why.of(lambda given=given, how=how: launched("lora", how, given)) for how in STRATEGIES)]
-        for name, given in shared.items()
-    ]
-    made += [table(["", *STRATEGIES], rows), why.told()]
-    made.append(
-        "\n## Adapters and engines\n\n`gatewise serve` with its own engine and with vLLM. What they refuse, "
-        "`gatewise export` may write as plain LoRA.\n\n"
+    methods, tasks = {f"`{one}`": one for one in METHODS}, sorted(TASKS)
+    adapters = {label: WRITES[one] for label, one in methods.items()}
+    adapters |= {f"`lora`, task `{one}`": {"peft_type": "LORA", "task_type": TASKS[one].task_type} for one in tasks}
+    engines = {"`--engine transformers`": kind_of, "`--engine vllm`": in_vllm}
+    return "".join(
+        [
+            MADE,
+            "# What fits with what\n\nMade by asking gatewise for each pair. Yes: nothing refuses it. No: for the reason of this "
+            "number below\nthe table. What was tried with quantised bases, optimisers and trainers: [fitting.md](../fitting.md).\n",
+            "\n## Methods and tasks\n\n",
+            grid(methods, {one: one for one in tasks}, recipe_of),
+            "\nPrompt tuning refuses classification by a decoder, when the model is loaded.\n",
+            "\n## Methods and settings\n\nWith task `causal`. Nothing stands where the method has no such key.\n\n",
+            grid(SETTINGS, {one: one for one in METHODS}, lambda given, method: recipe_of(method, "causal", given)),
+            "\n## Methods and launchers\n\n`launch.strategy` of a recipe, or `--strategy`.\n\n",
+            grid(methods, {one: one for one in STRATEGIES}, launched),
+            "\nSettings under the same launchers:\n\n",
+            grid(
+                {name: one for name, one in SETTINGS.items() if name in NOT_SHARED},
+                {one: one for one in STRATEGIES},
+                lambda given, strategy: launched("lora", strategy, given),
+            ),
+            "\n## Adapters and engines\n\n`gatewise serve` with its own engine and with vLLM. What they refuse, "
+            "`gatewise export` may write as plain LoRA.\n\n",
+            grid(adapters, engines, served),
+        ]
     )
-    rows = [
-        [f"`{one}`", *(why.of(lambda one=one, engine=engine: served(engine, WRITES[one])) for engine in (kind_of, in_vllm))]
-        for one in methods
-    ]
-    for task in tasks:
-        config = {"peft_type": "LORA", "task_type": TASKS[task].task_type}
-        rows.append(
-            [
-                f"`lora`, task `{task}`",
-                *(why.of(lambda config=config, engine=engine: served(engine, config)) for engine in (kind_of, in_vllm)),
-            ]
-        )
-    made += [table(["", "`--engine transformers`", "`--engine vllm`"], rows), why.told()]
-    return "".join(made)
 
 
-class Reasons:
-    """Refusals, numbered in their order."""
+def grid(rows: Mapping[str, Any], columns: Mapping[str, Any], ask: Callable[[Any, Any], object]) -> str:
+    """A table of what is refused, with the reasons below it, by number."""
+    reasons: dict[str, int] = {}
 
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def of(self, ask: Callable[[], object]) -> str:
-        """A cell: yes, or no with the number of the reason."""
+    def cell(one: Any, other: Any) -> str:
         try:
-            ask()
+            ask(one, other)
+        except KeyError:
+            return ""
         except GatewiseError as error:
-            reason = re.sub(r"^the recipe: ", "", re.sub(r"the adapter /\S+", "the adapter", str(error)))
-            reason = re.sub(r"\b(which|with) method [\w-]+", r"\1 this method", reason)
-            reason = re.sub(r"^method is [\w-]+, ", "the method is one ", reason)
-            reason = re.sub(r"^.* (does not go with \w+: .*)", r"it \1", reason)
-            if reason not in self.found:
-                self.found.append(reason)
-            return f"no ({self.found.index(reason) + 1})"
+            return f"no ({reasons.setdefault(of_any(str(error)), len(reasons) + 1)})"
         return "yes"
 
-    def told(self) -> str:
-        """The reasons of a table; the next one begins anew."""
-        told, self.found = [f"{at}. {one}\n" for at, one in enumerate(self.found, 1)], []
-        return "\n" + "".join(told) if told else ""
+    made = table(["", *columns], [[name, *(cell(one, other) for other in columns.values())] for name, one in rows.items()])
+    return made + "\n" + "".join(f"{at}. {one}\n" for one, at in reasons.items())
+
+
+def of_any(reason: str) -> str:
+    """A refusal without the names of what was asked for, so that it is told once."""
+    for pattern, others in (
+        (r"^the recipe: ", ""),
+        (r"the adapter /\S+", "the adapter"),
+        (r"\b(which|with) method [\w-]+", r"\1 this method"),
+        (r"^method is [\w-]+, ", "the method is one "),
+        (r"^.* (does not go with \w+: .*)", r"it \1"),
+    ):
+        reason = re.sub(pattern, others, reason)
+    return reason
 
 
 def recipe_of(method: str, task: str, given: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe with nothing but what is needed, and what is asked about."""
+    """A recipe with nothing but what is needed, and what is asked about.
+
+    Raises:
+        KeyError: a section that the method does not have.
+    """
     tree: dict[str, Any] = {"method": method, "task": task, "model": "a-model", "data": {"train": "a.jsonl", "dev": "b.jsonl"}}
     for key, one in (given or {}).items():
+        if key not in Recipe.model_fields:
+            METHODS[method].sections()[key]
         tree[key] = {**tree.get(key, {}), **one} if isinstance(one, dict) else one
     with patch("gatewise.runs.recipe.find_spec", return_value=True):  # whether bitsandbytes is here is not the question
         return checked(tree)
@@ -473,7 +448,7 @@ def two_levels_refused() -> str:
     raise AssertionError("two levels train under DeepSpeed: the page has to say so")
 
 
-def served(engine: Callable[[Path], object], config: Mapping[str, Any]) -> None:
+def served(config: Mapping[str, Any], engine: Callable[[Path], object]) -> None:
     """Asks an engine for an adapter with this configuration."""
     weights = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{one}.weight": torch.ones(2, 2) for one in "AB"}
     if config.get("use_dora"):
@@ -481,15 +456,8 @@ def served(engine: Callable[[Path], object], config: Mapping[str, Any]) -> None:
     with TemporaryDirectory() as folder:
         place = Path(folder) / "adapter"
         place.mkdir()
-        whole = {
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": "a-model",
-            "r": 2,
-            "lora_alpha": 2,
-            "target_modules": ["q_proj"],
-            **config,
-        }
-        whole["init_lora_weights"] = True
+        rest = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "init_lora_weights": True}
+        whole = {**rest, "base_model_name_or_path": "a-model", **config}
         (place / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
         save_file(weights, place / "adapter_model.safetensors")
         engine(place)
