@@ -1,0 +1,293 @@
+"""Does it matter in reinforcement learning where the ranks lie? GRPO on one reasoning task, at equal stored parameters.
+
+    python benchmarks/data.py --out FOLDER --tasks matrix --rows 3000 100 200
+    python benchmarks/grpo.py --data-dir FOLDER/matrix      # goes on where it was stopped; several processes may share the runs
+    python benchmarks/grpo.py --report
+
+SmolLM2-135M first learns the task for 40 steps of LoRA (r = 8), which are merged: without a few right answers there is no reward to
+learn from. Then each arm trains a new LoRA with the stored parameters of r = 1 on all linear layers:
+
+even      one rank a module;
+random    ranks dealt to modules drawn at random, as many as the parameters allow (another draw each seed);
+informed  ranks by the singular values of the first policy gradient on 64 prompts: the largest square per stored parameter first.
+
+A step samples 8 answers to each of 4 prompts at temperature 1; the reward is 1 for the right answer, else 0.2 times the share of right
+digits; advantages are the rewards minus their prompt's mean, over its standard deviation; one update a batch, so there is
+no ratio to clip, and no KL term. Each arm's learning rate: the best of three with seed 1000 on the dev rows (greedy, exact), then
+seeds 0 to 3, which tuned nothing, on the test rows.
+"""
+
+import argparse
+import json
+import random
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from campaign import RESULTS, append, claimed, read, spread
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from gatewise.comparing.statistics import difference
+from gatewise.models import load_model, load_tokenizer
+
+STEPS, PROMPTS, ANSWERS, NEW = 30, 4, 8, 10
+RATES, SEEDS = (1.67e-3, 3e-3, 5.4e-3), (0, 1, 2, 3)
+ARMS = ("even", "random", "informed")
+BUDGET = 305_280
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def rows(path: Path) -> list[tuple[str, str]]:
+    return [(one["question"] + " ->", one["answer"]) for one in map(json.loads, path.read_text().splitlines())]
+
+
+class Policy:
+    def __init__(self) -> None:
+        self.tokenizer = load_tokenizer("smollm2-135m-instruct")
+        self.tokenizer.padding_side = "left"
+        self.model = load_model("smollm2-135m-instruct", device="cpu")
+        self.end = self.tokenizer.eos_token_id
+
+    def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True)
+        return batch["input_ids"], batch["attention_mask"]
+
+    @torch.no_grad()
+    def write(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, sample: bool) -> Tensor:
+        """(rows, NEW) tokens; after an end of text everything is one."""
+        model.eval()
+        past, out, done = None, [], torch.zeros(len(ids), dtype=torch.bool)
+        now = ids
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        for _ in range(NEW):
+            found = model(
+                input_ids=now, attention_mask=mask, position_ids=position, past_key_values=past, use_cache=True, logits_to_keep=1
+            )
+            past, logits = found.past_key_values, found.logits[:, -1].float()
+            token = torch.multinomial(logits.softmax(-1), 1)[:, 0] if sample else logits.argmax(-1)
+            token = torch.where(done, self.end, token)
+            done |= token == self.end
+            out.append(token)
+            if done.all():
+                break
+            now, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+        return torch.nn.functional.pad(torch.stack(out, 1), (0, NEW - len(out)), value=self.end)
+
+    def loss(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+        """Minus the mean log-likelihood of the written tokens, up to the first end of text, each times its row's weight."""
+        all_ids = torch.cat([ids, new], 1)
+        all_mask = torch.cat([mask, torch.ones_like(new)], 1)
+        position = (all_mask.cumsum(1) - 1).clamp(min=0)
+        logits = (
+            model(input_ids=all_ids, attention_mask=all_mask, position_ids=position, logits_to_keep=NEW + 1).logits[:, :-1].float()
+        )
+        chosen = logits.log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        counts = ((new == self.end).cumsum(1) - (new == self.end).long() == 0).float()
+        return -(chosen * counts * weight[:, None]).sum() / counts.sum()
+
+    def exact(self, model: torch.nn.Module, data: list[tuple[str, str]]) -> list[int]:
+        """A 1 for each row whose answer greedy decoding writes."""
+        right: list[int] = []
+        for start in range(0, len(data), 50):
+            part = data[start : start + 50]
+            new = self.write(model, *self.prompts([text for text, _ in part]), sample=False)
+            right += [int(self.text(one) == answer) for one, (_, answer) in zip(new, part, strict=True)]
+        return right
+
+    def text(self, tokens: Tensor) -> str:
+        """What the tokens say; nothing where the answer does not end."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip() if (tokens == self.end).any() else ""
+
+
+def reward(text: str, answer: str) -> float:
+    if text == answer:
+        return 1.0
+    return 0.2 * sum(a == b for a, b in zip(text, answer, strict=False)) / max(len(text), len(answer))
+
+
+def warm(policy: Policy, train: list[tuple[str, str]], steps: int = 40) -> None:
+    """The base learns the task a little, and is merged."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    model = get_peft_model(policy.model, LoraConfig(r=8, lora_alpha=16, target_modules=NAMES))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / steps)
+        part = draw.sample(train, 8)
+        ids, mask = policy.prompts([text for text, _ in part])
+        new = torch.full((8, NEW), policy.end)
+        for i, (_, answer) in enumerate(part):
+            tokens = policy.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+            new[i, : len(tokens)] = torch.tensor(tokens)
+        policy.loss(model.train(), ids, mask, new, torch.ones(len(new))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    policy.model = model.merge_and_unload()
+
+
+def advantages(texts: list[str], answers: list[str]) -> tuple[Tensor, float]:
+    r = torch.tensor([reward(t, a) for t, a in zip(texts, answers, strict=True)]).view(-1, ANSWERS)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)).view(-1), r.mean().item()
+
+
+def sampled(policy: Policy, model: torch.nn.Module, part: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    many = [one for one in part for _ in range(ANSWERS)]
+    ids, mask = policy.prompts([text for text, _ in many])
+    new = policy.write(model, ids, mask, sample=True)
+    weight, mean = advantages([policy.text(one) for one in new], [answer for _, answer in many])
+    return ids, mask, new, weight, mean
+
+
+def modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    return {
+        name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and name.split(".")[-1] in NAMES
+    }
+
+
+def dealt(policy: Policy, arm: str, seed: int, train: list[tuple[str, str]]) -> dict[str, int]:
+    found = modules(policy.model)
+    price = {name: part.in_features + part.out_features for name, part in found.items()}
+    if arm == "even":
+        return dict.fromkeys(found, 1)
+    draw = random.Random(seed)
+    if arm == "random":
+        order = (draw.choice(list(found)) for _ in iter(int, 1))
+    else:
+        torch.manual_seed(seed)
+        for part in found.values():
+            part.weight.requires_grad_(True)
+        for _ in range(16):
+            ids, mask, new, weight, _ = sampled(policy, policy.model, draw.sample(train, 4))
+            policy.loss(policy.model, ids, mask, new, weight).backward()
+        worth = []
+        for name, part in found.items():
+            values = torch.linalg.svdvals(part.weight.grad.float())[:16]
+            worth += [(value.item() ** 2 / price[name], name) for value in values]
+            part.weight.grad = None
+            part.weight.requires_grad_(False)
+        order = (name for _, name in sorted(worth, reverse=True))
+    ranks: dict[str, int] = {}
+    spent = 0
+    for name in order:
+        if spent + price[name] > BUDGET:
+            break
+        ranks[name] = ranks.get(name, 0) + 1
+        spent += price[name]
+    return ranks
+
+
+def one_run(policy: Policy, arm: str, rate: float, seed: int, data: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    train = rows(data / "train.jsonl")
+    ranks = dealt(policy, arm, seed, train)
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    alphas = {name: 2 * r for name, r in ranks.items()}
+    model = get_peft_model(
+        policy.model, LoraConfig(r=1, lora_alpha=2, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    means = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 4) * (1 - step / STEPS)
+        ids, mask, new, weight, mean = sampled(policy, model, draw.sample(train, PROMPTS))
+        policy.loss(model.train(), ids, mask, new, weight).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        means.append(round(mean, 3))
+    part = "dev" if seed >= 1000 else "test"
+    run = {
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in trained),
+        "modules": len(ranks),
+        "largest": max(ranks.values()),
+        "part": part,
+        "right": "".join(map(str, policy.exact(model, rows(data / f"{part}.jsonl")))),
+        "rewards": means,
+        "seconds": round(time.perf_counter() - began),
+    }
+    policy.model = model.unload()
+    return run
+
+
+def exactness(run: dict[str, Any]) -> float:
+    return 100 * run["right"].count("1") / len(run["right"])
+
+
+def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:
+    """The rate of the arm's best tuning run, None while one of them is missing."""
+    tuning = [run for run in done if run["arm"] == arm and run["part"] == "dev"]
+    return max(tuning, key=exactness)["learning_rate"] if len(tuning) == len(RATES) else None
+
+
+def report(done: list[dict[str, Any]]) -> None:
+    shown: dict[str, dict[int, list[int]]] = {}
+    print(
+        "| ranks | modules, largest rank | parameters | tuning, at "
+        + ", ".join(map(str, RATES))
+        + " | rate | test, exact (sd) | minus even (95%) |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for arm in ARMS:
+        rate = best_rate(done, arm)
+        if rate is None:
+            continue
+        own = [run for run in done if run["arm"] == arm]
+        tuning = {run["learning_rate"]: exactness(run) for run in own if run["part"] == "dev"}
+        tested = {run["seed"]: run for run in own if run["part"] == "test" and run["learning_rate"] == rate}
+        shown[arm] = {seed: list(map(int, run["right"])) for seed, run in tested.items()}
+        both = sorted(set(shown[arm]) & set(shown["even"])) if arm != "even" else []
+        gap = difference(np.array([np.subtract(shown[arm][seed], shown["even"][seed]) for seed in both]) * 100.0) if both else None
+        print(
+            f"| {arm} | {own[0]['modules']}, {own[0]['largest']} | {own[0]['parameters']:,} | "
+            f"{', '.join(f'{tuning[one]:.1f}' for one in RATES)} | {rate} | "
+            f"{spread([exactness(run) for run in tested.values()], 1) if tested else ''} | "
+            f"{f'{gap.mean:+.1f} ({gap.low} to {gap.high})' if gap else ''} |"
+        )
+
+
+def missing(results: Path) -> list[tuple[str, float, int]]:
+    done = read(results)
+    have = {(run["arm"], run["learning_rate"], run["seed"]) for run in done}
+    wanted = [(arm, rate, 1000) for arm, rate in product(ARMS, RATES)]
+    wanted += [(arm, rate, seed) for seed, arm in product(SEEDS, ARMS) if (rate := best_rate(done, arm))]
+    return [one for one in wanted if one not in have]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="the folder with train.jsonl, dev.jsonl and test.jsonl of a reasoning task")
+    parser.add_argument("--results", type=Path, default=RESULTS / "grpo.jsonl")
+    parser.add_argument("--report", action="store_true", help="print the results, run nothing")
+    options = parser.parse_args()
+    if not options.report:
+        if options.data_dir is None:
+            parser.error("--data-dir is needed")
+        policy = Policy()
+        warm(policy, rows(options.data_dir / "train.jsonl"))
+        while left := missing(options.results):
+            for key in left:
+                with claimed(key, options.results) as free:
+                    if free and key in missing(options.results):
+                        run = one_run(policy, *key, options.data_dir)
+                        append(run, options.results)
+                        print(f"{key}: {exactness(run):.1f} in {run['seconds']} s", flush=True)
+                        break
+            else:
+                time.sleep(10)  # other processes have the rest
+    report(read(options.results))
+
+
+if __name__ == "__main__":
+    main()
