@@ -1,6 +1,6 @@
 """Does it matter in reinforcement learning where the ranks lie? GRPO on one reasoning task, at equal stored parameters.
 
-    python benchmarks/data.py --out FOLDER --tasks matrix --rows 3000 100 200
+    python benchmarks/data.py --data-dir FOLDER --tasks matrix --rows 3000 100 200
     python benchmarks/grpo.py --data-dir FOLDER/matrix      # goes on where it was stopped; several processes may share the runs
     python benchmarks/grpo.py --report
 
@@ -11,9 +11,9 @@ even      one rank a module;
 random    ranks dealt to modules drawn at random, as many as the parameters allow (another draw each seed);
 informed  ranks by the singular values of the first policy gradient on 64 prompts: the largest square per stored parameter first.
 
-A step samples 8 answers to each of 4 prompts at temperature 1; the reward is 1 for the right answer, else 0.2 times the share of right
-digits; advantages are the rewards minus their prompt's mean, over its standard deviation; one update a batch, so there is
-no ratio to clip, and no KL term. Each arm's learning rate: the best of three with seed 1000 on the dev rows (greedy, exact), then
+A step samples 8 answers to each of 4 prompts at temperature 1. The reward is 1 for the right answer, else 0.2 times the share of
+right digits; advantages are the rewards minus their prompt's mean, over its standard deviation. One update a batch: there is no
+ratio to clip, and no KL term. Each arm's learning rate: the best of three with seed 1000 on the dev rows (greedy, exact), then
 seeds 0 to 3, which tuned nothing, on the test rows.
 """
 
