@@ -248,6 +248,9 @@ def test_an_approval_of_what_the_document_no_longer_has_is_none(tmp_path: Path) 
     assert "is gone from the document since its tree was approved by Ada" in again.notes[0]
     again.save()
     assert [record.more["review"] for record in read_trees(again.files.out).records] == ["corrected", "approved"]
+    again.close()
+    shown = CliRunner().invoke(app, ["mdt", "show", str(again.files.out), "--format", "dmn"])
+    assert (shown.exit_code, "Give rest" in shown.stdout, "left out" in shown.stderr) == (0, True, True)
 
 
 def test_an_unfinished_correction_goes_on_and_what_was_approved_under_it_lies_beside(tmp_path: Path) -> None:

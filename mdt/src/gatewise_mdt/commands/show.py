@@ -58,7 +58,7 @@ def show(
         if not records:
             raise GatewiseError(read.faults.get(record, f"{file} has {read.count} records, so none with the number {record}"))
     if not drafts and format in RUN:
-        check_documents(Path(file).parent, records)
+        check_documents(Path(file), records)
     links = None if pathway is None else read_links(pathway, read.records)
     if written := give(records, format, out, several=len(records) > 1, drafts=drafts, links=links):
         say(f"written: {written}")

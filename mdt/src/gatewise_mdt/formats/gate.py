@@ -55,18 +55,22 @@ def approved_alone(records: Sequence[TreeRecord], format: str, drafts: bool = Fa
     return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {DRAFTS}"
 
 
-def check_documents(folder: Path, records: Sequence[TreeRecord]) -> None:
-    """Refuses approvals of what a document was before it changed, as far as it is at hand: in a folder, or where a record names it.
+def check_documents(file: Path, records: Sequence[TreeRecord]) -> None:
+    """Refuses approvals of what a document was before it changed, as far as it is at hand: where a record names it, or in the
+    folder of their file.
 
     Raises:
         GatewiseError: a document is not the one that the records were last saved for.
     """
-    for source, sha256 in {(str(record.more.get("source")), record.sha256) for record in records if record.sha256}:
-        found = next((path for path in (folder / Path(source).name, Path(source)) if os.path.isfile(path)), None)
+    for source, sha256 in {
+        (str(record.more.get("source")), record.sha256) for record in records if record.sha256 and record.is_approved
+    }:
+        found = next((path for path in (file.parent / Path(source).name, Path(source)) if os.path.isfile(path)), None)
         if found is not None and hashlib.sha256(content_of(found)).hexdigest() != sha256:
+            out = "" if file.name == f"{found.name}.review.jsonl" or file.suffix != ".jsonl" else f" --out {file}"
             raise GatewiseError(
                 f"{found} has changed since its review was saved, so an approval may be of another text: open it again with"
-                f" gatewise mdt review {found}, look at what changed, and save; {DRAFTS}"
+                f" gatewise mdt review {found}{out}, look at what changed, and save; {DRAFTS}"
             )
 
 

@@ -422,7 +422,7 @@ class Session:
         if format in ONE_TREE and len(records) > 1:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         if format in RUN and not drafts:
-            check_documents(self.files.out.parent, records)
+            check_documents(self.files.out, records)
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
         return f"{stem}{'' if which == 'all' else f'-{which}'}{FORMATS[format]}", render(records, format, drafts=drafts)
 
