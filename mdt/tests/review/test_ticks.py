@@ -315,6 +315,23 @@ def saved(file: Path) -> Session:
     return session
 
 
+def test_ticks_that_came_back_with_the_file_of_corrections_are_not_lost(tmp_path: Path) -> None:
+    """Ben got the file without its history, ticked, and sent it back."""
+    session = opened(tmp_path / "g.md")
+    drafted(session)
+    session.edit(1, session.passage(1).version, "join", {"node": 0, "join": "or"})
+    out = session.save().path
+    session.close()
+    bens = Session.open(str(out), tmp_path / "bens.review.jsonl", reviewer="Ben")
+    tick_all(bens, 1)
+    out.write_text(bens.save().path.read_text())
+    again = Session.open(str(tmp_path / "g.md"))
+    assert kinds(again) == []
+    assert "or other ticks" in again.notes[0]
+    assert again.save().records == 1
+    assert read_trees(out).records[0].ticks[0]["by"] == "Ben"
+
+
 def reworded(file: Path) -> Session:
     """Approved at 0.5 mg, then 0.6 mg in the document, corrected there and saved, but the change not ticked."""
     saved(file)

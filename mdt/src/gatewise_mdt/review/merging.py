@@ -133,15 +133,15 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
         more = {**(source.more if source else {}), **lasting_keys(record.more)}
         made = replace(passage_of(record), more=_placed(more, source), saved=version_of(record))
         return replace(made, past=(given.now,)) if given and given.now.nodes != made.now.nodes else made
-    known = [(one.nodes, one.state) for one in (old.now, old.now.standing, old.saved) if one]
+    known = [(one.nodes, one.state, one.ticks) for one in (old.now, old.now.standing, old.saved) if one]
     saved = version_of(record) if record else None
     old = replace(old, more=_placed({**old.more, **(lasting_keys(record.more) if record else {})}, source), saved=saved)
     if record and saved:
-        if (saved.nodes, saved.state) in known:
+        if (saved.nodes, saved.state, saved.ticks) in known:
             return old
         notes.append(
-            f"the file of corrections has another tree than before for {quoted_beginning(record.text)}, which is shown; undo brings"
-            " back yours"
+            f"the file of corrections has another tree than before, or other ticks, for {quoted_beginning(record.text)}: that is"
+            " shown; undo brings back yours"
         )
         return old.with_version(saved)
     if given and old.now.state in ("empty", "drafted") and given.now.nodes not in [nodes for nodes, _ in draft.seen[old.number]]:
