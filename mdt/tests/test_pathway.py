@@ -4,6 +4,7 @@ import json
 import random
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def test_links_are_proposed_with_their_reasons() -> None:
         named,
         'the condition speaks of "metformin", which the decision gives; another section',
         "nothing is recommended, and it follows; the same section",
+    ]
+
+
+@pytest.mark.parametrize("number", ["2.1 ", "3. ", "(a) ", "二、", "第三章 "])
+def test_the_number_of_a_heading_is_no_part_of_its_name(number: str) -> None:
+    one, *others = guideline()
+    numbered = [replace(other, more={**other.more, "headings": [number + name for name in other.headings]}) for other in others]
+    assert 'the decision names "Chronic kidney disease"; another section' in [
+        link.reason for link in propose_links([one, *numbered])
     ]
 
 

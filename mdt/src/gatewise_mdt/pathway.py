@@ -8,6 +8,7 @@ the start.
 
 import heapq
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -26,6 +27,9 @@ from gatewise_mdt.wholes import fold
 
 State = Literal["proposed", "accepted", "refused"]
 _GIVEN = ("drug therapy", "therapeutic schedule")
+_NUMBER = re.compile(  # of a heading
+    r"^\s*(?:\d{1,2}(?:\.\d+)*[.)]?\s+|(?:\d{1,2}|[一二三四五六七八九十]+)[、.)）]\s*|[（(]\w{1,2}[)）]\s*|第\w{1,3}[章节]\s*)"
+)
 _DECIDE = 'For each link, set "state" to "accepted" or "refused". Only accepted links are followed.'
 
 
@@ -179,7 +183,7 @@ class _Seen:
     def __init__(self, record: TreeRecord) -> None:
         self.record = record
         self.document = record.sha256 or record.more.get("source")
-        self.heading = record.headings[-1] if record.headings else ""
+        self.heading = _NUMBER.sub("", record.headings[-1]) if record.headings else ""
         root = record.tree.nodes[0]
         self.asked = [part for triple in root.triples for part in (triple.subject, triple.object)] if root.is_condition else []
         self.ways = {  # of each decision what holds on the way to it

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -75,6 +76,25 @@ def test_margins_and_corners_of_pages_move_no_mark(
     shown = original.picture(1)
     assert (shown["width"], shown["height"]) == size
     assert (x, y + height) == pytest.approx(place, abs=3)
+
+
+@pytest.mark.parametrize("turned", [90, 180, 270])
+def test_margins_of_turned_pages_move_no_mark(turned: int) -> None:
+    made = io.BytesIO()
+    canvas = Canvas(made, pagesize=(600, 840), cropBox=(20, 10, 500, 700))
+    canvas.translate(300, 350)
+    canvas.rotate(turned)
+    canvas.drawString(0, 0, "Give colchicine 0.5 mg once.")
+    canvas.setPageRotation(turned)
+    canvas.save()
+    original = source_of(made.getvalue(), "a.pdf").original
+    assert original is not None
+    ((_, x, y, _, height),) = original.around(0, 10)["regions"]
+    shown = original.picture(1)
+    picture = Image.open(io.BytesIO(base64.b64decode(shown["image"].partition(",")[2]))).convert("L")
+    left, top, _, bottom = picture.point(lambda one: 255 * (one < 128)).getbbox() or (0, 0, 0, 0)
+    scale = shown["width"] / picture.width
+    assert (left * scale, top * scale, bottom * scale) == pytest.approx((x, y, y + height), abs=4)
 
 
 def test_a_page_is_drawn_on_demand_in_bounds(printed: bytes) -> None:
@@ -155,6 +175,35 @@ def test_a_file_of_trees_finds_its_document_as_long_as_that_is_the_same(tmp_path
         assert Review(session).show("source", {"number": "1"})["name"] == found
         session.close()
         document.write_text("# Gout\n\nGive colchicine now.\n")
+
+
+def test_what_was_cut_from_another_reading_is_not_marked(tmp_path: Path) -> None:
+    """Versions of gatewise that read a document otherwise count its characters otherwise."""
+    document = tmp_path / "a.md"
+    document.write_text("# Gout\n\nGive colchicine.\n\n# Asthma\n\nGive salbutamol.\n")
+    first, second = source_of(document.read_bytes(), "a.md").passages
+    held = [
+        {**sample()[0].to_json(), **second.more, "text": second.text, "offsets": one.more["offsets"]} for one in (first, second)
+    ]
+    (tmp_path / "trees.json").write_text(json.dumps(held))
+    review = Review(Session.open(str(tmp_path / "trees.json"), tmp_path / "out.jsonl", reviewer="Cora Weiss"))
+    assert [review.show("source", {"number": number})["name"] for number in (1, 2)] == ["", "a.md"]
+    review.session.close()
+
+
+def test_a_document_that_several_ask_for_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+
+    def slow(*asked: Any) -> None:
+        read.append(asked)
+        time.sleep(0.05)
+
+    monkeypatch.setattr("gatewise_mdt.review.session.original_of_record", slow)
+    session = Session.open("sample:guidelines", tmp_path / "out.jsonl", reviewer="Cora Weiss")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(session.original, session.passages[:3]))
+    assert len(read) == 1
+    session.close()
 
 
 def test_titles_tell_passages_apart() -> None:

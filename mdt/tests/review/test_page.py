@@ -783,6 +783,7 @@ def test_a_passage_is_found_among_many(review: Callable[..., Review]) -> None:
     page.select_option("#filter", "open")
     sync_api.expect(listed).to_have_count(len(sample()) - 3)
     sync_api.expect(page.locator("#open-4")).to_have_count(0)
+    sync_api.expect(page.locator("#counts")).to_contain_text(f"{len(sample()) - 3} listed")  # hides nothing without a word
     page.select_option("#filter", "look")
     sync_api.expect(listed).not_to_have_count(len(sample()) - 3)
 

@@ -129,13 +129,21 @@ def _page(page: Any) -> _Page:
     made = _Page(
         page.page_number,
         float(page.height),
-        (max(page.cropbox[0], page.mediabox[0]), max(page.cropbox[1], page.mediabox[1])),
+        _corner(page),
         items_of(page),
         pictures={one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)},
         turned="".join(one["text"] for one in page.chars if not one["upright"]),
     )
     page.close()
     return made
+
+
+def _corner(page: Any) -> tuple[float, float]:
+    """Where what is shown of a page begins. Its boxes are not turned as its text is, but have their sides changed at a quarter."""
+    (x0, top, x1, bottom), (left, above, right, below) = page.mediabox, page.cropbox
+    cut_left = x1 - right if page.rotation in (180, 270) else left - x0
+    cut_above = bottom - below if page.rotation in (90, 180) else above - top
+    return x0 + max(0, cut_left), top + max(0, cut_above)
 
 
 # ---- what is not read ----

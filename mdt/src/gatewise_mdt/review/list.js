@@ -68,7 +68,9 @@ export function showList(session, passage, open) {
   at("finding").hidden = !count;
   at("order").hidden = at("filter").querySelector("[value=doubtful]").hidden = !session.passages.some(one => one.least);
   const done = session.passages.filter(one => one.state === "approved").length;
-  at("counts").textContent = count ? tr("{done} of {count} approved", { done, count }) : "";
+  const told = { done, count, listed: lines.length };
+  at("counts").textContent = !count ? "" : lines.length === count ? tr("{done} of {count} approved", told)
+    : tr("{done} of {count} approved, {listed} listed", told);
   at("next-open").disabled = done === count;
   at("none-found").hidden = !count || lines.some(one => !passage || one.number !== passage.number) || lines.length === count;
   const focused = document.activeElement && document.activeElement.id;

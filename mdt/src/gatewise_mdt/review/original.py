@@ -13,6 +13,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.documents.document import Block, Document, Region, Table, joined, unmarked
 
 _AROUND = 12  # blocks, or rows of a table, before and after those of the passage
+_ENDS = 20  # letters of a passage by which it is known again
 _LONGEST, _SHARPEST = 1600, 2.0  # pixels of a page's longer side, and of a point, at most
 _PDFIUM = Lock()  # of which one thread at a time may ask something
 
@@ -52,6 +53,11 @@ class Original:
             raise GatewiseError(f"there is no page {page} in {printable(self.document.name)}: it has {self.pages}")
         image, width, height = _drawn(self._content, page)
         return {"image": f"data:image/png;base64,{base64.b64encode(image).decode()}", "width": width, "height": height}
+
+    def has(self, text: str, start: int, end: int) -> bool:
+        """Whether a passage has what the document has from ``start`` to ``end``, at both ends of that, signs apart."""
+        said, own = ("".join(filter(str.isalnum, one)) for one in (text, self.document.text[max(start, 0) : end]))
+        return bool(own) and own[:_ENDS] in said and own[-_ENDS:] in said
 
     def around(self, start: int, end: int) -> dict[str, Any]:
         """What the page shows for the characters of the text from ``start`` to ``end``.

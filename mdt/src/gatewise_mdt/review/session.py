@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, NamedTuple
 
 from gatewise.checks import has_half_a_pair, is_whole, printable, writable
@@ -97,7 +97,7 @@ class Session:
         self.files, self.notes = files, [*notes, *draft.notes]
         self.reviewer = checked_name(_login_name() if reviewer is None else reviewer)
         self.originals: dict[str, Original | None] = {}
-        self._lock = RLock()
+        self._lock, self._reading = RLock(), Lock()
         self._entries, self._last = list(draft.entries), draft.last
         self._passages = {passage.number: passage for passage in self._numbered(passages)}
         held = [str(number) for number, one in self._passages.items() if one.now.state == "approved" and one.open_items]
@@ -200,9 +200,10 @@ class Session:
     def original(self, passage: Passage) -> Original | None:
         """The document that a passage comes from, if this review has it."""
         key = str(passage.more.get("sha256"))
-        if key not in self.originals:
-            self.originals[key] = original_of_record(passage.more, self.files.out.parent)
-        return self.originals[key]
+        with self._reading:  # a long document takes minutes: others who ask for it meanwhile wait
+            if key not in self.originals:
+                self.originals[key] = original_of_record(passage.more, self.files.out.parent)
+            return self.originals[key]
 
     def _take_original(self, original: Original | None) -> None:
         if original is not None:

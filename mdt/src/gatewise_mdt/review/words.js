@@ -96,6 +96,7 @@ const CHINESE = {
   "{at} of {of}": "{at} / {of}",
   "All passages without a tree": "所有尚无决策树的段落",
   "{done} of {count} approved": "已批准 {done} / {count}",
+  "{done} of {count} approved, {listed} listed": "已批准 {done} / {count}，列出 {listed}",
   "node {numbers}": "节点 {numbers}",
   "Order of the passages": "段落的顺序",
   "in their order": "按原文顺序",
