@@ -24,7 +24,7 @@ _OWN_KEYS = ("text", "tree")
 CARRIED_KEY = "carried"
 """The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
 "place" those of its document where they are known, "text" the text that a person last read the tree against, where that was another
-one, "replaces" a later text that the file of corrections had a record for, and "reviewed" who had approved or corrected it there,
+one, "replaces" the text that the file of corrections had a record for, and "reviewed" who had approved or corrected it there,
 where nobody has yet for the newer text."""
 DOUBTFUL = 0.5
 """A node of less confidence is more likely wrong than right."""

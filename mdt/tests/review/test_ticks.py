@@ -354,6 +354,12 @@ def test_a_change_that_nobody_ticked_stays_open_when_the_text_changes_again(tmp_
         assert {("changed text", "0.6 mg"), ("changed text", end)} <= set(kinds(session))
         session.comment(1, By(comment="to be asked"))
         session.close()
+    session = Session.open(str(tmp_path / "g.md"))
+    tick_all(session, 1)
+    session.close()
+    session = opened(tmp_path / "g.md", f"{text.strip()} Drink.\n")
+    assert [one.number for one in session.passages] == [1]
+    assert [one for one in kinds(session) if one[0] == "changed text"] == [("changed text", "Drink")]
 
 
 def test_a_document_is_the_same_by_whichever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

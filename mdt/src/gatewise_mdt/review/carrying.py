@@ -159,14 +159,16 @@ def reworded(passage: Passage, source: Passage) -> Passage:
     beside it; so does one that was approved, under a correction that nobody finished.
     """
     now, standing = passage.now, passage.now.standing
-    known = passage.more.get(CARRIED_KEY)
+    held = passage.more.get(CARRIED_KEY)
+    known: dict[str, Any] = held if isinstance(held, dict) else {}
+    in_file = passage.text if passage.saved is not None else known.get("replaces", known.get("text"))
     is_read = passage.is_valid and text_read(passage.record()) == passage.text
-    if is_read or not isinstance(known, dict) or "text" not in known:  # else a change from a text before this one is open
+    if is_read or "text" not in known:  # else a change from a text before this one is open
         known = {"from": str(passage.more.get("source") or "the earlier review"), "text": passage.text}
         known |= {key: passage.more[key] for key in ("sha256", "place") if isinstance(passage.more.get(key), str)}
         known |= {"reviewed": now.reviewed} if now.reviewed else {}
-    elif passage.saved is not None:
-        known = {**known, "replaces": passage.text}
+    if isinstance(in_file, str):
+        known = {**known, "replaces": in_file}
     more = {**passage.more, **source.more, CARRIED_KEY: known}
     made = replace(passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1)
     made = replace(made, saved=None, past=(), future=())
