@@ -246,13 +246,15 @@ def test_two_fetches_at_once_download_once(index: Index, shelve: Callable[..., E
     shelve({"config.json": b"{}"})
     index.seconds = 0.3
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(fetch("toy"))) for _ in range(3)]
+    phases: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch("toy", progress=phases.append))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [cache_dir() / "models" / "toy"] * 3
     assert len(index.calls) == 1
+    assert phases.count("waiting for another process that fetches toy") == 2
 
 
 def test_terms_are_shown_and_wanted_before_anything_is_downloaded(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:

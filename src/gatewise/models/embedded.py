@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gatewise.errors import GatewiseError, needs
 from gatewise.files import whole_folder
@@ -312,13 +312,18 @@ def fetch(name: str, *, accept_terms: bool = False, progress: Progress | None = 
             f"{name} comes under the {model.terms.title} ({model.terms.url}): read them, and if you accept them run "
             f"`gatewise models fetch {name} --accept-terms` (in Python: accept_terms=True)"
         )
+    say, lock = progress or partial(print, file=sys.stderr), FileLock(folder.with_name(f".{name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{name}.lock")):
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process that fetches {name}")
+            held = lock.acquire()
+        with held:
             if not fetched(name):  # the process that held the lock may have brought it
                 for left in folder.parent.glob(f".gatewise-*/{name}"):  # by a process that was killed
                     shutil.rmtree(left.parent)
-                say = progress or partial(print, file=sys.stderr)
                 _download(model, store, say)
                 with whole_folder(folder, replace=True) as made:
                     _build(model, store, made, say)
