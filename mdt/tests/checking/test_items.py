@@ -422,6 +422,13 @@ def test_a_heading_is_no_recommendation_but_may_have_conditions(heading: str, na
     assert [item.words for item in items(record) if not item.hint] == [words] * bool(words)
 
 
+def test_a_word_of_a_heading_may_be_in_the_tree_from_below_it() -> None:
+    tree = on([P, SIGN, "naproxen fails"], [P, DRUG, "colchicine"])
+    text = f"{P}@After naproxen: If naproxen fails, give colchicine."
+    assert [item.words for item in items(TreeRecord(text, tree)) if not item.hint] == ["naproxen"]
+    assert [item for item in items(TreeRecord(text, tree, more={"headings": ["After naproxen"]})) if not item.hint] == []
+
+
 def test_a_heading_may_be_the_drug_of_a_dose() -> None:
     record = TreeRecord(
         f"{P}@Ramipril: 1.25 mg once daily.", leaf([P, DOSE, "1.25 mg once daily"]), more={"headings": ["Ramipril"]}

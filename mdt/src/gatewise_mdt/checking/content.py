@@ -184,6 +184,11 @@ def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     skipped += [name for name in marks.repeated_names if not any(map(name.overlaps, marks.conditions))]
     doses = [number.begin for number in marks.numbers if number.kind == "dose"]
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]
+
+    def alike(span: Span) -> tuple[Span, ...]:
+        """Where a word stands: of a heading, it is enough that a triple has it from the text below."""
+        return (span, *cover.places(text[span.begin : span.end])) if marks.is_named_above(span.begin) else (span,)
+
     has_drug = not doses or any(one.relation in (*GIVES, AVOIDS) for one in cover.held)
     for clause in marks.clauses:
         background = cover.is_background(clause.begin)
@@ -191,7 +196,7 @@ def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
         begin = clause.begin
         for end, after in ends:
             words = [one for one in contents(text, Span(begin, end)) if not any(map(one[0].overlaps, skipped))]
-            lost = [(span, weight) for span, weight in words if not cover.touches(span)]
+            lost = [(span, weight) for span, weight in words if not any(map(cover.touches, alike(span)))]
             implied = any(Span(begin, end).holds(one.span) for one in cover.implied)
             for run in _runs(words, lost):
                 span = Span(run[0][0].begin, run[-1][0].end)
