@@ -14,7 +14,7 @@ import pytest
 from gatewise_mdt import sample
 from gatewise_mdt.review import Review, Session
 from gatewise_mdt.review.shown import found_in, titles_of
-from gatewise_mdt.review.sources import source_of
+from gatewise_mdt.review.sources import original_of_record, source_of
 from PIL import Image
 from reading_corpus import Heading, Prose, Table
 from reading_markup import docx_of, html_of, markdown_of
@@ -170,6 +170,8 @@ def test_a_file_of_trees_finds_its_document_as_long_as_that_is_the_same(tmp_path
     document.write_text("# Gout\n\nGive colchicine.\n")
     (passage,) = source_of(document.read_bytes(), "gone/a.md").passages
     (tmp_path / "trees.jsonl").write_text(json.dumps({**sample()[0].to_json(), **passage.more, "text": passage.text}) + "\n")
+    barred = {**passage.more, "source": "gone/" * 2000 + "a.md"}  # cannot be looked into, as a colleague's folder
+    assert original_of_record(barred, tmp_path) is not None
     for found in ("gone/a.md", ""):
         session = Session.open(str(tmp_path / "trees.jsonl"), tmp_path / "out.jsonl", reviewer="Cora Weiss")
         assert Review(session).show("source", {"number": "1"})["name"] == found

@@ -1,6 +1,7 @@
 """What comes into a review: documents cut into passages, and files of trees."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -87,7 +88,7 @@ def original_of_record(more: Mapping[str, Any], folder: Path) -> Original | None
     if not isinstance(source, str) or not isinstance(sha256, str) or "\0" in source:
         return None
     for path in (Path(source), folder / Path(source).name):
-        if path.suffix.lower() in DOCUMENTS and path.is_file() and path.stat().st_size <= _MOST_BYTES:
+        if path.suffix.lower() in DOCUMENTS and os.path.isfile(path) and os.path.getsize(path) <= _MOST_BYTES:
             with suppress(GatewiseError):
                 if hashlib.sha256(content := content_of(path)).hexdigest() == sha256:
                     return original_of(content, source)
