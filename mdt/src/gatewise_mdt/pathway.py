@@ -278,7 +278,8 @@ def _where(record: TreeRecord) -> dict[str, Any]:
     known: dict[str, Any] = {
         key: record.more[key] for key in ("passage_id", "source", "sha256", "place") if isinstance(record.more.get(key), str)
     }
-    return {"record": record.number, **known, "text": quoted_beginning(record.text)}
+    # The id of a passage is of its text; without one, the text itself says which one it was.
+    return {"record": record.number, **known, "text": quoted_beginning(record.text) if known.get("passage_id") else record.text}
 
 
 def read_links(path: str | Path, records: Sequence[TreeRecord], *, outdated: list[dict[str, Any]] | None = None) -> list[Link]:
@@ -343,4 +344,6 @@ def _record(said: dict[str, Any], where: str, records: Sequence[TreeRecord]) -> 
     fits = [one for one in records if value == (one.more.get(key) if key == "passage_id" else one.number)]
     if len(fits) != 1:
         raise _OutdatedError(f"{where}: {len(fits)} of the trees have the {key} {value!r}, expected one: look at the link again")
+    if key == "record" and said.get("text") not in (None, fits[0].text):
+        raise _OutdatedError(f"{where}: passage {value} has another text now: look at the link again")
     return fits[0]
