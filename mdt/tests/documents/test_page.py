@@ -172,3 +172,41 @@ def test_no_word_of_a_page_is_lost(seed: int) -> None:
     for number in range(count):
         places = len(re.findall(rf"(?<!\d){number}z", " ".join(block.text for block in document.blocks)))
         assert places > 0 or re.search(rf"(?<!\d){number}z", f"{headers} {document.notes}"), number
+
+
+def test_a_last_column_of_a_few_lines_is_no_table_with_the_headings_beside_it() -> None:
+    """Two lines, small print and a page's number: the gout section ended there, and its advice stood above "When to treat"."""
+    story = [p("When to treat", HEAD), *(p(f"In part {place} {LONG}") for place in range(3))]
+    story += [
+        p("Gout", HEAD),
+        FrameBreak(),
+        p("With gout avoid thiazides. Losartan may be preferred, and thiazides are not wanted by any."),
+    ]
+    story += [p("1 At home, the limit is 135/85 mmHg.", ParagraphStyle("small", fontSize=7, leading=9))]
+    frames = [(50, 50, 240, 740), (310, 50, 240, 740)]
+
+    def foot(canvas: Canvas, document: Any) -> None:
+        canvas.setFont("Helvetica", 7)
+        canvas.drawString(50, 24, "Hypertension, 2024")
+        canvas.drawRightString(550, 24, "Page 1")
+
+    made = io.BytesIO()
+    document = BaseDocTemplate(made)
+    document.addPageTemplates([PageTemplate("page", [Frame(*one, leftPadding=0, rightPadding=0) for one in frames], onPage=foot)])
+    document.build(story)
+    said = texts(document_of(made.getvalue(), "a.pdf", ".pdf"))
+    assert said[0] == "When to treat"
+    assert said[said.index("Gout") + 1].startswith("With gout avoid thiazides. Losartan may be preferred")
+
+
+def test_items_that_are_moved_in_stand_under_the_one_above() -> None:
+    """Else what is said of all would be read as said of a pressure of 160/110."""
+    outer, inner = (ParagraphStyle(f"item{left}", parent=BODY, leftIndent=left, bulletIndent=left - 10) for left in (10, 24))
+    items = [("If blood pressure is 160/110 or higher:", outer), ("give labetalol 20 mg", inner), ("admit", inner)]
+    items += [("Give aspirin 75 mg.", outer)]
+    document = read(
+        [p("Pregnancy", HEAD), p(LONG.capitalize()), *(Paragraph(text, style, bulletText="•") for text, style in items)]
+    )
+    assert [(block.text, block.depth) for block in document.blocks if block.kind == "item"] == [
+        ("If blood pressure is 160/110 or higher:", 0), ("give labetalol 20 mg", 1), ("admit", 1), ("Give aspirin 75 mg.", 0),
+    ]  # fmt: skip

@@ -16,6 +16,8 @@ _APART = 1.2  # of the size of letters: between cells, and hardly ever between w
 _NEAR = 30.0  # points between strips of the same columns
 _FAR_BELOW = 2.5  # of the size of letters: between lines of a table
 _ALIKE = 1.5  # points between the tops of lines that stand beside each other
+_FOOT = 0.05  # of a page's height: what stands there, apart from all above, is a footer
+_SMALL = 0.88  # of the size of letters: notes at the foot
 _NARROWEST = 12.0  # of the size of letters: a column of running text
 
 _Placed = Word | PageTable
@@ -105,8 +107,9 @@ class _Side:
 
     @cached_property
     def is_prose(self) -> bool:
-        """Whether it has running text: lines that go on over several."""
-        return sum(self.goes_on) >= min(2, len(self.lines) // 2) and self.x1 - self.x0 > _NARROWEST * self.size
+        """Whether it has running text: lines that go on over several; small print below it does not count."""
+        large = sum(median(word.size for word in line) > _SMALL * self.size for line in self.lines)
+        return sum(self.goes_on) >= min(2, large // 2) and self.x1 - self.x0 > _NARROWEST * self.size
 
     def is_of_prose(self, place: int) -> bool:
         return self.goes_on[place] or (place + 1 < len(self.lines) and self.goes_on[place + 1])
@@ -138,10 +141,11 @@ class Gutter:
 def gutter(placed: Sequence[_Placed], look: Look) -> Gutter | None:
     """The highest strip of white that parts two columns of running text."""
     of_tables: list[tuple[float, float, float]] = []
-    for x, start, end in _strips(placed):
+    above = _without_foot(placed, look)
+    for x, start, end in _strips(above):
         if any(abs(x - one) < _NEAR and top <= start and end <= bottom for one, top, bottom in of_tables):
             continue
-        between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end and isinstance(one, Word)]
+        between = [one for one in above if start <= (one.top + one.bottom) / 2 <= end and isinstance(one, Word)]
         left = _Side(list(lines_of([one for one in between if one.x1 <= x])))
         right = _Side(list(lines_of([one for one in between if one.x1 > x])), is_left=False)
         few = min(len(left.lines), len(right.lines))
@@ -159,6 +163,16 @@ def gutter(placed: Sequence[_Placed], look: Look) -> Gutter | None:
             start = bottom
         return Gutter(x, start, end, doubted) if end - start >= least else None
     return None
+
+
+def _without_foot(placed: Sequence[_Placed], look: Look) -> Sequence[_Placed]:
+    """What is placed above a footer, which is below both columns, and would be a line too many of a short one."""
+    foot = {id(one) for one in placed if one.top > (1 - _FOOT) * look.height}
+    above = [one for one in placed if id(one) not in foot]
+    if not foot or not above:
+        return placed
+    white = min(one.top for one in placed if id(one) in foot) - max(one.bottom for one in above)
+    return above if white > median(one.bottom - one.top for one in placed) else placed
 
 
 def _strips(placed: Sequence[_Placed]) -> Iterator[tuple[float, float, float]]:

@@ -38,6 +38,7 @@ class PageLine:
         gap: points of white above it in its column; 0 for the first line.
         full: characters of a line that is as long as the column is wide.
         width: of the column, in points.
+        left: where the column begins.
     """
 
     text: str
@@ -52,6 +53,7 @@ class PageLine:
     gap: float = 0.0
     full: int = 0
     width: float = 0.0
+    left: float = 0.0
 
 
 @dataclass(frozen=True)

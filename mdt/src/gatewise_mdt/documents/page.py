@@ -208,11 +208,13 @@ def _column(placed: Sequence[_Placed], look: Look) -> Iterator[PageItem]:
         above = near
     items.sort(key=lambda item: item.top)
     lines = [item for item in items if isinstance(item, PageLine)]
-    width = max((line.x1 for line in lines), default=0) - min((line.x0 for line in lines), default=0)
+    left = min((line.x0 for line in lines), default=0)
+    width = max((line.x1 for line in lines), default=0) - left
     before = None
     for item in items:
         if isinstance(item, PageLine):
             full = int(max(len(item.text), 1) * width / max(item.x1 - item.x0, 1))
-            item = replace(item, gap=max(0.0, item.top - before) if before is not None else 0.0, full=full, width=width)
+            gap = max(0.0, item.top - before) if before is not None else 0.0
+            item = replace(item, gap=gap, full=full, width=width, left=left)
         yield item
         before = item.bottom

@@ -34,6 +34,7 @@ from gatewise_mdt.documents.unruled import DOUBTED
 
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
 _PICTURE = 100  # pixels of the shorter side; what is smaller is an icon or a rule
+_INDENT = 4  # points that the items within an item are moved in, at least
 _SMALL, _LARGE = 0.88, 1.12  # of the size of most letters: footnotes and headings
 _FIRST_RAISED = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}")
 _PAGE_NUMBER = re.compile(
@@ -286,6 +287,7 @@ class _Reading:
     places: list[str] = field(default_factory=list)
     regions: list[tuple[Region, ...]] = field(default_factory=list)  # of the rows
     rest: bool = False  # a row of it has gone on
+    moved: list[int] = field(default_factory=list)  # how far lines are moved in
 
     def finished(self) -> list[Block]:
         """All blocks, the headings with their levels."""
@@ -329,7 +331,14 @@ class _Reading:
         else:
             self.in_footnote = False
             self.lines += [Line("", "")] if blank else []
-            self.lines.append(Line(where, line.text, line.full, regions))
+            self.lines.append(Line(where, line.text, line.full, regions, self._moved(line)))
+
+    def _moved(self, line: PageLine) -> int:
+        """How far a line is moved in in its column, the same for lines of nearly one place."""
+        own = round(line.x0 - line.left)
+        known = next((one for one in self.moved if abs(one - own) < _INDENT), None)
+        self.moved += [own] if known is None else []
+        return own if known is None else known
 
     def _stands_out(self, line: PageLine) -> bool:
         size, bold = _look(line)

@@ -31,12 +31,14 @@ class Line(NamedTuple):
         text: what it says.
         full: characters of a line that is as long as its column is wide; 0 takes the longest of all lines.
         regions: where it is printed.
+        moved: how far a printed line is moved in, to compare; that of another one is in its text.
     """
 
     where: str
     text: str
     full: int = 0
     regions: tuple[Region, ...] = ()
+    moved: int = 0
 
 
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
@@ -103,12 +105,13 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
 
     stripped = [*(line.text.strip() for line in lines), "", ""]
     below = _next_said(lines)
-    for number, (where, raw, full, printed_at) in enumerate([*lines, Line("", "")]):
+    for number, (where, raw, full, printed_at, printed_in) in enumerate([*lines, Line("", "")]):
         line, after = stripped[number], stripped[number + 1]
         before = held[-1] if held else ""
         bullet = _bullet(line, before, item)
         alone = population_mark(line) > 0 or _is_numbered_heading(line, before, after)
-        moved = 0 if printed else _moved(raw)
+        # The first line of a printed paragraph may be moved in and stand under nothing.
+        moved = (printed_in if bullet else 0) if printed else _moved(raw)
         again = any((one.moved, one.style) == (moved, style_of(line)) for one in items) if line else False
         has_number = (
             not printed
