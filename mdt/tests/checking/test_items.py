@@ -1,5 +1,6 @@
 """What the rules list of trees with one mistake, and that they list nothing of trees without; passages written for this test."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -39,6 +40,30 @@ class Case(NamedTuple):
 
 
 P, Q = "adults with gout", "痛风患者"
+
+
+def by_age(first: str, second: str) -> DecisionTree:
+    how = [[[P, DRUG, "prednisolone"], ["prednisolone", DOSE, dose]] for dose in (first, second)]
+    return tree_of(
+        node("C", [P, BASIC, "Under 2 years"], [P, SIGN, "Acute attack"], joined="and"),
+        node("D", *how[0], joined="and"),
+        node("C", [P, BASIC, "2 to 5 years"]),
+        node("D", *how[1], joined="and"),
+        node("D"),
+    )
+
+
+def by_column(below: str, above: str) -> DecisionTree:
+    ramipril, atenolol = [P, DRUG, "Ramipril"], [P, DRUG, "Atenolol"]
+    return tree_of(
+        node("C", [P, SIGN, "eGFR below 30"]),
+        node("D", ramipril, ["Ramipril", DOSE, below], atenolol, ["Atenolol", DOSE, "25 mg"], joined="and"),
+        node("C", [P, SIGN, "eGFR 30 to 59"]),
+        node("D", ramipril, ["Ramipril", DOSE, above], atenolol, ["Atenolol", DOSE, "50 mg"], joined="and"),
+        node("D"),
+    )
+
+
 CASES = {
     # Those of the report: all six went out to systems that run trees, and nothing was said.
     "given though forbidden": Case(
@@ -249,7 +274,7 @@ CASES = {
         on([P, SIGN, "eGFR is < 15"], [P, AVOID, "apixaban"]),
         on([P, SIGN, "eGFR is < 15"], [P, DRUG, "apixaban"]),
         "prohibition",
-        "do not use.",
+        "do not use",
     ),
     "given to those who must not have it": Case(
         "Aspirin is effective but must be avoided in children under 16.",
@@ -258,7 +283,58 @@ CASES = {
         "branches",
         "be avoided in children under 16",
     ),
+    # Of guidelines with headings, ladders and tables.
+    "a dose of another row": Case(
+        "Acute attack: Give prednisolone by age: Age: Under 2 years. Dose: 10 mg. Age: 2 to 5 years. Dose: 20 mg.",
+        by_age("10 mg", "20 mg"),
+        by_age("20 mg", "10 mg"),
+        "branches",
+        "Age: 2 to 5 years. Dose: 20 mg",
+    ),
+    "a dose of another column": Case(
+        "Adjust the doses: Drug: Ramipril. eGFR 30 to 59: 5 mg. eGFR below 30: 2.5 mg. Drug: Atenolol. eGFR 30 to 59: 50 mg."
+        " eGFR below 30: 25 mg.",
+        by_column("2.5 mg", "5 mg"),
+        by_column("5 mg", "2.5 mg"),
+        "branches",
+        "eGFR 30 to 59: 5 mg",
+    ),
+    "a drug that its row forbids": Case(
+        "Drug: Atenolol. eGFR below 30: 25 mg. Drug: Indapamide. eGFR below 30: do not use.",
+        on([P, SIGN, "eGFR below 30"], [P, DRUG, "Atenolol"], ["Atenolol", DOSE, "25 mg"], [P, AVOID, "Indapamide"]),
+        on([P, SIGN, "eGFR below 30"], [P, DRUG, "Atenolol"], ["Atenolol", DOSE, "25 mg"], [P, DRUG, "Indapamide"]),
+        "prohibition",
+        "Drug: Indapamide. eGFR below 30: do not use",
+    ),
+    "forbidden without something": Case(
+        "Do not give formoterol without an inhaled steroid.",
+        leaf([P, AVOID, "formoterol without an inhaled steroid"]),
+        leaf([P, DRUG, "formoterol without an inhaled steroid"]),
+        "given though forbidden",
+        "Do not give formoterol without an inhaled steroid",
+    ),
+    "how often at least": Case(
+        "If symptoms wake the patient at least once a week, give budesonide.",
+        on([P, SIGN, "symptoms wake the patient at least once a week"], [P, DRUG, "budesonide"]),
+        on([P, SIGN, "symptoms wake the patient"], [P, SIGN, "once a week"], [P, DRUG, "budesonide"]),
+        "limit",
+        "at least once a week",
+    ),
     # Chinese.
+    "每行": Case(
+        "药物：贝那普利。eGFR<30：5 mg。药物：氢氯噻嗪。eGFR<30：不推荐使用。",
+        on([Q, FACT, "eGFR<30"], [Q, GIVE, "贝那普利"], ["贝那普利", HOW, "5 mg"], [Q, NEVER, "氢氯噻嗪"]),
+        on([Q, FACT, "eGFR<30"], [Q, GIVE, "贝那普利"], ["贝那普利", HOW, "5 mg"], [Q, GIVE, "氢氯噻嗪"]),
+        "prohibition",
+        "药物：氢氯噻嗪。eGFR<30：不推荐使用",
+    ),
+    "减量": Case(
+        "起始胰岛素。出现低血糖时，剂量减少10%。",
+        tree_of(node("C", [Q, FACT, "低血糖"]), node("D", [Q, DO, "剂量减少10%"]), node("D", [Q, GIVE, "胰岛素"])),
+        leaf([Q, GIVE, "胰岛素"]),
+        "number",
+        "10",
+    ),
     "仅在": Case(
         "仅在其他药物无效时才使用泼尼松。",
         on([Q, FACT, "其他药物无效"], [Q, GIVE, "泼尼松"]),
@@ -384,10 +460,31 @@ def test_a_mistake_is_listed(name: str) -> None:
             node("C", [P, SIGN, "severe"]), node("D", [P, DRUG, "prednisolone"]),
             node("C", [P, SIGN, "mild"]), node("D", [P, PLAN, "ice"]), node("D"))),
         ("不宜手术的患者推荐放疗。", on([Q, FACT, "不宜手术"], [Q, DO, "放疗"])),
+        (
+            "If ramipril causes cough, replace it by losartan.",
+            on([P, SIGN, "ramipril causes cough"], [P, AVOID, "ramipril"], [P, DRUG, "losartan"]),
+        ),
+        (  # a mark of a note in a phrase, and before the note
+            "If pressure is 130/80 mmHg[1] or higher, give ramipril[2]. 2 Do not give it with losartan.",
+            on([P, SIGN, "pressure is 130/80 mmHg or higher"], [P, DRUG, "ramipril"], [P, PLAN, "Do not give it with losartan"])),
+        ("二甲双胍最大剂量为2 000 mg/d。", leaf([Q, GIVE, "二甲双胍"], ["二甲双胍", HOW, "最大剂量为2 000 mg/d"])),
     ],
 )  # fmt: skip
 def test_what_a_tree_says_as_its_text_does_is_not_listed(passage: str, tree: DecisionTree) -> None:
     assert [(item.kind, item.words) for item in items_of(passage, tree) if not item.hint] == []
+
+
+def test_a_heading_that_names_a_state_is_a_condition_of_all_below_it() -> None:
+    headings = ("Asthma", "Special situations", "Pregnancy")
+    record = TreeRecord(
+        "adults@Asthma: Special situations: Pregnancy: Give budesonide.",
+        leaf([P, DRUG, "budesonide"]),
+        more={"headings": list(headings)},
+    )
+    found = [(item.kind, item.words) for item in items(record) if not item.hint]
+    assert found == [("heading", "Pregnancy")]
+    tree = on(["adults", BASIC, "Pregnancy"], ["adults with asthma", DRUG, "budesonide"])
+    assert not [item for item in items(replace(record, tree=tree)) if not item.hint]
 
 
 def test_a_drug_that_the_text_gives_to_some_and_forbids_to_others() -> None:

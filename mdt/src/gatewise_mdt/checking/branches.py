@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, quoted
+from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, letters, quoted
 from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.prohibitions import NOT_BEFORE, forbidden_at
 from gatewise_mdt.tree import DecisionTree
@@ -43,6 +43,51 @@ def turned_branches(marks: Marks, cover: Cover) -> Iterator[Finding]:
             sentence = "The tree says this where {0} does not hold, and the text where it does: {{words}}."
         if found is not None:
             yield Finding(found, node, sentence.format(quoted(cover.tree.nodes[node].triples[0].object)))
+
+
+def other_rows(marks: Marks, cover: Cover) -> Iterator[Finding]:
+    """A dose of a table that stands in another row or column than the condition under which the tree has it."""
+    above = dict[int, list[int]]()  # for each node the conditions that hold where it is reached
+    for node, both in enumerate(cover.tree.children):
+        for root, held in zip(both or (), ([node], []), strict=False):
+            above[root] = [*above.get(node, []), *held]
+    for held in cover.held if marks.rows else ():
+        if not re.search(r"\d", held.triple.object) or cover.tree.nodes[held.node].is_condition:
+            continue
+        for node in above.get(held.node, []):
+            facts = [one for one in cover.held if one.node == node]
+            found = [_elsewhere(marks, held, fact) for fact in facts]
+            if any(found) and (all(found) or cover.tree.nodes[node].logical_rel != "or"):
+                fact, place = next((fact, one) for fact, one in zip(facts, found, strict=True) if one)
+                said = (
+                    f"The tree has {quoted(held.triple.object)} where {quoted(fact.triple.object)} holds, and the table elsewhere: "
+                )
+                yield Finding(place, held.node, f"{said}{{words}}.")
+                break
+
+
+def _elsewhere(marks: Marks, held: Held, fact: Held) -> Span | None:
+    """Where a table has a dose, if that is in another row or column than a fact."""
+    cells = [(name, sentence, row) for name, _, sentence in marks.named for row in marks.rows if row.holds(sentence)]
+    of_drug = [row for row in marks.rows if any(map(row.holds, held.subjects))]
+    own = [[one for one in cells if Span(one[0].end, one[1].end).holds(place)] for place in held.objects]
+    if not own or not all(own) or not fact.objects:
+        return None
+    placed = [cell for found in own for cell in found if not of_drug or cell[2] in of_drug]
+    names = [name for name, _, _ in cells if any(map(name.overlaps, fact.objects))]
+    values = [row for name, sentence, row in cells if any(map(Span(name.end, sentence.end).holds, fact.objects))]
+    if not placed or len(names) + len(values) < len(fact.objects) or (names and values):
+        return None
+    if names:  # a column; else a row
+        columns = {marks.text[slice(*name)] for name in names}
+        away = all(marks.text[slice(*name)] not in columns for name, _, _ in placed)
+        known = all(any(name in names for name, _, other in cells if other == row) for _, _, row in placed)
+    else:
+        heads = {marks.text[slice(*name)] for name, _, _ in placed}
+        away = all(row not in values for _, _, row in placed)
+        known = any(marks.text[slice(*name)] in heads for name, _, row in cells if row in values)
+    name, sentence, row = placed[0]
+    return letters(marks.text, Span(name.begin if names else row.begin, sentence.end)) if away and known else None
 
 
 def _decided(cover: Cover, root: int) -> list[Held]:

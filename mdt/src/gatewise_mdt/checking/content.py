@@ -9,6 +9,7 @@ from gatewise_mdt.checking.cover import Cover
 from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, quoted
 from gatewise_mdt.checking.marks import HAN, Marks, Span, set_of
 from gatewise_mdt.checking.numbers import DRUG_STEM
+from gatewise_mdt.wholes import fold
 
 
 def empty_trees(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -40,6 +41,24 @@ def lost_otherwise(marks: Marks, cover: Cover) -> Iterator[Finding]:
         rest = Span(span.end, sentence.end)
         if not cover.touches(rest):
             yield Finding(Span(span.begin, sentence.end), None, "No triple has anything of {words}.")
+
+
+_STATE = re.compile(
+    r"pregnan|breast-?feed|lactation|(?<![a-z])(?:acute|severe)|emergenc|exacerbat|allerg|妊娠|孕|哺乳|急性|重症|过敏"
+)
+
+
+def lost_headings(marks: Marks, cover: Cover) -> Iterator[Finding]:
+    """A heading that names a state, which is a condition of all below it, and of which no triple has a word."""
+    said = fold(" ".join(phrase for triple in cover.tree.triples for phrase in (triple.subject, triple.object))).text
+    for heading in marks.named_above:
+        words = [marks.text[a:b] for (a, b), _ in contents(marks.text, heading)]
+        if (
+            _STATE.search(marks.text, *heading)
+            and not marks.in_condition(heading.begin)
+            and not any(word in said for word in words)
+        ):
+            yield Finding(heading, None, "No triple has anything of the heading {words}, a condition of all below it.")
 
 
 # ---- words that no triple has ----
@@ -116,6 +135,7 @@ _GLUE = set_of(
     """
     a an and or the of to in on at by for from with without as that this these those which who whose whom it its is are was were
     be been being has have had having do does did can could may might must should shall will would if when where while than then
+    age aged ages
     there their they them we he she not no nor but however also both either each any all some such other others another same more
     most less least very well further e.g i.e eg etc via per into onto upon within after before during until unless otherwise
     instead because due through between among under over above below up down out about against patient patients people person
@@ -181,6 +201,7 @@ def uncovered(cover: Cover) -> tuple[Stretch, ...]:
 def _uncovered(marks: Marks, cover: Cover) -> Iterator[Stretch]:
     text = marks.text
     skipped = [number.span for number in marks.numbers]  # which have rules of their own
+    skipped += [limit.words for limit in marks.limits]  # the same
     skipped += [name for name in marks.repeated_names if not any(map(name.overlaps, marks.conditions))]
     doses = [number.begin for number in marks.numbers if number.kind == "dose"]
     purposes = [Span(*match.span()) for match in _PURPOSE.finditer(text)]

@@ -15,6 +15,7 @@ from gatewise_mdt.wholes import fold
 
 _SMALL = set_of("a an and as at be by for from if in is it of on or than that the to was were which who with")
 _SHORTEST_HAN = 2
+_NOTE = re.compile(r"(?<=[^\s])\[\d{1,2}\]")  # "130/80 mmHg[1] or higher"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Cover:
 
     def __init__(self, marks: Marks, tree: DecisionTree) -> None:
         self.marks, self.tree = marks, tree
-        self._squeezed = [at for at, sign in enumerate(marks.text) if sign != " "]
+        noted = {at for match in _NOTE.finditer(marks.text) for at in range(*match.span())}
+        self._squeezed = [at for at, sign in enumerate(marks.text) if sign != " " and at not in noted]
         self._letters = "".join(marks.text[at] for at in self._squeezed)
         self._known: dict[str, tuple[Span, ...]] = {}
         self._of_node: dict[int, bytearray] = {}
@@ -105,9 +107,9 @@ class Cover:
         ]
 
     def places(self, phrase: str) -> tuple[Span, ...]:
-        """Where a phrase stands, as words; spaces do not matter."""
+        """Where a phrase stands, as words; spaces and the marks of notes do not matter."""
         if phrase not in self._known:
-            wanted = re.sub(r"\s", "", fold(phrase).text).strip(".,;:。，；：、")
+            wanted = re.sub(r"\s", "", _NOTE.sub("", fold(phrase).text)).strip(".,;:。，；：、")
             self._known[phrase] = tuple(self._find(wanted)) if wanted else ()
         return self._known[phrase]
 

@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 # ---- numbers ----
 
-DIGITS = r"\d+(?:[.,·]\d+)*"
+DIGITS = r"(?:[1-9]\d{0,2}(?: \d00)+(?!\d)|\d+)(?:[.,·]\d+)*"  # "2 000" is one number
 _COUNTS = "one two three four five six seven eight nine ten eleven twelve"
 _SPELT = _any(_COUNTS)
 _HAN_DIGITS = "[一二两三四五六七八九十半]"
@@ -129,7 +129,7 @@ def value(digits: str) -> str:
     """A number to compare: "1,000" is "1000", "0.50" is "0.5", "two" and 两 are "2"."""
     if digits in _VALUES:
         return _VALUES[digits]
-    plain = re.sub(r",(?=\d{3}(?!\d))", "", digits).replace("·", ".").replace(",", ".")
+    plain = re.sub(r"[, ](?=\d{3}(?!\d))", "", digits).replace("·", ".").replace(",", ".")
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain).lstrip("0") or "0"
 
 
@@ -178,7 +178,7 @@ _FREQUENCY = re.compile(
         rf" ?(?:{_PERIOD}|h)s?",
         rf"(?:on )?alternate {_PERIOD}s?|every {_PERIOD}",
         rf"(?:{DIGITS}|{_SPELT})[- ]?hourly|in (?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? divided doses",
-        "(?:bi)?weekly|monthly|fortnightly|nightly",
+        "(?:bi)?weekly|monthly|fortnightly|nightly|once only|only once",
         r"q ?d|b\.?i?\.?d|t\.?i\.?d|q\.?i\.?d|q\.?o\.?d|q ?\d+ ?(?:h|d|w)",
     )
     + rf"|(?<=[gul\d])(?:qd|bid|tid|qid|qod|q\d+h)(?!{_WORD})"
@@ -228,6 +228,7 @@ class Limit(NamedTuple):
 # ---- sentences, what is forbidden, conditions ----
 
 _NAME = re.compile(r"[\s(]*([^:.;。]{1,60}): ?(?=\S)")
+_INNER_NAME = re.compile(r": ?([^:.;。]{1,60})(?=: ?\S)")
 _SENTENCE_END = re.compile(r"[。；！？;!?\n]|(?<!e\.g)(?<!i\.e)(?<!vs)\.(?=\s|$)")
 _COMMA = re.compile(r"(?<=,)(?!\d)")
 _CONTRAST = re.compile(
@@ -366,6 +367,7 @@ _ADVICE = re.compile(
         "|offer(?:ed)?|start(?:ed)?|treated?|treatments?|therapy|avoid(?:ed)?|stop|take|prescribe|choice|can be|may be|do not"
         "|contraindicated|discontinue|options?|effective|needed|needs?|required?s?|refer|monitor|check|add|used|given|appropriate"
     )
+    + "|剂量(?:减|增|加|翻)|减量|加量|减半|停药"
     + "|推荐|建议|应|宜|可|首选|给予|治疗|禁|忌|采用|使用|选用|需|避免|有效|用于|选择|手术|方案|疗法|行|予"
 )
 
@@ -458,20 +460,27 @@ class Marks:
     def named(self) -> list[tuple[Span, str, Span]]:
         """Sentences that begin with a name, as cells of tables are read ("Dose: 5 mg"): the name's place, it, the sentence."""
         found = [(match, one) for one in self.sentences if (match := _NAME.match(self.text, *one))]
-        return [(Span(*match.span(1)), match[1], one) for match, one in found]
+        names = {match[1] for match, _ in found}
+        made = []
+        for match, one in found:  # the first cell may stand behind a heading, or what leads to the table: "Doses: Drug: ramipril."
+            cells = [inner for inner in _INNER_NAME.finditer(self.text, match.end(1), one.end) if inner[1] in names - {match[1]}]
+            name = cells[-1] if cells else match
+            made.append((Span(*name.span(1)), name[1], Span(name.start(1), one.end) if cells else one))
+        return made
 
     @cached_property
     def rows(self) -> list[Span]:
         """The rows of a table, of which the first cell has the same name in each; none if there is one row only."""
         made: list[list[Span]] = []
+        names = Counter(name for _, name, _ in self.named)
         first, end = "", -1
         for _, name, sentence in self.named:
-            if sentence.begin != end or name == first:
-                first = name if sentence.begin != end else first
+            anew = sentence.begin != end or names[first] == 1
+            if anew or name == first:
+                first = name if anew else first
                 made.append([])
             made[-1].append(sentence)
             end = sentence.end
-        names = Counter(name for _, name, _ in self.named)
         starts = {sentence.begin: name for _, name, sentence in self.named}
         return [Span(row[0].begin, row[-1].end) for row in made if names[starts[row[0].begin]] > 1]
 
@@ -538,12 +547,21 @@ class Marks:
     def forbidden(self) -> list[Prohibition]:
         """What the passage forbids."""
         found = [(*one, self._wide(*one)) for clause in self.clauses for one in self._forbidden_in(clause)]
-        return [Prohibition(cue, scope, wide) for cue, scope, wide in found if scope.begin < scope.end]
+        return [Prohibition(*one) for one in found if one[1].begin < one[1].end or self.is_cell(one[0])]
+
+    def is_cell(self, cue: Span) -> bool:
+        """Whether words that forbid are all that a cell of a table says."""
+        cell = next((name.end for name, _, sentence in self.named if sentence.holds(cue)), None)
+        alone = cell is not None and not self.text[cell : cue.begin].strip(" :")
+        return alone and any(row.holds(cue) for row in self.rows)
 
     def _wide(self, cue: Span, scope: Span) -> Span:
-        """Where a drug may stand that a prohibition is of: its sentence, and all before it where it names people only."""
+        """Where a drug may stand that a prohibition is of: its sentence, all before it where it names people only, or the row of a
+        table of which a cell says no more than "do not use"."""
         sentence = self.sentence_at(cue.begin)
-        about = self.text[scope.begin : scope.end].strip()
+        about = self.text[scope.begin : scope.end].strip(" .;:,")
+        if not about and (row := next((row for row in self.rows if row.holds(cue)), None)) is not None:
+            return Span(row.begin, sentence.end)
         if _PEOPLE_ONLY.search(about) or _POINTS_BACK.search(about) or len(about) <= 2:
             return Span(0, sentence.end)
         return sentence
@@ -573,6 +591,13 @@ class Marks:
             begin = max(text.rfind(sign, clause.begin, cue.begin) for sign in ",:") + 1
             yield cue, Span(max(begin, clause.begin), cue.begin) if looks_back else Span(cue.end, end)
 
+    @cached_property
+    def bound(self) -> list[tuple[Span, Span]]:
+        """What is forbidden "without" something else, as a whole: the words that forbid, and what they are about."""
+        found = [match for clause in self.clauses for match in _FORBIDS_AFTER.finditer(self.text, *clause)]
+        ends = [(match, _WITHOUT.match(self.text, match.end())) for match in found]
+        return [(Span(*match.span()), Span(match.end(), self.sentence_at(match.end()).end)) for match, end in ends if end]
+
     def _is_undone(self, match: re.Match[str], clause: Span) -> bool:
         """Whether what would forbid is itself negated: "do not stop X", "X should not be delayed", "not without tests"."""
         text, (begin, end) = self.text, match.span()
@@ -590,7 +615,9 @@ class Marks:
         for match in _REPLACES.finditer(self.text):
             end = _REPLACEMENT.search(self.text, match.end())
             scope = Span(match.end(), end.start() if end else match.end())
-            made.append(Prohibition(Span(*match.span()), scope, scope))
+            points_back = _POINTS_BACK.fullmatch(self.text[scope.begin : scope.end].strip())
+            wide = Span(self.sentence_at(match.start()).begin, scope.end) if points_back else scope
+            made.append(Prohibition(Span(*match.span()), scope, wide))
         for clause in self.clauses:
             for match in _REPLACED.finditer(self.text, *clause):
                 scope = Span(self._back(match.start(), clause), match.start())

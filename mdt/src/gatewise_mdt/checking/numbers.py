@@ -23,7 +23,13 @@ def lost_doses(marks: Marks, cover: Cover) -> Iterator[Finding]:
 def lost_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """Any other number that no triple has, but for sentences that advise nothing."""
     others = (one for one in marks.numbers if one.kind != "dose" and not cover.is_background(one.begin))
-    yield from (_lost(one) for one in others if not _has(cover, one))
+    yield from (_lost(one) for one in others if not (_has(cover, one) or _is_note(marks, one)))
+
+
+def _is_note(marks: Marks, number: Number) -> bool:
+    """Whether a number at the beginning of a sentence is the mark of a note, to which "[1]" refers."""
+    text, first = marks.text, marks.sentence_at(number.begin).begin
+    return not text[first : number.begin].strip() and f"[{text[number.begin : number.end]}]" in text
 
 
 def _has(cover: Cover, number: Number) -> bool:
@@ -55,11 +61,20 @@ def _stands(known: set[tuple[str, str]], number: str, unit: str) -> bool:
 # ---- limits and frequencies ----
 
 
+_LEAST = re.compile(  # "at least once a week"
+    r"(?<![a-z])(at (?:least|most)|(?:no|not) (?:more|less) than|up to|(?:more|less) than|至[少多]|不超过) ?$"
+)
+
+
 def lost_limits(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A number in the tree without the words that make it a limit in the text."""
     for limit in marks.limits:
         for node in _nodes_without(cover, limit.number, limit.words):
             yield Finding(hull(limit.words, limit.number.span), node, "The text says {words}: the limit is not in the tree.")
+    for often, _ in marks.frequencies:
+        words = _LEAST.search(marks.text, max(0, often.begin - 20), often.begin)
+        if words and cover.touches(often) and not cover.touches(Span(*words.span(1))):
+            yield Finding(Span(words.start(1), often.end), None, "The text says {words}: the limit is not in the tree.")
 
 
 def lost_frequencies(marks: Marks, cover: Cover) -> Iterator[Finding]:
@@ -156,9 +171,9 @@ def _owner(marks: Marks, dose: Span, names: list[Span], held: Held) -> Span | No
 
 def _of_row(marks: Marks, sentence: Span, names: list[Span]) -> list[Span]:
     """The drugs that a row of a table named last before one of its cells, "Drug: ramipril. Dose: 2.5 mg."; none if it is no row."""
-    named = {one for _, _, one in marks.named}
+    named = {one.end for _, _, one in marks.named}
     for one in reversed([one for one in marks.sentences if one.begin <= sentence.begin]):
-        if one not in named:
+        if one.end not in named:
             return []
         if found := [name for name in names if one.holds(name)]:
             return found

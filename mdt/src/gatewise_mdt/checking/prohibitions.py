@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, quoted
+from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, letters, quoted
 from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.numbers import LISTING
 from gatewise_mdt.wholes import fold
@@ -21,7 +21,13 @@ def _is_negated(phrase: str) -> bool:
 
 def forbidden_at(marks: Marks, span: Span) -> Span | None:
     """The words that forbid what stands at a place."""
-    return next((one.cue for one in (*marks.forbidden, *marks.replaced) if one.scope.holds(span)), None)
+    cues = (one.cue for one in (*marks.forbidden, *marks.replaced) if one.scope.holds(span))
+    return next(cues, None) or next((cue for cue, about in marks.bound if about.holds(span) and _is_bound(marks, span)), None)
+
+
+def _is_bound(marks: Marks, span: Span) -> bool:
+    """Whether a phrase says without what: "do not give X without Y" forbids "X without Y", and not X."""
+    return re.search(r"(?<![a-z])without(?![a-z])", marks.text[span.begin : span.end]) is not None
 
 
 def _may_be_forbidden(marks: Marks, cover: Cover, span: Span) -> bool:
@@ -31,7 +37,7 @@ def _may_be_forbidden(marks: Marks, cover: Cover, span: Span) -> bool:
         named = any(map(scope.holds, avoided)) and not any(_are_listed(marks, span, one) for one in avoided)
         if scope.holds(span) or (wide.holds(span) and not named):
             return True
-    return marks.warns(span.begin) or marks.may_stop(span.begin)
+    return forbidden_at(marks, span) is not None or marks.warns(span.begin) or marks.may_stop(span.begin)
 
 
 def _are_listed(marks: Marks, one: Span, other: Span) -> bool:
@@ -43,7 +49,8 @@ def given_though_forbidden(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A drug or measure that the text forbids wherever it names it, and the tree gives; or names with one that the node forbids."""
     decided = [held for held in cover.held if held.objects and not cover.tree.nodes[held.node].is_condition]
     for held in decided:
-        if held.relation not in GIVES or _is_negated(held.triple.object):
+        bound = any(_is_bound(marks, place) for place in held.objects)
+        if held.relation not in GIVES or (_is_negated(held.triple.object) and not bound):
             continue
         said = [place for place in held.objects if not marks.in_condition(place.begin)] or list(held.objects)
         cues = [forbidden_at(marks, place) for place in said]
@@ -94,10 +101,12 @@ def lost_prohibitions(marks: Marks, cover: Cover) -> Iterator[Finding]:
         word = _NEGATED.search(marks.text, *cue)
         if cover.touches(Span(*word.span()) if word else cue):
             continue
+        if marks.is_cell(cue):
+            scope = Span(wide.begin, cue.end)
         named = [place for place in given if scope.holds(place) and not marks.in_condition(place.begin)]
         lost = [place for place in named if not any(map(place.overlaps, avoided))]
         if not any(wide.begin <= place.begin < wide.end for place in avoided):
-            yield Finding(hull(cue, scope), None, "The text forbids, and no triple does: {words}.")
+            yield Finding(letters(marks.text, hull(cue, scope)), None, "The text forbids, and no triple does: {words}.")
         elif lost and not marks.has_exception(cue.begin):
             yield Finding(hull(cue, lost[0]), None, "The text forbids, and no triple does: {words}.")
 

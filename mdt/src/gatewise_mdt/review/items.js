@@ -9,7 +9,7 @@ const KINDS = { "empty tree": tr("empty tree"), "empty leaf": tr("empty leaf"), 
   frequency: tr("frequency"), "number not in the text": tr("number not in the text"), "dose of another drug": tr("dose of another drug"),
   "given though forbidden": tr("given though forbidden"), "forbidden though given": tr("forbidden though given"),
   prohibition: tr("prohibition"), negation: tr("negation"), condition: tr("condition"), recommendation: tr("recommendation"),
-  route: tr("route"), branches: tr("branches"), otherwise: tr("otherwise"), words: tr("words"), "changed text": tr("changed text") };
+  heading: tr("heading"), route: tr("route"), branches: tr("branches"), otherwise: tr("otherwise"), words: tr("words"), "changed text": tr("changed text") };
 const WHYS = [tr("stands elsewhere in the tree"), tr("said in other words"), tr("belongs to another passage"), tr("no part of the decision")];
 
 const whys = new Map(); // words that were begun, by passage and item

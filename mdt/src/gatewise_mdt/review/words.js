@@ -130,6 +130,7 @@ const CHINESE = {
   "prohibition": "禁忌缺失",
   "negation": "否定缺失",
   "condition": "条件缺失",
+  "heading": "标题条件缺失",
   "recommendation": "推荐缺失",
   "route": "给药途径缺失",
   "branches": "分支颠倒",
