@@ -49,8 +49,8 @@ def other_rows(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A dose of a table that stands in another row or column than the condition under which the tree has it."""
     above = dict[int, list[int]]()  # for each node the conditions that hold where it is reached
     for node, both in enumerate(cover.tree.children):
-        for root, held in zip(both or (), ([node], []), strict=False):
-            above[root] = [*above.get(node, []), *held]
+        for root, own in zip(both or (), ([node], []), strict=False):
+            above[root] = [*above.get(node, []), *own]
     for held in cover.held if marks.rows else ():
         if not re.search(r"\d", held.triple.object) or cover.tree.nodes[held.node].is_condition:
             continue
