@@ -53,11 +53,8 @@ def lost_headings(marks: Marks, cover: Cover) -> Iterator[Finding]:
     said = fold(" ".join(phrase for triple in cover.tree.triples for phrase in (triple.subject, triple.object))).text
     for heading in marks.named_above:
         words = [marks.text[a:b] for (a, b), _ in contents(marks.text, heading)]
-        if (
-            _STATE.search(marks.text, *heading)
-            and not marks.in_condition(heading.begin)
-            and not any(word in said for word in words)
-        ):
+        named = _STATE.search(marks.text, *heading) and not any(map(heading.overlaps, marks.conditions))
+        if named and not any(word in said for word in words):
             yield Finding(heading, None, "No triple has anything of the heading {words}, a condition of all below it.")
 
 
