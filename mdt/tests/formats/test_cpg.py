@@ -46,6 +46,11 @@ def test_a_plan_is_a_draft_for_its_population_with_its_source() -> None:
     assert base64.b64decode(plan["relatedArtifact"][0]["document"]["data"]).decode() == TEXT
 
 
+def test_the_context_of_a_plan_has_the_headings_as_the_disease_may_stand_in_one() -> None:
+    (plan,) = resources(TreeRecord(TEXT, TREE, more={"headings": ["Asthma", "Step 1"]}), "PlanDefinition")
+    assert plan["useContext"][0]["valueCodeableConcept"]["text"] == "Asthma › Step 1 › adults with gout"
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_branches_are_actions_under_conditions_that_the_library_defines(release: Any) -> None:
     (plan,) = resources(RECORD, "PlanDefinition", release)

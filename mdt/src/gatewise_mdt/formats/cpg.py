@@ -131,7 +131,9 @@ class _Resources:
         self.title = about or "Decision tree"
         self.before_use = before_use(record)
         focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
-        self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
+        # With the headings: where the disease stands in one of them, the population alone would say too much ("adults").
+        whom = " › ".join(filter(None, [*map(clean, record.headings), about]))
+        self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": whom}}]} if about else {}
         # For each node where its triples stand in the text.
         rows = zip(self.tree.nodes, locate_tree(record.text, self.tree), strict=True)
         self.located = [dict(zip(node.triples, spans, strict=True)) for node, spans in rows]
