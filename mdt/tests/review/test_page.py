@@ -319,7 +319,7 @@ def test_what_a_tree_leaves_out_is_listed_in_place_of_the_green_line(review: Cal
     page.click("#approve")
     here.wait_state("approved")
     page.select_option("#language", "zh")
-    sync_api.expect(page.locator("#items-list")).to_contain_text("禁忌缺失: “avoid colchicine.”")
+    sync_api.expect(page.locator("#items-list")).to_contain_text("禁忌缺失: “avoid colchicine”")
 
 
 def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Review]) -> None:
