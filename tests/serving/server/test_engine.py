@@ -187,7 +187,7 @@ def test_what_could_not_be_loaded_is_loaded_later(
 @pytest.mark.usefixtures("slow")
 def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
     with serving(made["base"], made["a"], most_running=1, most_waiting=1) as server, ThreadPoolExecutor(2) as threads:
-        long = threads.submit(ask, server, "a", 40, extra_body={"ignore_eos": True})
+        long = threads.submit(ask, server, "a", 90, extra_body={"ignore_eos": True})
         soon(lambda: gauge(server, "gatewise_running") == 1)
         waiting = threads.submit(ask, server, "tiny", 1)
         soon(lambda: gauge(server, "gatewise_waiting") == 1)
@@ -198,7 +198,7 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
         assert told.value.body["type"] == "ServiceUnavailableError"
         assert 'gatewise_requests_total{model="a",how="refused"} 1\n' in server.metrics.text()  # which an alert goes by
         assert waiting.result().choices[0].finish_reason in ("length", "stop")
-        assert long.result().usage.completion_tokens == 40
+        assert long.result().usage.completion_tokens == 90
 
 
 @pytest.mark.usefixtures("slow")
@@ -206,13 +206,13 @@ def test_the_base_model_does_not_wait_for_an_adapter_that_has_no_room(made: dict
     for name in ("a", "b", "damaged"):
         shutil.copytree(made[name], tmp_path / name)
     with serving(made["base"], tmp_path, most_loaded=1) as server, ThreadPoolExecutor(9) as threads:
-        long = threads.submit(ask, server, "a", 30, extra_body={"ignore_eos": True})
-        soon(lambda: gauge(server, "gatewise_running") == 1)
+        long = ask(server, "a", POSITIONS - len(PROMPT), stream=True, extra_body={"ignore_eos": True})
+        next(iter(long))
         others = [threads.submit(ask, server, name) for name in ("b", "damaged", "a")]
         soon(lambda: gauge(server, "gatewise_waiting") == 3)
         assert ask(server, "tiny", 2).choices
-        assert not long.done()
         assert gauge(server, "gatewise_waiting") == 3  # also the last, or the others would wait for ever
+        long.close()
         assert [others[number].result().choices[0].text for number in (0, 2)] == [text(made, "b"), text(made, "a")]
         with pytest.raises(openai.InternalServerError, match="cannot be loaded"):
             others[1].result()
