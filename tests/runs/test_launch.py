@@ -127,7 +127,7 @@ def test_a_run_whose_process_is_killed_between_rounds_says_so_once_and_is_resume
     done = gatewise(recipe, whole, *LONGER)
     assert done.returncode == 0, done.stderr
     running, _, told = forked(tmp_path, *words(recipe, output, *LONGER, "--processes", "2", "--strategy", "fsdp2"))
-    checkpoint = output / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    checkpoint = output / "checkpoints" / "checkpoint-6" / "trainer_state.json"  # then the one before it is whole
     deadline = time.monotonic() + 500
     while not checkpoint.is_file() and running.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
