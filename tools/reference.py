@@ -180,10 +180,10 @@ def row(section: str, key: str, one: Mapping[str, Any], needed: bool) -> list[st
     options = [part for part in one.get("anyOf", [one]) if part.get("type") != "null"]
     found = next((part for part in (one, *options) if "default" in part), {})
     default = found.get("default")
-    shown = "" if needed or default is None else f"`{json.dumps(default, ensure_ascii=False)}`".replace('"', "")
+    shown = "" if default is None else f"`{json.dumps(default, ensure_ascii=False)}`".replace('"', "")
     description = one.get("description") or next((part["description"] for part in options if "description" in part), "")
     kinds = " or ".join(dict.fromkeys(type_in_words(part) for part in options))
-    return [f"`{section}{key}`", kinds, shown if not needed else "needed", prose(description)]
+    return [f"`{section}{key}`", kinds, "needed" if needed else shown, prose(description)]
 
 
 def type_in_words(one: Mapping[str, Any]) -> str:

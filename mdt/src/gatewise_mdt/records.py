@@ -247,6 +247,12 @@ def quoted_beginning(text: str) -> str:
     return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
 
 
+def clipped(text: str, most: int) -> str:
+    """A text on one line, cut where it is longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def read_items(path: str | Path) -> list[Any]:
     """The records of a file, unchecked. For a line of a JSONL file that is no JSON comes the error that says so.
 

@@ -155,14 +155,18 @@ class DecisionTree:
         return checks.children_of([node.role for node in self.nodes])
 
     @cached_property
+    def paths(self) -> tuple[dict[int, bool], ...]:
+        """For each node what holds of the conditions above it, the nearest last; all by their positions in ``nodes``."""
+        paths: list[dict[int, bool]] = [{} for _ in self.nodes]
+        for at, both in enumerate(self.children):  # in pre-order what is above comes first
+            for child, side in zip(both or (), (True, False), strict=False):
+                paths[child] = {**paths[at], at: side}
+        return tuple(paths)
+
+    @cached_property
     def ways(self) -> dict[int, dict[int, bool]]:
-        """For each decision, in pre-order, what holds of the conditions on the way to it; all by their positions in ``nodes``."""
-        ways: dict[int, dict[int, bool]] = {0: {}}
-        for at, both in enumerate(self.children):
-            if both:
-                way = ways.pop(at)
-                ways |= {child: {**way, at: side} for child, side in zip(both, (True, False), strict=True)}
-        return dict(sorted(ways.items()))
+        """For each decision, in pre-order, its :attr:`paths`."""
+        return {at: path for at, (path, both) in enumerate(zip(self.paths, self.children, strict=True)) if both is None}
 
     @property
     def triples(self) -> tuple[Triple, ...]:

@@ -47,14 +47,10 @@ def turned_branches(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 def other_rows(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A dose of a table that stands in another row or column than the condition under which the tree has it."""
-    above = dict[int, list[int]]()  # for each node the conditions that hold where it is reached
-    for node, both in enumerate(cover.tree.children):
-        for root, own in zip(both or (), ([node], []), strict=False):
-            above[root] = [*above.get(node, []), *own]
     for held in cover.held if marks.rows else ():
         if not re.search(r"\d", held.triple.object) or cover.tree.nodes[held.node].is_condition:
             continue
-        for node in above.get(held.node, []):
+        for node in (above for above, holds in cover.tree.paths[held.node].items() if holds):
             facts = [one for one in cover.held if one.node == node]
             found = [_elsewhere(marks, held, fact) for fact in facts]
             if any(found) and (all(found) or cover.tree.nodes[node].logical_rel != "or"):

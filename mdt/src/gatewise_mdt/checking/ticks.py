@@ -6,11 +6,11 @@ that come and go elsewhere change nothing.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gatewise_mdt.checking.items import Item, items
-from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.records import TreeRecord, clipped
 
 Tick = dict[str, Any]
 """What it was given for, see :func:`key_of`, with "why", "by" (who) and "at" (when, in UTC)."""
@@ -43,7 +43,12 @@ def tick_in(ticks: Sequence[Tick], key: Tick) -> Tick | None:
 
 def open_items(record: TreeRecord) -> list[Item]:
     """What somebody has to look at before the tree may be approved, or go out to systems that run it."""
-    return [item for item, tick in looked_at(record) if tick is None and not item.hint]
+    return open_of(looked_at(record))
+
+
+def open_of(found: Iterable[tuple[Item, Tick | None]]) -> list[Item]:
+    """Of items with their ticks those that are to be ticked."""
+    return [item for item, tick in found if tick is None and not item.hint]
 
 
 def text_read(record: TreeRecord) -> str:
@@ -53,7 +58,7 @@ def text_read(record: TreeRecord) -> str:
 
 def items_in_words(items: Sequence[Item]) -> str:
     """Items for a sentence: their kinds and words."""
-    said = [f'{item.kind} "{_short(item.words)}"' for item in items[:_MOST]]
+    said = [f'{item.kind} "{clipped(item.words, 60)}"' for item in items[:_MOST]]
     return ", ".join(said) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
 
 
@@ -62,8 +67,3 @@ def how_to_tick(items: Sequence[Item]) -> str:
     return (
         f"tick {'each' if len(items) > 1 else 'it'} in gatewise mdt review, with a word why it is no mistake, or correct the tree"
     )
-
-
-def _short(words: str) -> str:
-    line = " ".join(words.split())
-    return line if len(line) <= 60 else f"{line[:59]}…"

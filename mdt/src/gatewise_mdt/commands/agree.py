@@ -97,6 +97,7 @@ def _check(files: list[str], adjudicate: Path | None) -> None:
 
 def _show(agreement: "Agreement") -> None:
     from gatewise_mdt.evaluation.intervals import DRAWS
+    from gatewise_mdt.records import clipped
 
     console, count = Console(highlight=False), len(agreement.passages)
     a, b = agreement.names
@@ -108,9 +109,7 @@ def _show(agreement: "Agreement") -> None:
             kind = one.kind
             console.print(Text(f"\n{kind}: {sum(other.kind == kind for _, other in agreement.differences)}", style="bold"))
         numbers = "/".join(str(number) for number in dict.fromkeys((passage.a.number, passage.b.number)))
-        console.print(
-            Text(printable(f"  {numbers}{one.what and f' ({one.what})'}: {_clipped(passage.a.text, 70)}")), soft_wrap=True
-        )
+        console.print(Text(printable(f"  {numbers}{one.what and f' ({one.what})'}: {clipped(passage.a.text, 70)}")), soft_wrap=True)
         for name, said, node in zip(agreement.names, (one.a, one.b), one.nodes, strict=True):
             if node is not None:
                 console.print(Text(printable(f"     {name}, node {node + 1}: {said}")), soft_wrap=True)
@@ -126,7 +125,7 @@ def _show(agreement: "Agreement") -> None:
     remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {_passages(count)}."] if agreement.intervals else []
     for name, records in zip(agreement.names, (agreement.only_a, agreement.only_b), strict=True):
         if records:
-            listed = "; ".join(f'record {record.number}, "{_clipped(record.text, 40)}"' for record in records)
+            listed = "; ".join(f'record {record.number}, "{clipped(record.text, 40)}"' for record in records)
             remarks.append(f"Only {name} has {listed}.")
     for remark in [*remarks, *agreement.notes]:
         console.print(Text(printable(remark)), soft_wrap=True)
@@ -140,9 +139,3 @@ def _passages(count: int) -> str:
 def _interval(agreement: "Agreement", name: str) -> str:
     ends = agreement.intervals.get(name)
     return f"{ends['low']:.3f} to {ends['high']:.3f}" if ends else ""
-
-
-def _clipped(text: str, most: int) -> str:
-    """A text on one line, cut where it is longer."""
-    plain = " ".join(text.split())
-    return plain if len(plain) <= most else f"{plain[: most - 1]}…"

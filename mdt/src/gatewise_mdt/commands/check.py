@@ -58,16 +58,18 @@ def _as_json(record: "TreeRecord", found: "Found") -> dict[str, Any]:
 
 
 def _show(records: "list[tuple[TreeRecord, Found]]", hints: bool) -> None:
+    from gatewise_mdt.checking.ticks import open_of
+    from gatewise_mdt.records import clipped
+
     for record, found in records:
         listed = [(item, tick) for item, tick in found if hints or not item.hint]
         if listed:
-            begins = " ".join(record.text.split())
-            say(f"{record.number}. {begins if len(begins) <= 100 else f'{begins[:99]}…'}")
+            say(f"{record.number}. {clipped(record.text, 100)}")
         for item, tick in listed:
             where = "" if item.node is None else f", node {item.node + 1}"
             said = "" if tick is None else f"; ticked: {', '.join(str(tick[name]) for name in _OF_A_TICK if tick.get(name))}"
             say(f"  {'hint' if item.hint else item.kind}{where}: {item.sentence} (sure {item.sure:.2f}){said}")
-    counts = [sum(tick is None and not item.hint for item, tick in found) for _, found in records]
+    counts = [len(open_of(found)) for _, found in records]
     ticked = sum(tick is not None for _, found in records for _, tick in found)
     left = sum(item.hint for _, found in records for item, _ in found)
     more = f"{f', {ticked} ticked' if ticked else ''}{_hints(left, hints)}"

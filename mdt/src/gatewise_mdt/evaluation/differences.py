@@ -395,36 +395,11 @@ def forbids(triple: Triple) -> bool:
 # ---- conditions ----
 
 
-class _Above(NamedTuple):
-    """The condition above a node, and the answer that leads to it."""
-
-    node: int
-    answer: str
-
-
-def _above(tree: DecisionTree) -> list[_Above | None]:
-    made: list[_Above | None] = [None] * len(tree.nodes)
-    for node, both in enumerate(tree.children):
-        for child, answer in zip(both or (), ("yes", "no"), strict=False):
-            made[child] = _Above(node, answer)
-    return made
-
-
-def _ways(above: Sequence[_Above | None]) -> list[tuple[_Above, ...]]:
-    """For each node the answers that lead to it."""
-    ways: list[tuple[_Above, ...]] = []
-    for one in above:  # in pre-order what is above comes first
-        ways.append((*ways[one.node], one) if one else ())
-    return ways
-
-
 def _paired_conditions(a: DecisionTree, b: DecisionTree) -> dict[int, int]:
     """Which condition of B is which of A."""
     ours, theirs = ([i for i, node in enumerate(tree.nodes) if node.is_condition] for tree in (a, b))
-    above, others = _above(a), _above(b)
-    answers = [[tuple(one.answer for one in way) for way in _ways(side)] for side in (above, others)]
     ranked = sorted(
-        (-like, answers[0][i] != answers[1][j], abs(i - j), i, j)
+        (-like, [*a.paths[i].values()] != [*b.paths[j].values()], abs(i - j), i, j)
         for i in ours
         for j in theirs
         if (like := _likeness_of_nodes(a.nodes[i], b.nodes[j]))
@@ -435,14 +410,19 @@ def _paired_conditions(a: DecisionTree, b: DecisionTree) -> dict[int, int]:
         if i not in pairs and j not in taken:
             pairs[i] = j
             taken.add(j)
-    free = {others[j]: j for j in theirs if j not in taken}
+    free = {_above(b, j): j for j in theirs if j not in taken}
     for i in ours:
-        over = above[i]
-        if i not in pairs and (over is None or over.node in pairs):
-            place = _Above(pairs[over.node], over.answer) if over else None
+        over = _above(a, i)
+        if i not in pairs and (over is None or over[0] in pairs):
+            place = (pairs[over[0]], over[1]) if over else None
             if place in free:
                 pairs[i] = free.pop(place)
     return pairs
+
+
+def _above(tree: DecisionTree, node: int) -> tuple[int, bool] | None:
+    """The condition right above a node, and whether it holds there."""
+    return next(reversed(tree.paths[node].items()), None)
 
 
 def _likeness_of_nodes(one: Node, other: Node) -> float:
@@ -509,9 +489,8 @@ class _Decided(NamedTuple):
 
 
 def _decided(tree: DecisionTree, names: dict[int, int]) -> list[_Decided]:
-    ways = _ways(_above(tree))
     return [
-        _Decided(i, triple, {names[one.node]: one.answer for one in ways[i] if one.node in names})
+        _Decided(i, triple, {names[at]: "yes" if side else "no" for at, side in tree.paths[i].items() if at in names})
         for i, node in enumerate(tree.nodes)
         if not node.is_condition
         for triple in _triples(node).values()

@@ -94,7 +94,6 @@ class Review:
         if action in _CHANGES:
             more = [_given(asked, name, kind) for name, kind in _CHANGES[action].items()]
             change = getattr(session, action)
-            _text(asked, "why")
             return {"passage": self.passage(change(_integer(asked, "number"), _integer(asked, "version"), *more, by=by))}
         match action:
             case "comment":
@@ -171,7 +170,7 @@ def _given(asked: dict[str, Any], name: str, kind: type) -> Any:
     value = asked.get(name, False if kind is bool else None)
     if not isinstance(value, kind):
         raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected {kind.__name__}")
-    return value
+    return _text(asked, name) if kind is str else value
 
 
 def _integer(asked: dict[str, Any], name: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.checking.items import Item
-from gatewise_mdt.checking.ticks import Tick, how_to_tick, items_in_words, key_of, looked_at, tick_in
+from gatewise_mdt.checking.ticks import Tick, how_to_tick, items_in_words, key_of, looked_at, open_of, tick_in
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
 from gatewise_mdt.records import TreeRecord
@@ -270,7 +270,7 @@ class Passage:
     @property
     def open_items(self) -> list[Item]:
         """The items that are to be ticked before the tree is approved."""
-        return [item for item, tick in self.looked_at if tick is None and not item.hint]
+        return open_of(self.looked_at)
 
     @property
     def is_valid(self) -> bool:
@@ -289,9 +289,8 @@ class Passage:
 
     @property
     def headings(self) -> list[str]:
-        """The headings of the document above it; a file may have anything there."""
-        held = self.more.get("headings")
-        return [str(one) for one in held] if isinstance(held, list) else []
+        """The headings of the document above it."""
+        return texts(self.more.get("headings"))
 
     @property
     def kept(self) -> Version | None:
@@ -357,6 +356,11 @@ def with_ids(passages: Sequence[Passage]) -> list[Passage]:
 def passage_of(record: TreeRecord, **fields: Any) -> Passage:
     """A passage with the tree of a record."""
     return Passage(0, record.text, version_of(record), lasting_keys(record.more), **fields)
+
+
+def texts(held: object) -> list[str]:
+    """What a record holds under a key that is to be a list of texts; a file may have anything there."""
+    return [str(one) for one in held] if isinstance(held, list) else []
 
 
 def version_of(record: TreeRecord) -> Version:

@@ -18,7 +18,7 @@ from gatewise_mdt.relations import RELATIONS
 from gatewise_mdt.review.edits import drawable, empty_tree, fault_of
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.files import Entry
-from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, Version
+from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, Version, texts
 from gatewise_mdt.review.session import Session
 from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree
@@ -62,7 +62,7 @@ def _line(passage: Passage, entries: int, extracting: Extracting | None) -> dict
 
 def _has_doubts(passage: Passage) -> bool:
     """Whether something stands on its page that is to be looked at before it is approved."""
-    told = passage.now.warnings or _texts(passage.more.get("notes")) or passage.open_items
+    told = passage.now.warnings or texts(passage.more.get("notes")) or passage.open_items
     return bool(told) or passage.fault is not None or passage.beside is not None
 
 
@@ -99,7 +99,7 @@ def found_in(passages: Iterable[Passage], words: str) -> list[int]:
     made = []
     for one in passages:
         told = [one.more.get("place"), *one.headings, (one.now.reviewed or {}).get("by")]
-        said = "\n".join([one.text, *_texts([part for part in told if part])]).casefold()
+        said = "\n".join([one.text, *texts([part for part in told if part])]).casefold()
         made += [one.number] if all(word in said for word in wanted) else []
     return made
 
@@ -128,7 +128,7 @@ def passage_json(passage: Passage, entries: Sequence[Entry] = (), extracting: Ex
         "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
         "headings": list(map(printable, passage.headings)),
-        "notes": list(map(printable, _texts(passage.more.get("notes")))),
+        "notes": list(map(printable, texts(passage.more.get("notes")))),
         "carried": _carried(passage),
         "adjudicated": _adjudicated(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
@@ -166,10 +166,10 @@ def _items(passage: Passage) -> list[dict[str, Any]]:
 
     made = []
     for item, tick in passage.looked_at:
-        texts = {"words": printable(item.words), "sentence": printable(item.sentence), "is_change": item.is_change}
+        shown = {"words": printable(item.words), "sentence": printable(item.sentence), "is_change": item.is_change}
         place = None if item.start is None or item.end is None else [counted(item.start), counted(item.end)]
         said = tick and {name: printable(str(tick.get(name, ""))) for name in ("why", "by", "at")}
-        made.append({**item.to_json(), **texts, "place": place, "tick": said})
+        made.append({**item.to_json(), **shown, "place": place, "tick": said})
     return made
 
 
@@ -177,11 +177,6 @@ def _reviewed(version: Version) -> dict[str, str] | None:
     """Who stands for the tree, since when and with what words, as far as a file says it in texts."""
     held = version.reviewed or {}
     return {name: held[name] for name in ("by", "at", "comment") if isinstance(held.get(name), str)} or None
-
-
-def _texts(held: object) -> list[str]:
-    """What a record holds under a key that is to be a list of texts; a file may have anything there."""
-    return [str(one) for one in held] if isinstance(held, list) else []
 
 
 def _carried(passage: Passage) -> dict[str, Any] | None:
@@ -192,7 +187,7 @@ def _carried(passage: Passage) -> dict[str, Any] | None:
     old, reviewed = held.get("text"), held.get("reviewed")
     origin = [held.get("from"), held.get("place"), reviewed.get("by") if isinstance(reviewed, dict) else None]
     return {
-        "from": ", ".join(_texts([one for one in origin if one])),
+        "from": ", ".join(texts([one for one in origin if one])),
         "difference": difference(old[:_LONGEST], passage.text[:_LONGEST]) if isinstance(old, str) else None,
     }
 
@@ -200,7 +195,7 @@ def _carried(passage: Passage) -> dict[str, Any] | None:
 def _adjudicated(passage: Passage) -> dict[str, Any] | None:
     """Whose trees an adjudicator has to choose from, and whether they were the same."""
     held = passage.more.get(ADJUDICATED_KEY)
-    names = _texts(held.get("names")) if isinstance(held, dict) else []
+    names = texts(held.get("names")) if isinstance(held, dict) else []
     return {"names": names[:2], "agreed": held["agreed"] is True} if isinstance(held, dict) and names and "agreed" in held else None
 
 
