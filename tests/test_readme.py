@@ -20,7 +20,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "mdt/README.md",
-    *sorted((ROOT / "mdt/docs").glob("*.md")),
+    *sorted((ROOT / "mdt/docs").rglob("*.md")),
 ]
 OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")]
 """Pages that tell of what is gone too, or of scripts: their links alone are followed."""
