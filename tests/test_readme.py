@@ -1,10 +1,12 @@
 """README and docs against the code: every name, call, command, file and heading that they show exists. No model is loaded."""
 
 import ast
+import importlib.util
 import inspect
 import json
 import re
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,17 @@ PLACEHOLDERS = {
     "constraints",
 }  # gatewise.NAME, the files gatewise.json and gatewise.service, groups of entry points
 COMMANDS = typer.main.get_command(app)
+
+
+@pytest.fixture(scope="module")
+def guides() -> Any:
+    spec = importlib.util.spec_from_file_location("guides", ROOT / "tools/guides.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -148,6 +161,45 @@ def test_python_files_exist(page: Path) -> None:
             assert any((start / file).is_file() for start in (ROOT, ROOT / "src", ROOT / "src/gatewise")), (
                 f"{page.name}: there is no {file}"
             )
+
+
+def test_steps_of_a_guide_are_its_files_and_commands(guides: Any) -> None:
+    page = """You have rows.
+
+```yaml title="my.yaml"
+method: lora
+```
+
+    gatewise train my.yaml --dry-run   # looks
+    gatewise train my.yaml \\
+      --overwrite
+
+It prints
+
+    accuracy  0.5  0.9
+
+    make quickstart
+
+<!-- not run: two GPUs -->
+
+    gatewise train my.yaml --processes 2
+
+```bash
+cat > more.txt <<'END'
+two
+
+words
+END
+```
+"""
+    assert [(step.name, step.text, step.why) for step in guides.steps(page)] == [
+        ("my.yaml", "method: lora\n", None),
+        (None, "gatewise train my.yaml --dry-run", None),
+        (None, "gatewise train my.yaml \\\n  --overwrite", None),
+        (None, "make quickstart", guides.SETS_UP),
+        (None, "gatewise train my.yaml --processes 2", "two GPUs"),
+        (None, "cat > more.txt <<'END'\ntwo\n\nwords\nEND", None),
+    ]
 
 
 def test_something_was_found() -> None:
