@@ -122,9 +122,9 @@ def serving(base: Path | str, *adapters: Path | str, **settings: Any) -> Iterato
 
 
 def ask_quickstart(url: str) -> None:
-    """Asks the adapter of the quickstart as the first commands of docs/serving.md do: it names the department, and stops."""
-    told = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    curls = [shlex.split(line) for line in told.splitlines() if line.startswith("    curl localhost:8000/v1/")][:2]
+    """Asks the adapter of the quickstart as the commands of docs/guides/serve.md do: it names the department, and stops."""
+    told = (Path(__file__).parents[2] / "docs/guides/serve.md").read_text(encoding="utf-8").replace("\\\n", "")
+    curls = [shlex.split(line) for line in told.splitlines() if line.startswith("    curl localhost:8000/v1/") and " -d " in line]
     chat, text = (json.loads(words[words.index("-d") + 1]) for words in curls)
     assert [words[1].rpartition("/v1/")[2] for words in curls] == ["chat/completions", "completions"]
     asked = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
