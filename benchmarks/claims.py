@@ -1,4 +1,4 @@
-"""Prints the tables of docs/claims/ from the comparisons in results/compare/.
+"""Prints the tables of docs/reports/ from the comparisons in results/compare/.
 
     python benchmarks/claims.py                # all
     python benchmarks/claims.py trec-r1        # one

@@ -19,7 +19,7 @@ records = load_records("sample:support-train")
 
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 allocation = gatewise.RankAllocation(
-    score="ablation",  # the score of the ALoRA paper; left out, it is path_moments (docs/scores.md)
+    score="ablation",  # the score of the ALoRA paper; left out, it is path_moments (docs/reports/scores.md)
     schedule=gatewise.ConstantBudget(rounds=2, first_round=6, recover=4),  # ints above 1 count steps, floats epochs
     validation_batch=score_batch(records, tokenizer, None, n=16),
     on_round=lambda one: print(f"round {one.round}: validation loss {one.loss_before:.3f}, {sum(one.ranks.values())} ranks"),

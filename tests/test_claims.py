@@ -43,7 +43,7 @@ def test_a_table_has_each_arm_at_its_own_rate_and_at_the_first_ones(claims: Any)
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results/compare").glob("*.json")), ids=lambda file: file.stem)
 def test_pages_have_the_tables_that_are_printed(claims: Any, file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
-    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/claims").glob("*.md"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reports").glob("*.md"))
     pages += (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     lines = claims.table(content)
     if len(content["arms"]) == 1:  # a search for a rate: what came out stands in a table of several

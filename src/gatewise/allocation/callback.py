@@ -54,10 +54,10 @@ class RankAllocation(TrainerCallback, ExportableState):
     every module's rank.
 
     Args:
-        score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
-            first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), "random"; or your own, as a ``gatewise.scores.Score``,
-            as "module:function", or as a function (model, batch, adapter=...) -> path -> one number a live rank, higher for ranks
-            worth keeping, and zero for one that does nothing.
+        score: "path_moments" (gatewise's own, see docs/reports/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor"
+            (the same to first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), "random"; or your own, as a
+            ``gatewise.scores.Score``, as "module:function", or as a function (model, batch, adapter=...) -> path -> one number
+            a live rank, higher for ranks worth keeping, and zero for one that does nothing.
         schedule: ``gatewise.ConstantBudget(...)``, ALoRA's: what is pruned is given to other modules; or ``gatewise.Cubic(...)``,
             which starts from an adapter with more ranks than wanted and only prunes. They say when rounds run.
         validation_batch: the batch, or list of batches, that ranks are scored on: tensors for the model with ``labels``. The same

@@ -44,7 +44,7 @@ class AllocationSection(Section):
     """The rounds of ALoRA, see ``gatewise.RankAllocation``."""
 
     score: ScoreName = DEFAULT
-    """The score of a rank, see docs/scores.md, or a function of your own as ``module:function``."""
+    """The score of a rank, see docs/reports/scores.md, or a function of your own as ``module:function``."""
     schedule: Literal["constant-budget", "cubic"] = "constant-budget"
     """``constant-budget``: what is pruned is given to other modules. ``cubic``: every module starts with ``init_r`` ranks, and the
     adapter comes down to what ``peft.r`` everywhere would have; nothing grows."""
@@ -69,7 +69,7 @@ class AllocationSection(Section):
     grace_rounds: Annotated[int, Field(ge=0)] = 0
     """For so many rounds a new rank is not pruned; not with ``cubic``."""
     score_options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the score, such as ``points: 8``, see docs/scores.md."""
+    """Further arguments of the score, such as ``points: 8``, see docs/reports/scores.md."""
     rule: str | None = None
     """A function of your own for who is pruned and who grows, as ``module:function``. Left out: the papers' rule."""
 

@@ -32,8 +32,8 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
         tau: τ, above 0 and at most 1 (reconstructed: 0.5 or 1). With 1 and a gate of one, a new prompt replaces the propagated one.
         balanced: count p^propagated and p^new by their directions, and give the mixture a size between theirs
             (``gatewise.prompts.layer.mixed``). Our own: in layers without a norm at their end, as decoders have, propagated prompts
-            are tens to hundreds of times as large as new ones and drown them in the sum above (docs/spt.md). None does so in the
-            decoders and not in the encoders. It makes no difference to discrete models with τ = 1.
+            are tens to hundreds of times as large as new ones and drown them in the sum above (docs/reports/spt.md). None does so
+            in decoders and not in encoders. It makes no difference to discrete models with τ = 1.
         phm: n, for projections that are sums of n Kronecker products with about 1/n of the parameters; None for plain matrices.
             It must divide ``bottleneck`` and the model's hidden size.
         activation: "gelu", "relu", "tanh" or "identity" (reconstructed: which one the paper has is not known).

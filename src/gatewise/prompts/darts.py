@@ -9,7 +9,7 @@ gate logits α on the other. Its two additions over DARTS, each a switch, are re
 where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
 like the discrete one that it will become. Gates move on passes with such drops too: where all are open, the network has more
 prompts than it was trained with, a gate that opens further mostly does harm, and those of the layers that matter least would win
-(docs/spt.md). ``retrain`` trains the prompts of the chosen layers from scratch.
+(docs/reports/spt.md). ``retrain`` trains the prompts of the chosen layers from scratch.
 
 Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """

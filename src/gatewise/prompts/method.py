@@ -54,7 +54,7 @@ class PromptsSection(Section):
     tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How much of the prompt from below a new one replaces."""
     balanced: bool | None = None
-    """Mix prompts by direction and not by size, see docs/spt.md. Left out: in decoders."""
+    """Mix prompts by direction and not by size, see docs/reports/spt.md. Left out: in decoders."""
     phm: Count | None = None
     """Generators as sums of so many Kronecker products, with so many times fewer parameters. Left out: plain ones."""
     activation: Literal["gelu", "relu", "tanh", "identity"] = "gelu"

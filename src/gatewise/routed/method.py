@@ -30,7 +30,7 @@ class RoutingSection(Section):
     normalize_states: bool = True
     """Scale each token's hidden state to unit size before pooling."""
     center_states: bool = True
-    """Take off what all prompts have in common before routing, see docs/milora.md."""
+    """Take off what all prompts have in common before routing, see docs/reports/milora.md."""
     activation_learning_rate: Positive = 1e-6
     """Rate of the coefficients of ``rational``, which learn on the rows of ``data.held_out``; without such rows they learn with the
     rest."""

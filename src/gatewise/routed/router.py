@@ -18,7 +18,7 @@ not the paper's):
     h <- (h - c) / s      c the mean of h over the first 64 prompts in training, s the root mean square of h - c then
 
 Without that, the pooled vectors of all prompts are nearly the same one: all prompts choose alike whatever they say, by the random
-W_r, and every step of the optimiser moves them together (docs/milora.md).
+W_r, and every step of the optimiser moves them together (docs/reports/milora.md).
 
 Shapes: b batch, t tokens, d hidden size, m experts of the layer, k kept.
 """

@@ -21,7 +21,7 @@ NAMES: tuple[str, ...] = tuple(sorted(module.name for module in iter_modules(__p
 """The scores that ``RankAllocation``, recipes and the command line know by name. Names alone need no torch."""
 DEFAULT = "path_moments"
 """The one default score, of ``RankAllocation``, recipes and ``inspect --scores``: the best on average for the least work in
-``docs/scores.md``. The method pi-lora has ``path_integral``, which is what makes it PI-LoRA."""
+``docs/reports/scores.md``. The method pi-lora has ``path_integral``, which is what makes it PI-LoRA."""
 
 
 def as_score(given: "str | Score | Callable[..., Any]", options: Mapping[str, Any] | None = None) -> "Score":

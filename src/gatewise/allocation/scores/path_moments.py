@@ -13,7 +13,7 @@ spread over all ranks:
     PM(r) = mean_e a_e(r) / std_r(mean_e a_e) + rms_e a_e(r) / std_r(rms_e a_e)
 
 The second term alone at c = 1 is the root of the gates' empirical Fisher information, the measure of Optimal Brain Damage.
-Not from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
+Not from the four papers; ``docs/reports/scores.md`` has the deletion curves that led to it.
 """
 
 from collections.abc import Callable
