@@ -257,3 +257,10 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     svg = draw(content, tmp_path / "compare.svg")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
     assert draw(report([], [arm("lora", None)]), tmp_path / "compare.png").stat().st_size > 0
+
+
+def test_a_plan_has_no_empty_table() -> None:
+    with (console := Console(width=80)).capture() as shown:
+        console.print(table(report([], [arm("lora", None), arm("alora", None)], missing=20)))
+    lines = [line.split() for line in shown.get().splitlines() if line.strip(" ─")]
+    assert lines == [["parameters"], ["lora", "1,000"], ["alora", "1,000"]]

@@ -43,25 +43,35 @@ def compare(
         typer.Option(
             "--methods",
             metavar="A B ...",
-            help="Methods, controls (random, lora+, eva ...) or recipe files. The others are compared with the first.",
+            help="Methods, controls (random, lora+, rslora, eva, lora-ga, pissa, olora, corda) or recipe files, whose "
+            "model, rows and steps are left aside. The others are compared with the first.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, and to go on in.", show_default=False)],
     seeds: Annotated[int, typer.Option(help="Final runs of each method, with seeds that tuned nothing.", min=1)] = 5,
-    rates: Annotated[int, typer.Option(help="Learning rates to begin with; 1 takes the recipe's own.", min=1)] = 5,
+    rates: Annotated[
+        int, typer.Option(help="Learning rates to begin with, a factor of 1.8 apart; 1 takes the recipe's own.", min=1)
+    ] = 5,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Change keys of the recipe, for all methods.")
     ] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(help="Begin no run that would not end within so many minutes.", min=0)
+        float | None,
+        typer.Option(
+            help="Begin no run that would not end within so many minutes; 0 shows the plan and what has come out so far.", min=0
+        ),
     ] = None,
-    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the adapters of the final runs.")] = False,
+    keep_adapters: Annotated[
+        bool, typer.Option("--keep-adapters", help="Keep the adapters of the final runs, in OUT/adapters.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods on your rows, each at the learning rate that suits it.
 
-    For each method, learning rates are tried on rows taken out of training; at the best one it is trained with seeds that tuned
-    nothing, and measured on dev and test. The same command goes on after an interruption, in several processes at once too.
+    For each method, learning rates are tried on rows taken out of training (data.tuning, else a tenth of them); the better half
+    with a second seed, the best two with a third, and rates beyond the edge where the best is there. At the best one it is trained
+    with seeds that tuned nothing, and measured on dev and test. Other rates (SPT's search, MiLoRA's routers) are not tuned. The
+    same command goes on after an interruption, in several processes at once too, and takes more methods, seeds and rates.
 
     \b
     Examples:

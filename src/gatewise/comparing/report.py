@@ -282,7 +282,7 @@ def _sentences(content: Content) -> list[str]:
 
 
 def table(content: Content) -> Group:
-    """How good the arms are, and what they cost; a column that no arm has anything in is left out."""
+    """How good the arms are, once there are runs, and what they cost; a column that no arm has anything in is left out."""
     number, signed = ("{:.1f}", "{:+.1f}") if content["unit"] == "points" else ("{:.3f}", "{:+.3f}")
     found = {one["arm"]: one for one in content["differences"]}
     quality, costs = [], []
@@ -309,7 +309,7 @@ def table(content: Content) -> Group:
                 "forgotten": _cell("{:.3f}", arm["forgotten"]),
             }
         )
-    return Group(_table(quality), _table(costs))
+    return Group(*(_table(rows) for rows in (quality, costs) if any(value for row in rows for name, value in row.items() if name)))
 
 
 def _cell(form: str, value: float | None) -> str:
