@@ -62,7 +62,11 @@ def prose(text: str) -> str:
 
 def commands_page() -> str:
     """Every command with its arguments and options, as ``--help`` has them."""
-    made = [MADE, "# Commands\n\nAll commands with all options, as `gatewise COMMAND --help` shows them.\n"]
+    made = [
+        MADE,
+        "# Commands\n\nAll commands with all options, as `gatewise COMMAND --help` shows them. What you can mend ends in one "
+        "sentence and\nexit code 2, an interruption in 130. `gatewise --install-completion` has the shell complete them.\n",
+    ]
     for name, command in leaves(typer.main.get_command(app), "gatewise"):
         about, *examples = re.split(r"\n\n\x08\n", inspect.cleandoc(command.help or ""))
         made.append(f"\n## {name}\n\n{prose(about)}\n")
@@ -126,7 +130,8 @@ def recipes_page() -> str:
     made = [
         MADE,
         "# Recipe keys\n\nAll keys of a recipe, by section. A section belongs to the methods or tasks below its heading, and is "
-        "refused with\nothers. Where a key is for some of them alone, or has another default with them, its row says so.\n",
+        "refused with\nothers. Where a key is for some of them alone, or has another default with them, its row says so. "
+        "A recipe is YAML 1.2: `no` and `10:30` are text,\nand `<<:` merges. Relative files are taken from its folder.\n",
     ]
     fields = Recipe.model_fields
     plain = [name for name, one in fields.items() if not (inspect.isclass(one.annotation) and issubclass(one.annotation, Section))]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import write_recipe
 from typer.testing import CliRunner
 
@@ -332,6 +333,17 @@ def test_data_of_another_kind_than_the_adapters(gatewise: Gatewise, tmp_path: Pa
     recipe = write_recipe(tmp_path, "lora", "bert")
     assert gatewise("train", recipe, "--output", "out", "--set", "training.max_steps=1").exit_code == 0
     assert_refused(gatewise("eval", "out/adapter", "--data", "sample:reminder-dev"), "reminder-dev")
+
+
+def test_a_want_of_memory_is_no_bug(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(RecipeTrainer, "train", full)
+    result = gatewise("train", write_recipe(tmp_path))
+    assert_refused(result, "the device is out of memory")
+    assert "training.batch_size" in result.stderr
+    assert "Tried to allocate 2.00 GiB" in result.stderr
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), EOFError("Ran out of input")], ids=repr)

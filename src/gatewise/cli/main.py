@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 SECONDS_FOR_OTHERS = 5
+OUT_OF_MEMORY = (
+    "the device is out of memory: take smaller batches (--batch-size, in a recipe training.batch_size and eval_batch_size), "
+    "shorter rows (data.max_length), training.gradient_checkpointing, or another --device"
+)
 
 
 class Commands(TyperGroup):
@@ -65,6 +69,9 @@ class Commands(TyperGroup):
             _wait_for_others("LOCAL_RANK" in os.environ)  # this may be what comes of another process's fault
             if isinstance(error, EOFError):  # of which click would show nothing but "Aborted!"
                 raise RuntimeError(f"EOFError: {error}") from error
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+                typer.echo(f"error: {OUT_OF_MEMORY} ({printable(reason_of(error))})", err=True)
+                raise typer.Exit(USER_ERROR) from None
             raise
 
 
@@ -127,11 +134,20 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as peft.r=4. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as peft.r=4; template= takes one out. Repeatable."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest complete checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the latest complete checkpoint. Only what trains nothing may differ: device, launch, logs."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder; another folder is refused.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1 or mps. [default: the recipe's device]")
     ] = None,
@@ -311,6 +327,9 @@ def schema(
     task: Annotated[str | None, typer.Option(help="Of recipes with this task alone.", show_default="any")] = None,
 ) -> None:
     """Print the JSON schema of recipes, by which editors complete and check them.
+
+    A recipe names it in its first line: # yaml-language-server: $schema=recipe.schema.json. It has the methods and tasks that are
+    installed.
 
     \b
     Example:

@@ -100,7 +100,8 @@ class TrainingSection(Section):
     log_every: Count = 10
     """Steps between two lines of the log."""
     report_to: Reporter | list[Reporter] = Field(default_factory=list)
-    """Where losses, metrics and rounds are shown while the run trains. The run has its folder's name there."""
+    """Where losses, metrics and rounds are shown while the run trains: packages to install. The run has its folder's name there,
+    and TensorBoard's files are in that folder."""
     group_by_length: bool = False
     """Put rows of similar length into a batch: less padding, faster."""
 
@@ -154,7 +155,8 @@ class Recipe(Section):
     task: str = DEFAULT_TASK
     """What a row is."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the base model's weights; ``auto`` is bfloat16 where the device computes in it by itself, else float32."""
+    """Number format of the base model's weights; ``auto`` is bfloat16 where the device computes in it by itself, else float32. The
+    adapter is in float32. Other commands go by the adapter's recipe."""
     quantization: Quantization | None = None
     """Keeps the weights of the base's linear layers in 4 bits (``nf4``) or 8 (``int8``), by bitsandbytes; they compute in
     ``dtype``. Left out: not."""
@@ -163,7 +165,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is drawn."""
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
-    """Where the finished adapter is uploaded on the Hugging Face Hub: NAME/REPOSITORY."""
+    """Where the finished adapter is uploaded on the Hugging Face Hub: NAME/REPOSITORY. Log in before, with ``hf auth login``. If
+    the upload fails, the command that repeats it is printed."""
     hub_private: bool = True
     """Whether that repository, where it is new, is for its owner alone."""
     data: DataSection

@@ -39,7 +39,7 @@ class RowsSection(DataSection):
     test: SourceOrPart | None = None  # type: ignore[assignment]
     """Rows that are measured before and after, and that nothing else sees, or such a part of ``train``."""
     columns: dict[str, str] | None = None
-    """Field of a row -> the column of the file that it is read from."""
+    """Field of a row -> the column of the file that it is read from. A file with the field and no such column is read as it is."""
     group: str | None = None
     """With parts of ``train``: rows with the same value in this column stay on one side."""
     train_split: str | None = None
@@ -68,7 +68,8 @@ class TemplateSection(Section):
     prompt: str | None = None
     """The prompt, in which ``{field}`` stands for a field of the row. Left out: the usual one for such rows."""
     chat: str | None = None
-    """The Jinja template of conversations, if not the base model's own."""
+    """The Jinja template of conversations, if not the base model's own. What it marks by ``{% generation %}`` is trained; without
+    marks the assistant's messages are found in the text."""
     labels: Annotated[dict[Label, str], Field(min_length=2)] | None = None
     """Label -> the word that is written for it, if not the label itself."""
 
