@@ -84,6 +84,14 @@ def compress(
 ) -> Compressed:
     """Writes the smallest adapter that is as good on the data, or the best of a given size.
 
+    As good is a bound of a paired bootstrap over the measuring rows, which holds for all candidates together: up to seven, twice as
+    many with ``recovery``. It takes 300 rows for right answers and a tolerance of 0.01, 150 for losses; of rows that show a model
+    the same text the first counts, and none that a measuring row shows is trained on. A bound beside a size takes 20 rows, or 150.
+
+    DoRA modules, and those with a LoRA bias, keep one rank. LoRA on convolutions and ``nn.MultiheadAttention`` stays as it is. The
+    experts of a stacked parameter are stored at the rank of the one that has most. Refused are routed adapters, prompts, AdaLoRA,
+    LoRA on convolutions in groups, biases that were trained, PiSSA and its kin, and variants whose ranks cannot be taken away.
+
     Args:
         adapter: the folder of any LoRA adapter that PEFT loads.
         data: rows that measure, of which the scored ones are taken out unless there are rows to recover on.
