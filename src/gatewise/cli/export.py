@@ -50,6 +50,9 @@ def export(
     LoRA and AdaLoRA are written as they are. For other kinds (DoRA, LoHa, OFT, PiSSA, whole modules, trained tokens ...) the base
     model is loaded, and the difference of its weights becomes LoRA by singular values. What is lost is told; --data measures it.
 
+    What changes few ranks is exact (LoHa, PiSSA, trained tokens). Of an adapter on a quantised base the difference is to the
+    weights in the base's files. Refused is what depends on the text, and what changes layer norms or biases.
+
     \b
     Examples:
       gatewise export runs/quickstart/adapter for-serving --padded
