@@ -1,13 +1,71 @@
-"""benchmarks/claims.py: its tables, and that the pages have what it prints of the results."""
+"""Reports: one form, commands that can be run from a clone, and the tables that benchmarks/claims.py prints of the results."""
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+REPORTS = sorted(
+    {*(ROOT / "docs/reports").glob("*.md"), *(ROOT / "mdt/docs/reports").glob("*.md")} - {ROOT / "docs/reports/index.md"}
+)
+HEADINGS = ["Question", "Set-up", "Data", "Command", "Machine", "Result", "What it does not show"]
+FILE = re.compile(r"[\w./-]+\.(py|yaml|toml|sh)")
+
+by_report = pytest.mark.parametrize("page", REPORTS, ids=lambda page: f"{page.parents[2].name}-{page.stem}")
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading."""
+    return page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+@by_report
+def test_a_report_has_the_form_of_all_reports_and_a_date(page: Path) -> None:
+    title, date, *_ = page.read_text(encoding="utf-8").split("\n\n")
+    assert re.fullmatch(r"# .+", title)
+    assert re.fullmatch(
+        r"Measured: (\d{4}-\d\d-\d\d at [0-9a-f]{8}( \([\w ]+\))?(, )?)+\. Frozen\.|\d{1,2} [A-Z][a-z]+ \d{4}\..*", date, re.DOTALL
+    )
+    assert re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE) == HEADINGS
+    assert all(section(page, heading).strip() for heading in HEADINGS)
+
+
+@by_report
+def test_the_commands_of_a_report_name_files_that_a_clone_has(page: Path) -> None:
+    lines = re.findall(r"^    (\S.*)$", section(page, "Data") + section(page, "Command"), re.MULTILINE)
+    assert lines
+    folder = ROOT
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "cd":
+            folder = ROOT / words[1]
+            assert folder.is_dir()
+        for word in words:
+            if FILE.fullmatch(word):
+                assert (folder / word).is_file(), f"{word} in: {line}"
+
+
+@by_report
+def test_the_results_that_a_report_names_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:mdt/)?benchmarks/results/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_index_has_every_report() -> None:
+    linked = re.findall(
+        r"^\| \[[^]]+\]\((\w[\w-]*\.md)\)", (ROOT / "docs/reports/index.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(linked) == sorted(page.name for page in REPORTS if page.parent == ROOT / "docs/reports")
+
+
+def test_every_file_of_results_is_named_in_a_report() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in REPORTS)
+    assert [file.name for file in sorted((ROOT / "benchmarks/results").glob("*.json*")) if file.name not in text] == []
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +101,7 @@ def test_a_table_has_each_arm_at_its_own_rate_and_at_the_first_ones(claims: Any)
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results/compare").glob("*.json")), ids=lambda file: file.stem)
 def test_pages_have_the_tables_that_are_printed(claims: Any, file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
-    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reports").glob("*.md"))
-    pages += (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in REPORTS)
     lines = claims.table(content)
     if len(content["arms"]) == 1:  # a search for a rate: what came out stands in a table of several
         _, rate, quality, *_ = lines[-1].removeprefix("| ").split(" | ")

@@ -18,7 +18,7 @@ from gatewise.allocation.slots import by_slot, factors, live_mask, lora_layers
 from gatewise.errors import GatewiseError
 
 ORDERS = ("path_moments", "singular")
-"""The first is the default. Others were tried and lost: ``docs/compress.md``, ``benchmarks/compress.py``."""
+"""The first is the default. Others were tried and lost: ``docs/reports/compress.md``, ``benchmarks/compress.py``."""
 
 
 def rank_values(
