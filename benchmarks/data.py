@@ -1,25 +1,30 @@
-"""Makes the rows of the benchmarks' reasoning tasks, with the package reasoning-gym: questions of one kind at one difficulty.
-
-A task is a data set of reasoning-gym with its dials. Its questions are cut down to what changes from one to the next, so that a
-row has some twenty tokens, and a run with SmolLM2-135M takes minutes on one processor core. Train, dev and test have no question
-in common. The same seed makes the same rows.
+"""Makes the rows that the recipes in benchmarks/recipes are run on: public data sets of the Hugging Face hub, and reasoning tasks.
 
     pip install '.[benchmarks]'
     python benchmarks/data.py                          # all tasks, into benchmarks/recipes/data, where the recipes look for them
+    python benchmarks/data.py --tasks trec subj
     python benchmarks/data.py --tasks spiral --data-dir DATA --rows 3000 300 500 --seed 0
+
+A public data set is brought into the one shape of its kind and dealt out into as many training and dev rows as our own files
+have; which row lies where is not what ours have, but for sst2, whose dev rows are the set's own. A reasoning task is a data set of
+the package reasoning-gym with its dials. Its questions are cut down to what changes from one to the next, so that a row has some
+twenty tokens, and a run with SmolLM2-135M takes minutes on one processor core. Its train, dev and test have no question in common.
+The same seed makes the same rows. Text2MDT is not on the hub: mdt/docs/reports/pointing.md says where it is.
 """
 
 import argparse
 import json
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gatewise.errors import reason_of
 from gatewise.files import whole_file
 
 Item = Mapping[str, Any]
-Row = dict[str, str]
+Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
 
 
@@ -77,6 +82,83 @@ TASKS = {
 }
 
 
+@dataclass(frozen=True)
+class Public:
+    """A data set of the hub: what is read of it, how a row of it becomes one of ours, and how many train and dev have."""
+
+    name: str
+    row: Callable[[Item], Row]
+    counts: tuple[int, int]
+    config: str | None = None
+    splits: tuple[str, ...] = ("train",)
+    dealt: bool = True
+    """Shuffled before they are dealt out; otherwise the last rows, those of the second split, are dev."""
+
+
+def _labelled(names: Mapping[Any, str], label: str = "label", **fields: str) -> Callable[[Item], Row]:
+    """Rows of texts and a label: our field -> the set's column, and the set's labels in our words."""
+    return lambda item: {**{ours: item[theirs].strip() for ours, theirs in fields.items()}, "label": names[item[label]]}
+
+
+def _choices(question: str) -> Callable[[Item], Row]:
+    """Rows of a question, the texts of its choices, and which of them is right."""
+    return lambda item: {
+        "question": item[question],
+        "choices": list(item["choices"]["text"]),
+        "answer": list(item["choices"]["label"]).index(item["answerKey"]),
+    }
+
+
+OPINION = {0: "negative", 1: "positive"}
+KINDS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location", "NUM": "numeric"}
+PUBLIC = {
+    "trec": Public("SetFit/TREC-QC", _labelled(KINDS, "label_coarse_original", text="text"), (4952, 500)),
+    "subj": Public("SetFit/subj", _labelled({0: "objective", 1: "subjective"}, text="text"), (8500, 500), splits=("train", "test")),
+    "mr": Public(
+        "cornell-movie-review-data/rotten_tomatoes",
+        _labelled(OPINION, text="text"),
+        (9162, 500),
+        splits=("train", "validation", "test"),
+    ),
+    "sst2": Public("SetFit/sst2", _labelled(OPINION, text="text"), (6920, 872), splits=("train", "validation"), dealt=False),
+    "rte": Public(
+        "nyu-mll/glue",
+        _labelled({0: "entailment", 1: "not_entailment"}, premise="sentence1", hypothesis="sentence2"),
+        (2290, 200),
+        config="rte",
+    ),
+    "arc_easy": Public("allenai/ai2_arc", _choices("question"), (1951, 300), config="ARC-Easy"),
+    "openbookqa": Public("allenai/openbookqa", _choices("question_stem"), (4657, 300), config="main"),
+}
+
+
+def public_rows(public: Public, seed: int) -> list[list[Row]]:
+    """The training and the dev rows of a public data set.
+
+    Raises:
+        SystemExit: the hub cannot be reached, or the set is another one than it was.
+    """
+    import datasets
+
+    try:
+        read = [datasets.load_dataset(public.name, public.config, split=split) for split in public.splits]
+    except Exception as error:  # the library raises many kinds: no network, no such name, config or split
+        raise SystemExit(
+            f"{public.name} could not be read from the Hugging Face hub ({reason_of(error)}): run this on a machine that reaches "
+            "huggingface.co, and copy what it made"
+        ) from error
+    try:
+        rows = [public.row(item) for part in read for item in part]
+    except (KeyError, ValueError) as error:
+        raise SystemExit(f"{public.name} has changed on the hub: a row has other columns or labels ({error})") from error
+    train, dev = public.counts
+    if len(rows) < train + dev:
+        raise SystemExit(f"{public.name} has changed on the hub: it has {len(rows)} rows, and {train + dev} are needed")
+    if public.dealt:
+        random.Random(seed).shuffle(rows)
+    return [rows[:train], rows[train : train + dev]]
+
+
 def rows_of(made: Made, items: Iterable[Item], counts: Sequence[int]) -> list[list[Row]]:
     """As many rows as each part is to have, in the items' order; what was asked before is passed over.
 
@@ -99,20 +181,27 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "recipes" / "data")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rows", nargs=3, type=int, default=[3000, 300, 500], metavar=("TRAIN", "DEV", "TEST"))
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *PUBLIC], default=[*TASKS, *PUBLIC])
+    parser.add_argument(
+        "--rows", nargs=3, type=int, default=[3000, 300, 500], metavar=("TRAIN", "DEV", "TEST"), help="of reasoning tasks"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    from reasoning_gym import create_dataset
-
     for name in options.tasks:
-        made = TASKS[name]
-        items = create_dataset(made.dataset, size=20 * sum(options.rows), seed=options.seed, **made.dials)
+        if name in PUBLIC:
+            parts = public_rows(PUBLIC[name], options.seed)
+        else:
+            from reasoning_gym import create_dataset
+
+            made = TASKS[name]
+            items = create_dataset(made.dataset, size=20 * sum(options.rows), seed=options.seed, **made.dials)
+            parts = rows_of(made, items, options.rows)
         (folder := options.data_dir / name).mkdir(parents=True, exist_ok=True)
-        for split, rows in zip(SPLITS, rows_of(made, items, options.rows), strict=True):
+        for split, rows in zip(SPLITS, parts, strict=False):  # public sets have no test rows: recipes take some out of train
             with whole_file(folder / f"{split}.jsonl") as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"{name}: {', '.join(f'{n} {s}' for n, s in zip(options.rows, SPLITS, strict=True))} rows in {folder}", flush=True)
+        told = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, parts, strict=False))
+        print(f"{name}: {told} rows in {folder}", flush=True)
 
 
 if __name__ == "__main__":
