@@ -340,7 +340,7 @@ def by_task(points: Mapping[tuple[str, int], float]) -> str:
 
 
 def table(rows: list[dict[str, Any]], model: str) -> None:
-    """The table of docs/reports/compress.md: points that each order loses without further training, and how many pairs a row has."""
+    """The table of docs/reports/compress.md: points that each order loses without further training, and the pairs a row has."""
     cells = by_cell(rows, model)
     sizes = [(unit, fraction) for unit, fractions in SETTINGS[model]["sizes"].items() for fraction in fractions]
     print("| order | " + " | ".join(f"1/{round(1 / fraction)} of the {unit}" for unit, fraction in sizes) + " | pairs |")
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=sorted(TEMPLATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--table", action="store_true", help="print the table of docs/reports/compress.md for --models, run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of the report for --models, run nothing")
     options = parser.parse_args()
     if options.table:
         for name in options.models:

@@ -64,9 +64,10 @@ OURS = {
 def local(data: Any, name: str, folder: Path, rows: int = 2, **changed: Any) -> Any:
     """A public set whose splits are Parquet files of a folder, read as the hub's are; a row's place stands in its first field."""
     public, first = data.PUBLIC[name], next(iter(RAW[name]))
+    (folder / "data").mkdir(parents=True)
     for split in public.splits:
         lines = [{**RAW[name], first: f"{split} {i} {RAW[name][first]}", **changed} for i in range(rows)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), folder / f"{split}.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "data" / f"{split}-00000-of-00001.parquet")
     return dataclasses.replace(public, name=str(folder), config=None, counts=(len(public.splits) * rows - 1, 1))
 
 
@@ -93,8 +94,6 @@ def test_a_public_set_gets_the_columns_that_its_recipe_reads(data: Any, name: st
 
 @pytest.mark.usefixtures("no_cache")
 def test_rows_are_dealt_out_by_the_seed_and_those_of_sst2_stay_where_they_were(data: Any, tmp_path: Path) -> None:
-    (tmp_path / "mr").mkdir()
-    (tmp_path / "sst2").mkdir()
     mr, sst2 = local(data, "mr", tmp_path / "mr", rows=20), local(data, "sst2", tmp_path / "sst2")
     assert data.public_rows(mr, 0) == data.public_rows(mr, 0) != data.public_rows(mr, 1)
     assert data.public_rows(sst2, 0)[1] == [{"text": "validation 1 a bore .", "label": "negative"}]
