@@ -3,9 +3,9 @@
     python tools/pictures.py                 # all of them
     python tools/pictures.py ranks compare   # some
 
-They are of the quickstart and of forty steps of recipes/milora-support.yaml, which are trained first where runs/ does not have them
-(some minutes on two cores), and of a comparison in benchmarks/results. The recording is what the quickstart printed: every line
-is shown, its progress bars in part, and its waits are left out.
+They are of the quickstart, of forty steps of recipes/milora-support.yaml, of what `gatewise compress` and `gatewise serve` make of
+the quickstart's adapter, and of a comparison in benchmarks/results. What runs/ has already is not made again; all of it takes ten
+minutes on two cores. A recording shows every line that was printed and some states of each progress bar; its waits are left out.
 """
 
 import fcntl
@@ -17,55 +17,63 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "docs" / "pictures"
-QUICKSTART, ROUTED = ROOT / "runs/quickstart", ROOT / "runs/milora-support"
-SESSION = QUICKSTART / "session.txt"
-"""What the quickstart wrote to its terminal."""
-TYPED = "gatewise train recipes/quickstart.yaml"
-COLUMNS, ROWS = 112, 30
-"""Of the terminal."""
+PICTURES, RUNS = ROOT / "docs" / "pictures", ROOT / "runs"
 WIDTH = 720
-"""Of a picture."""
+"""Of a picture, in pixels."""
+QUICKSTART = "gatewise train recipes/quickstart.yaml"
 WIDE, HIGH = 7.8, 18
-"""Of a character in it, in pixels."""
+"""Of a character in a terminal."""
 
 
-def gatewise(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "gatewise.cli.main", *words], cwd=ROOT, check=True)
+def gatewise(*words: str) -> list[str]:
+    return [sys.executable, "-m", "gatewise.cli.main", *words]
 
 
-def quickstart() -> None:
-    """Trains it in a terminal of its own, and keeps what it wrote there."""
-    if SESSION.exists() and (QUICKSTART / "adapter").exists():
-        return
-    here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    command = [sys.executable, "-m", "gatewise.cli.main", *TYPED.split()[1:], "--overwrite"]
-    surroundings = {**os.environ, "TERM": "xterm", "COLORTERM": ""}  # sixteen colours
-    running = subprocess.Popen(command, cwd=ROOT, stdout=there, stderr=there, env=surroundings)
-    os.close(there)
-    written = b""
-    try:
-        while part := os.read(here, 1 << 16):
-            written += part
-    except OSError:  # so Linux says that nobody writes any more
-        pass
-    if running.wait():
-        raise SystemExit(written.decode())
-    SESSION.write_bytes(written)
+def run(*words: str) -> None:
+    subprocess.run(gatewise(*words), cwd=ROOT, check=True)
 
 
-def shrink(picture: Path) -> None:
-    """To the width of a page, and to as many colours as it needs."""
+def printed(typed: str, columns: int = 112) -> str:
+    """What a command of gatewise writes to a terminal of so many columns. It is run once, and its words are kept in runs/."""
+    kept = RUNS / f"{typed.split()[1]}-session.txt"
+    if not kept.exists():
+        here, there = pty.openpty()
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        surroundings = {**os.environ, "TERM": "xterm", "COLORTERM": ""}  # sixteen colours
+        command = subprocess.Popen(
+            gatewise(*typed.replace("\\", "").split()[1:]), cwd=ROOT, stdout=there, stderr=there, env=surroundings
+        )
+        os.close(there)
+        written = b""
+        try:
+            while part := os.read(here, 1 << 16):
+                written += part
+        except OSError:  # so Linux says that nobody writes any more
+            pass
+        if command.wait():
+            raise SystemExit(written.decode())
+        kept.write_bytes(written)
+    return kept.read_bytes().decode()
+
+
+def quickstart() -> str:
+    return printed(QUICKSTART)
+
+
+def heatmap(name: str, *words: str) -> None:
+    """What `gatewise inspect` draws, in the width of a page and as many colours as it needs."""
     from PIL import Image
 
+    picture = PICTURES / f"{name}.png"
+    picture.unlink(missing_ok=True)
+    run("inspect", *words, "--plot", str(picture))
     with Image.open(picture) as image:
         small = image.convert("RGB").resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
     small.quantize(64).save(picture, optimize=True)
@@ -73,18 +81,13 @@ def shrink(picture: Path) -> None:
 
 def ranks() -> None:
     quickstart()
-    (PICTURES / "ranks.png").unlink(missing_ok=True)
-    gatewise("inspect", str(QUICKSTART / "adapter"), "--plot", str(PICTURES / "ranks.png"))
-    shrink(PICTURES / "ranks.png")
+    heatmap("ranks", "runs/quickstart/adapter")
 
 
 def routing() -> None:
-    if not (ROUTED / "adapter").exists():
-        gatewise("train", "recipes/milora-support.yaml", "--set", "training.max_steps=40", "--output", str(ROUTED), "--overwrite")
-    (PICTURES / "routing.png").unlink(missing_ok=True)
-    words = ("--routing", "--data", "sample:support-dev", "--plot", str(PICTURES / "routing.png"))
-    gatewise("inspect", str(ROUTED / "adapter"), *words)
-    shrink(PICTURES / "routing.png")
+    if not (RUNS / "milora-support/adapter").exists():
+        run("train", "recipes/milora-support.yaml", "--set", "training.max_steps=40")
+    heatmap("routing", "runs/milora-support/adapter", "--routing", "--data", "sample:support-dev")
 
 
 def compare() -> None:
@@ -94,7 +97,40 @@ def compare() -> None:
     draw(content, PICTURES / "compare.png")
 
 
-# The recording --------------------------------------------------------------------------------------------------------
+def compress() -> None:
+    quickstart()
+    typed = "gatewise compress runs/quickstart/adapter --data sample:support-dev \\\n    --parameters 1.2M --out runs/small"
+    still("compress", "Half of an adapter's parameters, and how much worse it is", (typed, printed(typed, 80)))
+
+
+def serve() -> None:
+    quickstart()
+    typed = "gatewise serve smollm2-135m-instruct --adapters 'runs/*/adapter'"
+    content = json.dumps(
+        {"model": "quickstart", "temperature": 0, "messages": [{"role": "user", "content": "Where is my parcel?"}]}
+    )
+    asked = f"curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{content}'"
+    server = subprocess.Popen(
+        gatewise("serve", "smollm2-135m-instruct", "--adapters", "runs/*/adapter"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = ""
+    try:
+        assert server.stdout is not None
+        for line in server.stdout:
+            said += line
+            if line.startswith("serving"):
+                break
+        else:
+            raise SystemExit(said)
+        answer = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout
+    finally:
+        server.terminate()
+        server.wait()
+    still("serve", "A server with an adapter, and a question to it", (typed, said), (asked, answer))
+
+
+# Terminals -------------------------------------------------------------------------------------------------------------
 
 Cell = tuple[str, str]  # a character and its classes
 Line = tuple[Cell, ...]
@@ -140,26 +176,30 @@ class Terminal:
                     self.style = "" if code == "0" else f"{self.style} {STYLES[code]}".strip()
 
 
-def frames(text: str) -> list[tuple[float, list[Line]]]:
+def prompt(typed: str) -> list[Line]:
+    """A command as it stands in a terminal."""
+    return [
+        tuple((one, "" if place < 2 and row == 0 else "b") for place, one in enumerate(line))
+        for row, line in enumerate(f"$ {typed}".split("\n"))
+    ]
+
+
+def frames(typed: str, text: str) -> list[tuple[float, list[Line]]]:
     """When each screen appears, in seconds, and its lines."""
-    terminal, at, shown = Terminal(), 1.0, []
-    shown.append((0.0, [tuple((one, "") for one in "$ ")]))
-    typed = [tuple((one, "b" if place > 1 else "") for place, one in enumerate(f"$ {TYPED}"))]
-    shown.append((at, typed))
-    bar = ""
-    for line_feed in terminal.write(text.replace("\r\n", "\n\r")):
-        screen = [*typed, *(tuple(line) for line in terminal.lines)]
-        if screen == shown[-1][1]:
-            continue
+    terminal, at, bar, begin = Terminal(), 1.0, "", prompt(typed)
+    shown = [(0.0, prompt("")), (at, begin)]
+    for line_feed in terminal.write(text.rstrip().replace("\r\n", "\n").replace("\n", "\n\r") + "\n"):
+        screen = [*begin, *map(tuple, terminal.lines)]
         now = "".join(one for one, _ in terminal.lines[terminal.row])
         if not line_feed:
             done = re.search(r"(\d+)/(\d+)", now)
-            step = f"{now[:20]} {int(done[1]) * 6 // int(done[2])}" if done else ""
-            if step == bar or not done:  # six of a bar's screens are shown
+            step = f"{now[:20]} {int(done[1]) * 6 // int(done[2])}" if done else bar
+            if step == bar:  # six of a bar's states are shown
                 continue
             bar = step
-        at += 0.25 if not line_feed else 0.5 if now.startswith(("step", "loading")) else 0.06
-        shown.append((at, screen))
+        if screen != shown[-1][1]:
+            at += 0.25 if not line_feed else 0.5 if now.startswith(("step", "loading")) else 0.06
+            shown.append((at, screen))
     return shown
 
 
@@ -178,10 +218,48 @@ def drawn(line: Line, y: int) -> str:
     return f'{behind}<text y="{y + 13}">{pieces}</text>' if pieces else ""
 
 
-def recording() -> None:
-    """A film in CSS, which GitHub plays too: each line is there from when it was written until it was drawn over."""
-    quickstart()
-    shown = frames(SESSION.read_bytes().decode())
+def window(name: str, title: str, columns: int, rows: int, last: Sequence[Line], body: Sequence[str], styles: str = "") -> None:
+    """A terminal as an SVG file. Its last screen is told in words too."""
+    width, height = round(columns * WIDE) + 32, rows * HIGH + 56
+    told = "\n".join("".join(one for one, _ in line).rstrip() for line in last)
+    buttons = "".join(
+        f'<circle cx="{x}" cy="18" r="5.5" fill="{it}"/>' for x, it in ((20, "#ff6159"), (38, "#ffbd2e"), (56, "#28c941"))
+    )
+    lines = "\n".join(body)
+    (PICTURES / f"{name}.svg").write_text(
+        f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">
+<title>{escape(title)}</title>
+<desc>{escape(told)}</desc>
+<style>
+text{{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace;fill:#dbe3ea}}
+.b{{font-weight:bold}}.d{{fill:#a3b3c1}}.i{{font-style:italic}}.grey{{fill:#5d6d7c}}.red{{fill:#ff7b86}}.green{{fill:#7fd88f}}
+.yellow{{fill:#e6c365}}.blue{{fill:#7db7ff}}.pink{{fill:#e08be0}}.cyan{{fill:#6fd3d8}}.white{{fill:#fff}}
+rect.on-yellow{{fill:#a8560f}}rect.on-grey{{fill:#33404c}}
+{styles}
+</style>
+<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="9" fill="#111a22" stroke="#3a4855"/>
+{buttons}
+<svg x="16" y="40" width="{width - 32}" height="{rows * HIGH + 4}"><g class="lines">
+{lines}
+</g></svg>
+</svg>
+""",
+        encoding="utf-8",
+    )
+
+
+def still(name: str, title: str, *sessions: tuple[str, str], columns: int = 80) -> None:
+    """Commands and what they printed."""
+    lines: list[Line] = []
+    for typed, text in sessions:
+        *_, (_, screen) = frames(typed, text)
+        lines += [line[at : at + columns] for line in screen for at in range(0, max(len(line), 1), columns)]
+    window(name, title, columns, len(lines), lines, [drawn(line, row * HIGH) for row, line in enumerate(lines)])
+
+
+def film(name: str, title: str, typed: str, text: str, columns: int = 112, rows: int = 30) -> None:
+    """A command that prints, in CSS that GitHub plays too: a line is there from when it was written until it was drawn over."""
+    shown = frames(typed, text)
     end = shown[-1][0] + 12  # the last screen stays
     rules: dict[str, str] = {}
 
@@ -196,46 +274,26 @@ def recording() -> None:
         for (at, line), (until, _) in pairwise([*changes, (end, ())]):
             if not (picture := drawn(line, row * HIGH)):
                 continue
-            steps, name = [(0.0, "visibility:hidden")] * (at > 0) + [(at, "visibility:visible")], f"f{round(at * 100)}"
+            steps, named = [(0.0, "visibility:hidden")] * (at > 0) + [(at, "visibility:visible")], f"f{round(at * 100)}"
             if until < end:
-                steps, name = [*steps, (until, "visibility:hidden")], f"{name}t{round(until * 100)}"
+                steps, named = [*steps, (until, "visibility:hidden")], f"{named}t{round(until * 100)}"
             hidden = ";visibility:hidden" if until < end else ""
-            body.append(f'<g style="{rule(name, *steps)}{hidden}">{picture}</g>')
-    tops = [(at, max(0, len(screen) - ROWS) * HIGH) for at, screen in shown]
+            body.append(f'<g style="{rule(named, *steps)}{hidden}">{picture}</g>')
+    tops = [(at, max(0, len(screen) - rows) * HIGH) for at, screen in shown]
     moves = [next(group) for _, group in groupby(tops, key=lambda one: one[1])]
     rule("scroll", *((at, f"transform:translateY(-{top}px)") for at, top in moves))
-    width, height = round(COLUMNS * WIDE) + 32, ROWS * HIGH + 56
-    told = "\n".join("".join(one for one, _ in line).rstrip() for line in shown[-1][1])
-    styles, film = "".join(rules.values()), "\n".join(body)
-    buttons = "".join(
-        f'<circle cx="{x}" cy="18" r="5.5" fill="{it}"/>' for x, it in ((20, "#ff6159"), (38, "#ffbd2e"), (56, "#28c941"))
+    plays = (
+        f"g{{animation:{end:.2f}s step-end infinite}}\n.lines{{transform:translateY(-{moves[-1][1]}px);animation-name:scroll}}\n"
     )
-    (PICTURES / "first-run.svg").write_text(
-        f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">
-<title>The quickstart in a terminal</title>
-<desc>{escape(told)}</desc>
-<style>
-text{{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace;fill:#dbe3ea}}
-g{{animation:{end:.2f}s step-end infinite}}
-.lines{{transform:translateY(-{moves[-1][1]}px);animation-name:scroll}}
-.b{{font-weight:bold}}.d{{fill:#a3b3c1}}.i{{font-style:italic}}.grey{{fill:#5d6d7c}}.red{{fill:#ff7b86}}.green{{fill:#7fd88f}}
-.yellow{{fill:#e6c365}}.blue{{fill:#7db7ff}}.pink{{fill:#e08be0}}.cyan{{fill:#6fd3d8}}.white{{fill:#fff}}
-rect.on-yellow{{fill:#a8560f}}rect.on-grey{{fill:#33404c}}
-@media (prefers-reduced-motion:reduce){{g{{animation:none!important}}}}
-{styles}
-</style>
-<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="9" fill="#111a22" stroke="#3a4855"/>
-{buttons}
-<svg x="16" y="40" width="{width - 32}" height="{ROWS * HIGH + 4}"><g class="lines">
-{film}
-</g></svg>
-</svg>
-""",
-        encoding="utf-8",
-    )
+    stands = "@media (prefers-reduced-motion:reduce){g{animation:none!important}}\n"
+    window(name, title, columns, rows, shown[-1][1], body, plays + stands + "".join(rules.values()))
+
+
+def recording() -> None:
+    film("first-run", "The quickstart in a terminal", QUICKSTART, quickstart())
 
 
 if __name__ == "__main__":
-    MADE = {"ranks": ranks, "routing": routing, "compare": compare, "recording": recording}
+    MADE = {one.__name__: one for one in (recording, ranks, routing, compare, compress, serve)}
     for name in sys.argv[1:] or MADE:
         MADE[name]()
