@@ -99,8 +99,8 @@ def compare() -> None:
 
 def compress() -> None:
     quickstart()
-    typed = "gatewise compress runs/quickstart/adapter --data sample:support-dev \\\n    --tolerance 0.1 --out runs/smaller"
-    still("compress", "The smallest adapter that is nearly as good, and how much worse it is", (typed, printed(typed, 80)))
+    typed = "gatewise compress runs/quickstart/adapter --data sample:support-dev \\\n    --parameters 1.2M --out small"
+    still("compress", "Half of an adapter's parameters, and how much worse it is", (typed, printed(typed, 80)))
 
 
 def serve() -> None:
