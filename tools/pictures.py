@@ -99,7 +99,7 @@ def compare() -> None:
 
 def compress() -> None:
     quickstart()
-    typed = "gatewise compress runs/quickstart/adapter --data sample:support-dev \\\n    --parameters 1.2M --out small"
+    typed = "gatewise compress runs/quickstart/adapter --data sample:support-dev \\\n    --parameters 1.2M --out runs/small"
     still("compress", "Half of an adapter's parameters, and how much worse it is", (typed, printed(typed, 80)))
 
 
