@@ -189,7 +189,8 @@ def frames(typed: str, text: str) -> list[tuple[float, list[Line]]]:
     terminal, at, bar, begin = Terminal(), 1.0, "", prompt(typed)
     shown = [(0.0, prompt("")), (at, begin)]
     for line_feed in terminal.write(text.rstrip().replace("\r\n", "\n").replace("\n", "\n\r") + "\n"):
-        screen = [*begin, *map(tuple, terminal.lines)]
+        written = max((row for row, line in enumerate(terminal.lines, 1) if line), default=0)
+        screen = [*begin, *map(tuple, terminal.lines[:written])]
         now = "".join(one for one, _ in terminal.lines[terminal.row])
         if not line_feed:
             done = re.search(r"(\d+)/(\d+)", now)
