@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = re.compile(r"(docs/(?:index|guides/\S+|methods/\S+)\.md|mdt/docs/[a-z]+\.md)$", re.MULTILINE)
 SETS_UP = "it sets up"
 LEFT = re.compile(r"(?:pip|make|git clone|\. \.venv|source|cd|python3? -m venv)\b")
-SERVER = re.compile(r"gatewise (?:serve|mdt review) ")
+SERVER = re.compile(r"gatewise (?:serve|mdt review) (?!.*--add-user)")
 PROGRAMS = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:gatewise|python|curl|accelerate|torchrun|echo|cat|tensorboard|vllm|cp|mv|mkdir|rm|export|printf)\b"
 )

@@ -120,9 +120,9 @@ class Review:
         self.extracting.end()
         self.session.close()
 
-    def shot(self, name: str, **more: Any) -> None:
+    def shot(self, name: str) -> None:
         if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
-            picture = Image.open(io.BytesIO(self.page.screenshot(**more)))
+            picture = Image.open(io.BytesIO(self.page.screenshot()))
             picture.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
 
     # ---- what is on the page ----
@@ -305,9 +305,6 @@ def test_what_a_tree_leaves_out_is_listed_in_place_of_the_green_line(review: Cal
     page.keyboard.press("Enter")  # without a word nothing is ticked
     for done in range(left):
         sync_api.expect(page.locator("#items-list .ticked")).to_have_count(done)
-        if done == 2:
-            page.locator("#items").evaluate("one => { one.scrollTop = 0; one.scrollIntoView({block: 'center'}); }")
-            here.shot("review_items")
         page.keyboard.type(("said in other words", "stands elsewhere in the tree")[done % 2])
         page.keyboard.press("Enter")
     sync_api.expect(page.locator("#approve")).to_be_focused()
@@ -411,7 +408,6 @@ def test_a_change_that_comes_too_late_stands_above_the_present_tree(review: Call
     assert page.input_value("#object-0") != "words of mine"
     assert page.input_value("#comment") == "see page 3"  # for the next change
     assert here.session.passage(1).version == 1
-    here.shot("review_conflict")
     # A second one, of another passage, takes nothing away from the first.
     page.click("#open-3")
     sync_api.expect(page.locator("#title")).to_have_text("Passage 3")
@@ -644,7 +640,6 @@ def test_on_a_small_screen(reviewed: Review) -> None:
     reviewed.node(2).click()
     page.locator("#object-0").scroll_into_view_if_needed()
     assert page.is_visible("#object-0")
-    reviewed.shot("review_small", full_page=True)
 
 
 def test_what_was_carried_over_from_an_older_version(review: Callable[..., Review], tmp_path: Path) -> None:
@@ -663,7 +658,6 @@ def test_what_was_carried_over_from_an_older_version(review: Callable[..., Revie
     assert page.inner_text("#carried-difference del") == "at or above 140/90 mmHg"
     assert page.inner_text("#carried-difference ins") == "at or above 130/80 mmHg"
     assert page.evaluate("document.getElementById('carried').open")
-    here.shot("review_carried", full_page=True)
     page.click("#open-2")
     here.wait_state("approved")
     sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
@@ -691,7 +685,6 @@ def test_what_two_reviewers_say_differently_stands_by_danger(review: Callable[..
             "Ben: colchicine | dosage and administration | 5 mg twice daily",
         ],
     ]
-    here.shot("review_differences")
     here.page.click("#beside-leave")
     sync_api.expect(listed).to_have_count(0)
 
@@ -835,7 +828,6 @@ def test_the_least_sure_come_first_and_a_changed_node_is_nobodys_guess(review: C
     page.click("#sure button >> nth=1")
     sync_api.expect(page.locator("#node-sure")).to_contain_text("Confidence 41%: doubtful, more likely wrong than right")
     assert page.evaluate("document.querySelector('#node-sure meter').value") == 41
-    here.shot("review_confidence")
     page.fill("#object-0", "colchicine")
     page.keyboard.press("Enter")
     here.wait_state("corrected")

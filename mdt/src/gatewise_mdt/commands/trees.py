@@ -33,7 +33,10 @@ StrictOption = Annotated[
 ]
 DraftsOption = Annotated[
     bool,
-    typer.Option("--drafts", help="Take trees that are not approved for systems that run them, too, and mark all as DRAFT."),
+    typer.Option(
+        "--drafts",
+        help="Take trees that are not approved for systems that run them, and links that are only proposed; mark all as DRAFT.",
+    ),
 ]
 Format = Literal["text", "json", "mermaid", "svg", "html", "vignettes", "vignettes-json", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
