@@ -1,6 +1,8 @@
 """examples/extend: a score, a rule, a schedule, a method and a task that a reader of docs/guides/extend.md begins with."""
 
+import ast
 import json
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ import gatewise
 from gatewise.cli.main import app
 from gatewise.parts import METHODS, TASKS
 
-EXTEND = Path(__file__).parents[1] / "examples" / "extend"
+ROOT = Path(__file__).parents[1]
+EXTEND = ROOT / "examples" / "extend"
 
 
 @pytest.fixture
@@ -58,8 +61,8 @@ def test_the_score_the_rule_and_the_schedule_move_ranks(installed: Any, tmp_path
     first, second = allocation.history
     lost = [sum(costs[path] * len(own) for path, own in one.pruned.items()) for one in (first, second)]
     assert lost[0] > 1.5 * lost[1] > 0
-    means = {path: sum(own) / len(own) / costs[path] for path, own in first.scores.items() if path not in first.pruned}
-    best = max(means, key=lambda path: means[path])
+    worth = {path: sum(own) / costs[path] for path, own in first.scores.items() if path not in first.pruned}
+    best = max(worth, key=lambda path: worth[path])
     assert first.ranks[best] == allocation._capacity[best]
     assert all(sum(costs[path] * rank for path, rank in one.ranks.items()) <= allocation.budget for one in allocation.history)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -80,3 +83,19 @@ def test_the_method_and_the_task_are_trained_from_their_recipe(tmp_path: Path) -
     assert {(name.split(".")[-3], *value.shape[:1]) for name, value in held.items() if "lora_A" in name} == {("v_proj", 4)}
     refused = CliRunner().invoke(app, ["eval", str(output / "adapter"), "--data", "sample:support-dev"])
     assert "writes plurals: load it in Python" in " ".join(refused.stderr.split())
+
+
+def test_the_guide_shows_what_the_example_has() -> None:
+    def parts(code: str) -> dict[str, str]:
+        """Its functions and classes, without their docstrings."""
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+    guide = (ROOT / "docs" / "guides" / "extend.md").read_text(encoding="utf-8")
+    shown = parts("\n".join(re.findall(r"```python\n(.*?)```", guide, re.DOTALL)))
+    there = parts((EXTEND / "my_parts.py").read_text(encoding="utf-8"))
+    assert len(shown) >= 5
+    assert shown == {name: there.get(name) for name in shown}

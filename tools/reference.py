@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import dedent, indent
@@ -26,7 +27,6 @@ import typer.main
 from safetensors.torch import save_file
 
 import gatewise
-from gatewise import parts
 from gatewise.adapters.files import read_lora
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.cli.main import app
@@ -216,12 +216,50 @@ def type_in_words(one: Mapping[str, Any]) -> str:
 # Python ---------------------------------------------------------------------------------------------------------------
 
 
+BY_IMPORT = {
+    "gatewise.compress": ("compress", "Goal", "Recovery", "Compressed"),
+    "gatewise.inspection": ("read_budget", "BudgetMap", "plot", "read_prompts", "plot_prompts", "route_data", "plot_routing"),
+    "gatewise.parts": ("Method", "Task", "Run", "Report", "Measured"),
+}
+"""Public modules that ``import gatewise`` does not name, with what is public of them."""
+STABLE = {
+    "gatewise.adapters": ("read_note", "NOTE_FILE", "fingerprint", "load_adapter", "load_as_trained"),
+    "gatewise.allocation.slots": ("lora_layers", "factors", "by_slot", "live_mask", "live_slots"),
+    "gatewise.checks": ("is_whole", "is_number", "HALF_A_PAIR", "has_half_a_pair", "printable", "writable"),
+    "gatewise.errors": ("GatewiseError", "reason_of"),
+    "gatewise.files": (
+        *("whole_file", "whole_folder", "check_new_file", "check_new_folder", "content_of", "is_special", "finite"),
+        *("write_json_lines", "sync_to_disk"),
+    ),
+    "gatewise.flags": ("BaseOption", "DeviceOption", "JsonOption"),
+    "gatewise.losses": ("base_of", "mean_loss"),
+    "gatewise.models": ("ModelAround", "load_model", "attention_implementation", "most_tokens"),
+    "gatewise.parts": (
+        *("Method", "Task", "Run", "Report", "Measured", "Features", "Counting", "Section", "DataSection"),
+        *("Count", "Positive", "NotNegative", "Fraction", "Share"),
+    ),
+    "gatewise.progress": ("ConsoleProgress", "quiet"),
+    "gatewise.tasks": (
+        "Records",
+        "Template",
+        "PadCollator",
+        "prompt_ids",
+        "generate_ids",
+        "end_ids",
+        "measuring",
+        "most_positions",
+    ),
+}
+"""What other packages may use beside that: `mdt/tests/test_rooms.py` holds gatewise-mdt to it."""
+
+
 def python_page() -> str:
     """The public names of gatewise, with their arguments and what they do, from their docstrings."""
     about = (
-        "# Python API\n\nThe public names with their docstrings. How they go together: [python.md](../python.md).\n\n## gatewise\n"
+        "# Python API\n\nThe public names with their docstrings, as `gatewise.NAME` after `import gatewise`. How they go "
+        "together: [in your own\nscript](../guides/trainer.md), [extend it](../guides/extend.md). What reads adapters and data "
+        "from disk, inspects or compresses\nneeds `pip install '.[cli]'`; the rest needs `pip install .` alone.\n\n## gatewise\n"
     )
-    verbs = ("Method", "Task", "Run", "Report", "Measured")
     shown = {id(getattr(gatewise, name)) for name in gatewise.__all__}
     made, modules = [MADE, about], [name for name in gatewise.__all__ if inspect.ismodule(getattr(gatewise, name))]
     made.extend(entry(f"gatewise.{name}", getattr(gatewise, name)) for name in gatewise.__all__ if name not in modules)
@@ -230,9 +268,31 @@ def python_page() -> str:
         made.append(f"\n## gatewise.{name}\n\n{said_by(module)}\n")
         inner = {one: getattr(module, one) for one in public(module)}
         made.extend(entry(f"gatewise.{name}.{one}", value) for one, value in inner.items() if id(value) not in shown)
-    made.append(f"\n## gatewise.parts\n\n{said_by(parts)}\n")
-    made.extend(entry(f"gatewise.parts.{name}", getattr(parts, name)) for name in verbs)
+    for path, names in BY_IMPORT.items():
+        module = import_module(path)
+        made.append(f"\n## {path}\n\n{said_by(module)}\n")
+        made.extend(entry(f"{path}.{name}", getattr(module, name)) for name in names)
+    made.append(
+        "\n## For packages built on gatewise\n\nWhat such a package may use beside the names above, by import. All other modules "
+        "may change at any time.\n\n"
+    )
+    rows = [
+        [f"`{path}`", f"`{name}`", about_name(getattr(import_module(path), name))]
+        for path, names in STABLE.items()
+        for name in names
+    ]
+    made.append(table(["module", "name", "what it is"], rows))
     return "".join(made)
+
+
+def about_name(value: Any) -> str:
+    """The first sentence of a docstring, or the value of a constant."""
+    if isinstance(value, str):
+        return f"`{value}`"
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return ""
+    first = " ".join(own_docstring(value).split("\n\n")[0].split())
+    return prose(re.split(r"(?<=\.) (?=[A-Z`])", first)[0])
 
 
 def trees_page() -> str:

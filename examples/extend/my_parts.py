@@ -1,10 +1,8 @@
 """One of each kind that gatewise can be extended by: a score, a rule, a schedule, a method and a task. See docs/guides/extend.md.
 
-    gatewise train examples/extend/ranks.yaml
-    gatewise train examples/extend/plurals.yaml
-
-The score, the rule and the schedule need no more than this file on PYTHONPATH; the method and the task are entry points of
-pyproject.toml beside it.
+pip install --editable examples/extend
+gatewise train recipes/quickstart.yaml --set allocation.score=my_parts:size --set allocation.rule=my_parts:to_the_best
+gatewise train examples/extend/plurals.yaml
 """
 
 import csv
@@ -33,11 +31,11 @@ def to_the_best(scores, limits):
     costs = limits.costs or dict.fromkeys(scores, 1)
     ranks = {path: len(own) - len(pruned.get(path, ())) for path, own in scores.items()}
     free = limits.budget - gatewise.budget.cost_of(ranks, limits.costs)
-    means = {path: sum(own) / len(own) / costs[path] for path, own in scores.items() if own and path not in pruned}
     grown = {}
-    for path in sorted(means, key=means.get, reverse=True):
-        grown[path] = min(free // costs[path], limits.capacity[path] - ranks[path])
-        free -= grown[path] * costs[path]
+    for path in sorted(scores, key=lambda path: sum(scores[path]) / costs[path], reverse=True):
+        if path not in pruned:
+            grown[path] = min(free // costs[path], limits.capacity[path] - ranks[path])
+            free -= grown[path] * costs[path]
     return gatewise.budget.Plan(pruned, {path: count for path, count in grown.items() if count})
 
 

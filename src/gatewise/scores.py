@@ -1,4 +1,8 @@
-"""The scores of ranks as functions: ``gatewise.scores.taylor(model, batch)``. Each has its file in ``allocation/scores``."""
+"""The scores of ranks as functions: ``gatewise.scores.taylor(model, batch)``. Each has its file in ``allocation/scores``.
+
+Each takes a PEFT model with LoRA and a batch with labels, or several, and gives module -> one number for each live rank; higher is
+worth more.
+"""
 
 from gatewise.allocation.scores.ablation import ablation
 from gatewise.allocation.scores.path_integral import path_integral

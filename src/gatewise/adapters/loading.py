@@ -201,6 +201,10 @@ def load_adapter(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """An adapter on its base model: (model in evaluation mode, tokenizer, name of the base).
 
+        model, tokenizer, _ = gatewise.models.load_adapter("runs/quickstart/adapter")
+        asked = tokenizer("Message: Where is my parcel?\nDepartment:", return_tensors="pt")
+        print(tokenizer.decode(model.generate(**asked, max_new_tokens=1)[0]))
+
     `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
     A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
     but the adapter's. `dtype`, `device` and `quantization` are those of `load_model`. `around` puts another model around the base,

@@ -53,6 +53,12 @@ class RankAllocation(TrainerCallback, ExportableState):
     Trainer takes one ``RankAllocation``. What the Trainer reports to (``report_to``) is told of each round: losses, scores and
     every module's rank.
 
+    ALoRA as in its paper is ``score="ablation", budget="ranks"``; PI-LoRA is ``score="path_integral", module_pruning=True,
+    budget="ranks"``. LoRA on linear layers, embeddings and stacked experts (``target_parameters``) takes part, in decoders,
+    encoders and, with ``Seq2SeqTrainer``, encoder-decoders; the ranks of an expert are listed as
+    ``model.layers.0.mlp.experts.down_proj[2]``. In several processes nothing changes: under FSDP2, ZeRO-2 and ZeRO-3 the factors
+    are whole in every process, and what DeepSpeed keeps of them is changed with them.
+
     Args:
         score: "path_moments" (gatewise's own, see docs/reports/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor"
             (the same to first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), "random"; or your own, as a

@@ -236,10 +236,13 @@ class BilevelMixin(_AnyTrainer):
 
 
 class BilevelTrainer(BilevelMixin, Trainer):
-    """``transformers.Trainer`` with an upper level: see ``BilevelMixin`` for what happens when, and for the ``upper_`` arguments.
+    """``transformers.Trainer`` in two levels: weights learn on one data set, and chosen parameters, such as gates, on a second one.
 
-    BilevelTrainer(model=model, args=args, train_dataset=weights_half, upper_dataset=gates_half,
-                   upper_parameters=r"gate_logits$", upper_learning_rate=3e-4)
+        BilevelTrainer(model=model, args=args, train_dataset=weights_half, upper_dataset=gates_half,
+                       upper_parameters=r"gate_logits$", upper_learning_rate=3e-4, upper_every=1)
+
+    ``upper_parameters`` is a regular expression that is found in the names of the parameters of the upper level. One step of
+    theirs, at ``upper_learning_rate``, follows ``upper_every`` steps of the rest. ``BilevelMixin`` does so to another Trainer.
     """
 
 

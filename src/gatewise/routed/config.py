@@ -39,6 +39,10 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     are all its adapted linear modules in order, so "all-linear" gives seven in Llama, six in BERT, four in GPT-2. Modules outside
     the layers (LM head, BERT's pooler) have no router: "all-linear" leaves them out, and naming one is refused.
 
+    In training a prompt ends before the first label that is not -100, and the load-balancing loss joins the model's loss; in
+    ``generate`` it is what was given. ``model.routing()`` has the gates of the last call by row, layer and module. Merging is
+    refused, because the modules depend on the prompt.
+
     Args:
         r: rank of every expert (the paper's 32).
         lora_alpha: LoRA's alpha; None takes ``r``, so that alpha / r is 1.
