@@ -420,7 +420,7 @@ def fits_page() -> str:
         [
             MADE,
             "# What fits with what\n\nMade by asking gatewise for each pair. Yes: nothing refuses it. No: for the reason of this "
-            "number below\nthe table. What was tried with quantised bases, optimisers and trainers: [fitting.md](../fitting.md).\n",
+            "number below\nthe table. What was tried with quantised bases, optimisers and trainers: [limits](limits.md).\n",
             "\n## Methods and tasks\n\n",
             grid(methods, {one: one for one in tasks}, recipe_of),
             "\nPrompt tuning refuses classification by a decoder, when the model is loaded.\n",

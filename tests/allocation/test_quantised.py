@@ -1,6 +1,6 @@
 """RankAllocation on quantised bases: every score, rounds, compacting, saving, loading, merging; the base stays as it is.
 
-GPTQ and AWQ need a package of their own; docs/fitting.md says what was tried with it.
+GPTQ and AWQ need a package of their own; docs/reference/limits.md says what was tried with it.
 """
 
 import bitsandbytes as bnb

@@ -67,7 +67,7 @@ class PeftSection(Section):
     use_rslora: bool = False
     """Multiply by alpha / sqrt(r) instead of alpha / r."""
     init_lora_weights: Start = True
-    """How LoRA starts: ``true`` (B at zero, A as in PEFT), ``gaussian``, or one of PEFT's starts, see docs/fitting.md."""
+    """How LoRA starts: ``true`` (B at zero, A as in PEFT), ``gaussian``, or one of PEFT's starts, see docs/reference/limits.md."""
     pattern: Pattern = None
     """A file that ``gatewise inspect --suggest`` wrote, for lora and dora: modules, ranks and alphas in place of ``r``,
     ``lora_alpha`` and ``target_modules``."""
