@@ -53,9 +53,9 @@ def extract(
 
     \b
     Examples:
-      gatewise mdt extract guideline.pdf --adapter runs/mdt-pi-lora/adapter --format html --out trees.html
+      gatewise mdt extract guideline.pdf --adapter runs/mdt-pointing/adapter --format html --out trees.html
       gatewise mdt extract guidelines/ --server http://127.0.0.1:8000 --adapter-name mdt-pi-lora --format json --out trees.json
-      echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
+      echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pointing/adapter
     """
     from gatewise.adapters import fingerprint
     from gatewise.files import is_special

@@ -71,7 +71,7 @@ def review(
 
     \b
     Examples:
-      gatewise mdt review guideline.pdf --adapter runs/mdt-pi-lora/adapter
+      gatewise mdt review guideline.pdf --adapter runs/mdt-pointing/adapter
       gatewise mdt review trees.json
       gatewise mdt review --users users.json --add-user Ada
       gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
