@@ -191,7 +191,10 @@ def main() -> None:
         if name in PUBLIC:
             parts = public_rows(PUBLIC[name], options.seed)
         else:
-            from reasoning_gym import create_dataset
+            try:
+                from reasoning_gym import create_dataset
+            except ModuleNotFoundError as error:
+                raise SystemExit(f"{name} is made with the package reasoning-gym: pip install '.[benchmarks]'") from error
 
             made = TASKS[name]
             items = create_dataset(made.dataset, size=20 * sum(options.rows), seed=options.seed, **made.dials)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+
+from gatewise.tasks import load_records
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,3 +111,20 @@ def test_a_set_that_cannot_be_read_or_has_changed_is_told_in_a_sentence(data: An
         data.public_rows(dataclasses.replace(public, row=lambda item: item["sentence"]), 0)
     with pytest.raises(SystemExit, match=r"nowhere could not be read from the Hugging Face hub \(.*\): run this on a machine"):
         data.public_rows(dataclasses.replace(public, name=str(tmp_path / "nowhere")), 0)
+
+
+def test_without_reasoning_gym_it_says_what_to_install(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setattr(sys, "argv", ["data.py", "--tasks", "matrix", "--data-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"pip install '.\[benchmarks\]'"):
+        data.main()
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_rows_are_written_where_recipes_look(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.PUBLIC, "sst2", local(data, "sst2", tmp_path / "hub"))
+    monkeypatch.setattr(sys, "argv", ["data.py", "--tasks", "sst2", "--data-dir", str(tmp_path)])
+    data.main()
+    made = load_records(tmp_path / "sst2/train.jsonl")
+    assert (made.kind, made.labels, len(made)) == ("label", ["negative"], 3)
+    assert len(load_records(tmp_path / "sst2/dev.jsonl")) == 1
