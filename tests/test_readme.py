@@ -202,6 +202,15 @@ END
     ]
 
 
+def test_a_quick_training_leaves_rounds_out_of_the_recipe(guides: Any) -> None:
+    assert guides.quick("gatewise train recipes/quickstart.yaml --output runs/mine", ROOT) == (
+        "gatewise train recipes/quickstart.yaml --set training.max_steps=3 --set allocation.first_round=null "
+        "--set allocation.recover=null --output runs/mine"
+    )
+    assert guides.quick("gatewise train recipes/lora-support.yaml", ROOT).endswith(".yaml --set training.max_steps=3")
+    assert guides.quick("gatewise inspect runs/mine/adapter", ROOT) == "gatewise inspect runs/mine/adapter"
+
+
 def test_something_was_found() -> None:
     assert sum(len(command_lines(page)) for page in PAGES) > 20
     assert sum(len(blocks(page, "python")) for page in PAGES) > 10

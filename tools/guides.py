@@ -84,9 +84,14 @@ def steps(page: str) -> Iterator[Step]:
                 yield Step(command, why=why or (SETS_UP if LEFT.match(command) else None))
 
 
-def quick(command: str) -> str:
-    """The command with three steps of training."""
-    return re.sub(r"^(gatewise train \S+)", r"\1 --set training.max_steps=3", command)
+def quick(command: str, folder: Path) -> str:
+    """The command with three steps of training, before which the rounds of its recipe find their place by themselves."""
+    if not (match := re.match(r"gatewise train (\S+)", command)):
+        return command
+    recipe = folder / match[1]
+    keys = re.findall(r"^  (first_round|recover):", recipe.read_text(encoding="utf-8") if recipe.is_file() else "", re.MULTILINE)
+    left = "".join(f" --set allocation.{key}=null" for key in keys)
+    return f"{match[0]} --set training.max_steps=3{left}{command[match.end() :]}"
 
 
 def clone(folder: Path) -> None:
@@ -127,7 +132,7 @@ def tried(page: Path, is_quick: bool) -> tuple[int, int, list[str]]:
                     (folder / step.name).parent.mkdir(parents=True, exist_ok=True)
                     (folder / step.name).write_text(step.text, encoding="utf-8")
                     continue
-                command = quick(step.text) if is_quick else step.text
+                command = quick(step.text, folder) if is_quick else step.text
                 print(f"  $ {command}", flush=True)
                 start = time.perf_counter()
                 if SERVER.match(command):

@@ -124,6 +124,13 @@ def test_a_loss_is_better_when_less() -> None:
     assert "Worse: dora +0.5" in content["sentence"]
 
 
+def test_a_plan_compares_nothing_yet() -> None:
+    content = report([], [arm("lora"), arm("alora")], missing=20)
+    assert content["sentence"] == "Nothing to compare yet: 20 runs are to come."
+    content = report(finals("lora", 0.7), [arm("lora"), arm("alora")], missing=5)
+    assert content["sentence"].startswith("5 runs are missing. Not compared, as there is no pair of runs: alora.")
+
+
 def test_what_the_rate_is_worth() -> None:
     scores = {1e-3: 0.9, 1.8e-3: 0.8, 3.24e-3: 0.6, 5.83e-3: 0.1}
     runs = [*tuned("lora", scores), *tuned("alora", {1e-3: 0.9}), run("alora", 1.8e-3, 1000, {}, diverged=True, metrics={})]

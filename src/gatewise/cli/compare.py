@@ -104,4 +104,6 @@ def compare(
         typer.echo(line)
     typer.echo(f"written: {out}/compare.json{', compare.png' if (out / 'compare.png').exists() else ''}")
     if content["missing"]:
-        typer.echo("give the same command to go on")
+        typer.echo(
+            "the plan alone: leave out --budget-minutes 0 to train" if budget_minutes == 0 else "give the same command to go on"
+        )
