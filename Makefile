@@ -9,7 +9,7 @@ DOCS := .venv-docs
 CPU_TORCH := 2.13.0+cpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest test-newest serve-env test-serve docs dist lint format clean python-is-new-enough
+.PHONY: quickstart test test-lowest test-newest serve-env test-serve docs notebooks dist lint format clean python-is-new-enough
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
@@ -42,6 +42,10 @@ test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	@echo "the site is in build/site: python3 -m http.server --directory build/site"
+
+# The notebooks from the top, each in an empty folder. A cell that fails ends it. With WRITE=1 their files keep what they showed.
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python tools/notebooks.py $(if $(WRITE),--write)
 
 # Both distributions in dist/, as they would be uploaded.
 dist: | $(DOCS)/bin/python
@@ -80,6 +84,10 @@ $(VENV)/.installed-dev: pyproject.toml mdt/pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' --editable './mdt[dev]'
 	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-notebooks: pyproject.toml mdt/pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[notebooks]' --editable ./mdt
+	@touch $@
 
 $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_requirements.py | $(LOWEST)/bin/python
 	$(LOWEST)/bin/python tools/lowest_requirements.py > $(LOWEST)/lowest.txt

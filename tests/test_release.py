@@ -45,7 +45,7 @@ def test_the_workflow_runs_targets_that_exist_on_every_python_that_is_named() ->
     jobs = read(".github/workflows/ci.yml")["jobs"]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     run = {step["run"].split()[1] for job in jobs.values() for step in job["steps"] if step.get("run", "").startswith("make ")}
-    assert {"lint", "test", "docs", "dist"} == run <= targets
+    assert {"lint", "test", "docs", "notebooks", "dist"} == run <= targets
     for folder in (".", "mdt"):
         named = [one for one in project(folder)["project"]["classifiers"] if re.search(r":: 3\.\d", one)]
         assert [one.rpartition(" ")[2] for one in named] == jobs["tests"]["strategy"]["matrix"]["python"]

@@ -1,6 +1,7 @@
 """Shows the progress of long work as lines and bars on a console, and keeps Transformers quiet meanwhile."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ class ConsoleProgress(TrainerCallback):
     """Shows what a long command does now, and as a Trainer's callback its steps and losses.
 
     Args:
-        console: bars appear only if it is a terminal, so that logs stay readable.
+        console: bars appear only if it is a terminal, so that logs stay readable. A notebook says that its commands have one, and
+            keeps every state of a bar.
     """
 
     def __init__(self, console: "Console") -> None:
@@ -33,7 +35,8 @@ class ConsoleProgress(TrainerCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        is_terminal = self.console.is_terminal and "JPY_PARENT_PID" not in os.environ
+        with Progress(*columns, console=self.console, transient=True, disable=not is_terminal) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
