@@ -18,7 +18,7 @@ from gatewise.progress import ConsoleProgress
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST = 60_000  # characters of a picture
-SCREEN = 60  # lines of an output
+SCREEN = 75  # lines of an output
 MACHINE = re.compile(r"/(home|root|tmp|var|usr|opt|work|private|Users)/|[A-Z]:\\")
 OURS = ("gatewise", "gatewise_mdt")
 
