@@ -10,6 +10,7 @@ from tiny_run import write_recipe
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
 from gatewise.runs.dry_run import dry_run
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
@@ -51,3 +52,19 @@ def test_what_is_trained_is_green(family: str, tmp_path: Path) -> None:
     dry_run(recipe, tmp_path / "out", Console(file=shown, force_terminal=True, color_system="standard", width=200), SILENT)
     end = "</s>" if family == "llama" else ""
     assert sum(shown.getvalue().count(f"\x1b[1;32m {label}{end}\x1b[0m") for label in ("good", "bad")) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["launch.processes=3"], "training.batch_size is 4, which 3 processes cannot share: give a multiple of 3"),
+        (["launch.strategy=fsdp2", "training.lora_plus_ratio=2"], "training.lora_plus_ratio does not go with FSDP"),
+        (["launch.strategy=zero2", "training.lora_plus_ratio=2"], "training.lora_plus_ratio does not go with DeepSpeed"),
+    ],
+)
+def test_what_several_processes_would_refuse_is_refused_before_the_model_is_loaded(
+    settings: list[str], said: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, model="not-there"), ["training.batch_size=4", *settings])
+    with pytest.raises(GatewiseError, match=said):
+        dry_run(recipe, tmp_path / "out", SILENT, SILENT)

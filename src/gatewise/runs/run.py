@@ -149,7 +149,7 @@ def train(
     device = pick_device(recipe.device)
     dtype = torch.float32 if task.in_float32 else pick_dtype(recipe.dtype, device, slow.append)
     join(device)
-    _check_sharing(recipe, method)
+    check_sharing(recipe, method, shared_by())
     is_main, count = processes.is_main(), processes.count()
     checkpoint = processes.by_main(_checkpoint_to_resume, output, recipe, method, resume, overwrite)
     progress = ConsoleProgress((console or Console(stderr=True)) if is_main else Console(quiet=True))
@@ -221,9 +221,18 @@ def check_services(recipe: Recipe) -> None:
         check_upload(recipe.push_to_hub)
 
 
-def _check_sharing(recipe: Recipe, method: Method) -> None:
-    """Refuses what cannot be trained where processes share out the base model or what the optimiser keeps."""
-    by, training = shared_by(), recipe.training
+def check_sharing(recipe: Recipe, method: Method, by: str | None) -> None:
+    """Refuses what cannot be trained where processes share out the base model or what the optimiser keeps.
+
+    Args:
+        recipe: of the run.
+        method: its method.
+        by: what shares it out, if anything does: "DeepSpeed" or "FSDP".
+
+    Raises:
+        GatewiseError: the recipe asks for such a thing.
+    """
+    training = recipe.training
     torch_alone = by == "DeepSpeed" and training.optim not in get_args(TorchOptimizer)
     wants = {
         f"quantization {recipe.quantization}": recipe.quantization is not None,

@@ -31,6 +31,7 @@ from gatewise.internals.zero import is_asked_for, zero_of
 from gatewise.losses import base_of, mean_loss, scored, soft_prompt
 from gatewise.parts import Run
 from gatewise.processes import count, is_sharded, own_share
+from gatewise.runs.recipe import TrainingSection
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
 _BATCHES_A_CHUNK = 32
@@ -338,6 +339,20 @@ def row_length(row: Mapping[str, Any]) -> int:
     return len(row["input_ids"])
 
 
+def share_of(training: TrainingSection, processes: int) -> int:
+    """How many rows of a batch each process reads.
+
+    Raises:
+        GatewiseError: they cannot all read the same number.
+    """
+    if training.batch_size % processes:
+        raise GatewiseError(
+            f"training.batch_size is {training.batch_size}, which {processes} processes "
+            f"cannot share: give a multiple of {processes}"
+        )
+    return training.batch_size // processes
+
+
 def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArguments:
     """The arguments of a Trainer that trains a run's model for some steps; without ``evaluates`` it measures nothing meanwhile.
 
@@ -345,16 +360,12 @@ def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArgume
         GatewiseError: settings that do not work here, or a batch that the processes cannot share.
     """
     training, on_cpu, processes, deepspeed = run.recipe.training, run.device.type == "cpu", count(), is_asked_for()
-    if training.batch_size % processes:
-        raise GatewiseError(
-            f"training.batch_size is {training.batch_size}, which {processes} processes cannot share: give a multiple of that"
-        )
     eval_every, load_best = (training.eval_every, training.load_best) if evaluates else (None, False)
     try:
         arguments = TrainingArguments(
             output_dir=str(run.output / "checkpoints"),
             max_steps=steps,
-            per_device_train_batch_size=training.batch_size // processes,
+            per_device_train_batch_size=share_of(training, processes),
             per_device_eval_batch_size=training.eval_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
             optim=training.optim,
