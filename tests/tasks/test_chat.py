@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gatewise
@@ -250,3 +250,9 @@ def test_other_rows_of_trainers(chat_tokenizer: PreTrainedTokenizerFast) -> None
         gatewise.hold_out([{"question": "x"}] * 2, chat_tokenizer)
     with pytest.raises(GatewiseError, match="1 of 1 rows cannot be held out"):
         gatewise.hold_out([{"text": "x"}], chat_tokenizer, n=1)
+    with pytest.raises(GatewiseError, match="row 0 is a str: expected a mapping"):
+        gatewise.hold_out(["x"] * 2, chat_tokenizer)
+    with pytest.raises(GatewiseError, match="row 0 has one label, a classifier's"):
+        gatewise.hold_out([{"input_ids": [5, 6], "labels": 1}] * 2, chat_tokenizer)
+    with pytest.raises(GatewiseError, match=r"several splits \(train, test\): give one, such as data\['train'\]"):
+        gatewise.hold_out(DatasetDict(train=Dataset.from_list([]), test=Dataset.from_list([])), chat_tokenizer)

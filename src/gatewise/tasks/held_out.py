@@ -36,17 +36,24 @@ def hold_out(
     Raises:
         GatewiseError: fewer than two rows, or rows of none of these kinds.
     """
+    if isinstance(rows, Mapping):
+        raise GatewiseError(f"data of several splits ({', '.join(rows)}): give one, such as data[{next(iter(rows), 'train')!r}]")
     if n < 1 or len(rows) < 2:
         raise GatewiseError(f"{n} of {len(rows)} rows cannot be held out: expected at least 1 of at least 2")
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: min(n, max(1, len(rows) // 4))].tolist()
-    features = [_features(dict(rows[at]), f"row {at}", tokenizer, max_length, assistant) for at in sorted(drawn)]
+    features = [_features(rows[at], f"row {at}", tokenizer, max_length, assistant) for at in sorted(drawn)]
     kept = [at for at in range(len(rows)) if at not in set(drawn)]
     return selected(rows, kept), PadCollator(tokenizer)(features)
 
 
 def _features(
-    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant: Answers
+    given: object, where: str, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant: Answers
 ) -> dict[str, list[int]]:
+    if not isinstance(given, Mapping):
+        raise GatewiseError(f"{where} is a {type(given).__name__}: expected a mapping, such as {{'text': ...}}")
+    row = dict(given)
+    if isinstance(row.get("labels"), int | float):
+        raise GatewiseError(f"{where} has one label, a classifier's: take rows out yourself, and make the batch with your collator")
     if "input_ids" in row:
         ids = list(row["input_ids"])
         own = [list(row[name]) for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]  # TRL's
