@@ -37,6 +37,7 @@ def test_an_engine_that_would_ignore_an_option_refuses_it() -> None:
         (("--engine", "vllm", "--max-waiting", "256"), "--max-waiting does not go with --engine vllm"),
         (("--engine", "vllm", "--device", "cpu"), "--device does not go with --engine vllm"),
         (("--engine", "transformers", "--python", "python"), "--python does not go with --engine transformers"),
+        (("--adapters", "runs/a/adapter", "runs/b/adapter"), "runs/b/adapter belongs to no option: quote a pattern"),
     ):
         result = serve(*words)
         assert (result.exit_code, said in result.stderr) == (2, True), result.output

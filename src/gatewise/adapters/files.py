@@ -465,11 +465,13 @@ class ChatTemplate:
         text: Jinja, as tokenizers have it: it reads ``messages``.
         special_tokens: the tokenizer's own, such as bos, go before what it writes, as before any text. Otherwise it writes them.
         shown: what prompts have to look like, in words.
+        before_answer: what the answers of training begin with, which an answer to a chat leaves out.
     """
 
     text: str
     special_tokens: bool = False
     shown: str = "prompts are chats, as /v1/chat/completions writes them"
+    before_answer: str = ""
 
 
 def chat_template_of(folder: str | Path) -> ChatTemplate | None:
@@ -511,6 +513,7 @@ def chat_template_of(folder: str | Path) -> ChatTemplate | None:
         f"{{{{ ({written}).rstrip(' ') }}}}",
         True,
         looks,
+        " ",
     )
 
 

@@ -89,6 +89,8 @@ def serve(
     """
     if engine not in ENGINES:
         raise GatewiseError(f"--engine is {engine!r}: expected {', '.join(ENGINES)}")
+    if vllm and not vllm[0].startswith("-"):
+        raise GatewiseError(f"{vllm[0]} belongs to no option: quote a pattern of --adapters, or repeat --adapters for each place")
     if engine == "auto":
         engine = "vllm" if python is not None or vllm or find_spec("vllm") is not None else "transformers"
     ignored = {"--device": device != "auto", "--max-waiting": max_waiting is not None}

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -167,6 +167,49 @@ def test_a_chat_is_written_as_for_the_adapter_that_answers() -> None:
         assert await renderer.preprocess_chat(SimpleNamespace()) == "of the base model"  # a request for decisions names no model
 
     asyncio.run(ask())
+
+
+def test_an_answer_to_a_chat_begins_without_the_blank_of_training() -> None:
+    adapters = vllm_server.Adapters()
+    adapters._chats |= {"x": {"before_answer": " "}, "y": {"before_answer": ""}, "z": None}
+    error, ended = SimpleNamespace(error="no"), []
+
+    async def create(request: Any, texts: list[str | None]) -> Any:
+        if request.stream:
+            return events(texts)
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=one)) for one in texts]) if texts else error
+
+    async def events(texts: list[str | None]) -> Any:
+        try:
+            for number, text in enumerate(texts):
+                told = {"choices": [{"index": number % 2, "delta": {"content": text}}]}
+                yield f"data: {json.dumps(told)}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            ended.append(True)
+
+    async def ask(name: str, *texts: str | None, stream: bool = False, most: int = 9) -> list[Any]:
+        serving: Any = SimpleNamespace(create_chat_completion=create)
+        adapters.answer(serving)
+        made = await serving.create_chat_completion(SimpleNamespace(model=name, stream=stream, n=2), list(texts))
+        if not stream:
+            return [one.message.content for one in made.choices] if texts else [made]
+        found = []
+        async with aclosing(made):
+            async for event in made:
+                found.append(event)
+                if len(found) == most:
+                    break
+        assert ended.pop()  # also where the client is gone
+        return [json.loads(one[6:])["choices"][0]["delta"]["content"] for one in found if "[DONE]" not in one]
+
+    assert asyncio.run(ask("x", " a b", None)) == ["a b", None]
+    assert asyncio.run(ask("x", "  a", "b")) == [" a", "b"]
+    assert [asyncio.run(ask(name, " a", "b")) for name in ("y", "z", "base")] == [[" a", "b"]] * 3
+    assert asyncio.run(ask("x")) == [error]
+    assert asyncio.run(ask("x", "", "", " ", " b", " a", " c", stream=True)) == ["", "", "", "b", " a", " c"]
+    assert asyncio.run(ask("x", " a", " b", " c", stream=True, most=1)) == ["a"]
+    assert asyncio.run(ask("y", " a", stream=True)) == [" a"]
 
 
 def fake(tmp_path: Path, script: str, missing: str = "") -> Path:

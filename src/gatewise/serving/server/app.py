@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -275,6 +276,8 @@ class _Writing:
     ) -> None:
         self._body, self._pieces, self._left = body, pieces, len(answers)
         self._is_chat = isinstance(body, Chat)
+        version = answers[0].version
+        self._before = version.chat.before_answer if self._is_chat and version is not None and version.chat is not None else ""
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{name}"
         self._created = int(time.time())
         self.read, self.tokens, self.finish = sum(len(one.prompt) for one in answers) // body.n, 0, "cancelled"
@@ -285,7 +288,7 @@ class _Writing:
         Raises:
             Exception: what ended an answer before its time.
         """
-        left, ends = self._left, set[str]()
+        left, ends, begun = self._left, set[str](), set[int]()
         while left:
             number, piece = await self._pieces.get()
             if piece.problem is not None:
@@ -296,6 +299,9 @@ class _Writing:
                 left -= 1
                 ends.add(piece.finish)
                 self.finish = self.finish if left else "+".join(sorted(ends))
+            if piece.text and number not in begun:
+                begun.add(number)
+                piece = replace(piece, text=piece.text.removeprefix(self._before))
             yield number, piece
 
     async def whole(self) -> dict[str, Any]:

@@ -4,11 +4,12 @@
 
 The arguments are those of ``vllm serve``. Standard input has a JSON object a line: {"name": ..., "path": ...} has the adapter of a
 folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. Under
-"chat" may be a ``ChatTemplate`` of gatewise's, which writes the chats with this adapter; vLLM has one template for all. The process
+"chat" may be a ``ChatTemplate`` of gatewise's, which writes the chats with this adapter; vLLM has one template for all, and leaves
+answers as they are. The process
 leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``OnlineRenderer.preprocess_chat`` and ``init_app_state`` in the
-launcher of its server.
+Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``OnlineRenderer.preprocess_chat``, ``OpenAIServingChat`` and
+``init_app_state`` in the launcher of its server.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 GUARD = "gatewise_guard"
@@ -30,6 +33,21 @@ STATE = "\u2063"
 def client_name(name: str) -> str:
     """What clients call an adapter, whichever of its states vLLM's ``name`` is of."""
     return name.partition(STATE)[0]
+
+
+async def events_without(before: str, events: AsyncGenerator[str, None], answers: int) -> AsyncGenerator[str, None]:
+    """The events of a chat's stream, each answer without what it begins with, if that is ``before``."""
+    begun: set[int] = set()
+    async with aclosing(events):
+        async for event in events:
+            if len(begun) < answers and event.startswith("data: {"):
+                told = json.loads(event.removeprefix("data: "))
+                for one in told.get("choices", ()):  # an error has none
+                    if (text := one["delta"].get("content")) and one["index"] not in begun:
+                        begun.add(one["index"])
+                        one["delta"]["content"] = text.removeprefix(before)
+                event = f"data: {json.dumps(told)}\n\n"
+            yield event
 
 
 class Adapters:
@@ -82,6 +100,20 @@ class Adapters:
         await self._read(models)
         self._task = asyncio.create_task(self._follow(models))
 
+    def answer(self, serving: Any) -> None:
+        """Has the answers to chats begin as the adapter's template says."""
+        create = serving.create_chat_completion
+
+        async def create_chat_completion(request: Any, *given: Any, **more: Any) -> Any:
+            before = (self._chats.get(request.model) or {}).get("before_answer")
+            made = await create(request, *given, **more)
+            if before and hasattr(made, "choices"):  # an error has none
+                for one in made.choices:
+                    one.message.content = one.message.content and one.message.content.removeprefix(before)
+            return events_without(before, made, request.n or 1) if before and hasattr(made, "__aiter__") else made
+
+        serving.create_chat_completion = create_chat_completion
+
     async def _follow(self, models: Any) -> None:
         while True:
             await asyncio.sleep(0.1)
@@ -122,6 +154,8 @@ def run(adapters: Adapters) -> None:
     async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
         await init(engine, state, *given, **more)
         await adapters.begin(state.openai_serving_models, state.online_renderer)
+        if state.openai_serving_chat is not None:
+            adapters.answer(state.openai_serving_chat)
 
     entry.init_app_state = init_app_state
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
