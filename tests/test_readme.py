@@ -6,9 +6,13 @@ import inspect
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -209,6 +213,22 @@ def test_a_quick_training_leaves_rounds_out_of_the_recipe(guides: Any) -> None:
     )
     assert guides.quick("gatewise train recipes/lora-support.yaml", ROOT).endswith(".yaml --set training.max_steps=3")
     assert guides.quick("gatewise inspect runs/mine/adapter", ROOT) == "gatewise inspect runs/mine/adapter"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_a_request_that_is_refused_has_not_run(guides: Any, tmp_path: Path) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        command = f"curl http://127.0.0.1:{server.server_port}/v1/models"
+        ended = [subprocess.run(["bash", "-c", one], capture_output=True, check=False) for one in (command, guides.strict(command))]
+        server.shutdown()
+    assert [one.returncode > 0 for one in ended] == [False, True]
 
 
 def test_something_was_found() -> None:

@@ -94,6 +94,11 @@ def quick(command: str, folder: Path) -> str:
     return f"{match[0]} --set training.max_steps=3{left}{command[match.end() :]}"
 
 
+def strict(command: str) -> str:
+    """The command, in which curl fails when it is answered with an error."""
+    return re.sub(r"^curl ", "curl --fail-with-body ", command)
+
+
 def clone(folder: Path) -> None:
     """A fresh clone, with the quickstart's run, which is made once."""
     run = ROOT / "runs" / "quickstart"
@@ -144,7 +149,7 @@ def tried(page: Path, is_quick: bool) -> tuple[int, int, list[str]]:
                     port = match[1] if (match := re.search(r"--port[= ](\d+)", command)) else default
                     is_right = serving(port, server)
                 else:
-                    words = ["bash", "-c", f"set -o pipefail; {command}"]
+                    words = ["bash", "-c", f"set -o pipefail; {strict(command)}"]
                     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
                     is_right = done.returncode == 0
                     if not is_right:
