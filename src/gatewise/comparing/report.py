@@ -253,7 +253,8 @@ def _sentences(content: Content) -> list[str]:
 
     beyond = [one for one in differences if one["p_holm"] is not None and one["p_holm"] < WIN]
     wins, losses = ([one for one in beyond if sign * better * one["mean"] > 0] for sign in (1, -1))
-    if content["missing"] and not any(arm["seeds"] for arm in content["arms"]):
+    is_plan = content["missing"] and not any(arm["seeds"] for arm in content["arms"])
+    if is_plan:
         said = [f"Nothing to compare yet: {content['missing']} runs are to come."]
     else:
         said = [f"{content['missing']} runs are missing."] if content["missing"] else []
@@ -265,7 +266,7 @@ def _sentences(content: Content) -> list[str]:
     if losses:
         said.append(f"Worse: {'; '.join(map(tell, losses))}.")
     alone = {arm["name"] for arm in content["arms"][1:]} - {one["arm"] for one in differences}
-    if alone and any(arm["seeds"] for arm in content["arms"]):
+    if alone and not is_plan:
         said.append(f"Not compared, as there is no pair of runs: {', '.join(sorted(alone))}.")
     said += [
         f"{arm['diverged']} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: they are in no mean and no pair."
