@@ -3,6 +3,7 @@
     python tools/guides.py                             # all guides, in the order of the navigation
     python tools/guides.py docs/guides/own-data.md     # one of them
     python tools/guides.py --quick                     # training stops after three steps
+    python tools/guides.py --print PAGE                # shows what each command printed, to compare with the page
 
 Each page has a fresh clone of the last commit with the quickstart's run in it, and the environment of this Python. A page's
 commands are its indented blocks and its blocks of bash. A block with a title (```` ```yaml title="my.yaml" ````) is a file that
@@ -119,7 +120,7 @@ def serving(port: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def tried(page: Path, is_quick: bool) -> tuple[int, int, list[str]]:
+def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, list[str]]:
     """Runs a page: how many commands ran, how many there are, and what was left out."""
     found = list(steps(page.read_text(encoding="utf-8")))
     left = [f"{step.text.splitlines()[0]}  ({step.why})" for step in found if step.why not in (None, SETS_UP) and not step.name]
@@ -129,6 +130,8 @@ def tried(page: Path, is_quick: bool) -> tuple[int, int, list[str]]:
     server: subprocess.Popen[bytes] | None = None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "gatewise"
+        (Path(temporary) / ".curlrc").write_text("fail-with-body\n")  # an answer that is an error fails the page
+        environment["CURL_HOME"] = temporary
         if all_of_them:
             clone(folder)
         try:
@@ -152,7 +155,7 @@ def tried(page: Path, is_quick: bool) -> tuple[int, int, list[str]]:
                     words = ["bash", "-c", f"set -o pipefail; {strict(command)}"]
                     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
                     is_right = done.returncode == 0
-                    if not is_right:
+                    if is_told or not is_right:
                         print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
                 print(f"    {'ran' if is_right else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
                 if not is_right:
@@ -169,13 +172,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, help="pages; all guides where none is given")
     parser.add_argument("--quick", action="store_true", help="three steps of training")
+    parser.add_argument("--print", action="store_true", help="show what each command printed")
     given = parser.parse_args()
     pages = given.pages or [ROOT / page for page in GUIDES.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))]
     ran, of, left = 0, 0, []
     for page in pages:
         print(page.resolve().relative_to(ROOT), flush=True)
         start = time.perf_counter()
-        one, all_of_page, left_of_page = tried(page, given.quick)
+        one, all_of_page, left_of_page = tried(page, given.quick, given.print)
         print(f"  {one} of {all_of_page} commands ran, {(time.perf_counter() - start) / 60:.1f} minutes")
         ran, of, left = ran + one, of + all_of_page, left + left_of_page
     print(f"{ran} of {of} commands ran", *(f"not run: {one}" for one in left), sep="\n")

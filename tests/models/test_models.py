@@ -52,7 +52,7 @@ from gatewise.models import (
 )
 from gatewise.models import convert as convert_module
 from gatewise.models.embedded import Part, Payload, Terms
-from gatewise.models.loading import _is_on_hub, folder_of
+from gatewise.models.loading import _is_on_hub, folder_of, load_config
 from gatewise.tasks.metrics import end_ids
 
 # ---------------------------------------------------------------- a package index of our own
@@ -476,6 +476,20 @@ def test_load_model_refuses_what_is_not_a_model(llama: Path, tmp_path: Path, mon
             load_model(name)
         with pytest.raises(GatewiseError, match=r"no tokenizer .* could be loaded"):
             load_tokenizer(name)
+
+
+def test_a_name_that_only_a_hub_out_of_reach_could_have_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(url: str) -> None:
+        asked.append(url)
+        raise OSError("no such host")
+
+    monkeypatch.setattr("gatewise.models.loading.get_hf_file_metadata", ask)
+    for load in (load_tokenizer, load_model, load_config):
+        with pytest.raises(GatewiseError, match=r"'smollm3' could be loaded: the hub cannot be asked \(no such host\) \(expected"):
+            load("smollm3")
+    assert [url.rpartition("/")[2] for url in asked] == ["config.json"] * 3  # Transformers, which asks again and again, did not
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -89,6 +90,27 @@ def _is_on_hub(name: str) -> bool:
     return True
 
 
+def _at_hand(what: str, given: str | Path, progress: Callable[[str], None] | None = None) -> str:
+    """What ``given`` resolves to. A name that only a hub out of reach could have is refused at once.
+
+    Transformers would ask for a minute.
+
+    Raises:
+        GatewiseError: there is no folder, no embedded model, nothing in the hub's cache, and no hub.
+    """
+    source = resolve(given, progress=progress)
+    try:
+        if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(source, "config.json"))
+    except HfHubHTTPError:  # it answers, that there is no such file or that it is gated: Transformers words that
+        pass
+    except HFValidationError as error:  # a name that no model can have
+        raise _not_loaded(what, given, OSError("there is no such folder")) from error
+    except Exception as error:  # no network, offline mode
+        raise _not_loaded(what, given, OSError(f"the hub cannot be asked ({reason_of(error, 100)})")) from error
+    return source
+
+
 def folder_of(name_or_path: str | Path) -> Path | None:
     """The folder of a base model that was loaded: one that was given, an embedded model's, or the hub's snapshot in its cache."""
     source = resolve(name_or_path)
@@ -105,7 +127,7 @@ def load_tokenizer(name_or_path: str | Path, progress: Callable[[str], None] | N
 
     Raises GatewiseError when there is none or it cannot be read.
     """
-    source = resolve(name_or_path, progress=progress)
+    source = _at_hand("tokenizer", name_or_path, progress)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on a file it cannot read
@@ -147,7 +169,7 @@ def load_model(
         dtype = torch.float32
     dtype = pick_dtype(dtype, device)
     quantised = {} if quantization is None else _quantised(quantization, dtype, pick_device(device))
-    source = resolve(name_or_path)
+    source = _at_hand("model", name_or_path)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet(bars=not Path(source).is_dir()):
@@ -225,7 +247,7 @@ def load_config(name_or_path: str | Path) -> Any:
 
     Raises GatewiseError when there is none or it cannot be read.
     """
-    source = resolve(name_or_path)
+    source = _at_hand("model", name_or_path)
     try:
         with quiet(bars=not Path(source).is_dir()):
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
