@@ -130,8 +130,6 @@ def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, 
     server: subprocess.Popen[bytes] | None = None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "gatewise"
-        (Path(temporary) / ".curlrc").write_text("fail-with-body\n")  # an answer that is an error fails the page
-        environment["CURL_HOME"] = temporary
         if all_of_them:
             clone(folder)
         try:

@@ -31,11 +31,12 @@ from gatewise.adapters.files import read_lora
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
+from gatewise.internals.sharding import shared_by
 from gatewise.internals.zero import _NOT_WITH_STAGE_3
 from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Section
 from gatewise.runs.launch import STRATEGIES
 from gatewise.runs.recipe import Recipe, checked
-from gatewise.runs.run import _check_sharing
+from gatewise.runs.run import check_sharing
 from gatewise.runs.schema import recipe_schema
 from gatewise.serving.engines import serving_settings
 from gatewise.serving.server.catalogue import kind_of
@@ -493,7 +494,7 @@ def launched(method: str, strategy: str, given: Mapping[str, Any] | None = None)
     deepspeed = strategy.startswith("zero")
     asked = {"ACCELERATE_USE_DEEPSPEED": "true"} if deepspeed else {"ACCELERATE_USE_FSDP": "true"} if strategy == "fsdp2" else {}
     with patch.dict(os.environ, asked):
-        _check_sharing(recipe, part)
+        check_sharing(recipe, part, shared_by())
         if method == "adalora" and deepspeed:
             part.config(None, None)  # type: ignore[arg-type]
     if strategy == "zero3" and (why := _NOT_WITH_STAGE_3.get(WRITES[method]["peft_type"])):
