@@ -205,3 +205,20 @@ def test_words_that_make_a_limit_or_say_how_often(passage: str, said: str) -> No
     wanted = {"limit", "frequency", "route", "dose", "number", "number not in the text"}
     assert wanted & kinds(passage, "drug", relation, said)
     assert not wanted & kinds(passage, "drug", relation, passage.rstrip(".。"))
+
+
+@pytest.mark.parametrize(
+    ("passage", "said", "is_listed"),
+    [
+        ("If there is fever, admit.", "no fever", True),
+        ("若发热，住院治疗。", "无发热", True),
+        ("In the absence of cough or fever, discharge.", "no fever", False),
+        ("If there is fever, do not wait.", "no fever", False),  # a "not" in the sentence may be meant
+        ("If there is no fever, discharge.", "no fever", False),
+        ("If there is fever, admit.", "no rash", False),
+        ("Nonsteroidals help.", "non-steroidals", False),
+    ],
+)
+def test_a_no_that_only_the_tree_has(passage: str, said: str, is_listed: bool) -> None:
+    relation = "clinical manifestation" if passage.isascii() else "临床表现"
+    assert ("negation" in kinds(passage, "people", relation, said)) == is_listed

@@ -16,7 +16,7 @@ import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, render, write_view
 from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
-from gatewise_mdt.formats.views import FORMATS
+from gatewise_mdt.formats.views import FORMATS, notes_of
 from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
 
@@ -337,3 +337,12 @@ def test_what_runs_has_no_confidence() -> None:
     assert json.loads(render([SURE], "json"))[0]["confidence"] == SURE.more["confidence"]
     for name in ("fhir-r4", "fhir-r5", "dmn"):
         assert render([SURE], name, drafts=True) == render([RECORD], name, drafts=True)
+
+
+def test_a_note_that_is_true_of_several_records_is_one() -> None:
+    nodes = [node("D", triple("colchicine", "drug therapy"), triple("prednisolone", "drug therapy"), joined="or")]
+    records = [TreeRecord(TEXT, DecisionTree.from_preorder(nodes), number) for number in (3, 8)]
+    (note,) = notes_of(records, "dmn")
+    assert note.startswith("record 3, node 1; record 8, node 1: ")
+    (nothing,) = notes_of([TreeRecord(TEXT, DecisionTree.from_preorder([node("D")]), 5)], "fhir-r4")
+    assert nothing.startswith("record 5: the tree recommends nothing")

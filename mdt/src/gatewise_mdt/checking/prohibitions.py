@@ -134,6 +134,20 @@ def lost_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
                 yield Finding(said, held.node, f"The tree says {quoted(held.triple.object)}, the text {{words}}.")
 
 
+_NO_AT_FIRST = re.compile(rf"(?:{_NO}(?: (?:a|an|any|the))?|{_HAN_NO})(?= ?[^\W\d_]) ?")
+
+
+def added_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
+    """A phrase that says "no X" of an X that the text has, in no sentence with a "not"."""
+    for held in cover.held:
+        said = fold(held.triple.object).text
+        if held.objects or (cue := _NO_AT_FIRST.match(said)) is None:
+            continue
+        places = cover.places(said[cue.end() :])
+        if places and not any(NOT.search(marks.text, *marks.sentence_at(place.begin)) for place in places):
+            yield Finding(places[0], held.node, f"The tree says {quoted(held.triple.object)}, the text {{words}}.")
+
+
 def _meant(marks: Marks, cover: Cover, held: Held) -> Span:
     """Which place of a phrase is meant: the one that is nearest to the other phrases of its node and of the one that follows it."""
     both = cover.tree.children[held.node]

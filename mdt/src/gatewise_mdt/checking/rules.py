@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     Rule("frequency", numbers.lost_frequencies, 0.56),
     Rule("route", numbers.lost_routes, 0.95),
     Rule("negation", prohibitions.lost_negations, 0.91),
+    Rule("negation", prohibitions.added_negations, 0.98),
     Rule("prohibition", prohibitions.lost_prohibitions, 0.53),
     Rule("branches", branches.turned_branches, 0.85),
     Rule("branches", branches.other_rows, 0.85),

@@ -101,10 +101,21 @@ def _drawing(record: TreeRecord) -> str:
 
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
-    """What a format cannot say as the trees do, a sentence each, with the record's number. What is made of them says it, too."""
+    """What a format cannot say as the trees do: a sentence each, after the records and nodes that it is true of.
+
+    What is made of the trees says it, too.
+    """
     made = {"fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}
     notes = made.get(format)
-    return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
+    if notes is None:
+        return []
+    places: dict[str, list[str]] = {}
+    for record in records:
+        for note in notes(record):
+            nodes, found, said = note.partition(": ")
+            place, said = (f"record {record.number}, {nodes}", said) if found else (f"record {record.number}", note)
+            places.setdefault(said, []).append(place)
+    return [f"{'; '.join(where)}: {said}" for said, where in places.items()]
 
 
 def write_view(
