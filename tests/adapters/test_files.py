@@ -164,3 +164,5 @@ def test_a_fingerprint_is_of_weights_and_configuration_in_whatever_folder(tmp_pa
         before = fingerprint(folder)
         file.write_bytes(file.read_bytes() + b"\n")
         assert fingerprint(folder) != before
+    with pytest.raises(GatewiseError, match="gone is not an adapter"):
+        fingerprint(tmp_path / "gone")

@@ -110,9 +110,8 @@ def weights_of(folder: str | Path) -> Path:
         GatewiseError: it is not there.
     """
     path = Path(folder) / WEIGHTS_FILE
-    if not Path(folder).is_dir():
-        raise GatewiseError(f"{folder}: there is no such folder")
     if not path.is_file():
+        read_config(folder)  # raises where the folder is no adapter at all
         raise GatewiseError(
             f"{folder} has no {WEIGHTS_FILE}, and a pickle (adapter_model.bin) is never read, as it may run code: save the adapter "
             "again with save_pretrained"
