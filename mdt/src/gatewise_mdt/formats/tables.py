@@ -37,7 +37,9 @@ def notes_of(record: TreeRecord) -> list[str]:
     if not choices:
         return notes_of_choices(record.tree)
     nodes = f"{'nodes' if len(choices) > 1 else 'node'} {', '.join(map(str, choices))}"
-    said = "a table has one text for a decision; that its parts are joined by 'or' is said in words, and no engine offers the choice"
+    said = (
+        "a table has one text for a decision; that its parts are joined by 'or' is said in words, and no engine offers the choice"
+    )
     return [f"{nodes}: {said}", *notes_of_choices(record.tree)]
 
 
