@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GUIDES = re.compile(r"(docs/(?:index|guides/\S+|methods/\S+)\.md|mdt/docs/[a-z]+\.md)$", re.MULTILINE)
+GUIDES = re.compile(r"(docs/(?:index|guides/\S+|methods/\S+)\.md|mdt/docs/(?!reference)[a-z]+\.md)$", re.MULTILINE)
 SETS_UP = "it sets up"
 LEFT = re.compile(r"(?:pip|make|git clone|\. \.venv|source|cd|python3? -m venv)\b")
 SERVER = re.compile(r"gatewise (?:serve|mdt review) (?!.*--add-user)")
