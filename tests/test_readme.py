@@ -231,6 +231,15 @@ def test_a_request_that_is_refused_has_not_run(guides: Any, tmp_path: Path) -> N
     assert [one.returncode > 0 for one in ended] == [False, True]
 
 
+def test_guides_are_short_and_without_benchmarks(guides: Any) -> None:
+    pages = [ROOT / page for page in guides.GUIDES.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))]
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in pages}
+    assert sum(words.values()) <= 12_000, words
+    for page in pages:
+        spreads = re.findall(r"^\|.*\d \(\d+\.\d\).*\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not spreads, f"{page.name} has a table of measurements, which belongs into a report: {spreads}"
+
+
 def test_something_was_found() -> None:
     assert sum(len(command_lines(page)) for page in PAGES) > 20
     assert sum(len(blocks(page, "python")) for page in PAGES) > 10
