@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 
 Gatewise = Callable[..., Any]
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "review.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 THIRD = "third.review.jsonl"
 
 
@@ -227,15 +229,19 @@ def test_an_adjudicators_files_are_never_written_over(gatewise: Gatewise, tmp_pa
 # The documentation ----------------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_documentation_prints_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_quality_prints_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands, in order: what the page shows of each are lines of what it prints, in that order; some end with "…"."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    section = DOCS.read_text(encoding="utf-8").partition("## Do two reviewers agree?")[2].partition("\n## ")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    printed = re.search(r"```text\n(.*?)```", section, re.DOTALL)
-    assert code is not None
-    assert printed is not None
-    exec(code[1], {})
-    result = CliRunner().invoke(app, ["mdt", "agree", "ada.jsonl", "ben.jsonl"])
-    assert result.exit_code == 0, result.output
-    assert [line.rstrip() for line in result.stdout.strip().splitlines()] == printed[1].strip().splitlines()
+    page = DOCS.read_text(encoding="utf-8")
+    [(show, sed)] = re.findall(r"```bash\n(.*)\n(sed .*)\n```", page)
+    shown = re.findall(r"^    (gatewise mdt [^\n]*)\n\n```text\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3
+    for number, (command, text) in enumerate([(show, ""), *shown]):
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code in (0, 1), result.output
+        printed = iter(result.output.splitlines())
+        lost = [line for line in text.splitlines() if not any(one.strip().startswith(line.strip(" …")) for one in printed)]
+        assert lost == [], result.output
+        if number == 0:
+            subprocess.run(["bash", "-c", sed], check=True)
