@@ -1,7 +1,6 @@
 """benchmarks/data.py: the parts of a task share no question, and public sets get the columns of our rows. Nothing is fetched."""
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from scripts import ROOT, script
 
 from gatewise.tasks import load_records
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def data() -> Any:
-    path = ROOT / "benchmarks" / "data.py"
-    spec = importlib.util.spec_from_file_location("benchmark_rows", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/data.py")
 
 
 def items(count: int) -> list[dict[str, Any]]:

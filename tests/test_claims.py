@@ -1,6 +1,5 @@
 """Reports: one form, commands that can be run from a clone, and the tables that benchmarks/claims.py prints of the results."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import ROOT, script
 
-ROOT = Path(__file__).parents[1]
 REPORTS = sorted(
     {*(ROOT / "docs/reports").glob("*.md"), *(ROOT / "mdt/docs/reports").glob("*.md")} - {ROOT / "docs/reports/index.md"}
 )
@@ -70,12 +69,7 @@ def test_every_file_of_results_is_named_in_a_report() -> None:
 
 @pytest.fixture(scope="module")
 def claims() -> Any:
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/claims.py")
 
 
 def test_a_table_has_each_arm_at_its_own_rate_and_at_the_first_ones(claims: Any) -> None:

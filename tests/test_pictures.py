@@ -1,18 +1,13 @@
 """The pictures in docs/pictures: each is on a page, in words too, and small; a recording has what was printed."""
 
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from scripts import ROOT, script
+from test_readme import PAGES
 
-ROOT = Path(__file__).parents[1]
-spec = spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
-assert spec is not None
-assert spec.loader is not None
-pictures = module_from_spec(spec)
-spec.loader.exec_module(pictures)
-PAGES = [ROOT / "README.md", ROOT / "mdt/README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "mdt/docs").rglob("*.md")]
+pictures = script("tools/pictures.py")
 SHOWN = {
     (page.parent / file).resolve(): words
     for page in PAGES

@@ -1,14 +1,12 @@
 """README and docs against the code: every name, call, command, file and heading that they show exists. No model is loaded."""
 
 import ast
-import importlib.util
 import inspect
 import json
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing import Any
 
 import pytest
 import typer.main
+from scripts import ROOT, script
 
 from gatewise.cli.main import app
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -44,12 +42,7 @@ COMMANDS = typer.main.get_command(app)
 
 @pytest.fixture(scope="module")
 def guides() -> Any:
-    spec = importlib.util.spec_from_file_location("guides", ROOT / "tools/guides.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tools/guides.py")
 
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,19 +2,14 @@
 
 import json
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 from gatewise.serving.server import app, bodies, guard
 
-TOOL = Path(__file__).parents[1] / "tools" / "reference.py"
-spec = spec_from_file_location("reference", TOOL)
-assert spec is not None
-assert spec.loader is not None
-reference = module_from_spec(spec)
-spec.loader.exec_module(reference)
+reference = script("tools/reference.py")
 
 
 @pytest.mark.parametrize("name", reference.PAGES)

@@ -109,6 +109,13 @@ def clone(folder: Path) -> None:
     shutil.copytree(run, folder / "runs" / "quickstart")
 
 
+def stop(server: subprocess.Popen[bytes] | None) -> None:
+    """Ends a server, if there is one."""
+    if server:
+        server.terminate()
+        server.wait()
+
+
 def serving(port: str, process: subprocess.Popen[bytes]) -> bool:
     """Waits until the server answers, two minutes at most."""
     for _ in range(120):
@@ -142,9 +149,7 @@ def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, 
                 print(f"  $ {command}", flush=True)
                 start = time.perf_counter()
                 if SERVER.match(command):
-                    if server:
-                        server.terminate()
-                        server.wait()
+                    stop(server)
                     server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment)
                     default = "8765" if "review" in command else "8000"
                     port = match[1] if (match := re.search(r"--port[= ](\d+)", command)) else default
@@ -160,9 +165,7 @@ def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, 
                     break
                 ran += 1
         finally:
-            if server:
-                server.terminate()
-                server.wait()
+            stop(server)
     return ran, all_of_them, left
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -101,14 +102,19 @@ def _at_hand(what: str, given: str | Path, progress: Callable[[str], None] | Non
     source = resolve(given, progress=progress)
     try:
         if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
-            get_hf_file_metadata(hf_hub_url(source, "config.json"))
-    except HfHubHTTPError:  # it answers, that there is no such file or that it is gated: Transformers words that
-        pass
+            _ask_hub(source)
     except HFValidationError as error:  # a name that no model can have
         raise _not_loaded(what, given, OSError("there is no such folder")) from error
     except Exception as error:  # no network, offline mode
         raise _not_loaded(what, given, OSError(f"the hub cannot be asked ({reason_of(error, 100)})")) from error
     return source
+
+
+@cache
+def _ask_hub(name: str) -> None:
+    """Asks the hub once for a model, whatever it answers; raises as its library does where there is no answer."""
+    with suppress(HfHubHTTPError):  # that there is no such file or that it is gated, which Transformers words
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
 
 
 def folder_of(name_or_path: str | Path) -> Path | None:
