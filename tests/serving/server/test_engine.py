@@ -17,20 +17,22 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from served_models import POSITIONS, adapter_folder, base_folder, client, serving, text_of, writes
+from served_models import adapter_folder, base_folder, client, serving, text_of, writes
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.running import AdapterServer
 
 PROMPT = [7, 19, 23]
+POSITIONS = 1024
+LONG = POSITIONS - len(PROMPT)  # tokens. Half a minute of slow steps: what a test does meanwhile may take its time
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base model, and adapters of which any may take the place of any other."""
     root = tmp_path_factory.mktemp("made")
-    folders = {"base": base_folder(root / "base")}
+    folders = {"base": base_folder(root / "base", max_position_embeddings=POSITIONS)}
     for number, name in enumerate(("a", "b", "c", "routed")):
         folders[name] = adapter_folder(folders["base"], root / name, "routed" if name == "routed" else "plain", seed=number)
     folders["misfit"] = shutil.copytree(folders["a"], root / "misfit")
@@ -43,15 +45,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes long enough for a test to do something meanwhile."""
-    step = Lane.step
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Steps that take long, until the test calls this: it has seen what it wanted to see meanwhile."""
+    step, done = Lane.step, threading.Event()
 
     def slowly(self: Lane, tokens: Any) -> torch.Tensor:
-        time.sleep(0.03)
+        done.wait(0.03)
         return step(self, tokens)
 
     monkeypatch.setattr(Lane, "step", slowly)
+    return done.set
 
 
 def ask(server: AdapterServer, name: str, tokens: int = 8, **more: Any) -> Any:
@@ -107,18 +110,20 @@ def test_adapters_come_are_replaced_and_go(made: dict[str, Path], tmp_path: Path
         assert text_of(writes(made["base"], None, PROMPT, 8)) == ask(server, "tiny").choices[0].text
 
 
-@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("name", ["a", "routed"])
-def test_a_running_answer_ends_with_the_adapter_that_it_began_with(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_running_answer_ends_with_the_adapter_that_it_began_with(
+    made: dict[str, Path], tmp_path: Path, slow: Callable[[], None], name: str
+) -> None:
     put(made[name], tmp_path / "x")
     with serving(made["base"], tmp_path, every=0.05) as server:
-        stream = iter(ask(server, "x", 70, stream=True, extra_body={"ignore_eos": True}))
+        stream = iter(ask(server, "x", 400, stream=True, extra_body={"ignore_eos": True}))
         begun = [next(stream).choices[0].text for _ in range(3)]
         put(made["b"], tmp_path / "x")
         soon(lambda: ask(server, "x").choices[0].text == text(made, "b"))  # both versions at once, in one batch if they can
         assert gauge(server, "gatewise_adapters_loaded") == 2
+        slow()
         found = "".join(begun) + "".join(one.choices[0].text for one in stream)
-        assert found == text(made, name, 70, ends=False)
+        assert found == text(made, name, 400, ends=False)
         soon(lambda: gauge(server, "gatewise_adapters_loaded") == 1)
 
 
@@ -184,10 +189,9 @@ def test_what_could_not_be_loaded_is_loaded_later(
         assert ask(server, "a").choices[0].text == text(made, "a")
 
 
-@pytest.mark.usefixtures("slow")
-def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
+def test_no_more_wait_than_may(made: dict[str, Path], slow: Callable[[], None]) -> None:
     with serving(made["base"], made["a"], most_running=1, most_waiting=1) as server, ThreadPoolExecutor(2) as threads:
-        long = threads.submit(ask, server, "a", 90, extra_body={"ignore_eos": True})
+        long = threads.submit(ask, server, "a", 400, extra_body={"ignore_eos": True})
         soon(lambda: gauge(server, "gatewise_running") == 1)
         waiting = threads.submit(ask, server, "tiny", 1)
         soon(lambda: gauge(server, "gatewise_waiting") == 1)
@@ -197,8 +201,9 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
         assert told.value.response.headers["Retry-After"]
         assert told.value.body["type"] == "ServiceUnavailableError"
         assert 'gatewise_requests_total{model="a",how="refused"} 1\n' in server.metrics.text()  # which an alert goes by
+        slow()
         assert waiting.result().choices[0].finish_reason in ("length", "stop")
-        assert long.result().usage.completion_tokens == 90
+        assert long.result().usage.completion_tokens == 400
 
 
 @pytest.mark.usefixtures("slow")
@@ -206,7 +211,7 @@ def test_the_base_model_does_not_wait_for_an_adapter_that_has_no_room(made: dict
     for name in ("a", "b", "damaged"):
         shutil.copytree(made[name], tmp_path / name)
     with serving(made["base"], tmp_path, most_loaded=1) as server, ThreadPoolExecutor(9) as threads:
-        long = ask(server, "a", POSITIONS - len(PROMPT), stream=True, extra_body={"ignore_eos": True})
+        long = ask(server, "a", LONG, stream=True, extra_body={"ignore_eos": True})
         next(iter(long))
         others = [threads.submit(ask, server, name) for name in ("b", "damaged", "a")]
         soon(lambda: gauge(server, "gatewise_waiting") == 3)
@@ -247,7 +252,7 @@ def test_one_adapter_is_loaded_between_two_steps(made: dict[str, Path], tmp_path
 @pytest.mark.usefixtures("slow")
 def test_a_long_answer_keeps_nobody_waiting(made: dict[str, Path]) -> None:
     with serving(made["base"], made["a"], made["routed"]) as server:
-        stream = ask(server, "a", POSITIONS - len(PROMPT), stream=True, extra_body={"ignore_eos": True})
+        stream = ask(server, "a", LONG, stream=True, extra_body={"ignore_eos": True})
         next(stream)
         for name in ("a", "routed", "tiny"):
             ask(server, name, 3)
@@ -335,7 +340,7 @@ def test_a_dead_device_or_a_fault_of_ours_ends_the_server(
     places = [str(made["routed"]), str(tmp_path)]
     with AdapterServer(str(made["base"]), places, **given) as server, ThreadPoolExecutor(4) as threads:
         run = threads.submit(server.run)
-        stream = iter(ask(server, "routed", 90, stream=True, extra_body={"ignore_eos": True}))
+        stream = iter(ask(server, "routed", LONG, stream=True, extra_body={"ignore_eos": True}))
         next(stream)
         monkeypatch.setattr(f"gatewise.serving.server.{place}", fails)
         told = r"the engine has ended|RuntimeError|cannot be loaded|Connection"  # who comes later finds no server
