@@ -181,6 +181,10 @@ It prints
 
     gatewise train my.yaml --processes 2
 
+Or as a service:
+
+    sudo systemctl start gatewise
+
 ```bash
 cat > more.txt <<'END'
 two
@@ -195,6 +199,7 @@ END
         (None, "gatewise train my.yaml \\\n  --overwrite", None),
         (None, "make quickstart", guides.SETS_UP),
         (None, "gatewise train my.yaml --processes 2", "two GPUs"),
+        (None, "sudo systemctl start gatewise", "changes the machine"),
         (None, "cat > more.txt <<'END'\ntwo\n\nwords\nEND", None),
     ]
 
@@ -209,7 +214,7 @@ def test_a_quick_training_leaves_rounds_out_of_the_recipe(guides: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_a_request_that_is_refused_has_not_run(guides: Any, tmp_path: Path) -> None:
+def test_a_request_that_is_refused_has_not_run(guides: Any) -> None:
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
@@ -219,9 +224,18 @@ def test_a_request_that_is_refused_has_not_run(guides: Any, tmp_path: Path) -> N
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         command = f"curl http://127.0.0.1:{server.server_port}/v1/models"
-        ended = [subprocess.run(["bash", "-c", one], capture_output=True, check=False) for one in (command, guides.strict(command))]
+        kinds = (["bash", "-c", command], guides.script(command, Path("/dev/null")))
+        ended = [subprocess.run(one, capture_output=True, check=False) for one in kinds]
         server.shutdown()
     assert [one.returncode > 0 for one in ended] == [False, True]
+
+
+def test_a_page_s_commands_share_what_it_exports(guides: Any, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    exported.touch()
+    page = ('export KEY="a b"', "OTHER=1; false", 'echo "$KEY$OTHER"')
+    ended = [subprocess.run(guides.script(one, exported), capture_output=True, text=True, check=False) for one in page]
+    assert [(one.returncode, one.stdout) for one in ended] == [(0, ""), (1, ""), (0, "a b\n")]
 
 
 def test_guides_are_short_and_without_benchmarks(guides: Any) -> None:

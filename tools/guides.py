@@ -29,7 +29,8 @@ SETS_UP = "it sets up"
 LEFT = re.compile(r"(?:pip|make|git clone|\. \.venv|source|cd|python3? -m venv)\b")
 SERVER = re.compile(r"gatewise (?:serve|mdt review) (?!.*--add-user)")
 PROGRAMS = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:gatewise|python|curl|accelerate|torchrun|echo|cat|tensorboard|vllm|cp|mv|mkdir|rm|export|printf)\b"
+    r"(?:[A-Z_]+=\S+ )*(?:gatewise|python|curl|accelerate|torchrun|tensorboard|vllm|sudo|journalctl)\b|"
+    r"(?:echo|cat|cp|mv|mkdir|rm|export|printf)\b"
 )
 
 
@@ -82,7 +83,8 @@ def steps(page: str) -> Iterator[Step]:
             for command in commands(text):
                 if kind == "indented" and not (PROGRAMS.match(command) or LEFT.match(command)):
                     continue  # what a command printed, or a file
-                yield Step(command, why=why or (SETS_UP if LEFT.match(command) else None))
+                own = SETS_UP if LEFT.match(command) else "changes the machine" if command.startswith("sudo ") else None
+                yield Step(command, why=why or own)
 
 
 def quick(command: str, folder: Path) -> str:
@@ -95,9 +97,12 @@ def quick(command: str, folder: Path) -> str:
     return f"{match[0]} --set training.max_steps=3{left}{command[match.end() :]}"
 
 
-def strict(command: str) -> str:
-    """The command, in which curl fails when it is answered with an error."""
-    return re.sub(r"^curl ", "curl --fail-with-body ", command)
+def script(command: str, exported: Path) -> list[str]:
+    """The command with what the page has exported, kept for the next one. In it, curl fails when it is answered with an error."""
+    command = re.sub(r"^curl ", "curl --fail-with-body ", command)
+    if SERVER.match(command):
+        command = f"exec {command}"
+    return ["bash", "-c", f". {exported}\nset -o pipefail\n{command}\nstatus=$?\nexport -p > {exported}\nexit $status"]
 
 
 def clone(folder: Path) -> None:
@@ -136,7 +141,8 @@ def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     server: subprocess.Popen[bytes] | None = None
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "gatewise"
+        folder, exported = Path(temporary) / "gatewise", Path(temporary) / "exported"
+        exported.touch()
         if all_of_them:
             clone(folder)
         try:
@@ -150,12 +156,12 @@ def tried(page: Path, is_quick: bool, is_told: bool = False) -> tuple[int, int, 
                 start = time.perf_counter()
                 if SERVER.match(command):
                     stop(server)
-                    server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment)
+                    server = subprocess.Popen(script(command, exported), cwd=folder, env=environment)
                     default = "8765" if "review" in command else "8000"
                     port = match[1] if (match := re.search(r"--port[= ](\d+)", command)) else default
                     is_right = serving(port, server)
                 else:
-                    words = ["bash", "-c", f"set -o pipefail; {strict(command)}"]
+                    words = script(command, exported)
                     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
                     is_right = done.returncode == 0
                     if is_told or not is_right:
@@ -176,7 +182,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="show what each command printed")
     given = parser.parse_args()
     pages = given.pages or [ROOT / page for page in GUIDES.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))]
-    ran, of, left = 0, 0, []
+    ran, of, left = 0, 0, list[str]()
     for page in pages:
         print(page.resolve().relative_to(ROOT), flush=True)
         start = time.perf_counter()
