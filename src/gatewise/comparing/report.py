@@ -31,6 +31,9 @@ NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
 ROOM = 0.01
 """Arms whose parameters differ by more than this share are told of."""
+LOST = 10
+"""A seed that is more points than this below the better half of its arm's seeds, and more than five times as far as these lie
+apart, hardly trained."""
 
 
 def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_better: bool = False, missing: int = 0) -> Content:
@@ -69,7 +72,7 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
         "chosen_on_dev": (min if lower_is_better else max)(means, key=means.__getitem__, default=None),
         "missing": missing,
         "machines": [*{str(run.get("machine")): run.get("machine") for run in every}.values()],
-        "notes": _notes(told, tried, metric),
+        "notes": _notes(told, tried, metric, part if unit == "points" else None),
     }
     content["sentence"] = " ".join(_sentences(content))
     return content
@@ -205,8 +208,23 @@ def _worth(rates: Mapping[float, Sequence[Run]], chosen: float | None, lower: bo
     return max(found, key=lambda one: one[0], default=(None, None))
 
 
-def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None) -> list[str]:
+def _lost(values: Sequence[float]) -> list[float]:
+    """Of an arm's seeds those that hardly trained."""
+    best = sorted(values, reverse=True)[: len(values) // 2 + 1]
+    return sorted(value for value in values if best[-1] - value > max(LOST, 5 * (best[0] - best[-1])))
+
+
+def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, part: str | None) -> list[str]:
+    """``part``: the one that differences are on, if it is in points."""
     first, notes = arms[0], list[str]()
+    for arm in arms:
+        values = [one[part] for one in arm["seeds"] if part and one[part] is not None]
+        if lost := _lost(values) if len(values) > 2 else ():
+            others = sorted(value for value in values if value not in lost)
+            notes.append(
+                f"{len(lost)} of {arm['name']}'s {len(values)} seeds hardly trained ({', '.join(f'{one:.1f}' for one in lost)}; "
+                f"the others {others[0]:.1f} to {others[-1]:.1f}): they count; a lower rate may train all"
+            )
     for arm in arms:
         more = arm["parameters"] / max(first["parameters"], 1) - 1
         if abs(more) > ROOM:
