@@ -113,13 +113,8 @@ def test_no_other_private_name_is_used():
         assert not unknown, f"{file} uses {', '.join(unknown)}, which is neither gatewise's nor listed in private_names.py"
         if not file.startswith("internals/"):
             allowed = {one.name for one in NAMES if file in one.files}
-            outside = sorted((found & LISTED) - allowed - shared_with_gatewise(file))
+            outside = sorted((found & LISTED) - allowed)
             assert not outside, f"{file} uses {', '.join(outside)} of a library: move it to internals, or list the file"
-
-
-def shared_with_gatewise(file: str) -> set[str]:
-    """Names that gatewise happens to use too, for things of its own."""
-    return {"_version"} if file == "routed/request.py" else set()
 
 
 def test_nothing_is_listed_in_vain():

@@ -1,10 +1,10 @@
-"""What is found out about modules: whether they are plain matrices, who watches them, and whether weights have changed."""
+"""What is found out about modules: whether they are plain matrices, and who watches them."""
 
 import pytest
 import torch
 from torch import nn
 
-from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain, replaced_while_running
+from gatewise.internals.torch_modules import has_forward_hooks, is_plain, replaced_while_running
 
 
 def three() -> tuple[nn.Module, nn.Linear, nn.Linear]:
@@ -34,26 +34,6 @@ def test_hooks_are_seen(how: str) -> None:
     assert not has_forward_hooks(first)
     first.__dict__["forward"] = nn.Linear.forward.__get__(first)
     assert not is_plain(dropout, first, second, x)
-
-
-def test_changes_of_a_weight_are_seen() -> None:
-    module = nn.Linear(2, 3)
-    same = WeightSnapshot(module)
-    assert not same.has_changed()
-    with torch.no_grad():
-        module.weight.add_(1)
-    assert same.has_changed()
-    given, replaced = WeightSnapshot(module), WeightSnapshot(module)
-    module.weight.data = torch.randn(3, 2)
-    assert given.has_changed()
-    module.weight = nn.Parameter(torch.randn(3, 2))
-    assert replaced.has_changed()
-
-
-def test_weights_of_inference_mode_have_no_versions() -> None:
-    with torch.inference_mode():
-        module = nn.Linear(2, 3)
-        assert not WeightSnapshot(module).has_changed()
 
 
 def test_a_weight_is_replaced_while_a_module_runs() -> None:

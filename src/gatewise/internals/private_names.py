@@ -38,8 +38,7 @@ PRIVATE_NAMES = (
     # PyTorch
     PrivateName(_MODULE, "_forward_hooks", "finds hooks that see what a module makes"),
     PrivateName(_MODULE, "_forward_pre_hooks", "finds hooks that change what A and B are given"),
-    PrivateName(_MODULE, "_parameters", "finds out that a module was given another weight, and puts one there while it runs"),
-    PrivateName("torch:Tensor", "_version", "finds out that a weight was written into"),
+    PrivateName(_MODULE, "_parameters", "puts another weight there while a module runs"),
     PrivateName(
         _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
     ),

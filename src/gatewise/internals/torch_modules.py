@@ -1,11 +1,10 @@
-"""What PyTorch's modules and tensors know of themselves under private names: their hooks, and versions of weights.
+"""What PyTorch's modules know of themselves under private names: their hooks and parameters.
 
 The names are listed in private_names.py.
 """
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -30,23 +29,6 @@ def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor)
         and one.weight.device == x.device
         for one in (first, second)
     )
-
-
-class WeightSnapshot:
-    """Remembers a linear module's weight, to tell later if it has changed."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self._held, self._weight = module._parameters, module.weight
-        self._version = _version(module.weight)
-
-    def has_changed(self) -> bool:
-        """True if the module has another weight now, or this one was written to, other than through ``.data``."""
-        return self._held["weight"] is not self._weight or _version(self._weight) != self._version
-
-
-def _version(weight: Tensor) -> tuple[int, int | None]:
-    # Tensors made in inference mode count no versions.
-    return weight.data_ptr(), None if torch.is_inference(weight) else weight._version
 
 
 def replaced_while_running(
