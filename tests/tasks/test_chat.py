@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gatewise
 from gatewise.errors import GatewiseError
-from gatewise.tasks import ChatFormat, Records, Template, encode, evaluate, load_records, score_batch
+from gatewise.tasks import ChatFormat, Records, Template, encode, evaluate, load_records
 
 HEADER = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 PLAIN = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}" + HEADER
@@ -60,8 +60,6 @@ def by_hand(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], 
 def test_the_assistants_words_and_their_end_are_trained(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert encode(talks(TALK), tokenizer, ChatFormat(text)) == [by_hand(tokenizer, TALK, [2, 4])]
     assert encode(talks(TALK), tokenizer, ChatFormat(text, "last")) == [by_hand(tokenizer, TALK, [4])]
-    (batch,) = (score_batch(talks(TALK), tokenizer, ChatFormat(text))["labels"],)
-    assert batch.tolist() == [by_hand(tokenizer, TALK, [2, 4])["labels"]]
 
 
 def test_the_last_answer_ends_the_text_however_the_template_ends_turns(tokenizer: PreTrainedTokenizerFast) -> None:

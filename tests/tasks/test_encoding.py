@@ -1,10 +1,9 @@
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from gatewise.errors import GatewiseError
-from gatewise.tasks import PadCollator, Records, Template, encode, encode_classification, score_batch
+from gatewise.tasks import PadCollator, Records, Template, encode, encode_classification
 
 LABELS = Records(
     "label",
@@ -132,25 +131,6 @@ def test_classification_features_and_pairs(bos_tokenizer: PreTrainedTokenizerFas
     assert PadCollator(bos_tokenizer)([feature])["token_type_ids"].tolist() == [feature["token_type_ids"]]
     with pytest.raises(GatewiseError, match="rows holds generation rows"):
         encode_classification(Records("generation", [{"source": "a", "target": "b"}], None, "rows"), bos_tokenizer)
-
-
-def test_score_batch_is_fixed_without_replacement_and_leaves_the_random_state(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    rows = [{"text": f"lamp {number}", "label": "good"} for number in range(20)]
-    records = Records("label", rows, LABELS.labels, "rows")
-    state = torch.get_rng_state()
-    batch = score_batch(records, tokenizer, TEMPLATE, n=8, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(1)
-    again = score_batch(records, tokenizer, TEMPLATE, n=8, seed=3)
-    other = score_batch(records, tokenizer, TEMPLATE, n=8, seed=4)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
-    assert len(set(texts)) == 8
-    assert all(torch.equal(batch[key], again[key]) for key in batch)
-    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in other["input_ids"]] != texts
-    assert len(score_batch(records, tokenizer, TEMPLATE, n=99)["labels"]) == 20
-    assert score_batch(records, tokenizer, None, n=4, classification=True)["labels"].tolist() == [0] * 4
 
 
 def test_missing_special_tokens_are_reported(tokenizer: PreTrainedTokenizerFast) -> None:

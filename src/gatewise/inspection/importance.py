@@ -20,11 +20,11 @@ from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of
-from gatewise.losses import Batch, loss_kind
+from gatewise.losses import Batch
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.sites import Site, sites_in_order
-from gatewise.tasks import score_batch
-from gatewise.tasks.metrics import check_classes, most_positions
+from gatewise.tasks import PadCollator
+from gatewise.tasks.metrics import encoded
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -151,21 +151,14 @@ def score_adapter(
     progress = ConsoleProgress(Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)
-        model, classification = loaded.model, loss_kind(loaded.model) == "rows"
-        if classification:
-            check_classes(model, loaded.records)
-        batch = score_batch(
-            loaded.records,
-            loaded.tokenizer,
-            loaded.template,
-            n=rows,
-            seed=seed,
-            classification=classification,
-            max_length=min(loaded.max_length, most_positions(model)),
-        )
-        progress.say(f"scoring on {len(batch['labels']):,} rows with {score}")
+        drawn = torch.randperm(len(loaded.records), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+        records = loaded.records.select(drawn)
+        batch = PadCollator(loaded.tokenizer)(
+            encoded(loaded.model, loaded.tokenizer, records, loaded.template, loaded.max_length)
+        )  # fmt: skip
+        progress.say(f"scoring on {len(records):,} rows with {score}")
         with progress.counting("scoring") as count:
-            found = importance_of(model, batch, score, score_options=score_options, progress=count)
+            found = importance_of(loaded.model, batch, score, score_options=score_options, progress=count)
         return replace(found, base_model=loaded.base, data=data)
 
 

@@ -9,7 +9,6 @@ from gatewise.tasks.encoding import (
     encode,
     encode_classification,
     prompt_ids,
-    score_batch,
 )
 from gatewise.tasks.metrics import end_ids, evaluate, generate_ids, measuring, most_positions
 from gatewise.tasks.records import Records, final_number, load_records
@@ -31,5 +30,4 @@ __all__ = [
     "measuring",
     "most_positions",
     "prompt_ids",
-    "score_batch",
 ]

@@ -239,27 +239,6 @@ class PadCollator:
         return batch
 
 
-def score_batch(
-    records: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Prompting | None,
-    n: int = 32,
-    seed: int = 0,
-    *,
-    classification: bool = False,
-    max_length: int = 512,
-) -> dict[str, Tensor]:
-    """A fixed batch to score ranks on: ``n`` rows (or all, if fewer) drawn without replacement.
-
-    The draw depends on ``seed`` alone and leaves torch's random state as it is.
-    """
-    drawn = torch.randperm(len(records.rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
-    subset = records.select(drawn)
-    if classification:
-        return PadCollator(tokenizer)(encode_classification(subset, tokenizer, max_length=max_length))
-    return PadCollator(tokenizer)(encode(subset, tokenizer, template, max_length=max_length))
-
-
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """Rows of different lengths -> (b, t) long tensor, filled up with ``value``."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
