@@ -31,10 +31,9 @@ from gatewise.adapters.files import read_lora
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
-from gatewise.internals.sharding import shared_by
 from gatewise.internals.zero import _NOT_WITH_STAGE_3
 from gatewise.parts import DEFAULT_TASK, METHODS, TASKS, Section
-from gatewise.runs.launch import STRATEGIES
+from gatewise.runs.launch import SHARED_BY, STRATEGIES
 from gatewise.runs.recipe import Recipe, checked
 from gatewise.runs.run import check_sharing
 from gatewise.runs.schema import recipe_schema
@@ -491,11 +490,11 @@ def launched(method: str, strategy: str, given: Mapping[str, Any] | None = None)
     """What is checked before a recipe is trained under a launcher's strategy."""
     recipe = recipe_of(method, "causal", given)
     part = METHODS[method](recipe)
-    deepspeed = strategy.startswith("zero")
-    asked = {"ACCELERATE_USE_DEEPSPEED": "true"} if deepspeed else {"ACCELERATE_USE_FSDP": "true"} if strategy == "fsdp2" else {}
-    with patch.dict(os.environ, asked):
-        check_sharing(recipe, part, shared_by())
-        if method == "adalora" and deepspeed:
+    shared_by = SHARED_BY.get(strategy)
+    deepspeed = shared_by == "DeepSpeed"
+    check_sharing(recipe, part, shared_by)
+    if method == "adalora" and deepspeed:
+        with patch.dict(os.environ, {"ACCELERATE_USE_DEEPSPEED": "true"}):
             part.config(None, None)  # type: ignore[arg-type]
     if strategy == "zero3" and (why := _NOT_WITH_STAGE_3.get(WRITES[method]["peft_type"])):
         raise GatewiseError(why)

@@ -122,10 +122,6 @@ def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, m
         ("peft: {lora_alfa: 3}", "my.yaml: peft.lora_alfa is not a known key (given 3); did you mean lora_alpha?"),
         ("learning_rate: 1e-4", "learning_rate is not a known key (given 0.0001); known here: method, model, task"),
         ("training: {workers: 2}", "training.workers is not a known key (given 2); known here: max_steps"),
-        (
-            "allocation: {validation_rows: 8}",
-            "allocation.validation_rows is now data.held_out, the same for every method (given 8)",
-        ),
         ("zzz:", "zzz is not a known key (given None)"),
         ("adalora: {beta1: 0.9}", "adalora is not a known key"),
         ("peft: {r: eight}", "my.yaml: peft.r: Input should be a valid integer, got 'eight'"),

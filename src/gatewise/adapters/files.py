@@ -441,8 +441,7 @@ def read_selection(path: Path) -> Selection:
         GatewiseError: no such file, or one that does not hold a selection.
     """
     record = _read_json(path)
-    for name in ("format", "losses"):  # losses were of another way to choose, which is gone
-        record.pop(name, None)
+    record.pop("format", None)
     try:
         return Selection(**record)
     except TypeError as error:

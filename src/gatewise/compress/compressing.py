@@ -31,14 +31,14 @@ from gatewise.compress.order import ORDERS
 from gatewise.compress.quality import Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.rows import Rows, rows_for
-from gatewise.compress.search import Candidate, Goal, Search, Size, Work
+from gatewise.compress.search import Candidate, Goal, Search, Size
 from gatewise.errors import GatewiseError, some
 from gatewise.files import check_new_folder, finite, whole_folder, write_json
 from gatewise.inspection.card import carry_card
 from gatewise.losses import scored
 from gatewise.models.loading import folder_of
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
+from gatewise.serving.engines import SERVING_FILE, serving_settings
 from gatewise.tasks.metrics import measuring
 
 REPORT_FILE = "compress.json"
@@ -120,7 +120,7 @@ def compress(
         rows = rows_for(loaded, measure, goal.tolerance if goal.size is None else None, recovery, score_rows, progress.say)
         # Neither a tolerance nor a size changes what is measured, only how far the search goes.
         work = place / _fingerprint(source, loaded, rows, goal, recovery, order)
-        search = Search(source, loaded, rows, goal, recovery, order, Work(work), progress)
+        search = Search(source, loaded, rows, goal, recovery, order, work, progress)
         result = _write(search, order, Path(out), source)
     for folder in place.glob("[0-9a-f]" * 16):
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +173,7 @@ def _write(search: Search, order: str, out: Path, source: Path) -> Compressed:
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
             order=order, goal=search.goal, deviation=_deviation(search, part),
         )  # fmt: skip
-        write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(search.loaded.model)))
+        write_json(part / SERVING_FILE, serving_settings(read_lora(part), search.loaded.model.config.model_type))
         write_json(part / REPORT_FILE, {"format": 1, **finite(asdict(result))})
         carry_card(source, part, "Compressed", _told(result))
     return result

@@ -85,23 +85,6 @@ class Candidate:
     difference: Difference
 
 
-class Work:
-    """A folder of tensors that took long to make, in which an interrupted search finds them again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns what ``make`` returns, or what it returned when it was first called for this name."""
-        path = self.folder / f"{name}.safetensors"
-        if path.is_file():
-            return read_tensors(path)[0]
-        made = make()
-        with whole_file(path) as part:
-            save_file({key: value.contiguous() for key, value in made.items()}, part)
-        return made
-
-
 class Search:
     """An adapter in its singular basis, the order in which its ranks go, and the candidates that were measured."""
 
@@ -113,10 +96,14 @@ class Search:
         goal: Goal,
         recovery: Recovery | None,
         order: str,
-        work: Work,
+        work: Path,
         progress: ConsoleProgress,
     ) -> None:
-        """Values all that can be dropped, and measures both ends: the whole adapter, and none."""
+        """Values all that can be dropped, and measures both ends: the whole adapter, and none.
+
+        Args:
+            work: a folder of tensors that took long to make, in which an interrupted search finds them again.
+        """
         self.loaded, self.rows, self.goal, self.recovery, self.work, self.progress = loaded, rows, goal, recovery, work, progress
         self.note = read_note(source)
         self.candidates: list[Candidate] = []
@@ -169,6 +156,16 @@ class Search:
         for name, value in values.items():
             self.tensors[name].copy_(value)
 
+    def _once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns what ``make`` returns, or what it returned when it was first called for this name."""
+        path = self.work / f"{name}.safetensors"
+        if path.is_file():
+            return read_tensors(path)[0]
+        made = make()
+        with whole_file(path) as part:
+            save_file({key: value.contiguous() for key, value in made.items()}, part)
+        return made
+
     def _order(self, order: str) -> None:
         """Sets the steps in which ranks go, and the size and cost of what is left after each."""
 
@@ -177,7 +174,7 @@ class Search:
             with self.progress.counting("valuing") as count:
                 return rank_values(self.loaded.model, self.batch, order, count)
 
-        by_parameters, found = self.goal.unit == "parameters", self.work.once("values", value)
+        by_parameters, found = self.goal.unit == "parameters", self._once("values", value)
         must_stay = carries_more_than_ranks if by_parameters else _stays
         stays = [path for path, layer in self.layers.items() if must_stay(layer, ADAPTER)]
         values = {path: found[path].tolist() for path in self.layers}
@@ -223,7 +220,7 @@ class Search:
                 )
             return {"rows": rows}
 
-        return self.work.once(key, measure)["rows"]
+        return self._once(key, measure)["rows"]
 
     def find(self) -> Candidate:
         """The candidate that the goal asks for. Afterwards the model has its weights."""
@@ -311,7 +308,7 @@ class Search:
             self._load(before)
             return {}
 
-        trained = self.work.once(f"{at} trained", train)
+        trained = self._once(f"{at} trained", train)
         self._load(trained)
         return bool(trained)
 

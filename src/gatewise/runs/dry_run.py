@@ -20,11 +20,11 @@ from gatewise.losses import IGNORED, scored
 from gatewise.models.device import peak_memory, pick_device, pick_dtype
 from gatewise.parts import Features, Method, Run
 from gatewise.progress import ConsoleProgress, quiet
+from gatewise.runs.launch import SHARED_BY
 from gatewise.runs.recipe import Recipe
 from gatewise.runs.run import check_services, check_sharing, prepared
 from gatewise.runs.trainer import RowOrder, recompute_activations, row_length, share_of
 
-_SHARED_BY = {"fsdp2": "FSDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed"}
 _WHOLE = 10**9  # tokens: longer than any row
 _SHOWN, _MOST = 2, 600  # rows that are shown, and characters of one span of them
 _ADAM = 8  # bytes that it keeps for each number; other optimisers keep fewer
@@ -38,7 +38,7 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
     """
     check_services(recipe)
     share_of(recipe.training, recipe.launch.processes)
-    check_sharing(recipe, recipe.parts()[1], _SHARED_BY.get(recipe.launch.strategy))
+    check_sharing(recipe, recipe.parts()[1], SHARED_BY.get(recipe.launch.strategy))
     with quiet(bars=True):
         run, method = ready(recipe, Path(output), ConsoleProgress(stderr))
         console.print(_rows(run))

@@ -37,6 +37,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3": {"use_deepspeed": True, "zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True},
 }
 """What each strategy sets, by the names of ``accelerate launch``."""
+SHARED_BY = {"fsdp2": "FSDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed"}
+"""What shares out the model, or what the optimiser keeps, under a strategy."""
 SECONDS_TO_END = 30
 """How long processes get to leave a run in order before they are killed."""
 

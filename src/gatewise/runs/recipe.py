@@ -242,9 +242,6 @@ def _validated(tree: Mapping[str, Any]) -> Recipe:
     return kind.model_validate({key: value for key, value in tree.items() if value is not None or key not in kind.model_fields})
 
 
-_MOVED = {f"{section}.validation_rows": "data.held_out" for section in ("allocation", "routing")}
-
-
 def _problem(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     """One sentence about a fault that pydantic found."""
     *sections, key = (str(part) for part in fault["loc"])
@@ -253,8 +250,6 @@ def _problem(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         kind: Any = _class_of(tree)
         for section in sections:
             kind = kind.model_fields[section].annotation
-        if name in _MOVED:
-            return f"{name} is now {_MOVED[name]}, the same for every method (given {reprlib.repr(fault['input'])}): write it there"
         near = _did_you_mean(key, kind.model_fields, f"; known here: {', '.join(kind.model_fields)}")
         return f"{name} is not a known key (given {reprlib.repr(fault['input'])}){near}"
     if fault["type"] == "missing":

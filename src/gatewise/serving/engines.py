@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
-
 from gatewise.adapters.files import LoraAdapter
 
 SERVING_FILE = "serving.json"
@@ -26,8 +24,8 @@ _PACKED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-# Base models whose layers are called in vLLM as in Transformers, by its model_type.
-_SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3")
+"""Base models, by Transformers' ``model_type``, that ``make test-serve`` compares with PEFT: vLLM calls their layers as it does."""
 _LAYER = re.compile(r"model\.layers\.\d+\.\w+")
 
 
@@ -55,11 +53,6 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     )
     routed = adapter.config.get("peft_type") == ROUTED
     return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed)
-
-
-def model_type_of(model: nn.Module) -> str | None:
-    """What Transformers calls the kind of a base model, under an adapter or not; None for one that is not of Transformers."""
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,6 +88,6 @@ def keeps_lora(path: str, named: Collection[str], model_type: str | None) -> boo
 def _vllm_names(path: str, model_type: str | None) -> list[str]:
     """The names in vLLM of a module, or of the one that it is packed into. Names that a base does not have do nothing."""
     above, _, kind = path.rpartition(".")
-    if model_type in _SAME_NAMES and _LAYER.fullmatch(above):
+    if model_type in FAMILIES and _LAYER.fullmatch(above):
         return [f"{above}.{one}" for one in (kind, _PACKED.get(kind, kind))]
     return ["experts"] if ".experts" in path else [kind]

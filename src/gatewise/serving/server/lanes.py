@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gatewise.adapters.loading import check_base_weights, put_on
 from gatewise.errors import GatewiseError
+from gatewise.losses import cache_argument
 from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
 from gatewise.routed.request import regroup
@@ -196,7 +197,7 @@ class Lane:
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits (b, v) of the last position, in float32."""
         device = self._model.device
-        options: dict[str, Any] = {cache_argument(self._model): cache}
+        options: dict[str, Any] = {cache_argument(self._model) or "past_key_values": cache}
         if "logits_to_keep" in self._accepted:
             options["logits_to_keep"] = 1
         if "position_ids" in self._accepted:
@@ -216,11 +217,6 @@ def with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """What a model's ``forward`` calls its key-value cache, in this or in older versions of Transformers."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 @torch.no_grad()
 def check_model(model: PreTrainedModel) -> None:
     """Refuses a base model whose rows cannot come and go.
@@ -230,7 +226,8 @@ def check_model(model: PreTrainedModel) -> None:
     """
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([[1, 1]], device=model.device)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_argument(model): cache})
+    given: dict[str, Any] = {cache_argument(model) or "past_key_values": cache}
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     if not cache.layers or cache.get_seq_length() != 2 or any(type(layer) not in known for layer in cache.layers):
         raise GatewiseError(

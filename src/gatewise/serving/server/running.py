@@ -25,6 +25,7 @@ from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 from gatewise.serving.server.text import Tokenizers
+from gatewise.tasks.metrics import end_ids
 
 _GRACE = 5  # seconds that answers under way have when the server ends
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
@@ -103,15 +104,12 @@ class AdapterServer:
             self.length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
             if self.length > positions:
                 raise GatewiseError(f"--max-model-len is {self.length}, but {base} has {positions} positions: give at most that")
-            settings = model.generation_config
-            if getattr(settings, "repetition_penalty", None) not in (None, 1):
+            if getattr(model.generation_config, "repetition_penalty", None) not in (None, 1):
                 say(f"note: the repetition_penalty in the generation_config.json of {base} is passed over")
-            given = getattr(settings, "eos_token_id", None)
-            ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
             self.metrics = Metrics()
             self.tokenizers = Tokenizers(tokenizer)
             self.engine = Engine(
-                model, base, [one for one in ends if one is not None], self.catalogue, self.metrics,
+                model, base, sorted(end_ids(model, tokenizer)), self.catalogue, self.metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self.end,
             )  # fmt: skip
             for version in [one for one in self.catalogue.versions.values() if one.is_named][:most_loaded]:

@@ -6,8 +6,7 @@ leave a part of it out, is refused, and so is what was not tried.
 
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3")
-"""Base models, by Transformers' ``model_type``, that ``make test-serve`` compares with PEFT."""
+from gatewise.serving.engines import FAMILIES
 
 
 def why_not(config: Any, platform: Any, dual_stream: bool) -> str | None:
