@@ -90,7 +90,7 @@ class Run:
     Attributes:
         recipe: the whole recipe, see ``gatewise.runs.recipe.Recipe``.
         output: the run's folder.
-        progress: ``say(line)`` tells the user something, ``training(what)`` names the bar of a training.
+        progress: ``say(line)`` tells the user something, ``counting(what)`` yields what moves a bar.
         collate: makes encoded rows a batch.
         fresh_base: loads the base model once more, with the head that a task gives it drawn anew from torch's random state.
         base_parameters: how many numbers the base model has.

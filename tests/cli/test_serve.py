@@ -61,7 +61,7 @@ def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "forms", SimpleNamespace(FORM=Form()))
     monkeypatch.setattr(constraints, "entry_points", lambda group: [one for one in points if one.group == group])
     assert list(constraints.find_constraints()) == ["form"]  # where nobody asks for it, one that is broken is passed over
-    assert constraints.logits_processors(constraints.find_constraints(["form"])) == ["--logits-processors", "a:B"]
+    assert constraints.find_constraints(["form"])["form"].logits_processor == "a:B"
     for engine in ("transformers", "vllm"):
         for name, said in (
             ("poem", "has a constraint 'poem'; those that are there: broken, form"),

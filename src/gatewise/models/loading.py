@@ -280,11 +280,7 @@ def class_names(name_or_path: str | Path) -> list[str] | None:
 
     Raises GatewiseError when there is no configuration or it cannot be read.
     """
-    return names_in(load_config(name_or_path))
-
-
-def names_in(config: Any) -> list[str] | None:
-    """What a Transformers configuration calls the classes of a classifier, in order; None where it only counts them."""
+    config = load_config(name_or_path)
     names = [str(config.id2label[at]) for at in sorted(config.id2label)]
     return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
 

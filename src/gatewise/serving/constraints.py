@@ -7,7 +7,7 @@ package brings one as an object with the two members of ``Constraint``:
     my_form = "my_package.forms:FORM"
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Protocol
 
@@ -64,9 +64,3 @@ def find_constraints(names: Sequence[str] | None = None) -> dict[str, Constraint
                     f"the constraint {name!r} cannot be imported ({reason_of(error)}): install what it needs"
                 ) from error
     return found
-
-
-def logits_processors(constraints: Mapping[str, Constraint]) -> list[str]:
-    """vLLM's arguments for these constraints."""
-    classes = [one.logits_processor for one in constraints.values()]
-    return ["--logits-processors", *classes] if classes else []

@@ -148,7 +148,7 @@ def _asked(
         tokenizer = server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
-            server.catalogue.note(version.folder, str(error))
+            server.catalogue.tell({version.folder: str(error)})
         raise RefusedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log", 500, "model") from error
     prompts: list[Any] = [_chat_ids(tokenizer, body, version, server)] if isinstance(body, Chat) else body.prompt
     answers: list[Answer] = []

@@ -207,7 +207,7 @@ class Catalogue:
                 there[name] = version
             version.gone = there.get(name) is not version
         self.versions = dict(sorted(there.items()))
-        self._tell(self._refused)
+        self.tell(self._refused)
         self._refused.clear()
         return is_late
 
@@ -226,12 +226,8 @@ class Catalogue:
             raise GatewiseError(problem) from error
         self._refused[folder] = problem
 
-    def note(self, folder: Path, text: str) -> None:
-        """Prints what is wrong with a folder, once: the same is found at every look."""
-        self._tell({folder: text})
-
-    def _tell(self, problems: dict[Path, str]) -> None:
-        """Prints what is newly wrong with folders, in one line."""
+    def tell(self, problems: dict[Path, str]) -> None:
+        """Prints what is newly wrong with folders, in one line: the same is found at every look."""
         fresh = {folder: problem for folder, problem in problems.items() if self._said.get(folder) != problem}
         self._said |= fresh
         alike: dict[str, list[str]] = {}

@@ -298,7 +298,7 @@ class Engine:
                 raise
             except Exception as error:
                 version.failed = time.monotonic()
-                self._catalogue.note(version.folder, describe_fault(version.folder, error))
+                self._catalogue.tell({version.folder: describe_fault(version.folder, error)})
                 raise hidden from error
         version.used = time.monotonic()
         return self._loaded[version]

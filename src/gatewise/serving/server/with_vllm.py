@@ -25,7 +25,7 @@ from typing import IO, Any
 from gatewise.adapters.files import read_config, read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.loading import load_config, resolve
-from gatewise.serving.constraints import Constraint, logits_processors
+from gatewise.serving.constraints import Constraint
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, keeps_lora, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import MORE, SETTLED, Catalogue, Fit, ReplacedError, Version, describe_fault
@@ -194,7 +194,9 @@ class VllmServer:
             positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
             more, self._room = arguments_for(self._adapters_at_start(), positions, most_loaded, rest)
             self._arguments += more
-        self._arguments += [*logits_processors(self._constraints), *rest]
+        if self._constraints:
+            self._arguments += ["--logits-processors", *(one.logits_processor for one in self._constraints.values())]
+        self._arguments += rest
         self._served: dict[str, Version] = {}
         self._retired: list[tuple[float, Path]] = []
         self._is_up = self._is_ending = False
@@ -297,7 +299,7 @@ class VllmServer:
                 problem = describe_fault(version.folder, error)
                 if version.is_named:
                     raise GatewiseError(problem) from error
-                self.catalogue.note(version.folder, problem)
+                self.catalogue.tell({version.folder: problem})
         return found
 
     def _update_adapters(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
@@ -320,7 +322,7 @@ class VllmServer:
             except Exception as error:
                 shutil.rmtree(copies / version.key, ignore_errors=True)
                 version.failed = time.monotonic()
-                self.catalogue.note(version.folder, describe_fault(version.folder, error))
+                self.catalogue.tell({version.folder: describe_fault(version.folder, error)})
                 self._tell(process, copies, name, None)
             else:
                 self._tell(process, copies, name, version)
