@@ -219,3 +219,20 @@ def quoted_list(texts: Sequence[str], places: Sequence[str] = (), most: int = 20
     said = [f'"{text[:80]}{"…" if len(text) > 80 else ""}"' for text in texts[:most]]
     said = [f"{one} ({place})" if place else one for one, place in zip_longest(said, places[:most], fillvalue="")]
     return ", ".join(said) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def notes_on_reading(unread: Mapping[str, int], hidden: Iterable[str], struck: Iterable[str], equations: int) -> Iterator[str]:
+    """What readers of marked documents say alike.
+
+    Args:
+        unread: how many there were of each kind that cannot be read.
+    """
+    if texts := [text for text in hidden if any(map(str.isalnum, text))]:
+        yield f"hidden text was left out: {quoted_list(texts)}"
+    if unread:
+        said = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in unread.items()]
+        yield f"{', '.join(said)} could not be read: look there for text that matters"
+    if texts := [text for text in struck if text]:
+        yield f"text that is struck through was read like any other: {quoted_list(texts)}"
+    if equations:
+        yield f"equations were read as plain text ({equations}): compare them with the document"

@@ -21,6 +21,7 @@ from gatewise_mdt.documents.document import (
     Block,
     Document,
     in_one_line,
+    notes_on_reading,
     one_line,
     quoted_list,
     with_footnotes,
@@ -34,7 +35,7 @@ from gatewise_mdt.documents.headings import (
     reads_as_sentence,
     style_of,
 )
-from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of, value_of
+from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of, value_of, whole_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -90,7 +91,7 @@ def read_docx(content: bytes, name: str) -> Document:
         body = opened.element.body
         blocks = tuple(reading.read(body))
         left_out = [(kind, said) for key, kind, said in beside if key not in reading.referred and any(map(str.isalpha, said))]
-        notes = [*reading.notes(), *_changes(body), *_left_out(left_out)]
+        notes = [*reading.notes(body), *_left_out(left_out)]
         return Document(name, blocks, tuple(f"{name}: {note}" for note in notes))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
         raise GatewiseError(
@@ -123,7 +124,7 @@ class _Styles:
         for holder in (paragraph, *self.of_paragraph(paragraph)):
             level = holder.find(f"{_W}pPr/{_W}outlineLvl")
             if level is not None:
-                return _number(level, _BODY)
+                return whole_of(value_of(level), _BODY)
             name = _name(holder)
             if heading := re.fullmatch(r"heading (\d)", name):
                 return int(heading[1]) - 1
@@ -149,13 +150,8 @@ class _Styles:
     def look(self, paragraph: Any) -> tuple[float, bool]:
         """The size in points of the largest letters, and whether all are bold."""
         runs = [run for run in paragraph.iter(f"{_W}r") if any((text.text or "").strip() for text in run.iter(f"{_W}t"))]
-        points = [_number(self.property(run, paragraph, "sz"), 22) / 2 for run in runs]
+        points = [whole_of(value_of(self.property(run, paragraph, "sz")), 22) / 2 for run in runs]
         return max(points, default=0.0), bool(runs) and all(_on(self.property(run, paragraph, "b")) for run in runs)
-
-
-def _number(element: Any, otherwise: int) -> int:
-    value = value_of(element)
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 5 else otherwise
 
 
 def _name(style: Any) -> str:
@@ -267,7 +263,7 @@ class _Reading:
     def _list(self, properties: Any, style: str) -> tuple[str, int]:
         """Which list a paragraph is of, and on which level; where the level is not said, on that of its style."""
         name, own = value_of(properties.find(f"{_W}numId")), properties.find(f"{_W}ilvl")
-        return name, self.numbering.level_of(name, style) if own is None else _number(own, 0)
+        return name, self.numbering.level_of(name, style) if own is None else whole_of(value_of(own), 0)
 
     def _depth(self, paragraph: Any, place: ListPlace | None, item: bool) -> int:
         """How many items a paragraph stands under; an item is one of those for what comes after it."""
@@ -329,7 +325,7 @@ class _Reading:
                 continue
             headers += len(made) == headers and _on(row.find(f"{_W}trPr/{_W}tblHeader"))
             cells: list[Cell] = []
-            column = _number(row.find(f"{_W}trPr/{_W}gridBefore"), 0)
+            column = whole_of(value_of(row.find(f"{_W}trPr/{_W}gridBefore")), 0)
             for cell in _inside(row, "tc"):
                 text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else self._cell(cell)
                 merge = cell.find(f"{_W}tcPr/{_W}vMerge")
@@ -339,7 +335,7 @@ class _Reading:
                     spanning[column] = text
                 else:
                     text = f"{spanning[column]} {text}".strip()
-                span = max(1, _number(cell.find(f"{_W}tcPr/{_W}gridSpan"), 1))
+                span = max(1, whole_of(value_of(cell.find(f"{_W}tcPr/{_W}gridSpan")), 1))
                 cells.append(Cell(text, column, span, all(self.styles.look(one)[1] for one in cell.iter(f"{_W}p"))))
                 column += span
             made.append(cells)
@@ -398,7 +394,7 @@ class _Reading:
         if tag == f"{_W}r":
             raised = value_of(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
             # "50" struck out before "5" is not 505.
-            said = f" {said} " if any(_on(element.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike")) else said
+            said = f" {said} " if _is_struck(element) else said
             return f"{RAISED}{said}{LOWERED}" if raised else said
         if tag in (f"{_MATH}sup", f"{_MATH}den"):
             return f"{'^' if tag == f'{_MATH}sup' else '/'}{said}"
@@ -414,20 +410,18 @@ class _Reading:
         self.left["symbol"] += known is None
         return known or UNKNOWN
 
-    def notes(self) -> Iterator[str]:
+    def notes(self, body: Any) -> Iterator[str]:
         """What the walk met and could not read as it stands."""
         equations, symbols = self.left.pop("equation", 0), self.left.pop("symbol", 0)
-        if self.left:
-            unread = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in self.left.items()]
-            yield f"{', '.join(unread)} could not be read: look there for text that matters"
-        if equations:
-            yield f"equations were read as plain text ({equations}): compare them with the document"
+        marked = [run for run in body.iter(f"{_W}r") if _is_struck(run)]
+        struck = ["".join(text.text or "" for text in run.iter(f"{_W}t")).strip() for run in marked]
+        yield from notes_on_reading(self.left, self.hidden, struck, equations)
         if symbols:
             yield f"signs of a symbol font were not known ({symbols}); {UNKNOWN} stands for each"
-        if hidden := list(filter(None, self.hidden)):
-            yield f"hidden text was left out: {quoted_list(hidden)}"
         if self.contents:
             yield f"a table of contents was left out: {quoted_list(self.contents, most=3)}"
+        if next(body.iter(*_MOVED), None) is not None:
+            yield "tracked changes were read as if all were accepted"
 
 
 def _place(name: str, level: int, indent: Indent, depth: int) -> ListPlace:
@@ -446,13 +440,8 @@ def _inside(table: Any, tag: str) -> Iterator[Any]:
             yield from _inside(child, tag)
 
 
-def _changes(body: Any) -> Iterator[str]:
-    """Notes on tracked changes and on what is struck through."""
-    if next(body.iter(*_MOVED), None) is not None:
-        yield "tracked changes were read as if all were accepted"
-    marked = [run for run in body.iter(f"{_W}r") if any(_on(run.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike"))]
-    if struck := list(filter(None, ("".join(text.text or "" for text in run.iter(f"{_W}t")).strip() for run in marked))):
-        yield f"text that is struck through was read like any other: {quoted_list(struck)}"
+def _is_struck(run: Any) -> bool:
+    return any(_on(run.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike"))
 
 
 def _left_out(parts: list[tuple[str, str]]) -> Iterator[str]:

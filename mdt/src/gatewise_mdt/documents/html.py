@@ -18,6 +18,7 @@ from gatewise_mdt.documents.document import (
     Block,
     Document,
     in_one_line,
+    notes_on_reading,
     quoted_list,
     with_footnotes,
 )
@@ -345,34 +346,30 @@ class _Reading:
             self.lists.append(_List(start, _KINDS.get(element.get("type") or "", "decimal"), -1 if back else 1))
         else:
             self.lists.append(_List())
+        self._entries(element, 0, in_main)
+        self.lists.pop()
+
+    def _entries(self, element: Any, terms: int, in_main: bool) -> int:
+        """The items of a list, or what a list of definitions has in a div.
+
+        Args:
+            terms: 1 after a term, which what defines it stands under.
+        """
         self._say(element.text, False, element)
         self._close()
-        terms = 0  # of a list of definitions: 1 after a term, which what defines it stands under
         for child in element:
             if child in self.apart:
                 continue
             if child.tag == "li":
                 self._item(child, self._mark(child), in_main)
             elif element.tag == "dl" and child.tag == "div":
-                terms = self._definitions(child, terms, in_main)
+                terms = self._entries(child, terms, in_main)
             elif child.tag in ("dt", "dd"):
                 terms = self._definition(child, terms, in_main)
             else:  # a list that stands beside the items, and belongs to the last
                 self.items += 1
                 self.walk(child, in_main=in_main)
                 self.items -= 1
-            self._say(child.tail, False, child)
-            self._close()
-        self.lists.pop()
-
-    def _definitions(self, element: Any, terms: int, in_main: bool) -> int:
-        self._say(element.text, False, element)
-        self._close()
-        for child in element:
-            if child.tag in ("dt", "dd"):
-                terms = self._definition(child, terms, in_main)
-            else:
-                self.walk(child, in_main=in_main)
             self._say(child.tail, False, child)
             self._close()
         return terms
@@ -478,8 +475,6 @@ class _Reading:
         """What the walk met and could not read as it stands, or left out."""
         if self.around:
             yield f"what stands around the text was left out: {quoted_list(self.around)}"
-        if hidden := [text for text in self.hidden if any(map(str.isalpha, text))]:
-            yield f"hidden text was left out: {quoted_list(hidden)}"
         if pressed := [text for text in self.pressed if any(map(str.isalpha, text))]:
             yield f"what is there to be pressed, chosen or filled in was left out: {quoted_list(pressed)}"
         if self.idle:
@@ -488,13 +483,7 @@ class _Reading:
             named = f", which the page calls {quoted_list(list(filter(None, self.pictures)))}" if any(self.pictures) else ""
             count = f"{len(self.pictures)} {'picture' if len(self.pictures) == 1 else 'pictures'}"
             yield f"{count} could not be read{named}: look there for text that matters"
-        if self.left:
-            unread = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in self.left.items()]
-            yield f"{', '.join(unread)} could not be read: look there for text that matters"
-        if struck := list(filter(None, self.struck)):
-            yield f"text that is struck through was read like any other: {quoted_list(struck)}"
-        if self.equations:
-            yield f"equations were read as plain text ({self.equations}): compare them with the document"
+        yield from notes_on_reading(self.left, self.hidden, self.struck, self.equations)
 
 
 def _is_layout(table: Any) -> bool:

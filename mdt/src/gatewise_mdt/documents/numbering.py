@@ -114,7 +114,7 @@ class Numbering:
             for other in one.iter(f"{_W}lvlOverride"):
                 self._levels[name] |= dict(_levels(other))
                 if (start := other.find(f"{_W}startOverride")) is not None:
-                    self._starts[name][_number(other.get(f"{_W}ilvl"))] = _number(value_of(start))
+                    self._starts[name][whole_of(other.get(f"{_W}ilvl"))] = whole_of(value_of(start))
 
     def level_of(self, name: str, style: str) -> int:
         """The level of a list whose paragraphs have a style; the first without one."""
@@ -152,9 +152,9 @@ class Numbering:
 def _levels(base: Any) -> Iterator[tuple[int, _Level]]:
     for one in base.iter(f"{_W}lvl"):
         yield (
-            _number(one.get(f"{_W}ilvl")),
+            whole_of(one.get(f"{_W}ilvl")),
             _Level(
-                _number(value_of(one.find(f"{_W}start"), "1"), 1),
+                whole_of(value_of(one.find(f"{_W}start"), "1"), 1),
                 value_of(one.find(f"{_W}numFmt"), "decimal"),
                 value_of(one.find(f"{_W}lvlText")),
                 indent_of(one),
@@ -184,7 +184,8 @@ def value_of(element: Any, otherwise: str = "") -> str:
     return otherwise if element is None else element.get(f"{_W}val", otherwise)
 
 
-def _number(said: Any, otherwise: int = 0) -> int:
+def whole_of(said: Any, otherwise: int = 0) -> int:
+    """The number that a text is; ``otherwise`` for any other."""
     return int(said) if isinstance(said, str) and re.fullmatch(r"[0-9]{1,6}", said) else otherwise
 
 
@@ -199,11 +200,6 @@ def written(number: int, kind: str) -> str:
             made += sign * (left // value)
             left %= value
         return made.upper() if kind == "upperRoman" else made
-    if kind == "ordinal":
-        ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-        return f"{number}{ending}"
-    if kind == "decimalZero":
-        return f"{number:02d}"
     if kind.startswith("decimalEnclosedCircle") and 1 <= number <= 20:
         return chr(0x2460 + number - 1)
     if re.match(r"chinese|japaneseCounting|taiwaneseCounting|ideographDigital", kind) and 0 < number < 100:

@@ -155,12 +155,6 @@ def _decode(content: bytes, name: str, declared: str) -> tuple[str, str]:
             content.decode(other),
             other.upper() + (", as it says itself" if other == declared else f", as it is no UTF-8: {_LOOK}"),
         )
-    if "\x00" in text and not mark and len(content) % 2 == 0:  # English in two bytes a letter, one of them zero
-        first = content[0] == 0
-        other = "UTF-16-BE" if first else "UTF-16-LE"
-        letters = content[int(first) :: 2]
-        if content[int(not first) :: 2].count(0) > 0.8 * len(letters) and not letters.count(0):
-            text, found = content.decode(other, "replace"), f"{other}, as every other byte is zero: {_LOOK}"
     if "\x00" in text:
         raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_SUFFIXES}")
     return text, found

@@ -11,7 +11,7 @@ from statistics import median
 
 from gatewise_mdt.documents.headings import SENTENCE_END, is_caption
 from gatewise_mdt.documents.language import has_han
-from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, fits, is_mark, line_of, lines_of, pieces_of
+from gatewise_mdt.documents.lines import EDGE, Look, PageTable, Word, fits, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.tables import Cell
 
@@ -103,7 +103,6 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
     end = at + 1
     columns = _columns(pieces[at : at + 1])
     first, low = _top(pieces[at]), _bottom(pieces[at])
-    between: list[float] = []  # white between rows, more than within cells
     alone = 0  # lines since the last one with several pieces that stand at the left or over several columns
     for place in range(at + 1, len(pieces)):
         line = pieces[place]
@@ -113,7 +112,7 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
         rules = sorted(
             rule.y for rule in look.rules if _covers(rule, columns) and first - size <= rule.y <= _top(line) + _FARTHEST * size
         )
-        if _is_closed(rules, first, low, _top(line)) or (len(between) > 1 and white > 1.5 * max(between) + 1 and not ruled):
+        if _is_closed(rules, first, low, _top(line)):
             break
         if white > (3 if ruled else _NEAR) * size or (len(line) == 1 and is_caption(line[0].text)):
             break
@@ -134,8 +133,6 @@ def _end(pieces: Sequence[Sequence[_Piece]], at: int, look: Look) -> int:
                 alone += 1
                 if alone > 2:
                     break
-        if look.usual and white > look.usual + _more(size):
-            between.append(white)
         low = max(low, _bottom(line))
     return _with_tail(pieces, at, end, columns, look) if end > at + 1 and len(columns) > 1 else at
 
@@ -203,8 +200,6 @@ def _fits(line: Sequence[_Piece], columns: Sequence[_Column], *, header: bool) -
     wide = [found for found in over if len(found) > 1]
     if len(wide) > 1 or len(set(single)) < len(single):
         return False
-    if not any(over):  # below headers that stand over the middle of columns, or at their right
-        return header and len(line) == len(columns)
     return header or not wide or wide[0][0] > 0  # what covers the first column has nothing beside it
 
 
@@ -295,8 +290,6 @@ def _parted(words: Sequence[Word], columns: Sequence[_Column]) -> Iterator[tuple
 def _table(lines: Sequence[Sequence[_Piece]], look: Look) -> PageTable | None:
     """Lines as a table; None where they are none."""
     columns = _columns(lines)
-    if len(columns) > 1 and all(is_mark(piece.text) for line in lines for piece in line if piece.x1 <= columns[0].x1):
-        columns = [_Column(columns[0].x0, columns[1].x1, columns[1].lines), *columns[2:]]  # bullets, or numbers of paragraphs
     if len(columns) < 2 or _bottom(lines[-1]) < EDGE * look.height or _top(lines[0]) > (1 - EDGE) * look.height:
         return None
     x0, x1 = columns[0].x0, columns[-1].x1
@@ -401,9 +394,7 @@ def _groups(
         low = max(low, line.bottom)
     more = _more(size)
     least = max(0.0, min(whites))
-    if usual and abs(least - usual) <= more:
-        least = usual
-    elif min(whites) < 0:  # lines that stand beside each other
+    if min(whites) < 0:  # lines that stand beside each other
         positive = [white for white in whites if white > 0]
         least = min(positive) if positive and max(positive) > min(positive) + more else 0.0
     large = [breaks[place] or whites[place] > least + more for place in range(pairs)]
@@ -505,9 +496,6 @@ def _covered(words: Sequence[Word], first: int, last: int, columns: Sequence[_Co
     def away(key: tuple[int, int]) -> float:
         return abs((columns[key[0]].x0 + columns[key[1]].x1) / 2 - (x0 + x1) / 2)
 
-    if first == last and away((first, last)) < 2 and len(columns) > 3:
-        whole = (1, len(columns) - 1)
-        return whole if away(whole) < 8 else (first, last)
     return min(
         ((one, other) for one in range(1, first + 1) for other in range(last, len(columns))),
         key=lambda key: (round(away(key) / 3), key),
