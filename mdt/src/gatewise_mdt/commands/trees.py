@@ -49,13 +49,11 @@ def read_file(file: str, repair: bool, *, counted: bool = False) -> "TreeFile":
         GatewiseError: the file cannot be read, or has no record without a fault.
     """
     from gatewise_mdt.records import TreeFile, read_trees, repairs_in_words
-    from gatewise_mdt.samples import NAME, sample
+    from gatewise_mdt.samples import sample_of
 
-    if file == NAME:
-        records = sample()
-        return TreeFile(NAME, tuple(records), {}, (), len(records))
     if file.startswith("sample:"):
-        raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
+        records = sample_of(file)
+        return TreeFile(file, tuple(records), {}, (), len(records))
     read = read_trees(file, repair=repair)
     if counted and read.repairs:
         say(f"note: {repairs_in_words(file, read.repairs)}", err=True)

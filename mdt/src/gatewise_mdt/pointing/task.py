@@ -18,16 +18,14 @@ from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.heads import HeadSettings
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_records
 from gatewise_mdt.records import TreeRecord, read_trees, repairs_in_words
-from gatewise_mdt.samples import NAME, sample
+from gatewise_mdt.samples import sample_of
 from gatewise_mdt.training.swapping import swapped_copies
 
-SIDES = {"sample:guideline-trees-train": False, "sample:guideline-trees-dev": True}
-"""The two sides of the sample of guideline passages, for recipes that anybody can run: every fifth passage is dev's."""
 METRICS = ("triplet_f1", "node_f1", "path_f1", "tree_acc", "ter", "n")
 
 
 def read_records(source: str, limit: int | None = None, told: list[str] | None = None) -> list[TreeRecord]:
-    """Texts with their trees: a file of :mod:`gatewise_mdt.records`, ``sample:guidelines`` or one of its SIDES.
+    """Texts with their trees: a file of :mod:`gatewise_mdt.records`, ``sample:guidelines`` or one of its sides.
 
     Args:
         told: gets a sentence on what was put right in the trees.
@@ -35,10 +33,8 @@ def read_records(source: str, limit: int | None = None, told: list[str] | None =
     Raises:
         GatewiseError: the file cannot be read, or has a record with a fault.
     """
-    if source == NAME or source in SIDES:
-        records = [one for one in sample() if SIDES.get(source) in (None, one.number % 5 == 0)]
-    elif source.startswith("sample:"):
-        raise GatewiseError(f"there is no sample {source!r} of trees: expected {', '.join((NAME, *SIDES))}")
+    if source.startswith("sample:"):
+        records = sample_of(source)
     else:
         read = read_trees(source, repair=True)
         if read.faults:

@@ -138,8 +138,7 @@ class Session:
         Raises:
             GatewiseError: a file cannot be read or is damaged, another review is open on the same files, or the name cannot be one.
         """
-        is_sample = file is not None and file.startswith("sample:")
-        path = None if file is None else Path("guidelines" if is_sample else file)
+        path = None if file is None else Path(file.removeprefix("sample:"))
         files = ReviewFiles(out or ReviewFiles.default_out(path))
         source = Source([], [])
         # The file of corrections itself is read as such, and not twice.

@@ -16,7 +16,7 @@ from gatewise_mdt.documents.reading import document_of
 from gatewise_mdt.records import SUFFIXES, trees_of
 from gatewise_mdt.review.original import Original
 from gatewise_mdt.review.passage import Passage, passage_of
-from gatewise_mdt.samples import NAME, sample
+from gatewise_mdt.samples import sample_of
 
 _MOST_BYTES = 2**27  # of a document that is looked for
 
@@ -45,10 +45,8 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
     Raises:
         GatewiseError: the file cannot be read, or nothing in it can.
     """
-    if file == NAME:
-        return Source([passage_of(record) for record in sample()], [])
     if file.startswith("sample:"):
-        raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
+        return Source([passage_of(record) for record in sample_of(file)], [])
     return source_of(content_of(file), file, population=population, repair=repair)
 
 
