@@ -196,16 +196,11 @@ def test_undo_and_redo(trees: Path) -> None:
     assert session.passage(1).now.state == "corrected"  # approved no more
 
 
-def test_undo_goes_back_over_a_restart_also_in_a_history_of_format_3(trees: Path) -> None:
+def test_undo_goes_back_over_a_restart(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
     session.approve(1, 1)
     session.close()
-    rows = [{"came": None, "saved": None, **row} for row in lines(session.files.history)]
-    for row in rows:
-        row |= {"format": 3} if "format" in row else {"now": {**row["now"], "undone": True}}
-    rows.append({"time": rows[-1]["time"], "reviewer": "Ada", "action": "save", "saved": [1]})
-    session.files.history.write_text("".join(json.dumps(row) + "\n" for row in rows))
     again = Session.open(str(trees))
     assert (again.notes, again.passage(1).now) == ([], session.passage(1).now)
     for state in ("corrected", "drafted"):

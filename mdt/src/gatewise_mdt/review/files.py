@@ -233,11 +233,9 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
         draft.entries.append(entry)
         draft.last = max(draft.last, entry.passage)
         if entry.action == "open":
-            if row["format"] not in (3, _FORMAT):
+            if row["format"] != _FORMAT:
                 raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
             draft.passages = held = {number: held[number] for number in row["passages"]}
-        elif entry.action == "remove":  # of histories of format 3
-            held.pop(entry.passage)
         elif entry.action == "save":
             draft.passages |= {number: replace(held[number], saved=held[number].kept) for number in row["saved"]}
         elif "now" in row:
@@ -258,8 +256,7 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
         past = ()
     made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
     beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
-    # What comes in may be what the file of corrections has. Histories of format 3 say so.
-    saved = before.saved if entry.action != "come" else _read_version(row["saved"]) if "saved" in row else now
+    saved = now if entry.action == "come" else before.saved  # what comes in may be what the file of corrections has
     return replace(made, version=entry.version, beside=beside, extractions=extractions, saved=saved)
 
 
