@@ -105,14 +105,15 @@ def _power(text: str, place: int) -> str:
 # ---- what belongs together, in folded text ----
 
 
-def _any(words: str) -> str:
+def any_of(words: str) -> str:
+    """One of some words, as a regular expression."""
     return "(?:" + "|".join(sorted(map(re.escape, words.split()), key=len, reverse=True)) + ")"
 
 
 _NO_MORE = rf"(?!{_SIGN})"
 _APART = rf"(?<!{_SIGN})"
 _FRACTION = "[¼½¾⅐-⅞]"
-_UNIT_WORDS = _any(
+_UNIT_WORDS = any_of(
     "kg g mg μg ng pg gr gram grams gramme grammes milligram milligrams microgram micrograms nanogram nanograms kilogram"
     " kilograms kilo kilos lb lbs pound pounds oz ounce ounces l dl ml cl μl nl fl cc litre litres liter liters millilitre"
     " millilitres milliliter milliliters deciliter decilitre teaspoon teaspoons tablespoon tablespoons tsp tbsp cup cups"
@@ -128,7 +129,7 @@ _UNIT_WORDS = _any(
     " applications actuation actuations pack packs pack-years cigarettes drink drinks point points cell cells copies beats"
     " breaths bpm rpm episode episodes attack attacks relapse relapses fraction fractions"
 )
-_HAN_UNIT = "个?" + _any(
+_HAN_UNIT = "个?" + any_of(
     "月 疗程 周期 小时 星期 礼拜 季度 年 岁 周岁 周 天 日 晚 夜 钟头 分钟 分 秒 次 片 粒"
     " 丸 滴 支 瓶 袋 剂 喷 吸 揿 杯 包 贴 枚 盒 针 倍 例 级 期 型 度 代"
     " 毫克 微克 千克 公斤 公克 克 斤 毫升 微升 升 单位 国际单位 毫米 厘米 公分 微米 米 毫摩尔 微摩尔 摩尔"
@@ -149,7 +150,7 @@ _HAN_DIGITS = "[〇零一二两三四五六七八九十百千万亿]"
 _HAN_NUMBER = (  # no 数 of 次数 or 计数
     r"(?!(?<=[次计指倍参系总多少人分读])数)[〇零一二两三四五六七八九十百千万亿半数几]{1,12}+(?:点[〇零一二三四五六七八九]{1,12}+|个半)?"
 )
-_COUNT = _any(
+_COUNT = any_of(
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     " twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million dozen half quarter"
 )
@@ -237,8 +238,8 @@ _WHOLE = [
     )
 ]
 _CHAIN = re.compile(rf"{_APART}{_SIGN}++(?:-{_SIGN}++)++")
-_OPPOSITES = _any("non un in im ir il dis de an anti contra counter ex no not mis mal hypo hyper sub low high")
-_WANTING = _any(
+_OPPOSITES = any_of("non un in im ir il dis de an anti contra counter ex no not mis mal hypo hyper sub low high")
+_WANTING = any_of(
     "free negative naive resistant refractory intolerant allergic sparing less deficient insensitive independent unresponsive"
     " ineligible poor low"
 )

@@ -12,14 +12,10 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from gatewise_mdt.wholes import Folded, fold
+from gatewise_mdt.wholes import Folded, any_of, fold
 
 HAN = "\u3400-\u9fff"
 _WORD = "[a-z0-9]"  # what an English word is made of, in folded text
-
-
-def _any(words: str) -> str:
-    return "(?:" + "|".join(sorted(map(re.escape, words.split()), key=len, reverse=True)) + ")"
 
 
 def set_of(words: str) -> frozenset[str]:
@@ -49,16 +45,16 @@ class Span(NamedTuple):
 
 DIGITS = r"(?:[1-9]\d{0,2}(?: \d00)+(?!\d)|\d+)(?:[.,·]\d+)*"  # "2 000" is one number
 _COUNTS = "one two three four five six seven eight nine ten eleven twelve"
-_SPELT = _any(_COUNTS)
+_SPELT = any_of(_COUNTS)
 _HAN_DIGITS = "[一二两三四五六七八九十半]"
 _DOSE_UNIT = (
-    _any(
+    any_of(
         "mg g μg ng kg milligram milligrams microgram micrograms gram grams iu miu u ku ᴍu l ml dl meq mmol μmol mol unit units"
         " drop drops puff puffs tablet tablets capsule capsules sachet sachets ampoule ampoules vial vials spray sprays"
     )
     + rf"(?!{_WORD})"
 )
-_HAN_DOSE_UNIT = "万?" + _any("毫克 微克 克 毫升 升 单位 国际单位 片 粒 丸 滴 支 瓶 袋 喷 揿 u iu")
+_HAN_DOSE_UNIT = "万?" + any_of("毫克 微克 克 毫升 升 单位 国际单位 片 粒 丸 滴 支 瓶 袋 喷 揿 u iu")
 _UNIT = rf"(?: ?(?:million |万)?{_DOSE_UNIT}| ?{_HAN_DOSE_UNIT})"
 # Not the digits of names ("Th2", "5-HT", "COVID-19", "type 2", "step 3"), of lists ("1)", "2、") and of references ("[3]").
 _NUMBER = re.compile(
@@ -74,7 +70,7 @@ _VALUES = {word: str(at) for at, word in enumerate(_COUNTS.split(), start=1)}
 _VALUES |= {sign: str(at) for at, sign in enumerate("一二三四五六七八九十", start=1)} | {"两": "2", "半": "0.5"}
 _TAIL = re.compile(_UNIT)
 _TIME = re.compile(
-    rf"[ -]?(?:{_any('day days week weeks month months year years hour hours h d w wk min minutes cycle cycles course courses')}"
+    rf"[ -]?(?:{any_of('day days week weeks month months year years hour hours h d w wk min minutes cycle cycles course courses')}"
     rf"(?!{_WORD})|个?(?:疗程|周期|小时|星期|月|年|岁|周|天|日|分钟))"
 )
 _PER_WEIGHT = re.compile(
