@@ -21,7 +21,7 @@ from tiny_models import word_tokenizer
 import gatewise
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
-from gatewise.serving.server.bodies import Chat, Completion, RefusedError, read
+from gatewise.serving.server.bodies import Chat, Completion, RefusedError, Tokenize, read
 from gatewise.serving.server.running import AdapterServer
 
 NAMES = ["tiny", "plain", "stable", "routed", "other", "dora", "prompts"]
@@ -245,9 +245,10 @@ def test_too_much_is_refused_before_anything_is_made_of_it(monkeypatch: pytest.M
                 read(kind, content, 256, 8192)
     with pytest.raises(RefusedError, match=r"messages\.0\.role"):  # and of many faults one is told
         read(Chat, json.dumps({"model": "plain", "messages": [{}] * 8000}).encode())
-    odd = [{"role": "user", "content": "a", "refusal": None, "tool_calls": [], "name": "she", "image": "b"}]
-    with pytest.raises(RefusedError, match="messages: image is not served here"):
-        read(Chat, json.dumps({"model": "plain", "messages": odd}).encode())
+    for kind in (Chat, Tokenize):
+        told = [{"role": "user", "content": "a", "refusal": None, "tool_calls": [], "name": "she", "image": "b"}]
+        with pytest.raises(RefusedError, match="messages: image is not served here"):
+            read(kind, json.dumps({"model": "plain", "messages": told}).encode())
 
 
 def test_what_clients_send_of_themselves_is_passed_over(server: AdapterServer) -> None:
@@ -289,8 +290,29 @@ def test_a_client_that_is_gone_before_its_turn_costs_nothing(server: AdapterServ
     assert sorted(seen)[1:] == sorted(map(len, (*long[:2], long[0])))
 
 
-def test_the_version(server: AdapterServer) -> None:
+def test_tokens_and_texts(server: AdapterServer) -> None:
+    for change, ids in (
+        ({"prompt": "w5 w9"}, [7, 11]),
+        ({"model": "routed", "prompt": "w5 w9", "add_special_tokens": False}, [7, 11]),
+        ({"messages": [{"role": "w5", "content": "w9"}], "return_token_strs": True}, [7, 11, 3]),
+    ):
+        status, answer = fetch(server, "/tokenize", json.dumps(change).encode(), **JSON)
+        assert status == 200, answer
+        found = json.loads(answer)
+        strings = ["w5", "w9", "w1"] if "messages" in change else None
+        assert found == {"count": len(ids), "max_model_len": POSITIONS, "tokens": ids, "token_strs": strings}
+    assert json.loads(fetch(server, "/detokenize", b'{"tokens": [7, 11]}', **JSON)[1]) == {"prompt": "w5 w9"}
     assert json.loads(fetch(server, "/version")[1]) == {"version": gatewise.__version__}
+    for path, body, status in (
+        ("/tokenize", b'{"prompt": "w1", "messages": []}', 200),
+        ("/tokenize", b'{"model": "plain"}', 400),
+        ("/tokenize", b'{"messages": [{"role": "w5", "content": "w9"}], "add_special_tokens": true}', 400),
+        ("/tokenize", b'{"model": "none", "prompt": "w1"}', 404),
+        ("/tokenize", b'{"prompt": "%s"}' % (b"w" * 500), 400),
+        ("/detokenize", b'{"tokens": [60]}', 400),
+        ("/detokenize", b'{"tokens": ["7"]}', 400),
+    ):
+        assert fetch(server, path, body, **JSON)[0] == status
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The HTTP side of a server: OpenAI's addresses, answers and errors, as vLLM has them. A Starlette app.
 
     GET  /v1/models, /v1/models/NAME        GET /health, /metrics, /version
-    POST /v1/completions, /v1/chat/completions
+    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
 
 Who may ask is settled before, by guard.py. A POST has to come as JSON, which no form of another page can send. Bodies are read, and
 prompts encoded, by threads beside that of the connections.
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 import gatewise
 from gatewise.errors import GatewiseError
-from gatewise.serving.server.bodies import Body, Chat, Completion, RefusedError, read
+from gatewise.serving.server.bodies import Body, Chat, Completion, Detokenize, Message, RefusedError, Tokenize, read
 from gatewise.serving.server.catalogue import Version
 from gatewise.serving.server.engine import Answer, Limit, Piece
 from gatewise.serving.server.guard import Guard
@@ -76,9 +76,21 @@ def app(server: "AdapterServer") -> ASGIApp:
     async def version(request: Request) -> Response:
         return _json({"version": gatewise.__version__})
 
-    async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
+    async def in_thread(request: Request, call: Callable[[bytes], _Made]) -> _Made:
+        """What a call makes of a body, in a thread; nothing, if the client is gone before its turn."""
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError("expected a body of type application/json", 415)
+        content = await request.body()
+        threads = server.long_bodies if len(content) > _LONG else server.bodies
+        return await _while_connected(request, asyncio.get_running_loop().run_in_executor(threads, call, content))
+
+    async def tokenize(request: Request) -> Response:
+        return _json(await in_thread(request, partial(_tokens, server)))
+
+    async def detokenize(request: Request) -> Response:
+        return _json(await in_thread(request, partial(_text, server)))
+
+    async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
         loop, told = asyncio.get_running_loop(), request.scope[TOLD]
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
@@ -90,10 +102,7 @@ def app(server: "AdapterServer") -> ASGIApp:
             server.engine.cancel(answers)
             told.update(generated_tokens=writing.tokens, finish=writing.finish)
 
-        content = await request.body()
-        threads = server.long_bodies if len(content) > _LONG else server.bodies
-        asked = loop.run_in_executor(threads, _asked, server, kind, told, send_piece, content)
-        body, answers = await _while_connected(request, asked)
+        body, answers = await in_thread(request, partial(_asked, server, kind, told, send_piece))
         if server.is_over:  # its body came late
             raise RefusedError("the server is ending", 503)
         server.open.add(pieces)
@@ -117,6 +126,8 @@ def app(server: "AdapterServer") -> ASGIApp:
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             Route("/version", version, methods=["GET"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", model, methods=["GET"]),
             Route("/v1/completions", partial(answer_request, kind=Completion), methods=["POST"]),
@@ -135,7 +146,7 @@ def app(server: "AdapterServer") -> ASGIApp:
 def _asked(
     server: "AdapterServer", kind: type[Chat] | type[Completion], told: dict[str, Any], send_piece: Any, content: bytes
 ) -> tuple[Chat | Completion, list[Answer]]:
-    """A request for answers, and these. In a thread beside that of the connections.
+    """A request for answers, and these.
 
     Args:
         told: gets what the log is to say of it.
@@ -144,19 +155,50 @@ def _asked(
     body: Chat | Completion = read(kind, content, server.engine.most_waiting, server.length)
     told["model"] = body.model
     version = server.version_of(body.model)
+    return body, _answers(server, body, version, send_piece)
+
+
+def _tokenizer_of(server: "AdapterServer", name: str, version: Version | None) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = server.tokenizers.of(version)
+        return server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
             server.catalogue.tell({version.folder: str(error)})
-        raise RefusedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log", 500, "model") from error
-    prompts: list[Any] = [_chat_ids(tokenizer, body, version, server)] if isinstance(body, Chat) else body.prompt
+        raise RefusedError(f"the tokenizer of {name!r} cannot be loaded: see the server's log", 500, "model") from error
+
+
+def _tokens(server: "AdapterServer", content: bytes) -> dict[str, Any]:
+    """The answer to /tokenize."""
+    body = read(Tokenize, content, most_tokens=server.length)
+    name = body.model or server.name
+    version = server.version_of(name)
+    tokenizer = _tokenizer_of(server, name, version)
+    if body.prompt is None:
+        ids = _chat_ids(tokenizer, name, body.messages, version, server)
+    else:
+        ids = _text_ids(tokenizer, body.prompt, server, body.add_special_tokens is not False)
+    strings = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": server.length, "tokens": ids, "token_strs": strings}
+
+
+def _text(server: "AdapterServer", content: bytes) -> dict[str, Any]:
+    """The answer to /detokenize."""
+    body = read(Detokenize, content)
+    name = body.model or server.name
+    tokenizer = _tokenizer_of(server, name, server.version_of(name))
+    _check_ids(body.tokens, server, "tokens")
+    return {"prompt": tokenizer.decode(body.tokens)}
+
+
+def _answers(server: "AdapterServer", body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
+    """The answers that a request asks for."""
+    tokenizer = _tokenizer_of(server, body.model, version)
+    prompts: list[Any] = (
+        [_chat_ids(tokenizer, body.model, body.messages, version, server)] if isinstance(body, Chat) else body.prompt
+    )
     answers: list[Answer] = []
     for prompt in prompts:
-        ids = prompt
-        if isinstance(prompt, str):
-            server.tokenizers.check_length(tokenizer, len(prompt), server.length, "prompt")
-            ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+        ids = _text_ids(tokenizer, prompt, server) if isinstance(prompt, str) else prompt
         if not ids:
             raise RefusedError("prompt has no token: expected a text that is not empty", param="prompt")
         most = _most_tokens(ids, body, server)
@@ -165,23 +207,33 @@ def _asked(
             limit = _limit(body, server, tokenizer, most)
             seed = secrets.randbits(63) if body.seed is None else (body.seed + copy) % 2**63
             answers.append(Answer(body, version, ids, most, seed, tokenizer, send, limit))
-    return body, answers
+    return answers
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat, version: Version | None, server: "AdapterServer") -> list[int]:
-    characters = sum(len(one.role) + len(one.content) for one in body.messages)
-    server.tokenizers.check_length(tokenizer, characters, server.length, "messages")
-    messages = [one.model_dump(include={"role", "content"}) for one in body.messages]
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, server: "AdapterServer", special_tokens: bool = True) -> list[int]:
+    server.tokenizers.check_length(tokenizer, len(text), server.length, "prompt")
+    return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, name: str, chat: Sequence[Message], version: Version | None, server: "AdapterServer"
+) -> list[int]:
+    server.tokenizers.check_length(tokenizer, sum(len(one.role) + len(one.content) for one in chat), server.length, "messages")
+    messages = [one.model_dump(include={"role", "content"}) for one in chat]
     try:
         return chat_ids(tokenizer, messages, None if version is None else version.chat)
     except GatewiseError as error:
-        raise RefusedError(f"{body.model!r}: {error}", param="messages") from error
+        raise RefusedError(f"{name!r}: {error}", param="messages") from error
+
+
+def _check_ids(ids: Sequence[int], server: "AdapterServer", param: str) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < server.vocabulary:
+        raise RefusedError(f"{param} has token ids outside of the model's vocabulary of {server.vocabulary}", param=param)
 
 
 def _most_tokens(ids: Sequence[int], body: Chat | Completion, server: "AdapterServer") -> int:
     """The most tokens of the answer to a prompt, which has to fit."""
-    if not 0 <= min(ids) <= max(ids) < server.vocabulary:
-        raise RefusedError(f"prompt has token ids outside of the model's vocabulary of {server.vocabulary}", param="prompt")
+    _check_ids(ids, server, "prompt")
     room = server.length - len(ids)
     asked = body.max_tokens
     if room < (asked or 1):

@@ -89,8 +89,8 @@ class StreamOptions(BaseModel):
         return given
 
 
-class Body(BaseModel):
-    """What requests for texts and for chats have in common. A field that is null is one that was left out.
+class Asked(BaseModel):
+    """A body. A field that is null is one that was left out.
 
     Attributes:
         only: fields that are not served, with the values that change nothing.
@@ -98,6 +98,10 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")  # ``read`` refuses what is not known
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class Body(Asked):
+    """What requests for texts and for chats have in common."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -183,7 +187,37 @@ class Chat(Body):
         return self
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+class Tokenize(Asked):
+    """The body of ``/tokenize``: a text, or the messages of a chat. Without a model it is the base model's tokenizer."""
+
+    only = {name: _ONLY[name] for name in ("tools", "chat_template_kwargs", "mm_processor_kwargs", "continue_final_message")} | {
+        "add_generation_prompt": (True,)
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], FailFast()] = []
+    add_special_tokens: bool | None = None  # of the tokenizer: by default with a text, and not with a chat, whose template has them
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Tokenize":
+        if (self.prompt is None) == (not self.messages):
+            raise RefusedError("expected either prompt, a text, or messages", param="prompt")
+        if self.messages and self.add_special_tokens:
+            said = "add_special_tokens is not served here with messages, whose chat template has them: leave it out"
+            raise RefusedError(said, param="add_special_tokens")
+        return self
+
+
+class Detokenize(Asked):
+    """The body of ``/detokenize``."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], FailFast()]
+
+
+AnyBody = TypeVar("AnyBody", bound=Asked)
 
 
 def read(kind: type[AnyBody], content: bytes, most_answers: int = 2**31, most_tokens: int = 2**31) -> AnyBody:
