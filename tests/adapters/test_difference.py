@@ -84,10 +84,11 @@ DIFFERENCES: list[tuple[str, dict[str, Any]]] = [
 def test_it_is_plain_lora_with_the_same_logits(
     made: Callable[..., Made], base: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    _, folder, expected = made(kind, **settings)
+    model, folder, expected = made(kind, **settings)
     exact = (kind, settings) in EXACT
-    out = to_lora(folder, tmp_path / "out", base="nowhere" if exact else None)
-    torch.testing.assert_close(logits_in_peft(base, out), expected, rtol=1e-5, atol=1e-5)
+    for source in (folder, model):
+        out = to_lora(source, tmp_path / type(source).__name__, base="nowhere" if exact else None)
+        torch.testing.assert_close(logits_in_peft(base, out), expected, rtol=1e-5, atol=1e-5)
     config = json.loads((out / "adapter_config.json").read_text())
     plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None}
     plain |= {"init_lora_weights": True, "trainable_token_indices": None}
@@ -149,6 +150,12 @@ def test_on_data_it_tells_logits_and_losses(made: Callable[..., Made], base: Pat
     assert (told.exit_code, "largest share of a difference that is lost: 0." in told.stderr) == (0, True), told.output
     assert "it was trained on weights in nf4, and the difference is that to the weights as they are" in told.stderr
     assert f"largest difference of a logit: {cut.logits:.2g}; loss {cut.before:.4f} before, {cut.after:.4f} after" in told.stdout
+
+
+def test_a_model_in_bfloat16_is_not_taken_for_a_change_of_all_weights(made: Callable[..., Made], tmp_path: Path) -> None:
+    model, _, _ = made(use_dora=True)
+    out = to_lora(model.to(torch.bfloat16), tmp_path / "out")
+    assert {module.path.rpartition(".")[2] for module in read_lora(out).modules} == set(LINEAR)
 
 
 @pytest.mark.filterwarnings("ignore:.*(save_embedding_layers|tie_word_embeddings|tied):UserWarning")

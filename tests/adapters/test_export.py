@@ -1,4 +1,4 @@
-"""Exports load in stock PEFT with the logits of the trained model, packed and padded."""
+"""Exports load in stock PEFT with the logits of the trained model, from a model and from a folder, packed and padded."""
 
 import json
 
@@ -22,12 +22,6 @@ def assert_loads(folder, family, data, expected):
     loaded = load_in_peft(family, folder)
     torch.testing.assert_close(logits_of(loaded, data), expected, rtol=1e-5, atol=1e-5)
     return loaded
-
-
-def saved(model, tmp_path):
-    """The folder that a model's adapter is saved in."""
-    model.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 def half_done(adapted, family, **settings):
@@ -58,11 +52,16 @@ def half_done(adapted, family, **settings):
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, family, settings, padded):
+@pytest.mark.parametrize("source", ["model", "folder"])
+def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, family, settings, padded, source):
     model, data = half_done(adapted, family, **settings), batch(family)
     expected = logits_of(model, data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if source == "folder":
+        model.save_pretrained(tmp_path / "saved")
     plain = not settings.keys() & {"use_dora", "lora_bias"}  # else magnitudes and biases would have to become LoRA
-    out = to_lora(saved(model, tmp_path), tmp_path / "out", padded=padded, plain=plain)
+    out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out", padded=padded, plain=plain)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded = assert_loads(out, family, data, expected)
     config = json.loads((out / "adapter_config.json").read_text())
     widths = {len(layer.lora_A["default"].weight) for layer in slots.lora_layers(loaded).values()}
@@ -88,7 +87,7 @@ def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):
     torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     expected = logits_of(model, batch())
     for padded in (False, True):
-        out = to_lora(saved(model, tmp_path), tmp_path / str(padded), padded=padded, plain=False)
+        out = to_lora(model, tmp_path / str(padded), padded=padded, plain=False)
         assert_loads(out, "llama", batch(), expected)
 
 
@@ -146,18 +145,28 @@ def test_the_adapters_own_tokenizer_comes_along(adapted, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "whole" / "tokenizer.json").read_bytes()
 
 
+def test_a_named_adapter(adapted, batch, tmp_path):
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    expected = logits_of(model, batch())
+    out = to_lora(model, tmp_path / "out", adapter="second")
+    assert_loads(out, "llama", batch(), expected)
+
+
 def test_refusals_leave_nothing(adapted, tmp_path):
-    folder = saved(adapted(), tmp_path)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    saved = tmp_path / "saved"
+    adapted().save_pretrained(saved)
+    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
     out = tmp_path / "out"
 
-    def refused(message, source=folder, target=out):
+    def refused(message, source=saved, target=out):
         with pytest.raises(GatewiseError, match=message):
             to_lora(source, target, plain=False)
         assert not out.exists()
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    refused("is not empty", target=folder)
+    refused("is not empty", target=saved)
     refused("is a file", target=weights)
     refused("cannot write", target=weights / "below")
     save_file({key: torch.zeros_like(value) for key, value in load_file(weights).items()}, weights)
@@ -186,8 +195,7 @@ def test_stacked_experts_are_written_one_by_one(adapted, batch, tmp_path, family
     torch.manual_seed(0)
     model = adapted(family, **settings)
     expected = logits_of(model, batch(family))
-    tiny_base(family).config.save_pretrained(tmp_path / "base")
-    out = to_lora(saved(model, tmp_path), tmp_path / "out", base=tmp_path / "base")
+    out = to_lora(model, tmp_path / "out")
     assert_loads(out, family, batch(family), expected)
     experts = "block_sparse_moe.experts.{}.w{}" if family == "mixtral" else "mlp.experts.{}.{}_proj"
     kinds = (1, 2, 3) if family == "mixtral" else ("gate", "up", "down")
@@ -195,7 +203,7 @@ def test_stacked_experts_are_written_one_by_one(adapted, batch, tmp_path, family
     tensors = load_file(out / "adapter_model.safetensors")
     assert names <= tensors.keys()
     assert {len(tensors[name]) for name in names} == {5}
-    whole = to_lora(tmp_path / "saved", tmp_path / "whole", plain=False)
+    whole = to_lora(model, tmp_path / "whole", plain=False)
     assert_loads(whole, family, batch(family), expected)
     assert not names & load_file(whole / "adapter_model.safetensors").keys()
 
@@ -204,16 +212,15 @@ def test_stacked_experts_are_written_one_by_one(adapted, batch, tmp_path, family
 def test_a_router_with_lora_goes_with_the_experts(adapted, batch, tmp_path, parameters):
     model = adapted("qwen3_moe", target_modules=["q_proj"], target_parameters=parameters)
     expected = logits_of(model, batch("qwen3_moe"))
-    tiny_base("qwen3_moe").config.save_pretrained(tmp_path / "base")
-    out = to_lora(saved(model, tmp_path), tmp_path / "out", base=tmp_path / "base")
+    out = to_lora(model, tmp_path / "out")
     assert_loads(out, "qwen3_moe", batch("qwen3_moe"), expected)
     names = load_file(out / "adapter_model.safetensors")
     assert any("experts.0.down_proj" in name for name in names) == (len(parameters) == 2)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("how", ["exported", "compacted"])
-def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, bias, how):
+@pytest.mark.parametrize("source", ["model", "folder", "compacted"])
+def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, bias, source):
     model, data = adapted("gpt2", bias=bias, fan_in_fan_out=True), batch("gpt2")
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and parameter.requires_grad:
@@ -222,11 +229,12 @@ def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, 
         if path.endswith("c_attn"):
             slots.prune(layer, "default", [0, 1, 2])
     expected = logits_of(model, data)
-    if how == "compacted":
+    if source == "compacted":
         slots.compact(model)
-    out = saved(model, tmp_path)
-    if how == "exported":
-        out = to_lora(out, tmp_path / "out", plain=False)
+    model.save_pretrained(tmp_path / "saved")
+    out = tmp_path / "saved"
+    if source != "compacted":
+        out = to_lora(model if source == "model" else out, tmp_path / "out", plain=False)
     assert_loads(out, "gpt2", data, expected)
 
 

@@ -295,8 +295,7 @@ def test_weighted_sums_of_allocated_adapters_load_again(adapted, batch, tmp_path
         model = adapted(r=4)
         slots.prune(next(iter(slots.lora_layers(model).values())), "default", [0, 2])
         slots.compact(model)
-        model.save_pretrained(tmp_path / f"saved-{name}")
-        to_lora(tmp_path / f"saved-{name}", tmp_path / name, padded=padded, rank=6 if padded else None)
+        to_lora(model, tmp_path / name, padded=padded, rank=6 if padded else None)
     for kind in kinds:
         both = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "a", adapter_name="a")
         both.load_adapter(tmp_path / "b", "b")

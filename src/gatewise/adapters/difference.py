@@ -68,6 +68,7 @@ class Plain:
 
 def plain_lora(
     folder: Path,
+    model: Callable[[], PeftModel] | None = None,
     *,
     base: str | Path | None = None,
     device: str = "cpu",
@@ -79,6 +80,8 @@ def plain_lora(
 
     Args:
         folder: where it is saved.
+        model: makes a copy of the model that it was saved from, with this adapter active, if it is at hand. With some starts of
+            LoRA the file alone does not tell what the base model lost.
         base: the base model, if not the one that the adapter names.
         rank, keep: most ranks of a module, and the share of the energy (the sum of squares) of its difference that is kept. Without
             either, at most ``MOST_RANKS`` are.
@@ -104,10 +107,11 @@ def plain_lora(
     )  # here and below: LoRA is written without the packages for recipes
 
     unknown = str(config.get("init_lora_weights")).lower().startswith(("corda", "lora_ga", "pissa_niter"))
-    if unknown:  # the last is a singular value decomposition that draws at random
+    if model is None and unknown:  # the last is a singular value decomposition that draws at random
         raise GatewiseError(
             f"the adapter {folder} has init_lora_weights {config['init_lora_weights']!r}, which took something out of the base "
-            "model that is in no file: save it with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            "model that is in no file: save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), or give "
+            "gatewise.export.to_lora the model that was trained"
         )
     if say:
         say(f"loading the base model of {folder} twice in float32, to take the difference of its weights")
@@ -118,7 +122,12 @@ def plain_lora(
             )
     place = pick_device(device)
     before: nn.Module = load_base(folder, base=base, dtype=torch.float32)[0]
-    adapted = load_adapter(folder, base=base, dtype=torch.float32)[0]
+    # A model at hand may be of another precision or quantised, and all its weights then differ from those in the base's files.
+    if model and unknown:
+        adapted = model()
+        before = before.to(adapted.dtype)
+    else:
+        adapted = load_adapter(folder, base=base, dtype=torch.float32)[0]
     before = before.to(place, torch.float32)
     return _difference(folder, config, before, _merged(folder, before, adapted.to(place, torch.float32).eval()), rank, keep)
 

@@ -1,14 +1,17 @@
 """Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
 
+import copy
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from gatewise.adapters.files import (
     read_config,
     read_lora,
 )
-from gatewise.adapters.lora import rank_settings, start_at_any_rank, takes_out_of_base, target_settings
+from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
 
@@ -35,9 +38,10 @@ _MORE_THAN_LORA = ("kasa_config", "monteclora_config")  # they keep more numbers
 
 
 def to_lora(
-    adapter: str | Path,
+    model_or_dir: PeftModel | str | Path,
     out: str | Path,
     padded: bool = False,
+    adapter: str | None = None,
     rank: int | None = None,
     *,
     plain: bool = True,
@@ -53,10 +57,11 @@ def to_lora(
     then says for each module which share of its difference is lost.
 
     Args:
-        adapter: the folder of a saved adapter.
+        model_or_dir: a ``PeftModel`` (left as it is), or the folder of a saved adapter.
         out: the folder to write; it must not exist or be empty.
         padded: fold each module's scaling into its B and pad all modules to the largest rank with ``r = lora_alpha``, for
             engines that reject or ignore ``rank_pattern`` and ``alpha_pattern``.
+        adapter: which adapter of a ``PeftModel``; None for the active one.
         rank: cut differences to this rank, pad to it, and write modules that rounds have left without ranks as zeros, so that
             adapters of different allocations have the same shapes: for hotswapping and weighted merging. Implies ``padded``.
         plain: False takes dead ranks away and nothing else, and refuses what is not LoRA: DoRA's magnitudes, biases, and modules
@@ -75,49 +80,76 @@ def to_lora(
             cannot be written.
     """
     check_new_folder(out)
-    folder = Path(adapter)
-    if plain:
-        found = plain_lora(folder, base=base, device=device, rank=rank, keep=keep, say=say)
-        file, lost = found.file, found.lost
-    else:
-        check_plain_lora(folder)
-        file, lost = read_lora(folder), {}
-    modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
-    if all(module.experts and not module.live().any() for module in modules):
-        raise GatewiseError("the adapter has no live rank")
-    if padded or rank is not None:
-        largest = max(module.rank for module in modules)
-        if rank is not None and rank < largest:
-            raise GatewiseError(f"rank is {rank}, but the largest live rank is {largest}: give at least that")
-        modules = [_pad(module, rank or largest) for module in modules]
-        if rank is not None:
-            modules += _without_ranks(folder, file, modules)
-    stacks = plain and any(one.path.endswith(_STACKS) for one in modules)
-    experts = _names_of_experts(folder, base, say) if stacks else None
-    settings: dict[str, Any] = {}
-    if experts is not None:
-        modules, settings = _apart(modules, experts)
-    tensors = dict(file.others)
-    for module in modules:
-        name_of_a, name_of_b = module.keys
-        tensors |= {name_of_a: module.a.contiguous(), name_of_b: module.b.contiguous(), **module.others}
-    with whole_folder(out) as part:
-        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
-        write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks) | settings)
-        if lost:
-            ranks = {module.path: module.rank for module in modules}
-            told = {path: {"rank": ranks[path], "lost": one} for path, one in lost.items() if path in ranks}
-            write_json(part / EXPORT_FILE, {"format": 1, "from": str(read_config(folder)["peft_type"]), "modules": told})
-        # The ranks that rounds have left are not those of a difference.
-        for name in (NOTE_FILE, *(() if lost else (ALLOCATION_FILE,))):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, part / name)
-        copy_tokenizer(folder, part)
-    if say and lost:
-        worst = max(lost, key=lambda path: lost[path])
-        more = " (for less, give more ranks, with --rank or --keep)" if lost[worst] > 0.01 else ""
-        say(f"largest share of a difference that is lost: {lost[worst]:.2g}, in {worst}{more}; {EXPORT_FILE} has them all")
+    with _folder_of(model_or_dir, adapter, any_kind=plain) as folder:
+        if plain:
+            found = plain_lora(
+                folder, _copied(model_or_dir, adapter), base=base, device=device, rank=rank, keep=keep, say=say
+            )  # fmt: skip
+            file, lost = found.file, found.lost
+        else:
+            check_plain_lora(folder)
+            file, lost = read_lora(folder), {}
+        modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
+        if all(module.experts and not module.live().any() for module in modules):
+            raise GatewiseError("the adapter has no live rank")
+        if padded or rank is not None:
+            largest = max(module.rank for module in modules)
+            if rank is not None and rank < largest:
+                raise GatewiseError(f"rank is {rank}, but the largest live rank is {largest}: give at least that")
+            modules = [_pad(module, rank or largest) for module in modules]
+            if rank is not None:
+                modules += _without_ranks(folder, file, modules)
+        stacks = plain and any(one.path.endswith(_STACKS) for one in modules)
+        experts = _names_of_experts(folder, model_or_dir, base, say) if stacks else None
+        settings: dict[str, Any] = {}
+        if experts is not None:
+            modules, settings = _apart(modules, experts)
+        tensors = dict(file.others)
+        for module in modules:
+            name_of_a, name_of_b = module.keys
+            tensors |= {name_of_a: module.a.contiguous(), name_of_b: module.b.contiguous(), **module.others}
+        with whole_folder(out) as part:
+            save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
+            write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks) | settings)
+            if lost:
+                ranks = {module.path: module.rank for module in modules}
+                told = {path: {"rank": ranks[path], "lost": one} for path, one in lost.items() if path in ranks}
+                write_json(part / EXPORT_FILE, {"format": 1, "from": str(read_config(folder)["peft_type"]), "modules": told})
+            # The ranks that rounds have left are not those of a difference.
+            for name in (NOTE_FILE, *(() if lost else (ALLOCATION_FILE,))):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, part / name)
+            copy_tokenizer(folder, part)
+        if say and lost:
+            worst = max(lost, key=lambda path: lost[path])
+            more = " (for less, give more ranks, with --rank or --keep)" if lost[worst] > 0.01 else ""
+            say(f"largest share of a difference that is lost: {lost[worst]:.2g}, in {worst}{more}; {EXPORT_FILE} has them all")
     return Path(out)
+
+
+def _copied(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Callable[[], PeftModel] | None:
+    """Makes a copy of a model that is to stay as it is, with an adapter active; None for a folder."""
+    if not isinstance(model_or_dir, PeftModel):
+        return None
+    model = model_or_dir
+
+    def make() -> PeftModel:
+        copied = copy.deepcopy(model)
+        copied.set_adapter(adapter or copied.active_adapter)
+        return copied
+
+    return make
+
+
+@contextmanager
+def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None, any_kind: bool) -> Iterator[Path]:
+    if not isinstance(model_or_dir, PeftModel):
+        yield Path(model_or_dir)
+        return
+    name = active_adapter(model_or_dir, adapter, any_kind)
+    with tempfile.TemporaryDirectory() as folder:
+        model_or_dir.save_pretrained(folder, selected_adapters=[name])
+        yield Path(folder) / ("" if name == "default" else name)
 
 
 def check_plain_lora(folder: Path) -> None:
@@ -207,11 +239,13 @@ _EXPERTS = {
 _STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 
 
-def _names_of_experts(folder: Path, base: str | Path | None, say: Callable[[str], None] | None) -> tuple[str, ...] | None:
+def _names_of_experts(
+    folder: Path, model_or_dir: PeftModel | str | Path, base: str | Path | None, say: Callable[[str], None] | None
+) -> tuple[str, ...] | None:
     from gatewise.models.loading import load_config
 
-    kind = None
-    if name := base or base_of(folder):
+    kind = model_or_dir.config.model_type if isinstance(model_or_dir, PeftModel) else None
+    if kind is None and (name := base or base_of(folder)):
         with suppress(GatewiseError):  # whose base model is not at hand
             kind = str(load_config(name).model_type)
     if kind not in _EXPERTS and say:

@@ -10,11 +10,11 @@ from torch import nn
 from gatewise.errors import GatewiseError
 
 
-def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
+def active_adapter(model: nn.Module, adapter: str | None = None, any_kind: bool = False) -> str:
     """The adapter to work on: the one named, or the active one.
 
     Raises:
-        GatewiseError: the model is not a ``PeftModel``, or the adapter does not exist or is not LoRA.
+        GatewiseError: the model is not a ``PeftModel``, or the adapter does not exist or is not LoRA (of ``any_kind``: or is none).
     """
     if not isinstance(model, PeftModel):
         raise GatewiseError(
@@ -25,7 +25,7 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     config = model.peft_config.get(name)
     if config is None:
         raise GatewiseError(f"the model has no adapter named {name!r}; it has {', '.join(map(repr, model.peft_config))}")
-    if str(config.peft_type).split(".")[-1] != "LORA":
+    if not any_kind and str(config.peft_type).split(".")[-1] != "LORA":
         raise GatewiseError(f"adapter {name!r} is of type {config.peft_type}; only plain LoRA has ranks to score and move")
     return str(name)
 
