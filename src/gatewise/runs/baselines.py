@@ -24,7 +24,7 @@ from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.losses import inside
 from gatewise.models.loading import HEADS
-from gatewise.parts import Count, Method, NotNegative, Run, Section
+from gatewise.parts import Count, Fraction, Method, NotNegative, Run, Section
 
 
 class AdaloraSection(Section):
@@ -36,6 +36,12 @@ class AdaloraSection(Section):
     """Steps before the first rank is removed. Left out: a tenth of the run."""
     tfinal: Annotated[int, Field(ge=0)] | None = None
     """Steps at the end in which none is removed. Left out: three tenths of the run."""
+    deltaT: Count = 1  # noqa: N815 (PEFT's name)
+    """Steps between two decisions."""
+    beta1: Fraction = 0.85
+    """Smoothing of the importance over steps."""
+    beta2: Fraction = 0.85
+    """Smoothing of its uncertainty."""
     orth_reg_weight: NotNegative = 0.5
     """Weight of the loss that keeps the factors orthogonal; the training loss that is shown includes it."""
 
