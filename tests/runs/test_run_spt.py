@@ -303,12 +303,12 @@ def test_inspect_and_export(tmp_path: Path) -> None:
     assert (tmp_path / "layers.svg").read_text().count("<svg") == 1
     told = json.loads(CliRunner().invoke(app, ["inspect", adapter, "--json"]).stdout)
     assert (told["chosen"], told["gates"]) == ([layer], pytest.approx(gates))
+    # A checkpoint of the search is a hyper-network.
+    folder = complete_checkpoints(tmp_path / "out" / "checkpoints" / "search")[-1]
+    told = json.loads(CliRunner().invoke(app, ["inspect", str(folder), "--json"]).stdout)
+    assert (told["hyper_network"], told["gates"]) == (True, pytest.approx(gates, abs=1e-6))
     soft = train(write_recipe(tmp_path, "prefix-tuning"), tmp_path / "soft", "training.max_steps=1")
-    unfinished = complete_checkpoints(tmp_path / "out" / "checkpoints" / "search")[-1]
-    for args, said in (
-        (["inspect", str(soft.adapter)], "peft_type is PREFIX_TUNING, expected a LoRA adapter"),
-        (["inspect", str(unfinished)], "is a checkpoint of a search, which has not chosen its layers yet"),
-    ):
+    for args, said in ((["inspect", str(soft.adapter)], "peft_type is PREFIX_TUNING, expected a LoRA adapter"),):
         refused = CliRunner().invoke(app, args)
         assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
     for one in (result.adapter, soft.adapter):

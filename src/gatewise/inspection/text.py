@@ -147,7 +147,7 @@ def prompts_table(prompts: PromptMap) -> Table:
         new = layer in prompts.chosen
         cells = [] if gates is None else [f"{gates[layer]:.3f}" if layer < len(gates) else "·"]
         count = f"{prompts.parameters[layer]:,}" if new else "·"
-        table.add_row(str(layer), prompts.role(layer), *cells, count, style="bold" if new else "dim")
+        table.add_row(str(layer), prompts.role(layer), *cells, count, style="bold" if new and not prompts.hyper_network else "dim")
     return table
 
 
@@ -157,6 +157,8 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
     if prompts.other_parameters:
         stored += f", and {prompts.other_parameters:,} outside the generators"
     how = "fixed by the recipe" if prompts.gates is None else "chosen by the search"
+    if prompts.hyper_network:
+        how = "the hyper-network of a search, which has not chosen yet"
     return [
         f"base model: {prompts.base_model or 'not named'}",
         f"adapter: selective prompts (SPT), {prompts.num_prompt_tokens} prompt tokens",
