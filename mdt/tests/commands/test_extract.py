@@ -120,7 +120,7 @@ def test_evaluate_extracts_and_measures(gatewise: Gatewise) -> None:
         (["long.md", "-f", "svg"], "svg of several trees cannot be printed: name a new folder with --out"),
         (["good.txt", "-f", "dak", "--drafts"], "dak cannot be printed: name a file with --out"),
         (["good.txt", "-f", "dmn"], "dmn takes approved trees alone, and nobody has approved what is extracted now: give --drafts"),
-        (["long.md", "-f", "svg", "-o", "full"], "full is not empty"),
+        (["long.md", "-f", "mermaid", "-o", "full"], "full is not empty"),
         (["good.txt", "-o", "full"], "full is a folder"),
         (["good.txt", "-o", "good.txt/x"], "cannot write good.txt/x"),
         (["good.txt", "-o", "x" * 300], "cannot write"),

@@ -93,6 +93,7 @@ def test_spans_are_those_of_the_text_and_what_is_not_in_it_is_marked() -> None:
     assert record.to_json()["absent"] == [["adults with gout", "drug therapy", "aspirin"]]
     assert (record.number, record.more["source"]) == (4, "x.md")
     assert "# not in the text: adults with gout | drug therapy | aspirin\n" in render([record], "text")
+    assert "<b>aspirin</b><br/>(not in the text)" in render([record], "mermaid")
     assert json.loads(render([record], "json"))[0]["spans"][1][0] == {"subject": [0, 16], "object": None}
     for format in ("svg", "html"):
         assert "not in the text" in render([record], format)

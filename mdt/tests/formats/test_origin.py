@@ -76,7 +76,7 @@ def test_it_is_said_in_three_phrases_of_one_line_each() -> None:
 def test_what_is_not_there_or_is_anything_else_is_not_said(more: dict[str, Any], said: list[str]) -> None:
     record = of(**more)
     assert origin_of(record) == said
-    for format in ("text", "json", "html", "svg", "fhir-r4", "fhir-r5", "dmn"):
+    for format in ("text", "json", "html", "mermaid", "svg", "fhir-r4", "fhir-r5", "dmn"):
         assert render([record], format, drafts=True)
     for release in ("R4", "R5"):
         assert fhir_rules.faults_of(json.loads(render([record], f"fhir-{release.lower()}", drafts=True)), release) == []
@@ -94,6 +94,12 @@ def test_text_and_pages_say_it() -> None:
 
 
 def test_drawings_say_it_unseen() -> None:
+    chart = render([RECORD], "mermaid").splitlines()
+    assert [line[:5] for line in chart[1:4]] == ["  %% "] * 3
+    assert chart[2] == f"  %% {DOCUMENT}"
+    (hidden,) = (line for line in render([of(reviewed={"by": "%%{init: x}%%"})], "mermaid").splitlines() if "init" in line)
+    assert hidden.count("%%") == 1
+    assert not {"{", "}"} & set(hidden)
     assert render([RECORD], "svg").count("see page 3 and 4") == 1
     assert "<b>" not in render([RECORD], "svg")
 

@@ -1,4 +1,4 @@
-"""What people look at: layout, SVG, HTML."""
+"""What people look at: layout, SVG, Mermaid, HTML."""
 
 import base64
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, render, write_view
+from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
 from gatewise_mdt.formats.views import FORMATS, notes_of
 from hypothesis import given
@@ -132,6 +133,7 @@ def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
     record = TreeRecord(TEXT.replace("0.5 mg", "0.5 mg/kg"), DecisionTree.from_preorder([node("D", dose)]))
     said = "'0.5 mg' stands in the text only as part of '0.5 mg/kg'"
     assert f"# {said}: colchicine | dosage and administration | 0.5 mg\n" in render([record], "text")
+    assert f"<br/>({said})" in render([record], "mermaid")
     for format in ("svg", "html"):
         assert said in " ".join(html.unescape(re.sub("<[^>]*>", " ", render([record], format))).split())
     (found,) = json.loads(render([record], "json"))[0]["spans"][0]
@@ -172,6 +174,38 @@ def test_svg_is_xml_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
     for focusable in (False, True):
         root = ET.fromstring(drawing_of(tree, "some text", focusable=focusable))
         assert sum("node" in (group.get("class") or "").split() for group in root.iter()) == len(nodes)
+
+
+# Mermaid --------------------------------------------------------------------------------------------------------------
+
+
+def test_mermaid_has_a_line_for_each_node_and_edge() -> None:
+    lines = mermaid_of(TreeRecord("", TREE)).splitlines()
+    assert lines[0] == "flowchart TD"
+    assert "Needs review by a clinician" in lines[1]
+    assert sum(bool(re.match(r"  n\d+[\[(]", line)) for line in lines) == 5
+    assert sum("-->|yes|" in line for line in lines) == sum("-.->|no|" in line for line in lines) == 2
+    assert "  n3 -.->|no| n5" in lines
+
+
+@pytest.mark.parametrize("begin", ["1. ", "12. ", " 3. ", "- ", "+ ", "* ", "# ", "1) ", "---", "==="])
+def test_no_line_of_a_mermaid_label_is_a_list_or_heading_of_markdown(begin: str) -> None:
+    """Builds that read labels as Markdown show no label with a list, and so no notice."""
+    said = f"{begin}x" if begin.endswith(" ") else begin
+    nodes = [
+        node("C", triple(said, subject=said), triple("b", subject=said + "2"), joined="or"),
+        node("D", triple(said, "drug therapy")),
+    ]
+    record = replace(RECORD, tree=DecisionTree.from_preorder([*nodes, node("D")]), more={"headings": [said], "warnings": [said]})
+    source = render([record], "mermaid")
+    labels = re.findall(r'^  \w+[\[(]"(.*)"[\])]:::', source, re.MULTILINE)
+    assert labels[0].startswith("Needs review by a clinician")
+    assert len(labels) == 4
+    for line in (line for label in labels for line in label.split("<br/>")):
+        assert not re.match(r"\s*(?:\d*[.)](?:\s|$)|[-+*](?:\s|$)|#+\s|-+$|=+$)", line), line
+    seen = html.unescape(re.sub(r"#(\d+);", r"&#\1;", source))
+    assert seen.count(said.strip()) >= 6
+    assert "0.5 mg twice daily" in mermaid_of(TreeRecord("", TREE))  # which is no list
 
 
 # HTML -----------------------------------------------------------------------------------------------------------------
@@ -224,10 +258,10 @@ def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
     content = render([replace(RECORD, more={"warnings": warnings})], name, drafts=True)
     assert re.search("review by a clinician", content, re.IGNORECASE)
     assert content.endswith("\n")
-    # Drawings wrap it at spaces.
+    # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
     plain = " ".join(shown(content)) if name == "svg" else content
     assert "the output was brought to a close before its end" in plain
-    if name in ("html", "svg"):
+    if name in ("html", "svg", "mermaid"):
         assert "<script>alert" not in content
     if name == "html":
         page = Page(content)
@@ -250,7 +284,7 @@ def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
     assert "Renal failure" in shown
     if format not in ("text", "json"):
         assert "Asthma › Renal failure" in shown
-    if format not in ("text", "svg"):
+    if format not in ("text", "svg", "mermaid"):
         assert more["notes"][0] in shown
 
 
@@ -269,6 +303,11 @@ def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
     assert [(label or "").partition(". ")[2] for label in labels] == [*said, ""]
     assert "as measured on dev passages" in page.text
     assert not any("style" in attrs for _, attrs in page.elements)
+    mermaid = render([SURE], "mermaid").split("\n")
+    assert [re.findall(r"<i>confidence ([^<]*)</i>", line) for line in mermaid if re.match(r"  n\d[(\[]", line)] == [
+        ["90#37;"], ["41#37;, doubtful"], ["72#37;"], ["49#37;, doubtful"], []
+    ]  # fmt: skip
+    assert "dev passages" in mermaid[1]
     lines = [line.strip() for line in render([SURE], "text").split("\n")]
     assert [(lines[i], lines[i + 1]) for i, line in enumerate(lines) if line.startswith("# confidence")] == [
         ("# confidence 90%", "if all:"),
@@ -280,7 +319,7 @@ def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
     assert "置信度 41%，存疑" in render([replace(SURE, tree=TREE.in_language("zh"))], "svg")
 
 
-@pytest.mark.parametrize("name", ["text", "svg", "html"])
+@pytest.mark.parametrize("name", ["text", "svg", "html", "mermaid"])
 def test_no_view_shows_what_is_no_confidence_or_was_approved(name: str) -> None:
     without = render([RECORD], name)
     for said in ("high", [0.5], [0.5, 0.5, 2, 0.5, None], [None] * 5):

@@ -1,6 +1,7 @@
 """A tree as a few patients."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -87,7 +88,7 @@ def test_vignettes_are_read_in_words(language: str, said: list[str]) -> None:
     assert lines[first : first + len(said)] == said
 
 
-def test_what_nobody_comes_to_is_said() -> None:
+def test_programs_read_them_too_and_what_nobody_comes_to_is_said() -> None:
     avoid = node("D", triple("naproxen", "prohibited drugs"))
     never = TreeRecord(
         "", DecisionTree.from_preorder([node("C", triple("a")), node("C", triple("A")), avoid, node("D"), node("D")])
@@ -97,3 +98,8 @@ def test_what_nobody_comes_to_is_said() -> None:
     assert "The same patient, but not: b." in render([TreeRecord("", left)], "vignettes")
     right = DecisionTree.from_preorder([node("C", triple("a")), node("C", triple("b")), node("D"), node("D"), avoid])
     assert "The same patient, but with: a. Expected" in render([TreeRecord("", right)], "vignettes")
+    (made,) = json.loads(render([never], "vignettes-json"))
+    assert made["unreachable"] == [4]
+    (one,) = made["vignettes"]
+    assert one["patient"]["facts"] == [{"fact": triple("a"), "holds": True}]
+    assert (one["patient"]["expected"], one["other"]["node"], one["differs"]) == ("do not use: naproxen", 5, triple("a"))

@@ -125,7 +125,7 @@ def _check_place(format: Format, out: Path | None, several: bool, drafts: bool) 
             f"{format} takes approved trees alone, and nobody has approved what is extracted now: give --drafts, which marks all as"
             " DRAFT, or take --format json and approve the trees in gatewise mdt review"
         )
-    folder = several and format == ONE_TREE
+    folder = several and format in ONE_TREE
     if out is None:
         if folder or format in WORKBOOKS:
             raise GatewiseError(

@@ -30,7 +30,7 @@ def show(
 ) -> None:
     """Show trees to people, or export them for systems that run them.
 
-    People read text, JSON, SVG, an HTML page or a few patients (vignettes).
+    People read text, JSON, Mermaid, SVG, an HTML page or a few patients (vignettes).
 
     Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
     They take approved trees alone, whose items of `gatewise mdt check` are all ticked in `gatewise mdt review`. With --drafts they

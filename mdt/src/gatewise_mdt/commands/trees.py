@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", "--output", "-o", help="Write to this file, not to stdout; SVG of several records to a new folder."),
+    typer.Option(
+        "--out", "--output", "-o", help="Write to this file, not to stdout; SVG or Mermaid of several records to a new folder."
+    ),
 ]
 RepairOption = Annotated[
     bool,
@@ -36,7 +38,7 @@ DraftsOption = Annotated[
         help="Take trees that are not approved for systems that run them, and links that are only proposed; mark all as DRAFT.",
     ),
 ]
-Format = Literal["text", "json", "svg", "html", "vignettes", "fhir-r4", "fhir-r5", "dmn", "dak"]
+Format = Literal["text", "json", "mermaid", "svg", "html", "vignettes", "vignettes-json", "fhir-r4", "fhir-r5", "dmn", "dak"]
 
 
 def read_file(file: str, repair: bool, *, counted: bool = False) -> "TreeFile":
@@ -112,7 +114,7 @@ def give(
     """Prints, or writes and says where.
 
     Args:
-        several: whether there might have been more than one tree: SVG, which shows one, then fills a folder.
+        several: whether there might have been more than one tree: formats that show one tree then fill a folder.
         drafts: formats that systems run take trees that are not approved, too.
         links: between the trees, which are then one pathway.
 
@@ -132,7 +134,7 @@ def give(
     if out is None:
         say(render(records, format, drafts=drafts, links=links), nl=False)
         return None
-    if links is not None or not (several and format == ONE_TREE):
+    if links is not None or not (several and format in ONE_TREE):
         return write_view(records, format, out, drafts=drafts, links=links)
     with whole_folder(out) as folder:
         for one in records:

@@ -10,10 +10,11 @@ from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file
 from gatewise_mdt.formats import cpg, tables
 from gatewise_mdt.formats.gate import cleared
+from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
 from gatewise_mdt.formats.svg import drawing_of, pathway_drawing_of
-from gatewise_mdt.formats.vignettes import vignettes_text
+from gatewise_mdt.formats.vignettes import vignettes_json, vignettes_text
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import TreeRecord
@@ -23,9 +24,11 @@ from gatewise_mdt.tree import Triple, on_one_line
 FORMATS = {
     "text": ".txt",
     "json": ".json",
+    "mermaid": ".mmd",
     "svg": ".svg",
     "html": ".html",
     "vignettes": ".vignettes.txt",
+    "vignettes-json": ".vignettes.json",
     "fhir-r4": ".r4.json",
     "fhir-r5": ".r5.json",
     "dmn": ".dmn",
@@ -33,8 +36,8 @@ FORMATS = {
 """Formats that are one text, with the suffix of a file."""
 WORKBOOKS = {"dak": ".xlsx"}
 """Formats that are no text, and can only be written."""
-ONE_TREE = "svg"
-"""The format that shows one tree."""
+ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
+"""Formats that show one tree, with what messages call them."""
 NOTICE = "Needs review by a clinician. Not medical advice."
 
 
@@ -42,7 +45,7 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, 
     """Records in a format, as one text that ends in a line break.
 
     Args:
-        format: a key of ``FORMATS``. ``ONE_TREE`` takes one record, the others any number; "json" can be read back by
+        format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number; "json" can be read back by
             :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
         drafts: formats that systems run take trees that are not approved, or have open items, too, and say DRAFT.
         links: between the records, which are then one pathway: in FHIR a plan, in DMN decisions that require each other, in SVG a
@@ -56,14 +59,16 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, 
         return _pathway(records, links, format, drafts)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
-    if format == ONE_TREE and len(records) > 1:
-        raise GatewiseError(f"an SVG shows one tree, but {len(records)} were given: name one of them")
+    if format in ONE_TREE and len(records) > 1:
+        raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
+        "mermaid": lambda records: mermaid_of(records[0]),
         "svg": lambda records: _drawing(records[0]),
         "html": page_of,
         "vignettes": vignettes_text,
+        "vignettes-json": lambda records: _json(vignettes_json(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
         "dmn": tables.dmn_of,

@@ -6,10 +6,10 @@ there are about half as many as ways. A patient has only the facts that matter t
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gatewise_mdt.formats.orders import Order, choices_of, orders_of
-from gatewise_mdt.formats.origin import origin_of
+from gatewise_mdt.formats.origin import BEFORE_USE, origin_of, sentences_beside
 from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import TreeRecord
@@ -151,6 +151,19 @@ def vignettes_text(records: Sequence[TreeRecord]) -> str:
     return "\n".join(made) + "\n"
 
 
+def vignettes_json(records: Sequence[TreeRecord]) -> list[dict[str, Any]]:
+    """The vignettes of records for programs: facts are triples with whether they hold, nodes counted from 1."""
+    made: list[dict[str, Any]] = []
+    for record in records:
+        told = _Told(record.tree, words_for(record.tree.language))
+        known: dict[str, Any] = {key: record.more[key] for key in ("passage_id", "sha256") if key in record.more}
+        said = {"text": record.text, "notice": BEFORE_USE, "beside": sentences_beside(record)}
+        found = [told.as_json(one) for one in vignettes(record.tree)]
+        nobody = [leaf + 1 for leaf in unreachable(record.tree)]
+        made.append({"record": record.number, **known, **said, "vignettes": found, "unreachable": nobody})
+    return made
+
+
 class _Told:
     """Vignettes of a tree in words, which name a subject only where it is not that of most triples."""
 
@@ -171,6 +184,21 @@ class _Told:
 
     def nobody(self, leaf: int) -> str:
         return self.words.nobody.format(what=self.decision(self.tree.nodes[leaf]), node=leaf + 1)
+
+    def as_json(self, one: Vignette) -> dict[str, Any]:
+        said: dict[str, Any] = {"patient": self._patient_as_json(one.patient)}
+        if one.differs and one.other:
+            said |= {"differs": list(one.differs), "other": self._patient_as_json(one.other)}
+        return said
+
+    def _patient_as_json(self, one: Patient) -> dict[str, Any]:
+        facts = [{"fact": list(fact), "holds": holds} for fact, holds in one.facts.items()]
+        return {
+            "words": self.patient(one),
+            "facts": facts,
+            "expected": self.decision(self.tree.nodes[one.leaf]),
+            "node": one.leaf + 1,
+        }
 
     def _fact(self, fact: Triple, holds: bool) -> str:
         said = self._about(fact, "" if relation_in(fact.relation, "en") in _OF_PATIENTS else fact.relation)

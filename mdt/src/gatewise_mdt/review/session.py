@@ -419,8 +419,8 @@ class Session:
         records = [passage.record() for passage in chosen if passage.is_valid]
         if not records:
             raise GatewiseError("there is no valid tree to export: none was approved yet, or it is unfinished")
-        if format == ONE_TREE and len(records) > 1:
-            raise GatewiseError("an SVG shows one tree: export this passage alone, or take another format")
+        if format in ONE_TREE and len(records) > 1:
+            raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         if format in RUN and not drafts:
             check_documents(self.files.out, records)
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
