@@ -67,7 +67,7 @@ def text(made: dict[str, Path], name: str, tokens: int = 8, ends: bool = True) -
 
 
 def soon(found: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while not found():
         assert time.monotonic() < limit
         time.sleep(0.02)
