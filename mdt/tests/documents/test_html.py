@@ -107,10 +107,10 @@ def test_what_is_not_shown_or_leads_elsewhere_is_left_out_and_the_rest_noted() -
     assert [block.text for block in document.blocks] == ["Gout", "5 Give it."]
     assert document.notes == (
         'gout.html: what stands around the text was left out: "Ends", "Home", "Gout Join", "Imprint"',
-        'gout.html: 1 picture could not be read, which the page calls "flow chart": look there for text that matters',
         'gout.html: hidden text was left out: "never", "so"',
-        "gout.html: 1 picture could not be read: look there for text that matters",
         'gout.html: text that is struck through was read like any other: "5"',
+        "gout.html: 1 picture could not be read: look there for text that matters",
+        'gout.html: 1 picture could not be read, which the page calls "flow chart": look there for text that matters',
     )
     assert passages("<body><header><h1>Gout</h1></header><p>Give it.</p><aside>Join</aside>") == ["Gout@Give it."]
 

@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 from gatewise_mdt.documents.document import Block
-from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
+from gatewise_mdt.documents.tables import Cell, table_blocks
+
+
+def row_of(texts: list[str], bold: bool = False) -> list[Cell]:
+    return [Cell(text, column, bold=bold) for column, text in enumerate(texts)]
 
 
 def rows(*said: str, bold: int = 0) -> list[list[Cell]]:

@@ -1,6 +1,7 @@
 """What a document says: headings, paragraphs, items of lists and rows of tables with their places, and the sections they make."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -221,18 +222,33 @@ def quoted_list(texts: Sequence[str], places: Sequence[str] = (), most: int = 20
     return ", ".join(said) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def notes_on_reading(unread: Mapping[str, int], hidden: Iterable[str], struck: Iterable[str], equations: int) -> Iterator[str]:
-    """What readers of marked documents say alike.
+class Unread:
+    """What a reader met of a document and left out, or could not read as it stands.
 
-    Args:
-        unread: how many there were of each kind that cannot be read.
+    Attributes:
+        counts: how many there were of each kind that cannot be read.
     """
-    if texts := [text for text in hidden if any(map(str.isalnum, text))]:
-        yield f"hidden text was left out: {quoted_list(texts)}"
-    if unread:
-        said = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in unread.items()]
-        yield f"{', '.join(said)} could not be read: look there for text that matters"
-    if texts := [text for text in struck if text]:
-        yield f"text that is struck through was read like any other: {quoted_list(texts)}"
-    if equations:
-        yield f"equations were read as plain text ({equations}): compare them with the document"
+
+    def __init__(self) -> None:
+        self._texts: dict[str, dict[str, None]] = {}
+        self.counts: Counter[str] = Counter()
+
+    def tell(self, what: str, text: str) -> None:
+        """Keeps a text for the note that says what was done with such ones."""
+        self._texts.setdefault(what, {})[" ".join(text.split())] = None
+
+    def notes(self) -> Iterator[str]:
+        """A sentence on each kind of what there was; on texts only where they say something."""
+        for what, texts in self._texts.items():
+            if said := [text for text in texts if any(map(str.isalnum, text))]:
+                yield f"{what}: {quoted_list(said)}"
+        equations = self.counts.pop("equation", 0)
+        if self.counts:
+            kinds = [f"{count} {kind if count == 1 else f'{kind}s'}" for kind, count in self.counts.items()]
+            yield f"{', '.join(kinds)} could not be read: look there for text that matters"
+        if equations:
+            yield f"equations were read as plain text ({equations}): compare them with the document"
+
+
+HIDDEN = "hidden text was left out"
+STRUCK = "text that is struck through was read like any other"

@@ -13,15 +13,17 @@ from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.documents.document import (
+    HIDDEN,
     LOWERED,
     NOTE,
     RAISED,
+    STRUCK,
     TYPED_BULLET,
     UNKNOWN,
     Block,
     Document,
+    Unread,
     in_one_line,
-    notes_on_reading,
     one_line,
     quoted_list,
     with_footnotes,
@@ -90,9 +92,10 @@ def read_docx(content: bytes, name: str) -> Document:
         reading = _Reading(_Styles(opened.styles.element), footnotes, Numbering(_numbering(opened)))
         body = opened.element.body
         blocks = tuple(reading.read(body))
-        left_out = [(kind, said) for key, kind, said in beside if key not in reading.referred and any(map(str.isalpha, said))]
-        notes = [*reading.notes(body), *_left_out(left_out)]
-        return Document(name, blocks, tuple(f"{name}: {note}" for note in notes))
+        for key, kind, said in beside:  # headers, footers, comments, and footnotes without a place
+            if key not in reading.referred:
+                reading.left.tell(f"the {kind if kind.endswith('s') else f'{kind}s'} were left out", said)
+        return Document(name, blocks, tuple(f"{name}: {note}" for note in reading.notes(body)))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
         raise GatewiseError(
             f"{name} cannot be read as DOCX ({reason_of(error, 150)}): save it again as a Word document (.docx)"
@@ -174,8 +177,7 @@ class _Reading:
         self.numbering = numbering
         self.lists: list[ListPlace] = []  # the items that the paragraph may stand under, the outermost first
         self.referred: set[str] = set()  # footnotes that the text refers to
-        self.left: Counter[str] = Counter()  # what cannot be read as it stands
-        self.hidden: list[str] = []
+        self.left = Unread()
         self.contents: list[str] = []  # lines of a table of contents
         self.looks: dict[int, tuple[float, bool]] = {}  # of what may be a heading by its look alone, by the ids of blocks
         self.sizes: Counter[float] = Counter()  # letters of each size
@@ -197,7 +199,7 @@ class _Reading:
             elif child.tag == f"{_W}tbl":
                 yield from self._table(child)
             elif child.tag in _UNREADABLE:
-                self.left[_UNREADABLE[child.tag]] += 1
+                self.left.counts[_UNREADABLE[child.tag]] += 1
             else:  # a content control or another cover around paragraphs
                 yield from self.blocks(child)
 
@@ -321,7 +323,7 @@ class _Reading:
         headers = 0
         for row in rows:
             if _on(row.find(f"{_W}trPr/{_W}hidden")):
-                self.hidden.append(one_line(self._all(row)))
+                self.left.tell(HIDDEN, one_line(self._all(row)))
                 continue
             headers += len(made) == headers and _on(row.find(f"{_W}trPr/{_W}tblHeader"))
             cells: list[Cell] = []
@@ -377,7 +379,7 @@ class _Reading:
         if tag in _SAID:
             return _SAID[tag]
         if tag in _UNREADABLE:
-            self.left[_UNREADABLE[tag]] += 1
+            self.left.counts[_UNREADABLE[tag]] += 1
             return ""
         if tag in (f"{_W}footnoteReference", f"{_W}endnoteReference"):
             key = f"{'footnotes' if 'footnote' in tag else 'endnotes'} {element.get(f'{_W}id', '')}"
@@ -388,7 +390,7 @@ class _Reading:
         if tag == f"{_W}p":
             self.within = element
         if tag == f"{_W}r" and self.within is not None and _on(self.styles.property(element, self.within, "vanish")):
-            self.hidden.append(one_line("".join(text.text or "" for text in element.iter(f"{_W}t"))))
+            self.left.tell(HIDDEN, one_line("".join(text.text or "" for text in element.iter(f"{_W}t"))))
             return ""
         said = self._all(element)
         if tag == f"{_W}r":
@@ -398,7 +400,7 @@ class _Reading:
             return f"{RAISED}{said}{LOWERED}" if raised else said
         if tag in (f"{_MATH}sup", f"{_MATH}den"):
             return f"{'^' if tag == f'{_MATH}sup' else '/'}{said}"
-        self.left["equation"] += tag == f"{_MATH}oMath"
+        self.left.counts["equation"] += tag == f"{_MATH}oMath"
         # Paragraphs and cells within a cell or box stand apart, and "1/2" must not run into the "500 mg" beside it.
         return f" {said} " if tag in (f"{_W}p", f"{_W}tc", f"{_DRAWING}p", f"{_MATH}oMath", f"{_MATH}f") else said
 
@@ -407,15 +409,15 @@ class _Reading:
         known = (
             _SYMBOLS.get(code - 0xF000 if code >= 0xF000 else code) if element.get(f"{_W}font", "").lower() == "symbol" else None
         )
-        self.left["symbol"] += known is None
+        self.left.counts["symbol"] += known is None
         return known or UNKNOWN
 
     def notes(self, body: Any) -> Iterator[str]:
         """What the walk met and could not read as it stands."""
-        equations, symbols = self.left.pop("equation", 0), self.left.pop("symbol", 0)
-        marked = [run for run in body.iter(f"{_W}r") if _is_struck(run)]
-        struck = ["".join(text.text or "" for text in run.iter(f"{_W}t")).strip() for run in marked]
-        yield from notes_on_reading(self.left, self.hidden, struck, equations)
+        symbols = self.left.counts.pop("symbol", 0)
+        for run in filter(_is_struck, body.iter(f"{_W}r")):
+            self.left.tell(STRUCK, "".join(text.text or "" for text in run.iter(f"{_W}t")))
+        yield from self.left.notes()
         if symbols:
             yield f"signs of a symbol font were not known ({symbols}); {UNKNOWN} stands for each"
         if self.contents:
@@ -442,13 +444,6 @@ def _inside(table: Any, tag: str) -> Iterator[Any]:
 
 def _is_struck(run: Any) -> bool:
     return any(_on(run.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike"))
-
-
-def _left_out(parts: list[tuple[str, str]]) -> Iterator[str]:
-    """Notes on text that stands outside the body: headers, footers, comments, and footnotes without a place."""
-    for kind in dict.fromkeys(kind for kind, _ in parts):
-        texts = dict.fromkeys(said for one, said in parts if one == kind)
-        yield f"the {kind if kind.endswith('s') else f'{kind}s'} were left out: {quoted_list(list(texts))}"
 
 
 def _numbering(opened: Any) -> Any:

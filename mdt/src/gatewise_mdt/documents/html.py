@@ -4,21 +4,22 @@ Styles are not worked out: what only CSS hides, numbers or sets side by side is 
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.documents.document import (
+    HIDDEN,
     LOWERED,
     NOTE,
     RAISED,
+    STRUCK,
     TYPED_BULLET,
     Block,
     Document,
+    Unread,
     in_one_line,
-    notes_on_reading,
     quoted_list,
     with_footnotes,
 )
@@ -118,7 +119,7 @@ def _footnotes(root: Any) -> tuple[dict[str, str], set[Any]]:
         for found in root.xpath("//*[@id=$key or (self::a and @name=$key)]", key=key):
             # A link at the beginning of a note stands for the note.
             element = found.getparent() if found.tag in ("a", "span", "sup") and found.getparent() is not None else found
-            said = _BACK.sub("", " ".join(_plain(element).split()))
+            said = _BACK.sub("", " ".join(element.text_content().split()))
             said = re.sub(r"^[\[(]?(?:\d{1,3}|[a-z]|[*†‡§¶]{1,3})(?:[\]).:]\s*|\s+)", "", said) if element.tag != "li" else said
             if element.tag in ("li", "p", "div", "aside", "dd") and any(map(str.isalpha, said)) and link not in element.iter("a"):
                 notes[key] = said
@@ -131,16 +132,7 @@ def _refers(link: Any) -> bool:
     """Whether a link is the mark of a footnote."""
     role = f"{link.get('role', '')} {link.get('epub:type', '')} {link.get('class', '')}"
     raised = (link.getparent() is not None and link.getparent().tag == "sup") or link.find(".//sup") is not None
-    return bool((raised or re.search(r"noteref|footnote-ref", role)) and len(_plain(link).strip()) < 8)
-
-
-def _plain(element: Any) -> str:
-    """All the text of an element."""
-    return "".join(element.itertext())
-
-
-def _is_shown(element: Any) -> bool:
-    return element.get("hidden") is None and not _HIDDEN.search(element.get("style") or "")
+    return bool((raised or re.search(r"noteref|footnote-ref", role)) and len(link.text_content().strip()) < 8)
 
 
 @dataclass
@@ -171,26 +163,22 @@ class _Reading:
     mark: str | None = None  # of the item that begins; None within one
     above: int = 0  # the level of the last heading
     lists: list[_List] = field(default_factory=list)
-    left: Counter[str] = field(default_factory=Counter)
+    left: Unread = field(default_factory=Unread)
     pictures: list[str] = field(default_factory=list)
-    around: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    struck: list[str] = field(default_factory=list)
-    pressed: list[str] = field(default_factory=list)
-    idle: list[str] = field(default_factory=list)  # footnotes that nothing refers to
-    equations: int = 0
 
     def finished(self) -> list[Block]:
         self._close()
         said = " ".join(part for block in self.blocks for part in (block.text, *block.notes))
         used = {note for key, note in self.footnotes.items() if f"{NOTE}{key}{NOTE}" in said}
-        self.idle = [note for note in dict.fromkeys(self.footnotes.values()) if note not in used]
+        for note in self.footnotes.values():
+            if note not in used:
+                self.left.tell("footnotes that nothing in the text refers to were left out", note)
         return [made for block in self.blocks for made in with_footnotes(in_one_line(block), self.footnotes)]
 
     def take_around(self, body: Any, main: Any) -> None:
         """What stands outside of the main part: left out, but for a heading that the main part has none of."""
         heads = [one for one in body.iter("h1") if main not in one.iterancestors()]
-        if len(heads) == 1 and main.find(".//h1") is None and any(map(str.isalnum, _plain(heads[0]))):
+        if len(heads) == 1 and main.find(".//h1") is None and any(map(str.isalnum, heads[0].text_content())):
             self.walk(heads[0])
         within = {main, *main.iterancestors()}
         for element in body.iter():
@@ -204,9 +192,9 @@ class _Reading:
             self._note_around(list(self._texts(element)))
 
     def _note_around(self, texts: list[str | None]) -> None:
-        said = " ".join(" ".join(text for text in texts if text).split())
+        said = " ".join(text for text in texts if text)
         if any(map(str.isalpha, said)):
-            self.around.append(said)
+            self.left.tell("what stands around the text was left out", said)
 
     def _texts(self, element: Any) -> Iterator[str]:
         if isinstance(element.tag, str) and element.tag not in _LEFT_OUT:
@@ -222,11 +210,11 @@ class _Reading:
         tag = element.tag
         if not isinstance(tag, str) or tag in _LEFT_OUT or element in self.apart:
             return
-        if not _is_shown(element):
-            self.hidden += [" ".join(_plain(element).split())]
+        if element.get("hidden") is not None or _HIDDEN.search(element.get("style") or ""):
+            self.left.tell(HIDDEN, element.text_content())
             return
         if tag in _PRESSED and not (tag == "button" and any(one.tag in _NAMES for one in element.iterancestors())):
-            self.pressed += [" ".join("".join(self._texts(element)).split())]
+            self.left.tell("what is there to be pressed, chosen or filled in was left out", "".join(self._texts(element)))
             return
         outside = tag in _AROUND and not in_main and not any(one.tag == "article" for one in element.iterancestors())
         if not self.whole and (tag == "nav" or element.get("role") in _ROLES or outside):
@@ -256,7 +244,7 @@ class _Reading:
         """The number of an item of a list that Word saved as a web page; its bullet is none."""
         shown = [one for one in paragraph.iter("span") if re.search(r"mso-list:\s*Ignore", one.get("style") or "")]
         self.apart |= set(shown)
-        said = " ".join("".join(map(_plain, shown[:1])).split())
+        said = " ".join("".join(one.text_content() for one in shown[:1]).split())
         return f"{said} " if re.search(r"\w[.)、]$", said) else ""
 
     def _inside(self, element: Any, *, bold: bool, in_main: bool) -> None:
@@ -272,7 +260,7 @@ class _Reading:
         elif tag == "img":
             self.pictures.append(" ".join((element.get("alt") or "").split()))
         elif tag in _UNREADABLE:
-            self.left[_UNREADABLE[tag]] += 1
+            self.left.counts[_UNREADABLE[tag]] += 1
         elif tag == "a" and self._is_mark(element):
             self._say(f"{NOTE}{element.get('href')[1:]}{NOTE}", bold, element)
         elif tag == "sup" and not (len(element) == 1 and element[0].tag == "a" and self._is_mark(element[0])):
@@ -281,11 +269,12 @@ class _Reading:
             self._say(LOWERED, bold, element)
         else:
             struck = tag in ("del", "s", "strike")
-            self.equations += tag == "math"
+            self.left.counts["equation"] += tag == "math"
             self._say(" " if struck else "", bold, element)  # "50" struck out before "5" is not 505
             self._inside(element, bold=bold, in_main=in_main)
             self._say(" " if struck else "", bold, element)
-            self.struck += [" ".join(_plain(element).split())] if struck else []
+            if struck:
+                self.left.tell(STRUCK, element.text_content())
 
     def _is_mark(self, link: Any) -> bool:
         return _refers(link) and (link.get("href") or "#")[1:] in self.footnotes
@@ -457,14 +446,10 @@ class _Reading:
 
     def _cell(self, element: Any) -> tuple[str, bool]:
         """The text of a cell, in which items and paragraphs are parted, and whether all of it is bold."""
-        inner = _Reading(self.footnotes, self.apart)
+        inner = replace(self, blocks=[], held=[], lists=[], items=0, mark=None)
         inner._inside(element, bold=element.tag == "th", in_main=True)
         bold = all(bold for text, bold in inner.held if text.strip())
         inner._close()
-        for name in ("pictures", "hidden", "struck", "around", "pressed"):
-            getattr(self, name).extend(getattr(inner, name))
-        self.left += inner.left
-        self.equations += inner.equations
         said = ""
         for block in inner.blocks:
             parted = "" if not said or SENTENCE_END.search(said) or block.kind == "paragraph" else ";"
@@ -473,17 +458,11 @@ class _Reading:
 
     def notes(self) -> Iterator[str]:
         """What the walk met and could not read as it stands, or left out."""
-        if self.around:
-            yield f"what stands around the text was left out: {quoted_list(self.around)}"
-        if pressed := [text for text in self.pressed if any(map(str.isalpha, text))]:
-            yield f"what is there to be pressed, chosen or filled in was left out: {quoted_list(pressed)}"
-        if self.idle:
-            yield f"footnotes that nothing in the text refers to were left out: {quoted_list(self.idle)}"
+        yield from self.left.notes()
         if self.pictures:
             named = f", which the page calls {quoted_list(list(filter(None, self.pictures)))}" if any(self.pictures) else ""
             count = f"{len(self.pictures)} {'picture' if len(self.pictures) == 1 else 'pictures'}"
             yield f"{count} could not be read{named}: look there for text that matters"
-        yield from notes_on_reading(self.left, self.hidden, self.struck, self.equations)
 
 
 def _is_layout(table: Any) -> bool:

@@ -119,7 +119,9 @@ def _blocks(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Block
             and not alone
             and _is_counted(line, before, below[number].strip(), item, again, _moved(below[number]) > moved)
         )
-        if held and (not line or alone or bullet or has_number or (printed and _ends_before(line, before))):
+        # A paragraph of a printed page ends where a line may be a heading.
+        ends = printed and stands_like_heading(line) and SENTENCE_END.search(before)
+        if held and (not line or alone or bullet or has_number or ends):
             yield block(line or below[number].strip())
         if not line:
             item = False
@@ -170,11 +172,6 @@ class _Item(NamedTuple):
         number = ITEM_NUMBER.match(item.text)
         numbered = number is not None and counted(number) == 1 and ITEM_NUMBER.match(self.text)
         return bool(numbered or re.search(r"[:：]$", self.text))
-
-
-def _ends_before(line: str, before: str) -> bool:
-    """Whether a paragraph of a printed page ends before a line."""
-    return bool(stands_like_heading(line) and SENTENCE_END.search(before))
 
 
 def _moved(line: str) -> int:

@@ -41,11 +41,6 @@ class Cell:
 Row = Sequence[Cell]
 
 
-def row_of(texts: Sequence[str], bold: bool = False) -> list[Cell]:
-    """A row whose cells cover one column each."""
-    return [Cell(text, column, bold=bold) for column, text in enumerate(texts)]
-
-
 def table_blocks(
     rows: Sequence[Row], places: Sequence[str], headers: int | None = None, regions: Sequence[tuple[Region, ...]] = ()
 ) -> list[Block]:
@@ -70,7 +65,7 @@ def table_blocks(
     if count and count != headers:
         which = "the first row of the table was" if count == 1 else f"the first {count} rows of the table were"
         notes.append(f"{which} taken for its headers: {_quoted(top)}")
-    if count and _is_split(filled[count - 1]):
+    if count and any(cell.text and 1 < cell.span < _width(filled[count - 1 : count]) for cell in filled[count - 1]):
         notes.append("a header stands over several columns that have none of their own: compare the table with the document")
     if not count and len(said) > 1 and max(map(len, filled)) > 1:
         notes.append("no headers were found in the table: compare it with the document")
@@ -157,11 +152,6 @@ def _spread(row: Row, below: Row) -> list[Cell]:
         else:
             made.append(cell)
     return made
-
-
-def _is_split(row: Row) -> bool:
-    """Whether a cell of the last row of headers covers several columns, but not all of them."""
-    return any(cell.text and 1 < cell.span < _width([row]) for cell in row)
 
 
 def header_of(rows: Sequence[Row], column: int) -> str:

@@ -160,7 +160,11 @@ def _with_tail(pieces: Sequence[Sequence[_Piece]], at: int, end: int, columns: S
         inside = len(line) == 1 and line[0].x1 < columns[1].x0 and line[0].x0 >= columns[0].x0 - 2
         tight = white < 0 or (spaced and white <= look.usual + _more(size))  # as within its cells
         goes_on = before is not None and white < 0.6 * size and not line[0].bold
-        rest = inside and goes_on and (tight or (before is pieces[place - 1][0] and not _had_room(before, line[0], columns[0])))
+        rest = (
+            inside
+            and goes_on
+            and (tight or (before is pieces[place - 1][0] and not _room(before.words, line[0].words, columns[0])))
+        )
         if not ((closed and not opened) or ground or rest):
             break
         low = _bottom(line)
@@ -459,10 +463,6 @@ def _room(before: Sequence[Word] | None, after: Sequence[Word] | None, column: _
     if not before or not after:
         return False
     return fits(after[0], (column.x1 - column.x0) - (before[-1].x1 - before[0].x0))
-
-
-def _had_room(before: _Piece | None, after: _Piece, column: _Column) -> bool:
-    return before is not None and _room(before.words, after.words, column)
 
 
 def _drawn_headers(groups: Sequence[Sequence[int]], breaks: Sequence[bool]) -> int | None:
