@@ -23,7 +23,6 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.extraction.course import ARGUMENT
 from gatewise_mdt.extraction.extractor import Extraction, Extracts, Text, made_with, tree_written
 from gatewise_mdt.extraction.prompts import prompt
-from gatewise_mdt.formats.lines import parse
 
 _NEAR_THE_END = 100  # tokens, from which on the constraint may have brought a tree to a close
 
@@ -109,7 +108,7 @@ class ServedExtractor(Extracts):
         settings = {"verbatim": self.verbatim, "max_new_tokens": self.max_new_tokens, "served": True}
         told = made_with(None, self.base, {"name": self.name}, settings)
         made = tree_written(one, text, told, ended=ended, hurried=False)
-        if ended and (not _is_tree(text) or (self.verbatim and made.absent)):
+        if ended and (made.warnings or (self.verbatim and made.absent)):
             return GatewiseError(
                 f"the server at {self.url} wrote no tree: start it with `gatewise serve --constraint gatewise_tree`, or vLLM with"
                 " --logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits; if it was, the passage is too large for it"
@@ -149,11 +148,3 @@ class ServedExtractor(Extracts):
 
 class _RefusedError(GatewiseError):
     """Of one request."""
-
-
-def _is_tree(text: str) -> bool:
-    try:
-        parse(text)
-    except GatewiseError:
-        return False
-    return True

@@ -365,16 +365,16 @@ class Session:
         about = {} if passage is None else {"passage": passage.number, "version": passage.version}
         return Entry(time or _now(), by.reviewer or self.reviewer, action, **about, comment=by.comment, window=by.window)
 
-    def _keep(self, lines: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
+    def _keep(self, lines: Sequence[tuple[Entry, Mapping[str, Any]]], *, opened: bool = False) -> None:
         """Adds lines to the history, and returns when they are on disk.
+
+        Args:
+            opened: also where there are none, what the history does not have of the passages yet.
 
         Raises:
             GatewiseError: they cannot be written; then nothing may be changed.
         """
-        if lines:
-            self._write([*self._opening, *lines])
-
-    def _write(self, lines: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
+        lines = [*self._opening, *lines] if lines or opened else []
         if lines:
             self.files.append([{**entry.to_json(), **more} for entry, more in lines])
             self._entries += [entry for entry, _ in lines]
@@ -391,7 +391,7 @@ class Session:
         with self._lock:
             kept = {passage.number: version for passage in self.passages if (version := passage.kept) is not None}
             if any(one.now.nodes is not None and number not in kept for number, one in self._passages.items()):
-                self._write(self._opening)  # what the file has no more is in the history before
+                self._keep([], opened=True)  # what the file has no more is in the history before
             self.files.save([self._passages[number].record(version) for number, version in kept.items()])
             saved = {number: replace(self._passages[number], saved=version) for number, version in kept.items()}
             changed = [number for number, passage in saved.items() if passage.saved != self._passages[number].saved]
