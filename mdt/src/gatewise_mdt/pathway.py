@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,13 +20,11 @@ from gatewise.checks import is_whole, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise_mdt.records import TreeRecord, quoted_beginning
-from gatewise_mdt.relations import relation_in
+from gatewise_mdt.relations import GIVES, relation_in
 from gatewise_mdt.spans import find
-from gatewise_mdt.tree import NOTICE, Decision, NotKnown, Triple, known_facts
-from gatewise_mdt.wholes import fold
+from gatewise_mdt.tree import NOTICE, Decision, NotKnown, Triple, known_facts, plain
 
 State = Literal["proposed", "accepted", "refused"]
-_GIVEN = ("drug therapy", "therapeutic schedule")
 _NUMBER = re.compile(  # of a heading
     r"^\s*(?:\d{1,2}(?:\.\d+)*[.)]?\s+|(?:\d{1,2}|[一二三四五六七八九十]+)[、.)）]\s*|[（(]\w{1,2}[)）]\s*|第\w{1,3}[章节]\s*)"
 )
@@ -192,7 +190,7 @@ class _Seen:
         }
 
     def is_about_the_same(self, other: "_Seen") -> bool:
-        return _plain(self.record.population) == _plain(other.record.population)
+        return plain(self.record.population) == plain(other.record.population)
 
     def is_above(self, other: "_Seen") -> bool:
         """Whether another passage stands under the headings of this one."""
@@ -212,7 +210,7 @@ def _reasons(one: _Seen, leaf: int, way: Sequence[Triple], other: _Seen) -> list
     abouts = [about for about in dict.fromkeys((other.heading, other.record.population)) if about and about not in own]
     for triple in one.record.tree.nodes[leaf].triples:
         made += [f'the decision names "{about}"' for about in abouts if _has(triple.object, about)]
-        if relation_in(triple.relation, "en") in _GIVEN and (one.is_about_the_same(other) or one.is_above(other)):
+        if relation_in(triple.relation, "en") in GIVES and (one.is_about_the_same(other) or one.is_above(other)):
             named = any(_has(asked, triple.object) for asked in other.asked)
             made += [f'the condition speaks of "{triple.object}", which the decision gives'] if named else []
     for triple in way:
@@ -229,12 +227,7 @@ def _follows(one: _Seen, leaf: int, other: _Seen, is_next: bool) -> list[str]:
 
 def _has(text: str, phrase: str) -> bool:
     """Whether a phrase stands in a text as a whole; asked of most pairs of passages, so that the quick answer comes first."""
-    return _plain(phrase) in _plain(text) and bool(find(text, phrase))
-
-
-@lru_cache(maxsize=1 << 16)
-def _plain(text: str) -> str:
-    return fold(text).text.strip()
+    return plain(phrase) in plain(text) and bool(find(text, phrase))
 
 
 # ---- the file in which a person decides ----

@@ -14,6 +14,9 @@ RELATIONS: dict[str, str] = {
     "prohibited drugs": "禁用药物",
     "basic condition": "基本情况",
 }
+GIVES = ("drug therapy", "therapeutic schedule")
+AVOIDS = "prohibited drugs"
+DOSE = "dosage and administration"
 # One word each, so that a model spends few tokens on them; the Chinese names are short as they are.
 SHORT: dict[str, str] = {
     "clinical manifestation": "sign",

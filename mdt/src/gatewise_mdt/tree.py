@@ -34,11 +34,11 @@ class Triple(NamedTuple):
 
         Nor does what :func:`gatewise_mdt.wholes.fold` leaves out, which keeps "MU" and "mU" apart.
         """
-        return _plain(self.subject), relation_in(self.relation, "en"), _plain(self.object)
+        return plain(self.subject), relation_in(self.relation, "en"), plain(self.object)
 
 
-@lru_cache(maxsize=4096)
-def _plain(phrase: str) -> str:
+@lru_cache(maxsize=1 << 16)
+def plain(phrase: str) -> str:
     """A phrase to be compared."""
     return fold(phrase).text.strip()
 

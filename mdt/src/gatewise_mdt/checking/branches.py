@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, letters, quoted
+from gatewise_mdt.checking.finding import Finding, hull, letters, quoted
 from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.prohibitions import NOT_BEFORE, forbidden_at
-from gatewise_mdt.tree import DecisionTree
+from gatewise_mdt.relations import AVOIDS, GIVES
 
 _UNLESS = re.compile(
     r"(?<![a-z])(?:unless|except (?:if|when|where|in|for|during|those|patients|people|adults|children|women))(?![a-z])|除非"
@@ -88,16 +88,8 @@ def _elsewhere(marks: Marks, held: Held, fact: Held) -> Span | None:
 
 def _decided(cover: Cover, root: int) -> list[Held]:
     """What is decided in a branch."""
-    nodes = set(_branch(cover.tree, root))
+    nodes = {node for node, above in enumerate(cover.tree.paths) if node == root or root in above}
     return [held for held in cover.held if held.node in nodes and not cover.tree.nodes[held.node].is_condition]
-
-
-def _branch(tree: DecisionTree, root: int) -> Iterator[int]:
-    left = [root]
-    while left:
-        node = left.pop()
-        yield node
-        left += tree.children[node] or ()
 
 
 def _unless(marks: Marks, sentence: Span) -> Span | None:

@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.cover import Cover
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, quoted
+from gatewise_mdt.checking.finding import Finding, quoted
 from gatewise_mdt.checking.marks import HAN, Marks, Span, set_of
 from gatewise_mdt.checking.numbers import DRUG_STEM
+from gatewise_mdt.relations import AVOIDS, GIVES
 from gatewise_mdt.wholes import fold
 
 

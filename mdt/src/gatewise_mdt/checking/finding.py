@@ -5,10 +5,6 @@ from typing import NamedTuple
 from gatewise_mdt.checking.cover import Cover
 from gatewise_mdt.checking.marks import Span
 
-GIVES = ("drug therapy", "therapeutic schedule")
-AVOIDS = "prohibited drugs"
-DOSE = "dosage and administration"
-
 
 class Finding(NamedTuple):
     """What a rule found.

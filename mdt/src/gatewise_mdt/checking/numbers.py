@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, DOSE, Finding, hull, letters, node_of, quoted
+from gatewise_mdt.checking.finding import Finding, hull, letters, node_of, quoted
 from gatewise_mdt.checking.marks import DIGITS, HAN, Marks, Number, Span, quantities
+from gatewise_mdt.relations import AVOIDS, DOSE
 from gatewise_mdt.wholes import fold
 
 # ---- numbers ----

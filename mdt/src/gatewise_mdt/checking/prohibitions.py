@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 
 from gatewise_mdt.checking.cover import Cover, Held
-from gatewise_mdt.checking.finding import AVOIDS, GIVES, Finding, hull, letters, quoted
+from gatewise_mdt.checking.finding import Finding, hull, letters, quoted
 from gatewise_mdt.checking.marks import Marks, Span
 from gatewise_mdt.checking.numbers import LISTING
+from gatewise_mdt.relations import AVOIDS, GIVES
 from gatewise_mdt.wholes import fold
 
 _NEGATED = re.compile(

@@ -22,12 +22,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.content import contents
-from gatewise_mdt.checking.finding import AVOIDS, DOSE, GIVES
 from gatewise_mdt.checking.marks import ABOVE, BELOW, DAILY, DIGITS, HAN, LIMIT, ROUTE, Marks, Number, Span, marks_of, value
 from gatewise_mdt.checking.numbers import DRUG_STEM
 from gatewise_mdt.checking.prohibitions import NOT
 from gatewise_mdt.evaluation.mistakes import alike
 from gatewise_mdt.formats.orders import is_negated
+from gatewise_mdt.relations import AVOIDS, DOSE, GIVES
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 from gatewise_mdt.wholes import fold
 

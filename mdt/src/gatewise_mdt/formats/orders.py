@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 from gatewise_mdt.relations import relation_in
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
-_DOSE = "dosage and administration"
-_KINDS: dict[str, Literal["drug", "avoid", "measure"]] = {
+_KINDS: dict[str, Literal["drug", "avoid", "measure", "dose"]] = {
     "drug therapy": "drug",
     "prohibited drugs": "avoid",
     "therapeutic schedule": "measure",
+    "dosage and administration": "dose",
 }
 # An order of "no antibiotics", or of "stop aspirin" as a drug, would be an order of the wrong thing; only the relation says for
 # certain that something is not to be done. In doubt what begins with a negation is text, and one inside a name or a purpose none.
@@ -127,8 +127,7 @@ def is_negated(words: str, *, stopped: bool) -> bool:
 
 
 def _kind(triple: Triple) -> Literal["drug", "avoid", "measure", "dose", "fact"]:
-    relation = relation_in(triple.relation, "en")
-    return "dose" if relation == _DOSE else _KINDS.get(relation, "fact")
+    return _KINDS.get(relation_in(triple.relation, "en"), "fact")
 
 
 def order_words(order: Order, join: str) -> str:

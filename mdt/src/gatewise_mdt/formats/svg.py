@@ -16,7 +16,7 @@ from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.pathway import Link, Pathway
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
-from gatewise_mdt.relations import Language, relation_in
+from gatewise_mdt.relations import AVOIDS, Language, relation_in
 from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 BOX, PAD, GAP, MARGIN = 264, 14, (28, 58), 24
@@ -261,7 +261,7 @@ def _box_lines(node: Node, main: str, words: Words, text: str, confidence: float
     for i, triple in enumerate(node.triples):
         if i:
             lines.append(_Line(words.joins[node.logical_rel], "join", None, 5))
-        avoid = relation_in(triple.relation, "en") == "prohibited drugs"  # not to be read as one of the drugs to take
+        avoid = relation_in(triple.relation, "en") == AVOIDS  # not to be read as one of the drugs to take
         lines += _wrapped(label_of(triple, main), "avoid" if avoid else "label", i, 4)
         lines += _wrapped(triple.object, "object", i, 0)
         if text.strip() and (why := words.why_absent(text, triple)):

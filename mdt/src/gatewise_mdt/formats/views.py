@@ -38,7 +38,6 @@ WORKBOOKS = {"dak": ".xlsx"}
 """Formats that are no text, and can only be written."""
 ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
 """Formats that show one tree, with what messages call them."""
-NOTICE = "Needs review by a clinician. Not medical advice."
 
 
 def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, links: Sequence[Link] | None = None) -> str:
@@ -160,7 +159,7 @@ def _as_json(record: TreeRecord) -> dict[str, Any]:
         [_places(record.text, triple, found) for triple, found in zip(node.triples, row, strict=True)]
         for node, row in zip(record.tree.nodes, located, strict=True)
     ]
-    first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": NOTICE}
+    first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": words_for("en").notice}
     # What is ours comes twice: before a record's own keys, and after them, so that none of these takes its place.
     return {**first, **record.more, **first, "spans": spans}
 
