@@ -226,10 +226,10 @@ STABLE = {
     "gatewise.adapters": ("read_note", "NOTE_FILE", "fingerprint", "load_adapter", "load_as_trained"),
     "gatewise.allocation.slots": ("lora_layers", "factors", "by_slot", "live_mask", "live_slots"),
     "gatewise.checks": ("is_whole", "is_number", "HALF_A_PAIR", "has_half_a_pair", "printable", "writable"),
-    "gatewise.errors": ("GatewiseError", "reason_of"),
+    "gatewise.errors": ("GatewiseError", "reason_of", "some"),
     "gatewise.files": (
         *("whole_file", "whole_folder", "check_new_file", "check_new_folder", "content_of", "is_special", "finite"),
-        *("write_json_lines", "sync_to_disk"),
+        *("write_json", "write_json_lines", "sync_to_disk"),
     ),
     "gatewise.flags": ("BaseOption", "DeviceOption", "JsonOption"),
     "gatewise.losses": ("base_of", "mean_loss"),

@@ -109,7 +109,7 @@ def content_of(path: str | Path) -> bytes:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
     with whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gatewise.checks import is_whole, writable
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of, finite, whole_file
+from gatewise.files import content_of, finite, write_json
 from gatewise_mdt.records import TreeRecord, quoted_beginning
 from gatewise_mdt.relations import GIVES, relation_in
 from gatewise_mdt.spans import find
@@ -252,13 +252,7 @@ def write_links(
         begins = {**_where(start), "node": link.node + 1, **said}
         ends = {**_where(end), "begins": end.tree.nodes[0].words}
         items.append({"state": link.state, "reason": link.reason, "from": begins, "to": ends})
-    content = json.dumps(
-        finite(writable({"notice": f"{_DECIDE} {NOTICE}", "links": items, "outdated": list(outdated)})),
-        indent=2,
-        ensure_ascii=False,
-    )
-    with whole_file(path) as part:
-        part.write_text(content + "\n", encoding="utf-8", newline="\n")
+    write_json(path, finite(writable({"notice": f"{_DECIDE} {NOTICE}", "links": items, "outdated": list(outdated)})))
 
 
 def _way(record: TreeRecord, node: int) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of, finite, whole_file
+from gatewise.files import content_of, finite, write_json, write_json_lines
 from gatewise_mdt import checks
 from gatewise_mdt.tree import DecisionTree
 
@@ -307,11 +307,9 @@ def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
     _check_suffix(Path(path).suffix, str(path))
     items = [finite(record.to_json()) for record in records]
     if Path(path).suffix.lower() == ".jsonl":
-        content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        write_json_lines(path, items)
     else:
-        content = json.dumps(items, indent=2, ensure_ascii=False) + "\n"
-    with whole_file(path) as part:
-        part.write_text(content, encoding="utf-8", newline="\n")
+        write_json(path, items)
 
 
 def _check_suffix(suffix: str, name: str) -> None:

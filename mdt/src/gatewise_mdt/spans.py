@@ -119,16 +119,17 @@ def _occurrences(text: str, phrase: str) -> Iterator[tuple[int, int]]:
     if not wanted.folded.text:
         return
     found = False
-    for begin in _places(parts.folded.text, wanted.folded.text):
+    for begin in places_of(parts.folded.text, wanted.folded.text):
         found = found or parts.is_whole(begin, begin + len(wanted.folded.text))
         yield begin, begin + len(wanted.folded.text)
     if not found:
         letters = "".join(wanted.folded.text[at] for at in wanted.squeezed)
-        for at in _places("".join(parts.folded.text[at] for at in parts.squeezed), letters):
+        for at in places_of("".join(parts.folded.text[at] for at in parts.squeezed), letters):
             yield parts.squeezed[at], parts.squeezed[at + len(letters) - 1] + 1
 
 
-def _places(text: str, wanted: str) -> Iterator[int]:
+def places_of(text: str, wanted: str) -> Iterator[int]:
+    """Where something stands in a text, letter by letter."""
     at = text.find(wanted)
     while at >= 0:
         yield at

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from gatewise_mdt.checking.marks import HAN, Marks, Number, Span, set_of
 from gatewise_mdt.relations import relation_in
+from gatewise_mdt.spans import places_of
 from gatewise_mdt.tree import DecisionTree, Triple
 from gatewise_mdt.wholes import fold
 
@@ -114,14 +115,8 @@ class Cover:
         return self._known[phrase]
 
     def _find(self, wanted: str) -> list[Span]:
-        text, found = self.marks.text, []
-        at = self._letters.find(wanted)
-        while at >= 0:
-            begin, end = self._squeezed[at], self._squeezed[at + len(wanted) - 1] + 1
-            if _may_begin(text, begin) and _may_end(text, end):
-                found.append(Span(begin, end))
-            at = self._letters.find(wanted, at + 1)
-        return found
+        found = [Span(self._squeezed[at], self._squeezed[at + len(wanted) - 1] + 1) for at in places_of(self._letters, wanted)]
+        return [one for one in found if _may_begin(self.marks.text, one.begin) and _may_end(self.marks.text, one.end)]
 
     def parts(self, phrase: str) -> list[Span]:
         """The words of a phrase that stand in the text, and of Chinese the longest pieces."""

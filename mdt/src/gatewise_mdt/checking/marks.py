@@ -45,8 +45,8 @@ class Span(NamedTuple):
 
 DIGITS = r"(?:[1-9]\d{0,2}(?: \d00)+(?!\d)|\d+)(?:[.,·]\d+)*"  # "2 000" is one number
 _COUNTS = "one two three four five six seven eight nine ten eleven twelve"
-_SPELT = any_of(_COUNTS)
-_HAN_DIGITS = "[一二两三四五六七八九十半]"
+SPELT = any_of(_COUNTS)
+HAN_DIGITS = "[一二两三四五六七八九十半]"
 _DOSE_UNIT = (
     any_of(
         "mg g μg ng kg milligram milligrams microgram micrograms gram grams iu miu u ku ᴍu l ml dl meq mmol μmol mol unit units"
@@ -63,8 +63,8 @@ _NUMBER = re.compile(
     rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、型]|\.(?: |$)(?=[a-z]))"
 )
 _SPELT_NUMBER = re.compile(
-    rf"(?<![a-z-])({_SPELT}(?: (?:to|or) {_SPELT})?) (?:(?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
-    rf"|(?P<dose>{_DOSE_UNIT}))|(?<!第)(?<!{_HAN_DIGITS})(?P<han>{_HAN_DIGITS}) ?(?P<piece>[片粒滴喷揿])"
+    rf"(?<![a-z-])({SPELT}(?: (?:to|or) {SPELT})?) (?:(?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
+    rf"|(?P<dose>{_DOSE_UNIT}))|(?<!第)(?<!{HAN_DIGITS})(?P<han>{HAN_DIGITS}) ?(?P<piece>[片粒滴喷揿])"
 )
 _VALUES = {word: str(at) for at, word in enumerate(_COUNTS.split(), start=1)}
 _VALUES |= {sign: str(at) for at, sign in enumerate("一二三四五六七八九十", start=1)} | {"两": "2", "半": "0.5"}
@@ -165,25 +165,25 @@ _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily d
 _AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (\[]{0,2}")
 
 _PERIOD = "(?:day|week|month|year|night|hour|fortnight|morning|evening)"
-_TIMES = rf"(?:once|twice|thrice|(?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? (?:times?|x))"
+_TIMES = rf"(?:once|twice|thrice|(?:{DIGITS}|{SPELT})(?:(?: to | or |-)(?:{DIGITS}|{SPELT}))? (?:times?|x))"
 _FREQUENCY = re.compile(
     _words(
         rf"{_TIMES}(?: (?:or|to) {_TIMES})?"
         rf"(?: ?/ ?{_PERIOD}| (?:an?|per|each|every|in (?:a|one)) {_PERIOD}| (?:dai|week|month|year)ly)",
-        rf"every (?:other|second|third|alternate|(?:{DIGITS}|{_SPELT})(?:(?: to | or | ?- ?)(?:{DIGITS}|{_SPELT}))?)"
+        rf"every (?:other|second|third|alternate|(?:{DIGITS}|{SPELT})(?:(?: to | or | ?- ?)(?:{DIGITS}|{SPELT}))?)"
         rf" ?(?:{_PERIOD}|h)s?",
         rf"(?:on )?alternate {_PERIOD}s?|every {_PERIOD}",
-        rf"(?:{DIGITS}|{_SPELT})[- ]?hourly|in (?:{DIGITS}|{_SPELT})(?:(?: to | or |-)(?:{DIGITS}|{_SPELT}))? divided doses",
+        rf"(?:{DIGITS}|{SPELT})[- ]?hourly|in (?:{DIGITS}|{SPELT})(?:(?: to | or |-)(?:{DIGITS}|{SPELT}))? divided doses",
         "(?:bi)?weekly|monthly|fortnightly|nightly|once only|only once",
         r"q ?d|b\.?i?\.?d|t\.?i\.?d|q\.?i\.?d|q\.?o\.?d|q ?\d+ ?(?:h|d|w)",
     )
     + rf"|(?<=[gul\d])(?:qd|bid|tid|qid|qod|q\d+h)(?!{_WORD})"
-    + rf"|(?:每[日天周月年晚晨]|[一1]日|隔[日天]|\d+ ?[日天]|日)(?:口服|服用?|给药?|静[滴注])? ?(?:{DIGITS}|{_HAN_DIGITS})"
-    rf"(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?次"
-    rf"|(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?次 ?(?:/|每) ?(?:d(?!{_WORD})|[日天周月年]|小时)"
-    rf"|[每隔] ?(?:{DIGITS}|{_HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{_HAN_DIGITS}))? ?"
+    + rf"|(?:每[日天周月年晚晨]|[一1]日|隔[日天]|\d+ ?[日天]|日)(?:口服|服用?|给药?|静[滴注])? ?(?:{DIGITS}|{HAN_DIGITS})"
+    rf"(?: ?[-~至到或] ?(?:{DIGITS}|{HAN_DIGITS}))? ?次"
+    rf"|(?:{DIGITS}|{HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{HAN_DIGITS}))? ?次 ?(?:/|每) ?(?:d(?!{_WORD})|[日天周月年]|小时)"
+    rf"|[每隔] ?(?:{DIGITS}|{HAN_DIGITS})(?: ?[-~至到或] ?(?:{DIGITS}|{HAN_DIGITS}))? ?"
     r"(?:个?(?:小时|月|星期|疗程)|[日天周年]|h|d)"
-    rf"|(?:{DIGITS}|{_HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{_HAN_DIGITS})次"
+    rf"|(?:{DIGITS}|{HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{HAN_DIGITS})次"
     rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
 )
 DAILY = re.compile(  # counts only beside a dose

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gatewise.errors import some
 from gatewise_mdt.checking.items import Item, items
 from gatewise_mdt.records import TreeRecord, clipped
 
@@ -58,8 +59,7 @@ def text_read(record: TreeRecord) -> str:
 
 def items_in_words(items: Sequence[Item]) -> str:
     """Items for a sentence: their kinds and words."""
-    said = [f'{item.kind} "{clipped(item.words, 60)}"' for item in items[:_MOST]]
-    return ", ".join(said) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
+    return some((f'{item.kind} "{clipped(item.words, 60)}"' for item in items), _MOST)
 
 
 def how_to_tick(items: Sequence[Item]) -> str:

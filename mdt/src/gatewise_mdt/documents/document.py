@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Literal, NamedTuple
 
 # No text of a document holds these: they stand around a superscript, and around the name of a footnote where it is referred to,
@@ -112,6 +112,11 @@ class Document:
         the file: marks of Markdown, the layout of a PDF and the like are not in it, and a row of a table reads "header: cell".
         """
         return "\n".join(block.text for block in self.blocks)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each block begins in the text, and where one after the last would."""
+        return list(accumulate((len(block.text) + 1 for block in self.blocks), initial=0))
 
 
 def sections(blocks: Sequence[Block]) -> Iterator[tuple[tuple[Block, ...], list[Block]]]:

@@ -4,7 +4,7 @@ Styles are not worked out: what only CSS hides, numbers or sets side by side is 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,15 +183,11 @@ class _Reading:
         within = {main, *main.iterancestors()}
         for element in body.iter():
             if element.getparent() in within - {main} and element not in within:
-                self._take_around(element)
+                self._note_around(self._texts(element))
             if element in within - {main}:
                 self._note_around([element.text, *(child.tail for child in element)])
 
-    def _take_around(self, element: Any) -> None:
-        if isinstance(element.tag, str) and element.tag not in _LEFT_OUT:
-            self._note_around(list(self._texts(element)))
-
-    def _note_around(self, texts: list[str | None]) -> None:
+    def _note_around(self, texts: Iterable[str | None]) -> None:
         said = " ".join(text for text in texts if text)
         if any(map(str.isalpha, said)):
             self.left.tell("what stands around the text was left out", said)
@@ -218,7 +214,7 @@ class _Reading:
             return
         outside = tag in _AROUND and not in_main and not any(one.tag == "article" for one in element.iterancestors())
         if not self.whole and (tag == "nav" or element.get("role") in _ROLES or outside):
-            self._take_around(element)
+            self._note_around(self._texts(element))
             for heading in element.iter("h1") if tag == "header" else ():
                 self._heading(heading, 1)
             return

@@ -140,7 +140,7 @@ def split_passages(document: Document, *, population: str | None = None, most: i
     """
     if most is not None and most < 50:
         raise GatewiseError(f"a passage of at most {most} characters was asked for: expected 50 or more")
-    starts = _starts(document.blocks)
+    starts = {id(block): at for block, at in zip(document.blocks, document.starts, strict=False)}
     found: list[Passage] = []
     for above, held in sections(document.blocks):
         alone = is_instruction_alone(above, held)
@@ -168,15 +168,6 @@ def passage_ids(passages: Sequence[tuple[str, Any]]) -> list[str]:
         times[said] += 1
         made.append(hashlib.sha256(f"{times[said]} {said}".encode("utf-8", "surrogatepass")).hexdigest()[:16])
     return made
-
-
-def _starts(blocks: Sequence[Block]) -> dict[int, int]:
-    """Where each block begins in the document's text."""
-    starts, at = {}, 0
-    for block in blocks:
-        starts[id(block)] = at
-        at += len(block.text) + 1
-    return starts
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gatewise.errors import GatewiseError, reason_of
+from gatewise.errors import GatewiseError, reason_of, some
 from gatewise_mdt.documents.document import (
     LOWERED,
     RAISED,
@@ -227,8 +227,7 @@ def _stands_by_itself(own: PageLine, page: _Page, again: set[tuple[str, int]]) -
 
 def _listed(numbers: Sequence[int]) -> str:
     """Numbers of pages as people write them: "pages 2, 3, 7"."""
-    more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
-    return f"{'page' if len(numbers) == 1 else 'pages'} {', '.join(map(str, numbers[:20]))}{more}"
+    return f"{'page' if len(numbers) == 1 else 'pages'} {some(map(str, numbers), 20)}"
 
 
 # ---- headings, paragraphs, tables ----

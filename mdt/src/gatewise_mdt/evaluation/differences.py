@@ -22,10 +22,25 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gatewise_mdt.checking.content import contents
-from gatewise_mdt.checking.marks import ABOVE, BELOW, DAILY, DIGITS, HAN, LIMIT, ROUTE, Marks, Number, Span, marks_of, value
+from gatewise_mdt.checking.marks import (
+    ABOVE,
+    BELOW,
+    DAILY,
+    DIGITS,
+    HAN,
+    HAN_DIGITS,
+    LIMIT,
+    ROUTE,
+    SPELT,
+    Marks,
+    Number,
+    Span,
+    marks_of,
+    value,
+)
 from gatewise_mdt.checking.numbers import DRUG_STEM
 from gatewise_mdt.checking.prohibitions import NOT
-from gatewise_mdt.evaluation.mistakes import alike
+from gatewise_mdt.evaluation.mistakes import alike, best_pairs
 from gatewise_mdt.formats.orders import is_negated
 from gatewise_mdt.relations import AVOIDS, DOSE, GIVES
 from gatewise_mdt.tree import DecisionTree, Node, Triple
@@ -259,7 +274,7 @@ _HOURS = {
     "hour|小时|h$": 1, "fortnight": 336, "week|周|星期": 168, "month|月": 720, "year|年": 8760,
     "day|dai|d$|日|天|night|晚|晨|morning|evening": 24,
 }  # fmt: skip
-_ONE = rf"{DIGITS}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[一二两三四五六七八九十半]"
+_ONE = rf"{DIGITS}|{SPELT}|{HAN_DIGITS}"
 _FIXED = {"once": "1", "twice": "2", "thrice": "3", "other": "2", "second": "2", "alternate": "2", "隔": "2", "third": "3"}
 _TIMES = re.compile(rf"(once|twice|thrice|(?:{_ONE}))(?: ?(?:to|or|-|~|至|到|或) ?({_ONE}|twice|thrice))? ?(?:(?<=ce)|times?|x|次)")
 
@@ -398,18 +413,14 @@ def forbids(triple: Triple) -> bool:
 def _paired_conditions(a: DecisionTree, b: DecisionTree) -> dict[int, int]:
     """Which condition of B is which of A."""
     ours, theirs = ([i for i, node in enumerate(tree.nodes) if node.is_condition] for tree in (a, b))
-    ranked = sorted(
+    ranked = (
         (-like, [*a.paths[i].values()] != [*b.paths[j].values()], abs(i - j), i, j)
         for i in ours
         for j in theirs
         if (like := _likeness_of_nodes(a.nodes[i], b.nodes[j]))
     )
-    pairs: dict[int, int] = {}
-    taken: set[int] = set()
-    for *_, i, j in ranked:
-        if i not in pairs and j not in taken:
-            pairs[i] = j
-            taken.add(j)
+    pairs = {i: j for *_, i, j in best_pairs(ranked)}
+    taken = set(pairs.values())
     free = {_above(b, j): j for j in theirs if j not in taken}
     for i in ours:
         over = _above(a, i)

@@ -29,9 +29,9 @@ logical_rel an empty leaf has does not count.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gatewise.errors import GatewiseError
 from gatewise_mdt import checks
@@ -54,6 +54,9 @@ KINDS = (
     "extra node",
 )
 _WORDS = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|(?:(?![\u3400-\u9fff\uf900-\ufaff])\w)+|[^\w\s]")
+
+
+_Pair = TypeVar("_Pair", bound=tuple[Any, ...])
 
 
 class Mistake(NamedTuple):
@@ -124,15 +127,11 @@ def _triple_mistakes(wanted: Sequence[PlainNode], found: Sequence[PlainNode], ri
         for nodes in (wanted, found)
     )
     pairs = [(*rank, i, j) for i, one in enumerate(missing) for j, other in enumerate(over) if (rank := _likeness(one, other))]
-    paired: dict[int, tuple[str, int]] = {}
-    taken: set[int] = set()
-    for _, _, kind, i, j in sorted(pairs):
-        if i not in paired and j not in taken:
-            paired[i] = kind, j
-            taken.add(j)
+    paired = {i: (kind, j) for _, _, kind, i, j in best_pairs(pairs)}
     for i, triple in enumerate(missing):
         kind, other = paired.get(i, ("missed triple", None))
         yield Mistake(kind, " | ".join(triple), "" if other is None else " | ".join(over[other]))
+    taken = {j for _, j in paired.values()}
     for j, triple in enumerate(over):
         if j not in taken:
             yield Mistake("invented triple", predicted=" | ".join(triple))
@@ -151,6 +150,18 @@ def _likeness(one: PlainTriple, other: PlainTriple) -> tuple[int, float, str] | 
     if same_relation and objects == 1:
         return 1, unlike, "wrong subject"
     return 2, unlike, "several parts"
+
+
+def best_pairs(pairs: Iterable[_Pair]) -> Iterator[_Pair]:
+    """Of pairs that end in their two numbers, the least first, those of which neither is in one before."""
+    ones: set[int] = set()
+    others: set[int] = set()
+    for pair in sorted(pairs):
+        *_, i, j = pair
+        if i not in ones and j not in others:
+            ones.add(i)
+            others.add(j)
+            yield pair
 
 
 def alike(one: str, other: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.checks import writable
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.reading import STDIN, read_document
@@ -200,8 +200,7 @@ def summed(said: Sequence[tuple[str, str, str]], most: int = 8) -> list[str]:
     for (name, _), found in kinds.items():
         where, note = found[0]
         places = list(dict.fromkeys(place for place, _ in found if place and place != where))
-        more = f" and {len(places) - most} more" if len(places) > most else ""
-        others = f"; likewise {', '.join(places[:most])}{more}" if places else ""
+        others = f"; likewise {some(places, most)}" if places else ""
         made.append(f"{', '.join(filter(None, (name, where)))}: {note}{others}")
     return made
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import content_of
 from gatewise_mdt.checking.ticks import how_to_tick, items_in_words, open_items
 from gatewise_mdt.records import TreeRecord, quoted_beginning
@@ -75,5 +75,4 @@ def check_documents(file: Path, records: Sequence[TreeRecord]) -> None:
 
 
 def _named(records: Sequence[TreeRecord]) -> str:
-    names = [f"passage {record.number} ({quoted_beginning(record.text)})" for record in records[:_MOST]]
-    return ", ".join(names) + (f" and {len(records) - _MOST} more" if len(records) > _MOST else "")
+    return some((f"passage {record.number} ({quoted_beginning(record.text)})" for record in records), _MOST)

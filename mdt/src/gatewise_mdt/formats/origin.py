@@ -10,7 +10,7 @@ from typing import Any
 
 from gatewise.checks import is_whole, printable
 from gatewise_mdt.formats.words import Words, words_for
-from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.records import TreeRecord, clipped
 
 DRAFT = "DRAFT: "
 BEFORE_USE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
@@ -114,10 +114,7 @@ def _draft_phrase(record: TreeRecord, words: Words) -> str:
 def _text(held: Mapping[str, Any], key: str) -> str:
     """What a record holds under a key, on one line, and as much of it as people read."""
     said = held.get(key)
-    if not isinstance(said, str):
-        return ""
-    line = " ".join(printable(said).split())
-    return line if len(line) <= _MOST else f"{line[: _MOST - 1]}…"
+    return clipped(printable(said), _MOST) if isinstance(said, str) else ""
 
 
 def _short(sha256: str, digits: int = _DIGITS) -> str:

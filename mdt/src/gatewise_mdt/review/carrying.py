@@ -14,6 +14,7 @@ from typing import Any
 
 from gatewise_mdt.checking.ticks import text_read
 from gatewise_mdt.documents.passages import ORIGIN
+from gatewise_mdt.evaluation.mistakes import best_pairs
 from gatewise_mdt.records import CARRIED_KEY, TreeRecord
 from gatewise_mdt.review.passage import NOTHING, REVIEWED, Passage, Version, ids_of, lasting_keys, version_of
 from gatewise_mdt.wholes import pieces
@@ -111,11 +112,7 @@ def likest(older: Mapping[int, str], newer: Mapping[int, str]) -> dict[int, int]
             matcher.set_seq1(words)
             if matcher.real_quick_ratio() >= ALIKE and matcher.quick_ratio() >= ALIKE and (ratio := matcher.ratio()) >= ALIKE:
                 pairs.append((-ratio, abs(i / (max(older) + 1) - j / (max(newer) + 1)), i, j))
-    found: dict[int, int] = {}
-    for _, _, i, j in sorted(pairs):
-        if i not in found.values() and j not in found:
-            found[j] = i
-    return found
+    return {j: i for _, _, i, j in best_pairs(pairs)}
 
 
 def _by_text(held: Sequence[Passage | TreeRecord]) -> dict[str, dict[str, int]]:
@@ -170,8 +167,9 @@ def reworded(passage: Passage, source: Passage) -> Passage:
     if isinstance(in_file, str):
         known = {**known, "replaces": in_file}
     more = {**passage.more, **source.more, CARRIED_KEY: known}
-    made = replace(passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1)
-    made = replace(made, saved=None, past=(), future=())
+    made = replace(
+        passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1, saved=None, past=(), future=()
+    )
     if source.now.nodes is not None and source.now.nodes != now.nodes:
         return replace(made, now=source.now, beside=_draft(standing or now), extractions=made.extractions + 1)
     if standing is not None and standing.nodes != now.nodes and made.beside is None:

@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property, lru_cache
-from itertools import accumulate, groupby
+from itertools import groupby
 from threading import Lock
 from typing import Any
 
@@ -27,7 +27,7 @@ class Original:
 
     def __init__(self, document: Document, content: bytes = b"") -> None:
         self.document, self._content = document, content
-        self._starts = list(accumulate((len(block.text) + 1 for block in document.blocks), initial=0))
+        self._starts = document.starts
 
     @cached_property
     def pages(self) -> int:

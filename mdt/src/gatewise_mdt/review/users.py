@@ -4,7 +4,6 @@ A token is 24 random bytes, so a plain hash gives nothing away and nobody can gu
 is read for every request: who is added may come in at once, and whose entry is taken out is refused from then on.
 """
 
-import json
 import os
 import secrets
 import unicodedata
@@ -15,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of, whole_file
+from gatewise.files import content_of, write_json
 from gatewise_mdt.review.session import checked_name
 
 _NAMES = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]])
@@ -74,8 +73,7 @@ class UserFile:
                 f"{self.path} has a reviewer named {name!r}, or nearly so, already: take another name, or delete that entry to give"
                 " a new token"
             )
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path, {**names, name: _hash(token)})
         os.chmod(self.path, 0o600)
         return token
 
