@@ -174,23 +174,19 @@ def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], note
         if not said:
             continue
         whole = _is_over_all(row, width)
-        if whole or alone:
+        is_label = (whole or alone) and _is_label(row)
+        if is_label or whole:
             block = Block(said[0].text, 0, where, "row", notes=notes, row=number)
-            is_label = _is_label(row)
-            if is_label or whole:
-                if waiting is not None:
-                    yield waiting
-                if waiting is not None and is_label:  # of two rows, one below the other, the first may name more than the second
-                    doubt = (_DOUBT.format(waiting.text),)
-                elif is_label:
-                    doubt = () if whole or said[0].bold else (_DOUBT.format(block.text),)
-                if is_label:
-                    block = replace(block, notes=(*notes, *doubt))
-                first = None
-                label, waiting = (block.text, block) if is_label else (label, None)
-                if not is_label:
-                    yield block
-                continue
+            before, waiting, first = waiting, None, None
+            if before is not None:
+                yield before
+            if is_label:  # of two rows, one below the other, the first may name more than the second
+                certain = before is None and (whole or said[0].bold)
+                doubt = () if certain else (_DOUBT.format((before or block).text),)
+                label, waiting = block.text, replace(block, notes=(*notes, *doubt))
+            else:
+                yield block
+            continue
         waiting = None
         taken: tuple[str, ...] = ()
         if said[0].column == 0:

@@ -152,12 +152,17 @@ class _Resources:
         profiles = ("shareableplandefinition", "computableplandefinition")
         # A recommendation of CPG has an action.
         cpg = "recommendationdefinition" if actions else "shareableplandefinition"
-        plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
-        plan["type"] = _concept("plan-definition-type", "eca-rule")
-        plan["description"] = clean("\n\n".join([self.before_use, *said]))
-        plan |= {"purpose": "To run the decisions that the source text describes.", "usage": self.before_use, **more}
-        plan |= {"library": [self._canonical("Library", self.name)], "text": self._narrative(self.title, outline)}
-        return plan | ({"action": actions} if actions else {})
+        return {
+            **self._head("PlanDefinition", profiles, cpg, self.name, self.title),
+            "type": _concept("plan-definition-type", "eca-rule"),
+            "description": clean("\n\n".join([self.before_use, *said])),
+            "purpose": "To run the decisions that the source text describes.",
+            "usage": self.before_use,
+            **more,
+            "library": [self._canonical("Library", self.name)],
+            "text": self._narrative(self.title, outline),
+            **({"action": actions} if actions else {}),
+        }
 
     def _sentences(self) -> list[str]:
         return [*sentences_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))]
@@ -167,18 +172,18 @@ class _Resources:
         return self._library_of(self.tree.facts, cql)
 
     def _library_of(self, facts: Sequence[Triple], cql: str) -> dict[str, Any]:
-        library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
-        library["type"] = _concept("library-type", "logic-library")
-        library["description"] = self.before_use
         parameters = [
             {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
             for number, fact in enumerate(facts, start=1)
         ]
-        if parameters:
-            library["parameter"] = parameters
-        library["text"] = self._narrative(f"Conditions: {self.title}", cql)
-        library["content"] = [{"contentType": "text/cql", "data": _base64(cql)}]
-        return library
+        return {
+            **self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}"),
+            "type": _concept("library-type", "logic-library"),
+            "description": self.before_use,
+            **({"parameter": parameters} if parameters else {}),
+            "text": self._narrative(f"Conditions: {self.title}", cql),
+            "content": [{"contentType": "text/cql", "data": _base64(cql)}],
+        }
 
     def _inside(self, i: int) -> dict[str, Any] | None:
         """What is inside the action of a node and all below it; None where it recommends nothing."""

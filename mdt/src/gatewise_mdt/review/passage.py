@@ -226,8 +226,7 @@ class Passage:
 
     def unapproved(self) -> "Passage":
         """With a tree that was right for a text which is not there any more; *Undo* brings no approval of it back."""
-        now = self.now._replace(state="corrected", approved=None, reviewed=None)
-        return replace(self, now=now, past=(), future=(), version=self.version + 1)
+        return self._at(self.now._replace(state="corrected", approved=None, reviewed=None), past=(), future=())
 
     def put_extraction(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
@@ -321,18 +320,16 @@ class Passage:
             GatewiseError: it is not valid.
         """
         version = version or self.now
-        more = lasting_keys(self.more)
-        if version.warnings and version.state not in REVIEWED:
-            more["warnings"] = list(version.warnings)
-        if version.extraction is not None:
-            more["extraction"] = version.extraction
-        if version.confidence is not None:
-            more["confidence"] = list(version.confidence)
-        if version.ticks:
-            more["ticks"] = list(version.ticks)
-        if version.state in REVIEWED:
-            more["review"] = version.state
-            more |= {} if version.reviewed is None else {"reviewed": version.reviewed}
+        reviewed = version.state in REVIEWED
+        said = {
+            "warnings": [] if reviewed else list(version.warnings),
+            "extraction": version.extraction,
+            "confidence": list(version.confidence or ()),
+            "ticks": list(version.ticks),
+            "review": version.state if reviewed else None,
+            "reviewed": version.reviewed if reviewed else None,
+        }
+        more = lasting_keys(self.more) | {name: value for name, value in said.items() if value not in (None, [])}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
 
 
@@ -370,9 +367,15 @@ def version_of(record: TreeRecord) -> Version:
     reviewed = writable(record.reviewed) if state in REVIEWED else None
     if state == "approved" and not record.is_approved:  # another program changed what was
         state, reviewed = "corrected", None
-    made = Version(record.tree.to_preorder(), state, tuple(map(writable, record.warnings)), reviewed=reviewed)
-    made = made._replace(extraction=writable(record.extraction), confidence=record.confidence)
-    return made._replace(ticks=tuple(map(writable, record.ticks)))
+    return Version(
+        record.tree.to_preorder(),
+        state,
+        tuple(map(writable, record.warnings)),
+        extraction=writable(record.extraction),
+        reviewed=reviewed,
+        confidence=record.confidence,
+        ticks=tuple(map(writable, record.ticks)),
+    )
 
 
 def lasting_keys(more: Mapping[str, Any]) -> dict[str, Any]:
