@@ -71,15 +71,18 @@ def test_a_full_disk_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = session.files.out.read_bytes()
     session.approve(2, tick_all(session, 2))
     with monkeypatch.context() as full:
+        opened = Path.open
 
-        def write_text(self: Path, *_: Any, **__: Any) -> None:
+        def open_(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            if "w" not in mode:
+                return opened(self, mode, *more, **named)
             self.touch()  # the file is made, and nothing more fits
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def write(*_: Any) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        full.setattr(Path, "write_text", write_text)
+        full.setattr(Path, "open", open_)
         full.setattr(os, "write", write)
         with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"):
             session.save()
