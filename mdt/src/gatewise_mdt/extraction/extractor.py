@@ -73,12 +73,14 @@ class Extraction:
 
     def record(self, number: int = 1, more: Mapping[str, Any] | None = None) -> TreeRecord:
         """As a record for files and views, with what has to be known of it beside the tree."""
-        said: dict[str, Any] = {"absent": [list(triple) for triple in self.absent], "warnings": list(self.warnings)}
-        if self.confidence is not None:
-            said["confidence"] = [one if one is None else round(one, 3) for one in self.confidence]
-        if self.made_with is not None:
-            said["extraction"] = dict(self.made_with)
-        return TreeRecord(self.text, self.tree, number, {**(more or {}), **said})
+        said: dict[str, Any] = {
+            "absent": [list(triple) for triple in self.absent],
+            "warnings": list(self.warnings),
+            "confidence": self.confidence and [one if one is None else round(one, 3) for one in self.confidence],
+            "extraction": None if self.made_with is None else dict(self.made_with),
+        }
+        known = {name: value for name, value in said.items() if value is not None}
+        return TreeRecord(self.text, self.tree, number, {**(more or {}), **known})
 
 
 class Text(NamedTuple):
