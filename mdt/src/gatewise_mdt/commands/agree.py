@@ -15,7 +15,7 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import StrictOption, check_whole, read_file, say
+from gatewise_mdt.commands.trees import StrictOption, check_whole, count_of, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement
@@ -102,7 +102,9 @@ def _show(agreement: "Agreement") -> None:
     console, count = Console(highlight=False), len(agreement.passages)
     a, b = agreement.names
     same = sum(passage.same for passage in agreement.passages)
-    console.print(Text(printable(f"{a} and {b}: {_passages(count)} in both, {same or 'none'} with the same tree")), soft_wrap=True)
+    console.print(
+        Text(printable(f"{a} and {b}: {count_of(count, 'passage')} in both, {same or 'none'} with the same tree")), soft_wrap=True
+    )
     kind = ""
     for passage, one in agreement.differences:
         if one.kind != kind:
@@ -122,7 +124,7 @@ def _show(agreement: "Agreement") -> None:
     kappa = "not defined" if agreement.kappa is None else f"{agreement.kappa:.3f}"
     table.add_row("kappa of characters", kappa, _interval(agreement, "kappa"))
     console.print(table)
-    remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {_passages(count)}."] if agreement.intervals else []
+    remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {count_of(count, 'passage')}."] if agreement.intervals else []
     for name, records in zip(agreement.names, (agreement.only_a, agreement.only_b), strict=True):
         if records:
             listed = "; ".join(f'record {record.number}, "{clipped(record.text, 40)}"' for record in records)
@@ -130,10 +132,6 @@ def _show(agreement: "Agreement") -> None:
     for remark in [*remarks, *agreement.notes]:
         console.print(Text(printable(remark)), soft_wrap=True)
     console.print(Text(f"\n{NOTICE}"), soft_wrap=True)
-
-
-def _passages(count: int) -> str:
-    return "1 passage" if count == 1 else f"{count} passages"
 
 
 def _interval(agreement: "Agreement", name: str) -> str:

@@ -9,7 +9,7 @@ import typer
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import is_one_file, say
+from gatewise_mdt.commands.trees import count_of, is_one_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
@@ -63,7 +63,7 @@ def carry(
         saved = session.save()
         _tell(session.passages, done, records, as_json)
         if not as_json:
-            say(f"written: {saved.path} ({saved.records} {'tree' if saved.records == 1 else 'trees'})")
+            say(f"written: {saved.path} ({count_of(saved.records, 'tree')})")
     finally:
         session.close()
 

@@ -8,7 +8,7 @@ import typer
 from gatewise.checks import writable
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import RepairOption, check_whole, read_file, say
+from gatewise_mdt.commands.trees import RepairOption, check_whole, count_of, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.checking.items import Item
@@ -73,13 +73,9 @@ def _show(records: "list[tuple[TreeRecord, Found]]", hints: bool) -> None:
     ticked = sum(tick is not None for _, found in records for _, tick in found)
     left = sum(item.hint for _, found in records for item, _ in found)
     more = f"{f', {ticked} ticked' if ticked else ''}{_hints(left, hints)}"
-    say(f"{_items(sum(counts))} open in {sum(map(bool, counts))} of {len(records)} records{more}. {NOTICE}")
-
-
-def _items(count: int) -> str:
-    return "1 item" if count == 1 else f"{count} items"
+    say(f"{count_of(sum(counts), 'item')} open in {sum(map(bool, counts))} of {len(records)} records{more}. {NOTICE}")
 
 
 def _hints(count: int, shown: bool) -> str:
-    said = "1 hint" if count == 1 else f"{count} hints"
+    said = count_of(count, "hint")
     return f", {said}" if shown or not count else f", {said} (--hints lists them)"

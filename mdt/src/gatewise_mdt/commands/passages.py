@@ -7,7 +7,7 @@ import typer
 
 from gatewise.checks import writable
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import say
+from gatewise_mdt.commands.trees import count_of, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.documents.passages import Passage
@@ -53,7 +53,7 @@ def passages(
         return
     for note in document.notes:
         say(f"note: {writable(note)}", err=True)
-    say(f"{writable(name)}: {len(found)} {'passage' if len(found) == 1 else 'passages'}")
+    say(f"{writable(name)}: {count_of(len(found), 'passage')}")
     told: dict[str, int] = {}
     for number, passage in enumerate(found, start=1):
         say(f"\n{number}. {writable(passage.where)}, characters {passage.start} to {passage.end}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, count_of, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
@@ -69,8 +69,8 @@ def prepare(
         used = {record.number for record, _ in rows}
         passages = [record for record in records if record.number in used]
         say(
-            f"written: {target}, {len(rows)} rows of {_count_of(len(passages), 'passage')}"
-            f" of {_count_of(len(by_document(passages)), 'document')}"
+            f"written: {target}, {len(rows)} rows of {count_of(len(passages), 'passage')}"
+            f" of {count_of(len(by_document(passages)), 'document')}"
         )
     check_whole(read, faults)
 
@@ -82,12 +82,8 @@ def _only_approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]"
         raise GatewiseError(
             f"none of the {len(records)} records of {data} was approved: approve some in `gatewise mdt review`, or leave --only out"
         )
-    say(f"left out: {len(records) - len(kept)} of {_count_of(len(records), 'record')}, which no reviewer approved")
+    say(f"left out: {len(records) - len(kept)} of {count_of(len(records), 'record')}, which no reviewer approved")
     return kept
-
-
-def _count_of(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _rows(records: "Sequence[TreeRecord]", faults: dict[int, str]) -> "list[tuple[TreeRecord, dict[str, Any]]]":

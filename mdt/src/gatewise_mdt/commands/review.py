@@ -9,7 +9,7 @@ import typer
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 from gatewise_mdt.commands.model import TokensOption, VerbatimOption
-from gatewise_mdt.commands.trees import RepairOption, say
+from gatewise_mdt.commands.trees import RepairOption, count_of, say
 from gatewise_mdt.relations import Language
 
 if TYPE_CHECKING:
@@ -111,8 +111,10 @@ def review(
             extracting.end()
         session.close()
     if unsaved := session.unsaved:
-        what = "1 passage" if unsaved == 1 else f"{unsaved} passages"
-        say(f"changes of {what} are not saved in {session.files.out}; the next review goes on with them", err=True)
+        say(
+            f"changes of {count_of(unsaved, 'passage')} are not saved in {session.files.out}; the next review goes on with them",
+            err=True,
+        )
 
 
 def _serve(server: Any) -> None:

@@ -98,6 +98,11 @@ def is_one_file(one: str | Path, other: str | Path) -> bool:
         return False
 
 
+def count_of(number: int, thing: str) -> str:
+    """ "1 passage", "2 passages"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Prints a text of documents and trees, which may hold what a terminal would obey."""
     typer.echo(printable(text), err=err, nl=nl)
