@@ -113,6 +113,7 @@ def test_rates_are_found_on_tuning_rows_alone_and_final_seeds_tuned_nothing(
     assert ("seed 1000" in before, "seed 1002" in between, "seed 0" in between, "seed 0" in after) == (False, True, False, True)
     assert {arm["name"]: arm["learning_rate"] for arm in content["arms"]} == best
     assert (tmp_path / "out/compare.png").is_file()
+    assert content["notes"][-1].startswith("all runs train on the same 20 rows, and other rows would teach otherwise")
     tuning = [call for call in trainings.calls if call[2] >= 1000]
     final = [call for call in trainings.calls if call[2] < 1000]
     assert {tuple(measured) for *_, measured in tuning} == {("tuning",)}

@@ -44,6 +44,8 @@ from gatewise.runs.run import train
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
+FEW = 500
+"""Of fewer rows to train on, another draw may matter more than any method: 100 of trec in five draws, docs/reports/spt.md."""
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
 _OF_A_RUN = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
@@ -110,6 +112,7 @@ def compare(
         metric,
         lower_is_better=metric in ("loss", *task.lower_is_better),
         rows=len(task.measured.get("test", task.measured["dev"])),
+        trained=len(task.train) - (tuning or 0),
         files=_fingerprints(arms[0].recipe),
         output=output,
         progress=progress,
@@ -161,6 +164,7 @@ class _Comparison:
 
     Attributes:
         rows: how many there are to tell by, of test or dev.
+        trained: rows that are trained on, held-out ones among them.
         files: fingerprints of the files that the rows come from, when this process began.
         found: what finished runs came to, by name.
         tried: seconds of a run of each arm that has no finished one, by steps that were tried.
@@ -172,6 +176,7 @@ class _Comparison:
     metric: str
     lower_is_better: bool
     rows: int
+    trained: int
     files: dict[str, str]
     output: Path
     progress: ConsoleProgress
@@ -403,6 +408,11 @@ class _Comparison:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
         runs, left = [*self.found.values()], sum(map(self._left, self.arms))
         content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=left)
+        if self.trained < FEW:
+            content["notes"].append(
+                f"all runs train on the same {self.trained} rows, and other rows would teach otherwise, which is in no interval: "
+                "compare on other draws, too"
+            )
         write_json(self.output / RESULT, finite(content))
         if any(arm["rates"] for arm in content["arms"]):
             draw(content, self.output / PICTURE)
