@@ -11,12 +11,13 @@ that does not know this would write freely and say nothing. So what comes has to
 
 import http.client
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
@@ -72,13 +73,35 @@ class ServedExtractor(Extracts):
 
     def _extracted(self, texts: Mapping[int, Text]) -> Iterator[tuple[int, Extraction | GatewiseError]]:
         """Many under way at a time, each as it comes."""
+        todo: SimpleQueue[int] = SimpleQueue()
+        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        for number in texts:
+            todo.put(number)
+        over = threading.Event()
 
-        def made(number: int) -> tuple[int, Extraction | GatewiseError]:
-            return number, self.extract([texts[number]])[0]
+        def work() -> None:
+            while not over.is_set():
+                try:
+                    number = todo.get_nowait()
+                except Empty:
+                    return
+                try:
+                    done.put((number, self.extract([texts[number]])[0]))
+                except BaseException as error:  # raised where it is waited for; until then nobody asks for more
+                    over.set()
+                    done.put((-1, error))
 
-        # Its threads are daemons: nobody waits for them when the command is stopped while they wait for the server.
-        with ThreadPool(max(1, min(self.batch_size, len(texts)))) as pool:
-            yield from pool.imap_unordered(made, texts)
+        # Nobody waits for them when the command is stopped while they wait for the server.
+        for _ in range(min(self.batch_size, len(texts))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in texts:
+                number, made = done.get()
+                if number < 0:
+                    raise made
+                yield number, made
+        finally:
+            over.set()
 
     def extract(self, texts: Sequence[Text]) -> list[Extraction | GatewiseError]:
         """The tree of each text, or why the server refuses it.
