@@ -31,9 +31,9 @@ NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
 ROOM = 0.01
 """Arms whose parameters differ by more than this share are told of."""
-LOST = 10
+LOST = 20
 """A seed that is more points than this below the better half of its arm's seeds, and more than five times as far as these lie
-apart, hardly trained."""
+apart, is told of. Where more than half of the seeds are lost, none is."""
 
 
 def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_better: bool = False, missing: int = 0) -> Content:
@@ -209,7 +209,7 @@ def _worth(rates: Mapping[float, Sequence[Run]], chosen: float | None, lower: bo
 
 
 def _lost(values: Sequence[float]) -> list[float]:
-    """Of an arm's seeds those that hardly trained."""
+    """Of an arm's seeds those far below the others."""
     best = sorted(values, reverse=True)[: len(values) // 2 + 1]
     return sorted(value for value in values if best[-1] - value > max(LOST, 5 * (best[0] - best[-1])))
 
@@ -221,9 +221,10 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
         values = [one[part] for one in arm["seeds"] if part and one[part] is not None]
         if lost := _lost(values) if len(values) > 2 else ():
             others = sorted(value for value in values if value not in lost)
+            named = ", ".join(f"{one:.1f}" for one in lost)
             notes.append(
-                f"{len(lost)} of {arm['name']}'s {len(values)} seeds hardly trained ({', '.join(f'{one:.1f}' for one in lost)}; "
-                f"the others {others[0]:.1f} to {others[-1]:.1f}): they count; a lower rate may train all"
+                f"{len(lost)} of {arm['name']}'s {len(values)} seeds far below the others ({named}; these {others[0]:.1f} to "
+                f"{others[-1]:.1f}): all count; a lower rate may help"
             )
     for arm in arms:
         more = arm["parameters"] / max(first["parameters"], 1) - 1

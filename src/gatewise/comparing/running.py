@@ -45,7 +45,7 @@ from gatewise.runs.run import train
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
 FEW = 500
-"""Of fewer rows to train on, another draw may matter more than any method: 100 of trec in five draws, docs/reports/spt.md."""
+"""Of fewer rows to train on, runs on other draws (and seeds) may differ by more than methods do: docs/reports/spt.md."""
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
 _OF_A_RUN = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")

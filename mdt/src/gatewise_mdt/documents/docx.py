@@ -93,7 +93,7 @@ def read_docx(content: bytes, name: str) -> Document:
         body = opened.element.body
         blocks = tuple(reading.read(body))
         for key, kind, said in beside:  # headers, footers, comments, and footnotes without a place
-            if key not in reading.referred:
+            if key not in reading.referred and any(map(str.isalpha, said)):  # not a page's number alone
                 reading.left.tell(f"the {kind if kind.endswith('s') else f'{kind}s'} were left out", said)
         return Document(name, blocks, tuple(f"{name}: {note}" for note in reading.notes(body)))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
@@ -337,7 +337,7 @@ class _Reading:
                     spanning[column] = text
                 else:
                     text = f"{spanning[column]} {text}".strip()
-                span = max(1, whole_of(value_of(cell.find(f"{_W}tcPr/{_W}gridSpan")), 1))
+                span = min(max(1, whole_of(value_of(cell.find(f"{_W}tcPr/{_W}gridSpan")), 1)), 1000)
                 cells.append(Cell(text, column, span, all(self.styles.look(one)[1] for one in cell.iter(f"{_W}p"))))
                 column += span
             made.append(cells)
