@@ -5,6 +5,7 @@ import fcntl
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -60,6 +61,24 @@ def campaign(
                 append(run, options.results)
                 print(f"  {tell(run)}", flush=True)
     report(read(options.results), options.plot)
+
+
+def work(missing: Callable[[list[Run]], list[Any]], one_run: Callable[..., Run], results: Path) -> None:
+    """Makes runs until none is missing, beside other processes that do the same.
+
+    Args:
+        missing: finished runs -> the keys of those that can be made now; more may follow from what they come to.
+        one_run: takes a key's parts.
+    """
+    while left := missing(read(results)):
+        for key in left:
+            with claimed(key, results) as free:
+                if free and key in missing(read(results)):
+                    print(*key, flush=True)
+                    append(one_run(*key), results)
+                    break
+        else:
+            time.sleep(10)  # other processes have the rest
 
 
 @contextmanager

@@ -13,13 +13,14 @@ import argparse
 import json
 import random
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from campaign import RESULTS, append, claimed, read, spread
+from campaign import RESULTS, read, spread, work
 from rich.console import Console
 
 from gatewise.comparing.arms import arms_of
@@ -119,15 +120,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "few_rows.jsonl")
     parser.add_argument("--report", action="store_true", help="print the results, run nothing")
     options = parser.parse_args()
-    left = True
-    while left and not options.report:
-        left = False
-        for one in missing(read(options.results), options.tasks, options.methods):
-            with claimed(one, options.results) as free:
-                if free and one not in {key(run) for run in read(options.results)}:
-                    print(*one, flush=True)
-                    append(one_run(*one), options.results)
-                    left = True
+    if not options.report:
+        work(partial(missing, tasks=options.tasks, methods=options.methods), one_run, options.results)
     report(read(options.results))
 
 

@@ -21,13 +21,14 @@ import argparse
 import json
 import random
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from campaign import RESULTS, append, claimed, read, spread
+from campaign import RESULTS, read, spread, work
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -182,7 +183,7 @@ def dealt(policy: Policy, arm: str, seed: int, train: list[tuple[str, str]]) -> 
     return ranks
 
 
-def one_run(policy: Policy, arm: str, rate: float, seed: int, data: Path) -> dict[str, Any]:
+def one_run(policy: Policy, data: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     train = rows(data / "train.jsonl")
     ranks = dealt(policy, arm, seed, train)
@@ -257,8 +258,7 @@ def report(done: list[dict[str, Any]]) -> None:
         )
 
 
-def missing(results: Path) -> list[tuple[str, float, int]]:
-    done = read(results)
+def missing(done: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
     have = {(run["arm"], run["learning_rate"], run["seed"]) for run in done}
     wanted = [(arm, rate, 1000) for arm, rate in product(ARMS, RATES)]
     wanted += [(arm, rate, seed) for seed, arm in product(SEEDS, ARMS) if (rate := best_rate(done, arm))]
@@ -276,16 +276,7 @@ def main() -> None:
             parser.error("--data-dir is needed")
         policy = Policy()
         warm(policy, rows(options.data_dir / "train.jsonl"))
-        while left := missing(options.results):
-            for key in left:
-                with claimed(key, options.results) as free:
-                    if free and key in missing(options.results):
-                        run = one_run(policy, *key, options.data_dir)
-                        append(run, options.results)
-                        print(f"{key}: {exactness(run):.1f} in {run['seconds']} s", flush=True)
-                        break
-            else:
-                time.sleep(10)  # other processes have the rest
+        work(missing, partial(one_run, policy, options.data_dir), options.results)
     report(read(options.results))
 
 

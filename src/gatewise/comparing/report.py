@@ -31,12 +31,21 @@ NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
 ROOM = 0.01
 """Arms whose parameters differ by more than this share are told of."""
+FEW = 500
+"""Of fewer rows to train on, runs on other draws (and seeds) may differ by more than methods do: docs/reports/spt.md."""
 LOST = 20
 """A seed that is more points than this below the better half of its arm's seeds, and more than five times as far as these lie
 apart, is told of. Where more than half of the seeds are lost, none is."""
 
 
-def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_better: bool = False, missing: int = 0) -> Content:
+def report(
+    runs: Sequence[Run],
+    arms: Sequence[Mapping[str, Any]],
+    *,
+    lower_is_better: bool = False,
+    missing: int = 0,
+    trained: int | None = None,
+) -> Content:
     """What ``compare.json`` holds.
 
     Args:
@@ -45,6 +54,7 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
             chosen, or None while it is searched for) and ``recipe_rate`` of each. The others are compared with the first.
         lower_is_better: than the metric.
         missing: runs that are not finished.
+        trained: rows that all runs train on.
     """
     runs, metric, unit = _in_unit(runs, lower_is_better)
     final = {arm["name"]: _at_rate(runs, arm, "seed") for arm in arms}
@@ -74,6 +84,11 @@ def report(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], *, lower_is_b
         "machines": [*{str(run.get("machine")): run.get("machine") for run in every}.values()],
         "notes": _notes(told, tried, metric, part if unit == "points" else None),
     }
+    if trained is not None and trained < FEW:
+        content["notes"].append(
+            f"all runs train on the same {trained} rows, and other rows would teach otherwise, which is in no interval: "
+            "compare on other draws, too"
+        )
     content["sentence"] = " ".join(_sentences(content))
     return content
 

@@ -44,8 +44,6 @@ from gatewise.runs.run import train
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
-FEW = 500
-"""Of fewer rows to train on, runs on other draws (and seeds) may differ by more than methods do: docs/reports/spt.md."""
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
 _OF_A_RUN = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
@@ -407,12 +405,7 @@ class _Comparison:
     def report(self) -> dict[str, Any]:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
         runs, left = [*self.found.values()], sum(map(self._left, self.arms))
-        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=left)
-        if self.trained < FEW:
-            content["notes"].append(
-                f"all runs train on the same {self.trained} rows, and other rows would teach otherwise, which is in no interval: "
-                "compare on other draws, too"
-            )
+        content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=left, trained=self.trained)
         write_json(self.output / RESULT, finite(content))
         if any(arm["rates"] for arm in content["arms"]):
             draw(content, self.output / PICTURE)

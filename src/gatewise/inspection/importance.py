@@ -153,9 +153,7 @@ def score_adapter(
         loaded = load_with_data(adapter, data, options, say=progress.say)
         drawn = torch.randperm(len(loaded.records), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
         records = loaded.records.select(drawn)
-        batch = PadCollator(loaded.tokenizer)(
-            encoded(loaded.model, loaded.tokenizer, records, loaded.template, loaded.max_length)
-        )  # fmt: skip
+        batch = PadCollator(loaded.tokenizer)(encoded(loaded.model, loaded.tokenizer, records, loaded.template, loaded.max_length))
         progress.say(f"scoring on {len(records):,} rows with {score}")
         with progress.counting("scoring") as count:
             found = importance_of(loaded.model, batch, score, score_options=score_options, progress=count)

@@ -73,6 +73,7 @@ class Lane:
         self._model: Any = with_same_weights(bare)
         self._peft: PeftModel | None = None
         self._accepted = inspect.signature(self._model.forward).parameters
+        self._cache_argument = cache_argument(self._model) or "past_key_values"
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
         self._call = ExitStack()  # of PEFT, open from step to step as long as rows and adapters stay the same
@@ -197,7 +198,7 @@ class Lane:
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits (b, v) of the last position, in float32."""
         device = self._model.device
-        options: dict[str, Any] = {cache_argument(self._model) or "past_key_values": cache}
+        options: dict[str, Any] = {self._cache_argument: cache}
         if "logits_to_keep" in self._accepted:
             options["logits_to_keep"] = 1
         if "position_ids" in self._accepted:
