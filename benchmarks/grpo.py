@@ -58,35 +58,42 @@ class Policy:
         return batch["input_ids"], batch["attention_mask"]
 
     @torch.no_grad()
-    def write(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, sample: bool) -> Tensor:
-        """(rows, NEW) tokens; after an end of text everything is one."""
+    def write(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, answers: int = 1, sample: bool = False) -> Tensor:
+        """(rows times answers, NEW) tokens, the answers of a row one after the other; after an end of text everything is one."""
         model.eval()
-        past, out, done = None, [], torch.zeros(len(ids), dtype=torch.bool)
-        now = ids
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        for _ in range(NEW):
-            found = model(
-                input_ids=now, attention_mask=mask, position_ids=position, past_key_values=past, use_cache=True, logits_to_keep=1
-            )
-            past, logits = found.past_key_values, found.logits[:, -1].float()
+        found, mask = self.read(model, ids, mask, answers)
+        logits, out, done = found.logits[:, -1].float().repeat_interleave(answers, 0), [], torch.zeros(len(mask), dtype=torch.bool)
+        while True:
             token = torch.multinomial(logits.softmax(-1), 1)[:, 0] if sample else logits.argmax(-1)
             token = torch.where(done, self.end, token)
             done |= token == self.end
             out.append(token)
-            if done.all():
-                break
-            now, position = token[:, None], position[:, -1:] + 1
+            if len(out) == NEW or done.all():
+                return torch.nn.functional.pad(torch.stack(out, 1), (0, NEW - len(out)), value=self.end)
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
-        return torch.nn.functional.pad(torch.stack(out, 1), (0, NEW - len(out)), value=self.end)
+            found = model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=found.past_key_values, use_cache=True,
+            )  # fmt: skip
+            logits = found.logits[:, -1].float()
+
+    def read(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, answers: int) -> tuple[Any, Tensor]:
+        """Each prompt once, with keys and values for its answers, and their mask."""
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        found = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+        found.past_key_values.batch_repeat_interleave(answers)
+        return found, mask.repeat_interleave(answers, 0)
 
     def loss(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, new: Tensor, weight: Tensor) -> Tensor:
         """Minus the mean log-likelihood of the written tokens, up to the first end of text, each times its row's weight."""
-        all_ids = torch.cat([ids, new], 1)
-        all_mask = torch.cat([mask, torch.ones_like(new)], 1)
-        position = (all_mask.cumsum(1) - 1).clamp(min=0)
-        logits = (
-            model(input_ids=all_ids, attention_mask=all_mask, position_ids=position, logits_to_keep=NEW + 1).logits[:, :-1].float()
-        )
+        answers = len(new) // len(ids)
+        found, mask = self.read(model, ids, mask, answers)
+        position = mask.sum(1, keepdim=True) + torch.arange(NEW - 1)
+        more = model(
+            input_ids=new[:, :-1], attention_mask=torch.cat([mask, torch.ones_like(new[:, :-1])], 1), position_ids=position,
+            past_key_values=found.past_key_values, use_cache=True,
+        )  # fmt: skip
+        logits = torch.cat([found.logits.repeat_interleave(answers, 0), more.logits], 1).float()
         chosen = logits.log_softmax(-1).gather(-1, new[..., None])[..., 0]
         counts = ((new == self.end).cumsum(1) - (new == self.end).long() == 0).float()
         return -(chosen * counts * weight[:, None]).sum() / counts.sum()
@@ -96,7 +103,7 @@ class Policy:
         right: list[int] = []
         for start in range(0, len(data), 50):
             part = data[start : start + 50]
-            new = self.write(model, *self.prompts([text for text, _ in part]), sample=False)
+            new = self.write(model, *self.prompts([text for text, _ in part]))
             right += [int(self.text(one) == answer) for one, (_, answer) in zip(new, part, strict=True)]
         return right
 
@@ -138,10 +145,9 @@ def advantages(texts: list[str], answers: list[str]) -> tuple[Tensor, float]:
 
 
 def sampled(policy: Policy, model: torch.nn.Module, part: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    many = [one for one in part for _ in range(ANSWERS)]
-    ids, mask = policy.prompts([text for text, _ in many])
-    new = policy.write(model, ids, mask, sample=True)
-    weight, mean = advantages([policy.text(one) for one in new], [answer for _, answer in many])
+    ids, mask = policy.prompts([text for text, _ in part])
+    new = policy.write(model, ids, mask, ANSWERS, sample=True)
+    weight, mean = advantages([policy.text(one) for one in new], [answer for _, answer in part for _ in range(ANSWERS)])
     return ids, mask, new, weight, mean
 
 
