@@ -153,7 +153,7 @@ BATCH_TOKENS, BATCH_ROWS, SCORED_TOKENS = 8 * 1024, 8, 32 * 1024
 def on_paper(shape: Shape, gpus: int, bits: int) -> dict[str, float]:
     """What training and serving takes of each GPU, in bytes and seconds. The base is sharded, the adapter is whole everywhere.
 
-    Gradient checkpointing: a step takes six flops a parameter and token (forward, again, backward through what is frozen), and keeps
+    Gradient checkpointing: a step takes six flops a parameter and token (forward, again, backward through it), and keeps
     a hidden state for each layer and token, and one layer's inside. Logits of one row at a time are in float32, with their
     gradients. Scoring a row costs what training on it does, at each of two points of the path. Embeddings and head have 16 bits.
     """
