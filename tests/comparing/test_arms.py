@@ -33,10 +33,21 @@ def test_arms_share_everything_but_their_method(tmp_path: Path) -> None:
         assert arm.recipe.model_dump(include=shared) == first.model_dump(include=shared)
         assert arm.recipe.training == first.training.model_copy(update={"lora_plus_ratio": 16 if name == "lora+" else None})
         peft = getattr(arm.recipe, "peft", None)
-        assert peft is None or (peft.r, peft.lora_alpha, peft.lora_dropout) == (1, 4, 0.1)
+        # MiLoRA's gates add up to one over three modules, and AdaLoRA divides alpha by the two ranks that it starts with.
+        alpha = {"milora": 12, "adalora": 8}.get(name, 4)
+        assert peft is None or (peft.r, peft.lora_alpha, peft.lora_dropout) == (1, alpha, 0.1)
+        assert any(f"peft.lora_alpha {alpha}" in one for one in arm.told) == (alpha != 4)
     assert found["random"].recipe.allocation == found["alora"].recipe.allocation.model_copy(update={"score": "random"})
     assert found["lora-ga"].recipe.peft.init_lora_weights == "lora_ga"
     assert found["prompt-tuning"].recipe.prompts.num_prompt_tokens == 2
+
+
+def test_an_arm_has_the_scale_of_the_recipe_whichever_the_first_is(tmp_path: Path) -> None:
+    peft = {"r": 2, "lora_alpha": 24}
+    found = arms(write_recipe(tmp_path, "milora", peft=peft, routing={"top_k": 4}), "milora", "lora", "alora")
+    assert [found[name].recipe.peft.lora_alpha for name in ("milora", "lora", "alora")] == [24, 6, 6]
+    as_given = arms(write_recipe(tmp_path, "milora", peft=peft, routing={"normalize_gates": False}), "lora")
+    assert as_given["lora"].recipe.peft.lora_alpha == 24
 
 
 def test_an_arm_of_the_recipes_own_method_has_its_sections(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
-from gatewise.parts import METHODS, TASKS, Task
+from gatewise.parts import METHODS, TASKS, Method, Section, Task
 from gatewise.progress import quiet
 from gatewise.runs.recipe import Recipe, by_key, changed, checked, read_tree, takes
 
@@ -77,7 +77,7 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
     if any(setting.partition("=")[0].strip() == "method" for setting in overrides):
         raise GatewiseError("--set method: a comparison has the methods of --methods")
     base = changed(base, [setting for setting in overrides if takes(base, setting)])
-    checked(base, str(recipe))  # refuses what no arm would see of it
+    shared = checked(base, str(recipe))  # refuses what no arm would see of it
     base = {key: value for key, value in base.items() if key not in ("push_to_hub", "hub_private")}
     for given in names:
         is_file = given not in CONTROLS and given not in METHODS
@@ -91,7 +91,11 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
         if not is_file and (base.get("peft") or {}).get("pattern") and not (tree.get("peft") or {}).get("pattern"):
             told = (f"has no peft.pattern, and so not the modules of {recipe}",)
         tree = changed(changed(tree, [setting for setting in overrides if takes(tree, setting)]), fixed)
-        arms[name] = Arm(name, checked(tree, f"arm {name}"), told)
+        made = checked(tree, f"arm {name}")
+        if not is_file and (alpha := _alpha(METHODS[method](made), METHODS[base["method"]](shared))):
+            made = checked(changed(tree, [f"peft.lora_alpha={alpha}"]), f"arm {name}")
+            told = (*told, f"has peft.lora_alpha {alpha}, so that its modules add as much as those of {recipe}")
+        arms[name] = Arm(name, made, told)
     first = next(iter(arms.values()))
     for setting in overrides:
         if not any(takes(vars(arm.recipe), setting) for arm in arms.values()):
@@ -111,6 +115,13 @@ def _shared(base: Tree, method: str) -> Tree:
         given = base.get("peft") or {}
         tree["peft"] = {key: given[key] for key in keys if key in given and key in peft.model_fields}
     return tree
+
+
+def _alpha(own: Method, shared: Method) -> int | None:
+    """The alpha with which an arm's modules have the scale of the recipe's, if it is not the same number."""
+    if own.scale == shared.scale or not all("lora_alpha" in getattr(one, "peft", Section()).model_fields for one in (own, shared)):
+        return None
+    return max(1, round(shared.peft.lora_alpha * shared.scale / own.scale))  # type: ignore[attr-defined]
 
 
 def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...]]:

@@ -46,6 +46,11 @@ class RoutedLora(Lora):
     starts = (True, "gaussian")
     routing: RoutingSection
 
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """The gates of a layer add up to one."""
+        return 1 / self.routing.top_k if self.routing.normalize_gates else 1.0
+
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Routed LoRA."""
         own = self.routing.model_dump(exclude={"activation_learning_rate", "activation_every"})

@@ -52,6 +52,16 @@ class AdaLora(Lora):
     is_lora = False
     adalora: AdaloraSection
 
+    @property
+    def init_r(self) -> int:
+        """The rank of every module at the start."""
+        return self.adalora.init_r or max(self.peft.r + 1, round(1.5 * self.peft.r))
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """PEFT divides alpha by the first rank."""
+        return self.peft.r / self.init_r
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """What AdaLoRA does not take of LoRA's settings."""
         yield from super().contradictions()
@@ -74,10 +84,10 @@ class AdaLora(Lora):
                 "method adalora reads whole gradients, which DeepSpeed does not keep: take launch.strategy ddp, or method alora"
             )
         schedule = {
-            "init_r": max(self.peft.r + 1, round(1.5 * self.peft.r)),
             "tinit": run.steps // 10,
             "tfinal": round(0.3 * run.steps),
             **self.adalora.model_dump(exclude_none=True),
+            "init_r": self.init_r,
             "total_step": run.steps,
         }
         settings = self.settings(run, base)
