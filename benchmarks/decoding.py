@@ -1,4 +1,4 @@
-"""How fast do adapters decode that stay unmerged? Tokens/s relative to the bare base model, SmolLM2-135M in bfloat16.
+"""How fast do adapters decode that stay unmerged? Tokens/s relative to the bare base model, SmolLM2-135M.
 
 PEFT's LoRA, DoRA and mixed batch, the same LoRA under ``gatewise.fast_lora``, and MiLoRA at k = 1, 2, 3, 7; one row and eight; one
 adapter for all rows and a different one for each; one beam and three. Prompts are 64 tokens of the sample data, 64 new tokens are
@@ -9,7 +9,7 @@ the best one, where all choose the same modules.
 The bare base runs before and after every two methods, whose order changes with every repeat, and a method's figure is the ratio to
 the mean of the two runs around it, so that the machine's drift falls on both. Run it with nothing else running.
 
-    python benchmarks/decoding.py [--repeats 7] [--device cpu]
+    python benchmarks/decoding.py [--repeats 7] [--device cpu] [--dtype auto]     # bfloat16 where the device computes in it
     python benchmarks/decoding.py --report
 """
 
@@ -33,6 +33,7 @@ from transformers import StoppingCriteria
 
 from gatewise import RoutedLoraConfig, fast_lora
 from gatewise.models import load_model, load_tokenizer
+from gatewise.models.device import machine, pick_dtype
 from gatewise.tasks import load_records
 
 MODEL = "smollm2-135m-instruct"
@@ -74,14 +75,14 @@ class FirstToken(StoppingCriteria):
 class Bench:
     """The models, and runs of them."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
 
     @cache  # noqa: B019 - one Bench a process
     def model(self, method: str) -> Any:
         """The model of a method; all k of MiLoRA are adapters of one."""
         torch.manual_seed(0)
-        base = load_model(MODEL, dtype=torch.bfloat16).to(self.device).eval()
+        base = load_model(MODEL, dtype=self.dtype).to(self.device).eval()
         common = {"r": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         if method == "base":
             return base
@@ -159,9 +160,10 @@ def ready(model: PeftModel) -> PeftModel:
 def measure(options: argparse.Namespace) -> None:
     """Measures all settings, in each repeat with the methods in another order."""
     torch.set_num_threads(THREADS)
-    bench = Bench(options.device)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{THREADS} cores"
-    run = f"{device}, prompt {PROMPT}, {TOKENS} new tokens, rank {RANK}"
+    bench = Bench(options.device, dtype := pick_dtype(options.dtype, options.device))
+    where = machine(options.device)
+    device = where["gpu"] or f"{where['processor']}{' with bfloat16' * where['multiplies_bfloat16']}, {THREADS} cores"
+    run = f"{device}, {str(dtype).removeprefix('torch.')}, prompt {PROMPT}, {TOKENS} new tokens, rank {RANK}"
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
     for repeat in range(options.repeats):
         for setting in SETTINGS:
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.jsonl")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--report", action="store_true", help="print the results, measure nothing")
     options = parser.parse_args()
     if not options.report:

@@ -10,15 +10,16 @@ Each model is measured in a process of its own, with LoRA of r = 8 on all linear
 step     forward, backward and AdamW on 2 rows of 128 tokens, the median of three;
 round    the default score of all ranks on 8 such rows, once; a round of 32 rows takes four times as long;
 token    one step of greedy decoding for 8 rows after prompts of 64 tokens, the mean of 16: the bare base, and ``fast_lora``;
+adapter  reading one more from disk into the model, the median of three;
 memory   the most that was in use during each of them, and what the loaded model has.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,6 +58,23 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     base = load_model(name, dtype=dtype)
     loaded = sum(p.numel() * p.element_size() for p in base.parameters())
     multiplied = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))  # with the head, tied or not
+    prompts = torch.randint(10, 10_000, (EIGHT, PROMPT))
+
+    def token(model: Any) -> tuple[float, int | None]:
+        """Seconds of one step of decoding, and the most memory."""
+
+        def write(new: int) -> None:
+            model.generate(
+                input_ids=prompts, attention_mask=torch.ones_like(prompts),
+                do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0,
+            )  # fmt: skip
+
+        write(1)
+        first = statistics.median(timed(lambda: write(1))[0] for _ in range(3))
+        whole, most = timed(lambda: write(1 + NEW))
+        return (whole - first) / NEW, most
+
+    bare, _ = token(base.eval())
     model: Any = get_peft_model(base, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
@@ -79,22 +97,12 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     steps = [timed(lambda: step(rows)) for _ in range(3)]
     scored = [{key: value[at : at + ROWS] for key, value in batch(SCORED).items()} for at in range(0, SCORED, ROWS)]
     one_round = timed(lambda: path_moments(model, scored))
-
     model.eval()
-    prompts = torch.randint(10, 10_000, (EIGHT, PROMPT))
-
-    def write(new: int, bare: bool) -> None:
-        with model.disable_adapter() if bare else nullcontext(), nullcontext() if bare else fast_lora(model), torch.no_grad():
-            model.generate(
-                input_ids=prompts, attention_mask=torch.ones_like(prompts),
-                do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0,
-            )  # fmt: skip
-
-    tokens = {}
-    for bare in (True, False):
-        write(1, bare)
-        first, whole = timed(lambda bare=bare: write(1, bare))[0], timed(lambda bare=bare: write(1 + NEW, bare))
-        tokens[bare] = ((whole[0] - first) / NEW, whole[1])
+    with fast_lora(model):
+        with_lora, most = token(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        read_seconds = [timed(lambda i=i: model.load_adapter(folder, f"another-{i}"))[0] for i in range(3)]
     return {
         "model": name,
         "parameters": sum(p.numel() for p in base.parameters()) - sum(p.numel() for p in trained),
@@ -106,9 +114,10 @@ def measure(name: str, threads: int) -> dict[str, Any]:
         "step_bytes": steps[-1][1],
         "round_seconds": one_round[0],
         "round_bytes": one_round[1],
-        "token_seconds": tokens[True][0],
-        "lora_token_seconds": tokens[False][0],
-        "token_bytes": tokens[False][1],
+        "token_seconds": bare,
+        "lora_token_seconds": with_lora,
+        "token_bytes": most,
+        "adapter_seconds": read_seconds,
         "machine": machine("cpu"),
     }
 
@@ -175,23 +184,28 @@ def on_paper(shape: Shape, gpus: int, bits: int) -> dict[str, float]:
 
 def report(done: list[dict[str, Any]]) -> None:
     """The tables of docs/reports/growth.md."""
-    print("| model | loaded | a step | memory | a round of 32 rows | memory | a token for 8 rows | with LoRA | adapter |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | loaded | a step | memory | a round of 32 rows | memory | a token for 8 rows | with LoRA | adapter | read in |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for one in done:
         print(
             f"| {one['model']} ({one['multiplied'] / 1e9:.2f}B, {one['dtype']}) | {one['loaded_bytes'] / 1e9:.2f} GB | "
             f"{statistics.median(one['step_seconds']):.2f} s | {one['step_bytes'] / 1e9:.2f} GB | "
             f"{one['round_seconds'] * 32 / SCORED:.1f} s | {one['round_bytes'] / 1e9:.2f} GB | "
-            f"{1e3 * one['token_seconds']:.0f} ms | {1e3 * one['lora_token_seconds']:.0f} ms | {one['adapter'] / 1e6:.2f}M |"
+            f"{1e3 * one['token_seconds']:.0f} ms | {1e3 * one['lora_token_seconds']:.0f} ms | {one['adapter'] / 1e6:.2f}M | "
+            f"{statistics.median(one['adapter_seconds']):.2f} s |"
         )
     if len(done) > 2:
         size = np.log([one["multiplied"] for one in done])
-        print("\nSeconds grow with the parameters that a token is multiplied with to the power of:")
-        for key in ("step_seconds", "round_seconds", "token_seconds", "lora_token_seconds"):
+        print("\nThey grow with the parameters that a token is multiplied with to the power of:")
+        for key in ("step_seconds", "round_seconds", "token_seconds", "lora_token_seconds", "step_bytes", "round_bytes", "adapter"):
             power = np.polyfit(size, np.log([np.median(one[key]) for one in done]), 1)[0]
-            print(f"- {key.removesuffix('_seconds').replace('_', ' ')}: {power:.2f}")
+            print(f"- {key.replace('_', ' ')}: {power:.2f}")
         price = [one["round_seconds"] / SCORED / (statistics.median(one["step_seconds"]) / ROWS) for one in done]
-        print(f"A scored row costs as much as {', '.join(f'{one:.1f}' for one in price)} trained ones.")
+        print(
+            f"A scored row costs as much as {', '.join(f'{one:.1f}' for one in price)} trained ones, so a round of 32 rows is",
+            end="",
+        )
+        print(f" {', '.join(f'{one * 32 / (120 * 8):.0%}' for one in price)} of 120 steps of 8 rows.")
     print("\n| on paper | GPUs | base in | base | adapter's training | states | fits 80 GB | a step | a round | a token | served |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in SHAPES:
