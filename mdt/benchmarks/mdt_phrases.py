@@ -7,13 +7,14 @@ triples that are in it, and of trees that are the same, as `gatewise mdt evaluat
 Do the annotators cut alike? A phrase of one passage is looked for in the others of its language. Where a phrase of theirs is these
 very words, it was cut alike; where it is more or fewer of them, and the words of both stand here too, otherwise. Other places say
 nothing. A phrase counts once, with the share of its places that are cut otherwise; of those cut alike, the relation is compared.
+The words that only one of them has are none (one phrase or two), articles, others, or have a bracket among them.
 
     python mdt/benchmarks/mdt_phrases.py --data-dir DATA      # DATA/text2mdt/en_train.json, ...; writes results/mdt_phrases.json
 """
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,7 @@ from gatewise.files import write_json
 
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 RESULTS = Path(__file__).parent / "results" / "mdt_phrases.json"
+ARTICLES, BRACKETS = {"a", "an", "the"}, set("()[]（）【】〔〕")
 
 
 def of_file(path: Path, language: Language) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def cut_alike(paths: Sequence[Path]) -> dict[str, Any]:
     for passage, its in enumerate(words):
         for i, word in enumerate(its):
             places[word].append((passage, i))
-    cut, related = [], []
+    cut, related, by = [], [], Counter[str]()
     for passage, mentions in enumerate(found):
         for mention in mentions:
             phrase, alike, otherwise, same = words[passage][mention.begin : mention.end], 0, 0, []
@@ -82,14 +84,19 @@ def cut_alike(paths: Sequence[Path]) -> dict[str, Any]:
                 # All words of both phrases, which must stand around this one, too.
                 first, last = min(begin, theirs[0].begin), max(end, theirs[-1].end)
                 here = mention.begin - (begin - first)
-                otherwise += here >= 0 and words[passage][here : here + last - first] == words[other][first:last]
+                if here >= 0 and words[passage][here : here + last - first] == words[other][first:last]:
+                    otherwise += 1
+                    ours, its = set(range(begin, end)), {i for one in theirs for i in range(one.begin, one.end)}
+                    differ = {words[other][i] for i in ours ^ its}
+                    what = "articles" if differ <= ARTICLES else "brackets" if differ & BRACKETS else "other words"
+                    by[what if differ else "one or two"] += 1
             if alike + otherwise:
                 cut.append(otherwise / (alike + otherwise))
             if same:
                 related.append(fmean(same))
     return {
         "phrases": sum(map(len, found)), "with their words in a phrase elsewhere": len(cut),
-        "cut otherwise": round(fmean(cut), 4), "another kind": round(1 - fmean(related), 4),
+        "cut otherwise": round(fmean(cut), 4), "places cut otherwise, by": by, "another kind": round(1 - fmean(related), 4),
     }  # fmt: skip
 
 
