@@ -2,8 +2,8 @@
 
 What all arms share comes from the recipe that is compared with: model, task, data, seed, precision, launch, and training but its
 rates. An arm's own are the sections of its method. Where the recipe is of that method they are the recipe's; an arm of another
-method has its method's defaults, on the recipe's modules and with its rank where the method has such. A recipe file brings its own
-sections, and need say nothing of the rest.
+method has its method's defaults, on the recipe's modules and with its rank and scale where the method has such. A recipe file
+brings its own sections, and need say nothing of the rest.
 """
 
 import difflib
