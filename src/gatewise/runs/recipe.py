@@ -70,8 +70,8 @@ class TrainingSection(Section):
     optim: Literal[TorchOptimizer, "adafactor", BitsAndBytesOptimizer] = "adamw_torch_fused"
     """A name of Transformers' ``OptimizerNames``, of those in which ranks can be moved."""
     learning_rate: Positive = 2e-4
-    """The highest rate, after ``warmup_ratio``. Look for it first: LoRA's best was 1e-3 to 5e-3 for models of 22 to 135 million parameters
-    (docs/reports/comparison.md)."""
+    """The highest rate, after ``warmup_ratio``. Look for it first: LoRA's best was 1e-3 to 5e-3 for models of 22 to 135 million
+    parameters (docs/reports/comparison.md)."""
     lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """LoRA's B learns so many times faster than its A (LoRA+, Hayou et al., arXiv 2402.12354). Left out: as fast."""
     warmup_ratio: Share = 0.06
