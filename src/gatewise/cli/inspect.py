@@ -20,6 +20,10 @@ from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
+EVIDENCE = (
+    "the suggestion is a guess from the scores: tried on one task, such ranks were within chance of as many spread evenly "
+    "(docs/reports/scores.md); ask `gatewise compare`"
+)
 
 
 def inspect(
@@ -50,7 +54,8 @@ def inspect(
     suggest: Annotated[
         str | None,
         typer.Option(
-            metavar="BUDGET", help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores."
+            metavar="BUDGET",
+            help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores: a guess, to compare.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
@@ -107,6 +112,7 @@ def inspect(
         _print(found, plot)
     if size is not None:
         found.told["suggestion"] = inspection.suggest(found.source, size)
+        typer.echo(EVIDENCE, err=True)
         if out:
             write_json(out, found.told["suggestion"])
     if as_json:
