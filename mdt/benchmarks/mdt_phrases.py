@@ -7,7 +7,7 @@ triples that are in it, and of trees that are the same, as `gatewise mdt evaluat
 Do the annotators cut alike? A phrase of one passage is looked for in the others of its language. Where a phrase of theirs is these
 very words, it was cut alike; where it is more or fewer of them, and the words of both stand here too, otherwise. Other places say
 nothing. A phrase counts once, with the share of its places that are cut otherwise; of those cut alike, the relation is compared.
-The words that only one of them has are none (one phrase or two), articles, others, or have a bracket among them.
+What only one of the two has is counted by kind: articles alone, words with a bracket, other words, or nothing (one phrase or two).
 
     python mdt/benchmarks/mdt_phrases.py --data-dir DATA      # DATA/text2mdt/en_train.json, ...; writes results/mdt_phrases.json
 """

@@ -124,7 +124,7 @@ def test_the_suggestion_is_a_lora_config_of_at_most_the_parameters_asked_for(
     _, brace, rest = inspect("--scores", "--data", data, "--suggest", "0.5k").stdout.partition("{\n")
     written = inspect("--scores", "--data", data, "--suggest", 500, "--out", "new/pattern.json")
     assert written.stdout.rstrip().endswith("suggestion written: new/pattern.json")
-    assert "within chance of as many spread evenly (docs/reports/scores.md)" in written.stderr
+    assert "not shown to be better than even ranks (docs/reports/scores.md)" in written.stderr
     settings = json.loads(brace + rest)
     assert json.loads((tmp_path / "new" / "pattern.json").read_text()) == settings
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved.parent / "base"), LoraConfig(**settings))

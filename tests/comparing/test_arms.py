@@ -36,7 +36,7 @@ def test_arms_share_everything_but_their_method(tmp_path: Path) -> None:
         # MiLoRA's gates add up to one over three modules, and AdaLoRA divides alpha by the two ranks that it starts with.
         alpha = {"milora": 12, "adalora": 8}.get(name, 4)
         assert peft is None or (peft.r, peft.lora_alpha, peft.lora_dropout) == (1, alpha, 0.1)
-        assert any(f"peft.lora_alpha {alpha}" in one for one in arm.told) == (alpha != 4)
+        assert any(f"has {alpha // 4} times the peft.lora_alpha" in one for one in arm.told) == (alpha != 4)
     assert found["random"].recipe.allocation == found["alora"].recipe.allocation.model_copy(update={"score": "random"})
     assert found["lora-ga"].recipe.peft.init_lora_weights == "lora_ga"
     assert found["prompt-tuning"].recipe.prompts.num_prompt_tokens == 2
@@ -46,8 +46,29 @@ def test_an_arm_has_the_scale_of_the_recipe_whichever_the_first_is(tmp_path: Pat
     peft = {"r": 2, "lora_alpha": 24}
     found = arms(write_recipe(tmp_path, "milora", peft=peft, routing={"top_k": 4}), "milora", "lora", "alora")
     assert [found[name].recipe.peft.lora_alpha for name in ("milora", "lora", "alora")] == [24, 6, 6]
-    as_given = arms(write_recipe(tmp_path, "milora", peft=peft, routing={"normalize_gates": False}), "lora")
-    assert as_given["lora"].recipe.peft.lora_alpha == 24
+    # What gates add that are probabilities is not known; a control of the scale keeps it.
+    unknown = arms(write_recipe(tmp_path, "milora", peft=peft, routing={"normalize_gates": False}), "lora", "rslora")
+    assert [arm.recipe.peft.lora_alpha for arm in unknown.values()] == [24, 24]
+    assert arms(write_recipe(tmp_path, "milora", peft=peft), "rslora")["rslora"].recipe.peft.lora_alpha == 24
+
+
+def test_a_scale_that_is_given_is_kept_and_told(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.yaml", tmp_path / "part.yaml"
+    whole.write_text(json.dumps({"method": "milora", "peft": {"r": 2, "lora_alpha": 4}}))
+    part.write_text(json.dumps({"method": "milora", "routing": {"top_k": 2}}))
+    recipe = write_recipe(tmp_path)  # r of 2, alpha of 4
+    found = arms(recipe, "lora", whole, part, "milora")
+    assert [arm.recipe.peft.lora_alpha for arm in found.values()] == [4, 4, 8, 12]
+    found = arms(recipe, "lora", "milora", overrides=("peft.lora_alpha=6",))
+    assert found["milora"].recipe.peft.lora_alpha == 6
+    assert found["milora"].told == ("adds 0.33 times as much with the peft.lora_alpha of --set",)
+
+
+@pytest.mark.parametrize("method", ["milora", "adalora"])
+def test_the_scale_is_that_of_the_first_at_another_rank_too(method: str, tmp_path: Path) -> None:
+    first, other = same_size([*arms(write_recipe(tmp_path, peft={"r": 16, "lora_alpha": 32}), "lora", method).values()])
+    scales = [METHODS[arm.recipe.method](arm.recipe).scale * arm.recipe.peft.lora_alpha for arm in (first, other)]
+    assert scales == [2, pytest.approx(2, rel=0.05)]
 
 
 def test_an_arm_of_the_recipes_own_method_has_its_sections(tmp_path: Path) -> None:
@@ -114,6 +135,7 @@ def test_ranks_from_a_file_are_kept_or_it_is_told(tmp_path: Path) -> None:
 def test_the_scale_of_other_methods_is_by_rank_too(tmp_path: Path) -> None:
     found = arms(write_recipe(tmp_path, peft={"r": 4, "use_rslora": True}), "lora", "dora", "adalora")
     assert [arm.recipe.peft.use_rslora for arm in found.values()] == [True, True, False]  # adalora has a scale of its own
+    assert [arm.recipe.peft.lora_alpha for arm in found.values()] == [16, 16, 48]  # 16 / 2 = 48 / 6
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,11 @@ class Lora(Method):
     peft: PeftSection
     _start: dict[str, tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def scale(self) -> float | None:  # type: ignore[override]
+        """Of all modules, unless a pattern says it of each."""
+        return None if self.peft.pattern else self.peft.r ** (-0.5 if self.peft.use_rslora else -1)
+
     def __init__(self, recipe: Any) -> None:
         super().__init__(recipe)
         if self.peft.pattern:

@@ -20,10 +20,7 @@ from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
-EVIDENCE = (
-    "the suggestion is a guess from the scores: tried on one task, such ranks were within chance of as many spread evenly "
-    "(docs/reports/scores.md); ask `gatewise compare`"
-)
+EVIDENCE = "the suggestion is a guess, not shown to be better than even ranks (docs/reports/scores.md): ask `gatewise compare`"
 
 
 def inspect(

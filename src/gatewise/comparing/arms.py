@@ -22,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
-from gatewise.parts import METHODS, TASKS, Method, Section, Task
+from gatewise.parts import METHODS, TASKS, Task
 from gatewise.progress import quiet
 from gatewise.runs.recipe import Recipe, by_key, changed, checked, read_tree, takes
 
@@ -74,7 +74,8 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
         GatewiseError: a name that stands for nothing or for two arms, or a recipe that is not in order.
     """
     base, arms = read_tree(recipe), dict[str, Arm]()
-    if any(setting.partition("=")[0].strip() == "method" for setting in overrides):
+    keys = [setting.partition("=")[0].strip() for setting in overrides]
+    if "method" in keys:
         raise GatewiseError("--set method: a comparison has the methods of --methods")
     base = changed(base, [setting for setting in overrides if takes(base, setting)])
     shared = checked(base, str(recipe))  # refuses what no arm would see of it
@@ -87,15 +88,17 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
                 f"--methods names {name} twice: an arm that is a recipe file has the file's name, so give it another"
             )
         method, *fixed = CONTROLS.get(given, (given,))
-        tree, told = _of_file(Path(given), base) if is_file else (base if method == base["method"] else _shared(base, method), ())
+        tree, told, own_scale = base, tuple[str, ...](), True
+        if is_file:
+            tree, told, own_scale = _of_file(Path(given), base)
+        elif method != base["method"]:
+            tree, own_scale = _shared(base, method), given == "rslora"
         if not is_file and (base.get("peft") or {}).get("pattern") and not (tree.get("peft") or {}).get("pattern"):
             told = (f"has no peft.pattern, and so not the modules of {recipe}",)
         tree = changed(changed(tree, [setting for setting in overrides if takes(tree, setting)]), fixed)
-        made = checked(tree, f"arm {name}")
-        if not is_file and (alpha := _alpha(METHODS[method](made), METHODS[base["method"]](shared))):
-            made = checked(changed(tree, [f"peft.lora_alpha={alpha}"]), f"arm {name}")
-            told = (*told, f"has peft.lora_alpha {alpha}, so that its modules add as much as those of {recipe}")
-        arms[name] = Arm(name, made, told)
+        arms[name] = Arm(name, checked(tree, f"arm {name}"), told)
+        if not own_scale:
+            arms[name] = _at_scale(arms[name], shared, is_set="peft.lora_alpha" in keys)
     first = next(iter(arms.values()))
     for setting in overrides:
         if not any(takes(vars(arm.recipe), setting) for arm in arms.values()):
@@ -117,15 +120,23 @@ def _shared(base: Tree, method: str) -> Tree:
     return tree
 
 
-def _alpha(own: Method, shared: Method) -> int | None:
-    """The alpha with which an arm's modules have the scale of the recipe's, if it is not the same number."""
-    if own.scale == shared.scale or not all("lora_alpha" in getattr(one, "peft", Section()).model_fields for one in (own, shared)):
-        return None
-    return max(1, round(shared.peft.lora_alpha * shared.scale / own.scale))  # type: ignore[attr-defined]
+def _at_scale(arm: Arm, shared: Recipe, is_set: bool) -> Arm:
+    """An arm with such an alpha that its modules add as much as the recipe's. That of ``--set`` stays, and what it does is told."""
+    own, theirs = METHODS[arm.recipe.method](arm.recipe).scale, METHODS[shared.method](shared).scale
+    if own is None or theirs is None or math.isclose(own, theirs):
+        return arm
+    if is_set:
+        return replace(arm, told=(*arm.told, f"adds {own / theirs:.2g} times as much with the peft.lora_alpha of --set"))
+    alpha = max(1, round(shared.peft.lora_alpha * theirs / own))  # type: ignore[attr-defined]
+    return replace(
+        arm,
+        recipe=checked(changed(arm.recipe.model_dump(exclude_unset=True), [f"peft.lora_alpha={alpha}"]), f"arm {arm.name}"),
+        told=(*arm.told, f"has {theirs / own:.3g} times the peft.lora_alpha, so that its modules add about as much"),
+    )
 
 
-def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...]]:
-    """A recipe file, which need not say what is shared, and what it says of that in vain."""
+def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
+    """A recipe file, which need not say what is shared; what it says of that in vain; and whether rank and alpha are its own."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         known = [*METHODS, *CONTROLS]
         near = "".join(f"; did you mean {one}?" for one in difflib.get_close_matches(str(path), known, n=1))
@@ -138,11 +149,12 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...]]:
     shared = by_key(checked(tree, str(path)).model_dump())
     its_own: Any = {**dict.fromkeys(sections, True), "training": set(RATES)}
     said = by_key(alone.model_dump(exclude_unset=True, exclude=its_own))
-    return tree, tuple(
+    told = tuple(
         f"{key} is {shared.get(key)}, as all arms have it, and not {mine} as in {path}"
         for key, mine in said.items()
         if mine != shared.get(key)
     )
+    return tree, told, "peft" in own
 
 
 # What they store ------------------------------------------------------------------------------------------------------

@@ -47,9 +47,10 @@ class RoutedLora(Lora):
     routing: RoutingSection
 
     @property
-    def scale(self) -> float:  # type: ignore[override]
-        """The gates of a layer add up to one."""
-        return 1 / self.routing.top_k if self.routing.normalize_gates else 1.0
+    def scale(self) -> float | None:
+        """On average: the gates of a layer add up to one."""
+        whole = super().scale if self.routing.normalize_gates else None
+        return whole and whole / self.routing.top_k
 
     def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
         """Routed LoRA."""

@@ -2,7 +2,7 @@
 
 AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. It ends as plain LoRA here, and cannot be
 resumed: its averages are in no checkpoint. In PEFT the effective scale is ``lora_alpha / init_r`` throughout, not
-``lora_alpha / r``: compare methods with that in mind.
+``lora_alpha / r``.
 """
 
 from collections.abc import Iterator
@@ -58,9 +58,9 @@ class AdaLora(Lora):
         return self.adalora.init_r or max(self.peft.r + 1, round(1.5 * self.peft.r))
 
     @property
-    def scale(self) -> float:  # type: ignore[override]
-        """PEFT divides alpha by the first rank."""
-        return self.peft.r / self.init_r
+    def scale(self) -> float | None:
+        """PEFT divides by the first rank."""
+        return 1 / self.init_r
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """What AdaLoRA does not take of LoRA's settings."""
