@@ -278,7 +278,6 @@ class Method(Part):
         reads_prompt: the adapter decides by the prompt, once for the whole answer.
         size_key: the key of the recipe that says how many numbers the adapter stores, such as "peft.r", if one does.
         largest_size: the most that this key is set to, to store as many numbers as another method's adapter does.
-        scale: what ``peft.lora_alpha`` is multiplied by in what its modules add; None where they have no such, or not the same.
         untrained: (model) -> a context manager that yields the model to call for what the base model computes: with a fresh LoRA,
             which changes nothing, itself.
         loss_term: (model, share) -> what the loss of a batch gains while training. ``share`` is the batch's share in the labels of
@@ -294,9 +293,13 @@ class Method(Part):
     reads_prompt = False
     size_key: str | None = None
     largest_size: int | None = None
-    scale: float | None = None
     untrained: Any = staticmethod(nullcontext)
     loss_term: Any = None
+
+    @property
+    def scale(self) -> float | None:
+        """What ``peft.lora_alpha`` is multiplied by in what its modules add; None where they have no such, or not the same."""
+        return None
 
     def resume(self, output: Path) -> None:
         """Reads what an interrupted run left in its folder beside the checkpoints of its training."""

@@ -84,7 +84,7 @@ class Lora(Method):
     _start: dict[str, tuple[Tensor, Tensor]] | None = None
 
     @property
-    def scale(self) -> float | None:  # type: ignore[override]
+    def scale(self) -> float | None:
         """Of all modules, unless a pattern says it of each."""
         return None if self.peft.pattern else self.peft.r ** (-0.5 if self.peft.use_rslora else -1)
 
