@@ -3,7 +3,7 @@
     cd benchmarks/recipes
     python ../candidates.py trec.yaml --methods lora candidates/squeeze.yaml --out FOLDER
 
-This is `gatewise compare` with three more methods:
+This is `gatewise compare` with five more methods:
 
 squeeze      LoRA that starts with four times the rank and comes down to it. Before each round a module's live ranks are rotated
              to the components of its update, which changes no output; `path_moments` scores the components, and the best per
@@ -12,6 +12,9 @@ frozen-a     LoRA with A frozen as it was drawn (Zhu et al. 2024, arXiv 2402.168
              numbers have about twice the rank. What is stored is counted so too, though the file written here has A.
 riemannian   LoRA with preconditioned gradients (Zhang and Pilanci 2024, arXiv 2402.02347): what Adam sees of A is
              (B^T B + d I)^-1 times its gradient, and of B its gradient times (A A^T + d I)^-1.
+one-shot     LoRA whose ranks are dealt once: of the gradients of the held-out rows by the base weights the largest squares of
+             singular values per parameter. A starts at their right singular vectors, as long as LoRA's rows are; B at zero.
+grow         ALoRA whose rounds grow where that gradient, less the span of the live ranks, is largest, likewise, not from noise.
 """
 
 import sys
@@ -23,7 +26,7 @@ from transformers import TrainerCallback
 
 from gatewise.adapters.method import Lora
 from gatewise.allocation import slots
-from gatewise.allocation.algorithm import Cubic
+from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Plan, plan_round
 from gatewise.allocation.callback import RankAllocation
 from gatewise.allocation.method import ALora, _line
 from gatewise.parts import METHODS
@@ -134,13 +137,126 @@ class Riemannian(Lora):
         return [*super().callbacks(run), Precondition()]
 
 
+def gradients(model: Any, batch: Any, weights: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Path -> the gradient of the mean loss of a batch by a weight (d_out, d_in) that may be frozen."""
+    was_training, frozen = model.training, [one for one in weights.values() if not one.requires_grad]
+    model.eval()
+    try:
+        for one in frozen:
+            one.requires_grad_(True)
+        with torch.enable_grad():
+            found = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)
+        model.train(was_training)
+    return dict(zip(weights, found, strict=True))
+
+
+def dealt(values: dict[str, Tensor], price: dict[str, int], room: dict[str, int], budget: int) -> dict[str, int]:
+    """Path -> ranks: the largest squares of singular values per parameter first, while a rank's price still fits."""
+    order = sorted(((s.item() ** 2 / price[path], path) for path, own in values.items() for s in own[: room[path]]), reverse=True)
+    ranks: dict[str, int] = {}
+    for _, path in order:
+        if price[path] <= budget:
+            ranks[path] = ranks.get(path, 0) + 1
+            budget -= price[path]
+    return ranks
+
+
+class OneShot(Lora):
+    """`one-shot`, see above."""
+
+    dealt: dict[str, int] | None = None
+
+    def config(self, run: Any, base: Any) -> Any:
+        config = super().config(run, base)
+        if self.dealt is not None:
+            config.target_modules = list(self.dealt)
+            config.rank_pattern = dict(self.dealt)
+            config.alpha_pattern = {path: config.lora_alpha / config.r * rank for path, rank in self.dealt.items()}
+        return config
+
+    def adapt(self, run: Any, base: Any) -> Any:
+        config, self.dealt = self.config(run, base), None
+        heads = ("classifier", "score", *(config.modules_to_save or ()))  # which PEFT trains whole
+        linear = {
+            path: part
+            for path, part in base.named_modules()
+            if isinstance(part, torch.nn.Linear) and path.split(".")[0] not in heads and part is not base.get_output_embeddings()
+        }
+        price = {path: part.in_features + part.out_features for path, part in linear.items()}
+        found = gradients(base, run.collate(run.held_out), {path: part.weight for path, part in linear.items()})
+        parts = {path: torch.linalg.svd(one.float(), full_matrices=False) for path, one in found.items()}
+        room = {path: len(one.S) for path, one in parts.items()}
+        self.dealt = dealt({path: one.S for path, one in parts.items()}, price, room, config.r * sum(price.values()))
+        run.progress.say(f"ranks in {len(self.dealt)} of {len(linear)} modules, {max(self.dealt.values())} at most")
+        model = super().adapt(run, base)
+        for path, layer in slots.layers_of(model, "default").items():
+            a, _ = slots.factors(layer, "default")
+            a.data.copy_(parts[path].Vh[: len(a)] * 3**-0.5)  # as long as rows drawn from +-1/sqrt(d_in) are on average
+        return model
+
+
+class Growing(RankAllocation):
+    """Rounds that grow along the gradient."""
+
+    def _run_round(self, model: Any, optimizer: Any, step: int, last: bool = False) -> None:
+        layers = slots.layers_of(model, self._name)
+        weights = {path: layer.get_base_layer().weight for path, layer in layers.items()}
+        parts = {}
+        with torch.random.fork_rng():
+            torch.manual_seed(step)
+            for path, one in gradients(model, self.validation_batch, weights).items():
+                a, b = slots.factors(layers[path], self._name)
+                live = slots.live_slots(layers[path], self._name)
+                rows, columns = (torch.linalg.qr(part.data.float()).Q for part in (a[live].T, b[:, live]))
+                rest = one.float() - columns @ (columns.T @ one.float())
+                parts[path] = torch.svd_lowrank(rest - (rest @ rows) @ rows.T, q=min(16, *one.shape))
+
+        def rule(scores: Any, limits: Limits) -> Plan:
+            lost = plan_round(scores, limits).pruned
+            assert limits.costs is not None
+            left = sum(limits.costs[path] * (len(own) - len(lost.get(path, ()))) for path, own in scores.items())
+            room = {path: 0 if path in lost else limits.capacity[path] - len(own) for path, own in scores.items()}
+            values = {path: one[1] for path, one in parts.items()}
+            return Plan(lost, dealt(values, dict(limits.costs), room, limits.budget - left))
+
+        self.rule = rule
+        lengths = {path: slots.factors(layer, self._name)[0].data.norm(dim=1) for path, layer in layers.items()}
+        super()._run_round(model, optimizer, step, last)
+        for path, new in self.history[-1].grown.items():
+            a, _ = slots.factors(layers[path], self._name)
+            live = lengths[path][lengths[path] > 0]
+            a.data[new] = (parts[path][2].T[: len(new)] * (live.mean() if len(live) else 3**-0.5)).to(a)
+
+
+class Grow(ALora):
+    """`grow`, see above."""
+
+    def _rounds(self, run: Any) -> RankAllocation:
+        section = self.allocation
+        return Growing(
+            section.score,
+            ConstantBudget(**self._spans(run), **section.model_dump(include={"rounds", "prune_fraction", "r_max", "grace_rounds"})),
+            score_options=section.score_options,
+            budget=section.budget,
+            validation_batch=run.collate(run.held_out),
+            seed=self.recipe.seed,
+            on_round=lambda done: run.progress.say(_line(done)),
+        )
+
+
 if __name__ == "__main__":
     from gatewise.cli.main import main
 
     METHODS.places.update(
         {
-            name: f"candidates:{part}"
-            for name, part in [("squeeze", "Squeeze"), ("frozen-a", "FrozenA"), ("riemannian", "Riemannian")]
+            "squeeze": "candidates:Squeeze",
+            "frozen-a": "candidates:FrozenA",
+            "riemannian": "candidates:Riemannian",
+            "one-shot": "candidates:OneShot",
+            "grow": "candidates:Grow",
         }
     )
     sys.argv[1:1] = ["compare"]
