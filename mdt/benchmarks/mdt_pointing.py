@@ -1,10 +1,11 @@
 """Decision trees by pointing: how good they are by base model, language and method, where trees are lost, and how fast it is.
 
 A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, and both-gemma3, one model for both languages, measured
-on each. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base
-model in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev
-passages. Mistakes are counted by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth,
-in turn. Seconds are those of a processor for a passage, one at a time and sixteen at once.
+on each. A number behind it, as in en-minilm-75, is how many passages of a language it learns from, drawn by the seed. A run is what
+`gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base model in bfloat16 where the
+machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev passages. Mistakes are counted
+by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth, in turn. Seconds are those of a
+processor for a passage, one at a time and sixteen at once.
 
     python mdt/benchmarks/mdt_pointing.py --data-dir DATA --tasks en-minilm --seeds 0 1 2      # DATA/text2mdt/en_train.json, ...
     python mdt/benchmarks/mdt_pointing.py --report
@@ -14,6 +15,7 @@ A run that is stopped goes on where it was: runs/mdt-pointing has its checkpoint
 """
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -44,6 +46,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "zh-gemma3": {"model": "gemma3-270m", "training.max_steps": 450, "training.learning_rate": 5e-4},
     "both-gemma3": {"model": "gemma3-270m", "training.max_steps": 600, "training.learning_rate": 5e-4},
 }
+ALL = 300
+"""Passages of a language to learn from."""
 ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -58,9 +62,10 @@ SHOWN = ("triplet_f1", "node_f1", "path_f1", "tree_acc", "ter")
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and measures it."""
     languages = ("en", "zh") if task.startswith("both") else (task.split("-")[0],)
-    folder = RUNS / f"{task}-{method}-{seed}"
+    folder, (name, passages) = RUNS / f"{task}-{method}-{seed}", base_and_passages(task)
     with quiet(bars=True):
-        recipe, trained = train_once(folder, languages, method, {**SETTINGS, **TASKS[task], **METHODS[method]}, seed, data_dir)
+        settings = {**SETTINGS, **TASKS[name], **METHODS[method]}
+        recipe, trained = train_once(folder, languages, method, settings, seed, data_dir, passages)
         extractor = PointingExtractor.load(folder / "run" / "adapter")
         made = {}
         for language in languages:
@@ -72,13 +77,23 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
+def base_and_passages(task: str) -> tuple[str, int]:
+    """A task's key in ``TASKS``, and how many passages of a language it has."""
+    name, _, number = task.rpartition("-")
+    return (name, int(number)) if number.isdecimal() else (task, ALL)
+
+
 def train_once(
-    folder: Path, languages: Sequence[str], method: str, settings: dict[str, Any], seed: int, data_dir: Path
+    folder: Path, languages: Sequence[str], method: str, settings: dict[str, Any], seed: int, data_dir: Path, passages: int = ALL
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with."""
     files = {}
     for split in ("train", "dev"):
-        items = [one for name in languages for one in json.loads((data_dir / "text2mdt" / f"{name}_{split}.json").read_text())]
+        items = []
+        for name in languages:
+            own = json.loads((data_dir / "text2mdt" / f"{name}_{split}.json").read_text())
+            # The same order for every number, so that more passages are these and others.
+            items += random.Random(seed).sample(own, len(own))[:passages] if split == "train" and passages < len(own) else own
         files[split] = folder / f"{split}.json"
         files[split].parent.mkdir(parents=True, exist_ok=True)
         files[split].write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
