@@ -204,10 +204,10 @@ class Growing(RankAllocation):
     def _run_round(self, model: Any, optimizer: Any, step: int, last: bool = False) -> None:
         layers = slots.layers_of(model, self._name)
         weights = {path: layer.get_base_layer().weight for path, layer in layers.items()}
-        parts = {}
+        found, parts = gradients(model, self.validation_batch, weights), {}
         with torch.random.fork_rng():
             torch.manual_seed(step)
-            for path, one in gradients(model, self.validation_batch, weights).items():
+            for path, one in found.items():
                 a, b = slots.factors(layers[path], self._name)
                 live = slots.live_slots(layers[path], self._name)
                 rows, columns = (torch.linalg.qr(part.data.float()).Q for part in (a[live].T, b[:, live]))
@@ -226,9 +226,14 @@ class Growing(RankAllocation):
         lengths = {path: slots.factors(layer, self._name)[0].data.norm(dim=1) for path, layer in layers.items()}
         super()._run_round(model, optimizer, step, last)
         for path, new in self.history[-1].grown.items():
-            a, _ = slots.factors(layers[path], self._name)
+            a, b = slots.factors(layers[path], self._name)
             live = lengths[path][lengths[path] > 0]
             a.data[new] = (parts[path][2].T[: len(new)] * (live.mean() if len(live) else 3**-0.5)).to(a)
+            # These columns of B have larger gradients than those beside noise, and Adam's mean of squares is to know it.
+            squares = slots._kept_of(b, optimizer)[1].get("exp_avg_sq") if optimizer is not None else None
+            if squares is not None:
+                slope = layers[path].scaling[self._name] * found[path].float() @ a.data[new].float().T
+                squares[:, new] = torch.maximum(squares[:, new], slope.square().to(squares))
 
 
 class Grow(ALora):

@@ -9,17 +9,20 @@ learn from. Then each arm trains a new LoRA with the stored parameters of r = 1 
 
 even      one rank a module;
 random    ranks dealt to modules drawn at random, as many as the parameters allow (another draw each seed);
-informed  ranks by the singular values of the first policy gradient on 64 prompts: the largest square per stored parameter first.
+informed  ranks by the singular values of the first policy gradient on 64 other prompts: the largest square per stored parameter
+          first. A starts as in PEFT, so that it is placed by them alone. It sees 512 answers more than the others.
 
 A step samples 8 answers to each of 4 prompts at temperature 1. The reward is 1 for the right answer, else 0.2 times the share of
 right digits; advantages are the rewards minus their prompt's mean, over its standard deviation. One update a batch: there is no
-ratio to clip, and no KL term. Each arm's learning rate: the best of three with seed 1000 on the dev rows (greedy, exact), then
-seeds 0 to 4, which tuned nothing, on the test rows.
+ratio to clip, and no KL term. Each arm's learning rate: the one of three with the highest mean reward on the dev rows (greedy),
+over two seeds. Then seeds 0 to 4, which tuned nothing, on the test rows. The model before GRPO is measured too: where no arm is
+clearly better than that, nothing was learned, and where ranks lie cannot matter.
 """
 
 import argparse
 import json
 import random
+import statistics
 import time
 from functools import partial
 from itertools import product
@@ -28,17 +31,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from campaign import RESULTS, read, spread, work
+from campaign import RESULTS, Run, read, spread, work
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from gatewise.comparing.statistics import difference
+from gatewise.comparing.statistics import Difference, difference, holm
 from gatewise.models import load_model, load_tokenizer
 from gatewise.models.device import machine
 
-STEPS, PROMPTS, ANSWERS, NEW = 30, 4, 8, 10
-RATES, SEEDS = (1.67e-3, 3e-3, 5.4e-3), (0, 1, 2, 3, 4)
-ARMS = ("even", "random", "informed")
+STEPS, PROMPTS, ANSWERS, NEW = 100, 4, 8, 7
+RATES, TUNING, SEEDS = (1.67e-3, 3e-3, 5.4e-3), (1000, 1001), (0, 1, 2, 3, 4)
+BEFORE, ARMS = "before", ("even", "random", "informed")
 BUDGET = 305_280
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -60,7 +63,7 @@ class Policy:
 
     @torch.no_grad()
     def write(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, answers: int = 1, sample: bool = False) -> Tensor:
-        """(rows times answers, NEW) tokens, the answers of a row one after the other; after an end of text everything is one."""
+        """(rows times answers, up to NEW) tokens, the answers of a row one after the other; after an end all are ends."""
         model.eval()
         found, mask = self.read(model, ids, mask, answers)
         logits, out, done = found.logits[:, -1].float().repeat_interleave(answers, 0), [], torch.zeros(len(mask), dtype=torch.bool)
@@ -69,8 +72,8 @@ class Policy:
             token = torch.where(done, self.end, token)
             done |= token == self.end
             out.append(token)
-            if len(out) == NEW or done.all():
-                return torch.nn.functional.pad(torch.stack(out, 1), (0, NEW - len(out)), value=self.end)
+            if len(out) == NEW or (len(out) > 1 and done.all()):
+                return torch.stack(out, 1)
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
             found = model(
                 input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
@@ -89,7 +92,7 @@ class Policy:
         """Minus the mean log-likelihood of the written tokens, up to the first end of text, each times its row's weight."""
         answers = len(new) // len(ids)
         found, mask = self.read(model, ids, mask, answers)
-        position = mask.sum(1, keepdim=True) + torch.arange(NEW - 1)
+        position = mask.sum(1, keepdim=True) + torch.arange(new.shape[1] - 1)
         more = model(
             input_ids=new[:, :-1], attention_mask=torch.cat([mask, torch.ones_like(new[:, :-1])], 1), position_ids=position,
             past_key_values=found.past_key_values, use_cache=True,
@@ -99,14 +102,14 @@ class Policy:
         counts = ((new == self.end).cumsum(1) - (new == self.end).long() == 0).float()
         return -(chosen * counts * weight[:, None]).sum() / counts.sum()
 
-    def exact(self, model: torch.nn.Module, data: list[tuple[str, str]]) -> list[int]:
-        """A 1 for each row whose answer greedy decoding writes."""
-        right: list[int] = []
+    def rewards(self, model: torch.nn.Module, data: list[tuple[str, str]]) -> list[float]:
+        """The reward of each row's answer by greedy decoding."""
+        found: list[float] = []
         for start in range(0, len(data), 50):
             part = data[start : start + 50]
             new = self.write(model, *self.prompts([text for text, _ in part]))
-            right += [int(self.text(one) == answer) for one, (_, answer) in zip(new, part, strict=True)]
-        return right
+            found += [reward(self.text(one), answer) for one, (_, answer) in zip(new, part, strict=True)]
+        return found
 
     def text(self, tokens: Tensor) -> str:
         """What the tokens say; nothing where the answer does not end."""
@@ -163,7 +166,7 @@ def dealt(policy: Policy, arm: str, seed: int, train: list[tuple[str, str]]) -> 
     price = {name: part.in_features + part.out_features for name, part in found.items()}
     if arm == "even":
         return dict.fromkeys(found, 1)
-    draw = random.Random(seed)
+    draw = random.Random(f"ranks {seed}")
     if arm == "random":
         order = (draw.choice(list(found)) for _ in iter(int, 1))
     else:
@@ -175,7 +178,7 @@ def dealt(policy: Policy, arm: str, seed: int, train: list[tuple[str, str]]) -> 
             policy.loss(policy.model, ids, mask, new, weight).backward()
         worth = []
         for name, part in found.items():
-            values = torch.linalg.svdvals(part.weight.grad.float())[:16]
+            values = torch.linalg.svdvals(part.weight.grad.float())
             worth += [(value.item() ** 2 / price[name], name) for value in values]
             part.weight.grad = None
             part.weight.requires_grad_(False)
@@ -190,17 +193,43 @@ def dealt(policy: Policy, arm: str, seed: int, train: list[tuple[str, str]]) -> 
     return ranks
 
 
-def one_run(policy: Policy, data: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
+def one_run(policy: Policy, data: Path, arm: str, rate: float, seed: int) -> Run:
     began = time.perf_counter()
     train = rows(data / "train.jsonl")
-    ranks = dealt(policy, arm, seed, train)
+    ranks = {} if arm == BEFORE else dealt(policy, arm, seed, train)
     torch.manual_seed(seed)
-    draw = random.Random(seed)
-    alphas = {name: 2 * r for name, r in ranks.items()}
-    model = get_peft_model(
-        policy.model, LoraConfig(r=1, lora_alpha=2, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
-    )
-    trained = [p for p in model.parameters() if p.requires_grad]
+    model: Any = policy.model
+    means, parameters = [], 0
+    if ranks:
+        alphas = {name: 2 * r for name, r in ranks.items()}
+        settings = LoraConfig(r=1, lora_alpha=2, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+        model = get_peft_model(policy.model, settings)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        means, parameters = learn(policy, model, trained, train, rate, random.Random(seed)), sum(p.numel() for p in trained)
+    part = "dev" if seed in TUNING else "test"
+    rewards = policy.rewards(model, rows(data / f"{part}.jsonl"))
+    if ranks:
+        policy.model = model.unload()
+    return {
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "parameters": parameters,
+        "modules": len(ranks),
+        "largest": max(ranks.values(), default=0),
+        "part": part,
+        "right": "".join(str(int(one == 1)) for one in rewards),
+        "reward": round(statistics.fmean(rewards), 4),
+        "steps": means,
+        "seconds": round(time.perf_counter() - began),
+        "machine": machine("cpu"),
+    }
+
+
+def learn(
+    policy: Policy, model: Any, trained: list[Any], train: list[tuple[str, str]], rate: float, draw: random.Random
+) -> list[float]:
+    """GRPO; the mean reward of what each step sampled."""
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     means = []
     for step in range(STEPS):
@@ -212,63 +241,84 @@ def one_run(policy: Policy, data: Path, arm: str, rate: float, seed: int) -> dic
         optimizer.step()
         optimizer.zero_grad()
         means.append(round(mean, 3))
-    part = "dev" if seed >= 1000 else "test"
-    run = {
-        "arm": arm,
-        "learning_rate": rate,
-        "seed": seed,
-        "parameters": sum(p.numel() for p in trained),
-        "modules": len(ranks),
-        "largest": max(ranks.values()),
-        "part": part,
-        "right": "".join(map(str, policy.exact(model, rows(data / f"{part}.jsonl")))),
-        "rewards": means,
-        "seconds": round(time.perf_counter() - began),
-        "machine": machine("cpu"),
-    }
-    policy.model = model.unload()
-    return run
+    return means
 
 
-def exactness(run: dict[str, Any]) -> float:
+def exactness(run: Run) -> float:
     return 100 * run["right"].count("1") / len(run["right"])
 
 
-def best_rate(done: list[dict[str, Any]], arm: str) -> float | None:
-    """The rate of the arm's best tuning run, None while one of them is missing."""
-    tuning = [run for run in done if run["arm"] == arm and run["part"] == "dev"]
-    return max(tuning, key=exactness)["learning_rate"] if len(tuning) == len(RATES) else None
+def tuned(done: list[Run], arm: str) -> dict[float, float]:
+    """Rate -> mean reward of the arm's tuning runs, of those rates that have all."""
+    found = {
+        rate: [run["reward"] for run in done if (run["arm"], run["learning_rate"], run["part"]) == (arm, rate, "dev")]
+        for rate in RATES
+    }
+    return {rate: statistics.fmean(own) for rate, own in found.items() if len(own) == len(TUNING)}
 
 
-def report(done: list[dict[str, Any]]) -> None:
-    shown: dict[str, dict[int, list[int]]] = {}
+def best_rate(done: list[Run], arm: str) -> float | None:
+    """The best tuned rate, the lowest of equal ones; None while tuning runs are missing."""
+    found = tuned(done, arm)
+    return max(RATES, key=lambda rate: (found[rate], -rate)) if len(found) == len(RATES) else None
+
+
+def report(done: list[Run]) -> None:
+    before = {run["part"]: run for run in done if run["arm"] == BEFORE}
+    if len(before) < 2:
+        print("the model before GRPO has not been measured")
+        return
     print(
-        "| ranks | modules, largest rank | parameters | tuning, at "
-        + ", ".join(map(str, RATES))
-        + " | rate | test, exact (sd) | minus even (95%) |"
+        f"before GRPO: reward {before['dev']['reward']:.3f} on dev, {exactness(before['test']):.1f} exact on test\n\n"
+        f"| ranks | modules, largest rank | parameters | reward on dev, at {', '.join(map(str, RATES))} | rate "
+        "| test, exact (sd) | minus before (95%) | minus even (95%) | p (Holm) |\n|---|---|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|")
-    for arm in ARMS:
-        rate = best_rate(done, arm)
-        if rate is None:
-            continue
-        own = [run for run in done if run["arm"] == arm]
-        tuning = {run["learning_rate"]: exactness(run) for run in own if run["part"] == "dev"}
-        tested = {run["seed"]: run for run in own if run["part"] == "test" and run["learning_rate"] == rate}
-        shown[arm] = {seed: list(map(int, run["right"])) for seed, run in tested.items()}
-        both = sorted(set(shown[arm]) & set(shown["even"])) if arm != "even" else []
-        gap = difference(np.array([np.subtract(shown[arm][seed], shown["even"][seed]) for seed in both]) * 100.0) if both else None
-        print(
-            f"| {arm} | {own[0]['modules']}, {own[0]['largest']} | {own[0]['parameters']:,} | "
-            f"{', '.join(f'{tuning[one]:.1f}' for one in RATES)} | {rate} | "
-            f"{spread([exactness(run) for run in tested.values()], 1) if tested else ''} | "
-            f"{f'{gap.mean:+.1f} ({gap.low:.1f} to {gap.high:.1f})'.replace('-', '−') if gap and gap.low is not None else ''} |"
+    tested = {
+        arm: sorted(
+            (run for run in done if run["arm"] == arm and run["part"] == "test" and run["learning_rate"] == best_rate(done, arm)),
+            key=lambda run: run["seed"],
         )
+        for arm in ARMS
+    }
+
+    def gap(arm: str, other: list[Run]) -> Difference | None:
+        """Over the seeds that both have, on one kind of machine."""
+        pairs = [(a, b) for a in tested[arm] for b in other if b["arm"] == BEFORE or a["seed"] == b["seed"]]
+        pairs = [(a, b) for a, b in pairs if a["machine"] == b["machine"]]
+        rights = [[100.0 * (int(x) - int(y)) for x, y in zip(a["right"], b["right"], strict=True)] for a, b in pairs]
+        return difference(np.array(rights)) if rights else None
+
+    gaps = {arm: gap(arm, tested["even"]) for arm in ARMS[1:]}
+    ps = dict(zip(gaps, holm([one.p if one else None for one in gaps.values()]), strict=True))
+    for arm, own in tested.items():
+        rate, p = best_rate(done, arm), ps.get(arm)
+        if rate is None or not own:
+            continue
+        counts = [
+            f"{min(values)} to {max(values)}" for values in zip(*((run["modules"], run["largest"]) for run in own), strict=True)
+        ]
+        cells = [
+            arm,
+            ", ".join(counts),
+            f"{statistics.fmean(run['parameters'] for run in own):,.0f}",
+            ", ".join(f"{value:.3f}" for value in tuned(done, arm).values()),
+            str(rate),
+            spread([exactness(run) for run in own], 1),
+            told(gap(arm, [before["test"]])),
+            told(gaps.get(arm)),
+            "" if p is None else f"{p:.2g}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
-def missing(done: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
+def told(one: Difference | None) -> str:
+    return "" if one is None or one.low is None else f"{one.mean:+.1f} ({one.low:.1f} to {one.high:.1f})".replace("-", "−")
+
+
+def missing(done: list[Run]) -> list[tuple[str, float, int]]:
     have = {(run["arm"], run["learning_rate"], run["seed"]) for run in done}
-    wanted = [(arm, rate, 1000) for arm, rate in product(ARMS, RATES)]
+    wanted = [(BEFORE, 0.0, TUNING[0]), (BEFORE, 0.0, SEEDS[0])]
+    wanted += [(arm, rate, seed) for seed, arm, rate in product(TUNING, ARMS, RATES)]
     wanted += [(arm, rate, seed) for seed, arm in product(SEEDS, ARMS) if (rate := best_rate(done, arm))]
     return [one for one in wanted if one not in have]
 

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from gatewise.runs.run import RunResult
 
 USER_ERROR = 2
-SECONDS_FOR_OTHERS = 5
 OUT_OF_MEMORY = (
     "the device is out of memory: take smaller batches (--batch-size, in a recipe training.batch_size and eval_batch_size), "
     "shorter rows (data.max_length), training.gradient_checkpointing, or another --device"
@@ -59,14 +58,15 @@ class Commands(TyperGroup):
             with no_import_warnings():
                 return super().invoke(ctx)
         except GatewiseError as error:
-            _wait_for_others(int(os.environ.get("RANK", "0")) > 0)  # the first of several processes says it
+            # The first of several processes says it, which a busy machine may start much later than the others.
+            _wait_for_others(int(os.environ.get("RANK", "0")) > 0, seconds=20)
             typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            _wait_for_others("LOCAL_RANK" in os.environ)  # this may be what comes of another process's fault
+            _wait_for_others("LOCAL_RANK" in os.environ, seconds=5)  # this may be what comes of another process's fault
             if isinstance(error, EOFError):  # of which click would show nothing but "Aborted!"
                 raise RuntimeError(f"EOFError: {error}") from error
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
@@ -75,10 +75,10 @@ class Commands(TyperGroup):
             raise
 
 
-def _wait_for_others(is_one_of_several: bool) -> None:
+def _wait_for_others(is_one_of_several: bool, seconds: float) -> None:
     """Gives the process that failed first the time to say it: a launcher then ends this one."""
     if is_one_of_several:
-        time.sleep(SECONDS_FOR_OTHERS)
+        time.sleep(seconds)
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
