@@ -181,6 +181,16 @@ def test_arms_store_as_much_as_the_first(tmp_path: Path) -> None:
     assert found["alora"].told == ()
 
 
+def test_heads_are_no_part_of_what_arms_differ_by(tmp_path: Path) -> None:
+    """The heads are 34 numbers of a LoRA of 1 rank, so that LoRA cannot be as small as a prompt and its difference stands out."""
+    recipe = write_recipe(tmp_path, "prompt-tuning", "bert", prompts={"num_prompt_tokens": 2})
+    prompt, lora = same_size([*arms(recipe, "prompt-tuning", "lora", overrides=("peft.r=1",)).values()])
+    assert prompt.heads == lora.heads == 16 * 2 + 2
+    assert prompt.parameters == 2 * 16 + prompt.heads
+    more = (lora.parameters - prompt.parameters) / (prompt.parameters - prompt.heads)
+    assert lora.told[-1] == f"stores {more:.0%} more than prompt-tuning, beside heads of 34"
+
+
 @pytest.mark.parametrize(
     ("names", "overrides", "said"),
     [

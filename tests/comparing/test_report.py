@@ -36,7 +36,7 @@ def run(arm: str, rate: float, seed: int, values: dict[str, Any], metric: str = 
 
 
 def arm(name: str, rate: float | None = 1e-3) -> dict[str, Any]:
-    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": 1000}
+    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": 1000, "heads": 0}
 
 
 def answers(right: float, seed: int, of: int = 0) -> np.ndarray:
@@ -92,6 +92,13 @@ def test_one_method_is_better() -> None:
         "alora stores 1,030 parameters, 3.0% more than lora's 1,000",
         "lora's rate, 0.001, is at the edge of those tried: one beyond may be better",
     ]
+
+
+def test_parameters_are_compared_heads_aside() -> None:
+    arms = [{**arm(name), "heads": 800} for name in ("lora", "alora")]
+    content = report([*finals("lora", 0.7), *finals("alora", 0.7, parameters=1005)], arms)
+    assert content["arms"][1]["heads"] == 800
+    assert content["notes"][0] == "alora stores 1,005 parameters, 2.5% more than lora's 1,000, beside heads of 800"
 
 
 def test_no_method_is_better() -> None:

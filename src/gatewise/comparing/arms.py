@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 
+from gatewise.comparing.report import ROOM, beside, more_stored
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
 from gatewise.parts import METHODS, TASKS, Task
@@ -54,12 +55,14 @@ class Arm:
         recipe: what is trained.
         told: what a reader of the comparison should know of it, in sentences that do not name it.
         parameters: the numbers that its adapter stores, once they are counted.
+        heads: how many of them are of heads, which all arms store and train alike.
     """
 
     name: str
     recipe: Recipe
     told: tuple[str, ...] = ()
     parameters: int = 0
+    heads: int = 0
 
 
 def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) -> list[Arm]:
@@ -165,22 +168,27 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
     first, *others = arms
     task = TASKS[first.recipe.task](first.recipe.model_copy(update={"quantization": None}))
     task.read(None)
-    stored = partial(_stored, task, {})
+    made = partial(_made, task, {})
+
+    def stored(recipe: Recipe) -> int:
+        return _stored(made(recipe))
+
     target = stored(first.recipe)
-    sized = [replace(first, parameters=target)]
+    heads = min(_heads(made(arm.recipe)) for arm in arms)  # some methods train a pooler whole, too
+    sized = [replace(first, parameters=target, heads=heads)]
     for arm in others:
         recipe, count = _fitted(arm.recipe, target, stored)
         key, told = METHODS[recipe.method](recipe).size_key, [*arm.told]
         if recipe is not arm.recipe:
             told.append(f"has {key} {_size(recipe, key)} and not {_size(arm.recipe, key)}, to store as much as {first.name}")
-        if abs(count - target) > 0.01 * target:
-            told.append(f"stores {abs(count / target - 1):.0%} {'more' if count > target else 'less'} than {first.name}")
-        sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count))
+        if abs(more := more_stored(count, target, heads)) > ROOM:
+            told.append(f"stores {abs(more):.0%} {'more' if more > 0 else 'less'} than {first.name}{beside(heads)}")
+        sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))
     return sized
 
 
-def _stored(task: Task, bases: dict[bool, Any], recipe: Recipe) -> int:
-    """How many numbers the adapter of an arm stores: of its shapes alone, on a model that is loaded once."""
+def _made(task: Task, bases: dict[bool, Any], recipe: Recipe) -> Any:
+    """The model of an arm with its adapter: their shapes alone, on a base that is loaded once."""
     method, rows = METHODS[recipe.method](recipe), len(task.train)
     if method.trains_whole not in bases:
         dtype = torch.float32 if task.in_float32 else torch.bfloat16
@@ -190,10 +198,20 @@ def _stored(task: Task, bases: dict[bool, Any], recipe: Recipe) -> int:
     base = deepcopy(bases[method.trains_whole])
     steps = {"steps": recipe.training.total_steps(rows), "steps_per_epoch": recipe.training.steps_per_epoch(rows)}
     run: Any = SimpleNamespace(recipe=recipe, task=task, **steps)
-    model = get_peft_model(base, method.saved_config(run, base))
+    return get_peft_model(base, method.saved_config(run, base))
+
+
+def _stored(model: Any) -> int:
+    """How many numbers an adapter stores."""
     if model.active_peft_config.is_prompt_learning:  # which PEFT saves by way of its numbers
         return sum(value.numel() for value in model.parameters() if value.requires_grad)
     return sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
+
+
+def _heads(model: Any) -> int:
+    """How many of them are of modules that are trained whole."""
+    wrapped = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
+    return sum(value.numel() for part in wrapped for value in part.modules_to_save.parameters())
 
 
 def _fitted(recipe: Recipe, target: int, stored: Callable[[Recipe], int]) -> tuple[Recipe, int]:

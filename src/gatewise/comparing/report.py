@@ -30,7 +30,7 @@ WIN = 0.05
 NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
 ROOM = 0.01
-"""Arms whose parameters differ by more than this share are told of."""
+"""Arms whose parameters, heads aside, differ by more than this share are told of."""
 FEW = 500
 """Of fewer rows to train on, runs on other draws (and seeds) may differ by more than methods do: docs/reports/spt.md."""
 LOST = 20
@@ -50,8 +50,9 @@ def report(
 
     Args:
         runs: what finished runs came to, as their files have it.
-        arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``learning_rate`` (the one that was
-            chosen, or None while it is searched for) and ``recipe_rate`` of each. The others are compared with the first.
+        arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``heads`` (how many of them are of
+            heads, which all arms have), ``learning_rate`` (the one that was chosen, or None while it is searched for) and
+            ``recipe_rate`` of each. The others are compared with the first.
         lower_is_better: than the metric.
         missing: runs that are not finished.
         trained: rows that all runs train on.
@@ -193,6 +194,7 @@ def _arm(arm: Mapping[str, Any], runs: Sequence[Run], final: Sequence[Run], lowe
         "learning_rate": arm["learning_rate"],
         "recipe_rate": arm["recipe_rate"],
         "parameters": round(means["parameters"] or arm["parameters"]),
+        "heads": arm["heads"],
         "seeds": [{"seed": run["seed"], **{part: run["value"].get(part) for part in by_part}} for run in final],
         "mean": {part: fmean(values) for part, values in by_part.items() if values},
         "sd": {part: stdev(values) for part, values in by_part.items() if len(values) > 1},
@@ -229,6 +231,16 @@ def _lost(values: Sequence[float]) -> list[float]:
     return sorted(value for value in values if best[-1] - value > max(LOST, 5 * (best[0] - best[-1])))
 
 
+def more_stored(count: int, than: int, heads: int) -> float:
+    """The share by which an adapter stores more numbers than another one (below 0: fewer), heads aside, which both have."""
+    return (count - than) / max(than - heads, 1)
+
+
+def beside(heads: int) -> str:
+    """What a share of ``more_stored`` is of, where that is not all that is stored."""
+    return f", beside heads of {heads:,}" if heads else ""
+
+
 def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, part: str | None) -> list[str]:
     """``part``: the one that differences are on, if it is in points."""
     first, notes = arms[0], list[str]()
@@ -242,11 +254,11 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
                 f"{others[-1]:.1f}): all count; a lower rate may help"
             )
     for arm in arms:
-        more = arm["parameters"] / max(first["parameters"], 1) - 1
+        more = more_stored(arm["parameters"], first["parameters"], first["heads"])
         if abs(more) > ROOM:
             notes.append(
                 f"{arm['name']} stores {arm['parameters']:,} parameters, {abs(more):.1%} {'more' if more > 0 else 'fewer'} than "
-                f"{first['name']}'s {first['parameters']:,}"
+                f"{first['name']}'s {first['parameters']:,}{beside(first['heads'])}"
             )
     if not any(arm["rates"] for arm in arms) and any(arm["seeds"] for arm in arms):
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")

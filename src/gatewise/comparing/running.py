@@ -417,6 +417,7 @@ class _Comparison:
             {
                 "name": arm.name,
                 "parameters": arm.parameters,
+                "heads": arm.heads,
                 "learning_rate": finals[0].rate if (finals := self._search(arm)[1]) else None,
                 "recipe_rate": arm.recipe.training.learning_rate,
             }
