@@ -14,7 +14,8 @@ riemannian   LoRA with preconditioned gradients (Zhang and Pilanci 2024, arXiv 2
              (B^T B + d I)^-1 times its gradient, and of B its gradient times (A A^T + d I)^-1.
 one-shot     LoRA whose ranks are dealt once: of the gradients of the held-out rows by the base weights the largest squares of
              singular values per parameter. A starts at their right singular vectors, as long as LoRA's rows are; B at zero.
-grow         ALoRA whose rounds grow where that gradient, less the span of the live ranks, is largest, likewise, not from noise.
+grow         ALoRA whose new ranks do not start from noise. A round takes the gradient by each adapted weight, leaves out what the
+             live ranks span, and grows along its singular vectors, the largest squares per parameter first.
 """
 
 import sys
@@ -167,32 +168,35 @@ def dealt(values: dict[str, Tensor], price: dict[str, int], room: dict[str, int]
 class OneShot(Lora):
     """`one-shot`, see above."""
 
-    dealt: dict[str, int] | None = None
+    ranks: dict[str, int] | None = None
 
     def config(self, run: Any, base: Any) -> Any:
         config = super().config(run, base)
-        if self.dealt is not None:
-            config.target_modules = list(self.dealt)
-            config.rank_pattern = dict(self.dealt)
-            config.alpha_pattern = {path: config.lora_alpha / config.r * rank for path, rank in self.dealt.items()}
+        if self.ranks is not None:
+            config.target_modules = list(self.ranks)
+            config.rank_pattern = dict(self.ranks)
+            config.alpha_pattern = {path: config.lora_alpha / config.r * rank for path, rank in self.ranks.items()}
         return config
 
     def adapt(self, run: Any, base: Any) -> Any:
-        config, self.dealt = self.config(run, base), None
+        config = super().config(run, base)
         heads = ("classifier", "score", *(config.modules_to_save or ()))  # which PEFT trains whole
         linear = {
             path: part
             for path, part in base.named_modules()
-            if isinstance(part, torch.nn.Linear) and path.split(".")[0] not in heads and part is not base.get_output_embeddings()
+            if isinstance(part, torch.nn.Linear) and part is not base.get_output_embeddings()
+            if not any(f"{path}.".startswith(f"{head}.") for head in heads)
         }
         price = {path: part.in_features + part.out_features for path, part in linear.items()}
         found = gradients(base, run.collate(run.held_out), {path: part.weight for path, part in linear.items()})
         parts = {path: torch.linalg.svd(one.float(), full_matrices=False) for path, one in found.items()}
         room = {path: len(one.S) for path, one in parts.items()}
-        self.dealt = dealt({path: one.S for path, one in parts.items()}, price, room, config.r * sum(price.values()))
-        run.progress.say(f"ranks in {len(self.dealt)} of {len(linear)} modules, {max(self.dealt.values())} at most")
+        self.ranks = dealt({path: one.S for path, one in parts.items()}, price, room, config.r * sum(price.values()))
+        run.progress.say(f"ranks in {len(self.ranks)} of {len(linear)} modules, {max(self.ranks.values())} at most")
         model = super().adapt(run, base)
-        for path, layer in slots.layers_of(model, "default").items():
+        layers = slots.layers_of(model, "default")
+        assert slots.capacities(layers, "default") == self.ranks, "PEFT adapts other modules than all linear ones"
+        for path, layer in layers.items():
             a, _ = slots.factors(layer, "default")
             a.data.copy_(parts[path].Vh[: len(a)] * 3**-0.5)  # as long as rows drawn from +-1/sqrt(d_in) are on average
         return model

@@ -4,16 +4,15 @@
     python benchmarks/grpo.py --data-dir FOLDER/matrix --device cuda    # goes on where it was; several processes may share the runs
     python benchmarks/grpo.py --report
 
-It wants a GPU: on one core a step takes some twenty seconds, and there are 35 runs. Tried on one with 4 prompts a step, 100 steps
-of even ranks at 5.4e-3 took eight minutes, and brought 23 right answers of 100 dev rows to 27, too few to tell arms apart.
+It wants a GPU: 35 runs of 200 steps, each of 128 sampled answers.
 
 SmolLM2-135M first learns the task for 40 steps of LoRA (r = 8), which are merged: without a few right answers there is no reward to
 learn from. Then each arm trains a new LoRA with the stored parameters of r = 1 on all linear layers:
 
 even      one rank a module;
 random    ranks dealt to modules drawn at random, as many as the parameters allow (another draw each seed);
-informed  ranks by the singular values of the first policy gradient on 64 other prompts: the largest square per stored parameter
-          first. A starts as in PEFT, so that it is placed by them alone. It sees 512 answers more than the others.
+informed  ranks by the singular values of the first policy gradient on 64 prompts: the largest square per stored parameter first. A
+          starts as in PEFT, so that it is placed by them alone. It sees 512 answers more than the others.
 
 A step samples 8 answers to each of 16 prompts at temperature 1. The reward is 1 for the right answer, else 0.2 times the share of
 right digits; advantages are the rewards minus their prompt's mean, over its standard deviation. One update a batch: there is no
@@ -44,6 +43,7 @@ from gatewise.models.device import machine
 
 STEPS, PROMPTS, ANSWERS, NEW = 200, 16, 8, 7
 RATES, TUNING, SEEDS = (1.67e-3, 3e-3, 5.4e-3), (1000, 1001), (0, 1, 2, 3, 4)
+SETTINGS = {"steps": STEPS, "prompts": PROMPTS, "answers": ANSWERS, "new": NEW}
 BEFORE, ARMS = "before", ("even", "random", "informed")
 BUDGET = 305_280
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -227,6 +227,7 @@ def one_run(policy: Policy, data: Path, arm: str, rate: float, seed: int) -> Run
         "reward": round(statistics.fmean(rewards), 4),
         "steps": means,
         "seconds": round(time.perf_counter() - began),
+        "settings": SETTINGS,
         "machine": machine(policy.device),
     }
 
@@ -269,6 +270,8 @@ def best_rate(done: list[Run], arm: str) -> float | None:
 
 
 def report(done: list[Run]) -> None:
+    if len(machines := {json.dumps(run["machine"]) for run in done}) > 1:
+        print(f"runs are of {len(machines)} machines, whose bases may have learned the task differently: {', '.join(machines)}\n")
     before = {run["part"]: run for run in done if run["arm"] == BEFORE}
     if len(before) < 2:
         print("the model before GRPO has not been measured")
@@ -287,9 +290,8 @@ def report(done: list[Run]) -> None:
     }
 
     def gap(arm: str, other: list[Run]) -> Difference | None:
-        """Over the seeds that both have, on one kind of machine."""
+        """Over the seeds that both have."""
         pairs = [(a, b) for a in tested[arm] for b in other if b["arm"] == BEFORE or a["seed"] == b["seed"]]
-        pairs = [(a, b) for a, b in pairs if a["machine"] == b["machine"]]
         rights = [[100.0 * (int(x) - int(y)) for x, y in zip(a["right"], b["right"], strict=True)] for a, b in pairs]
         return difference(np.array(rights)) if rights else None
 
@@ -307,7 +309,7 @@ def report(done: list[Run]) -> None:
             ", ".join(counts),
             f"{statistics.fmean(run['parameters'] for run in own):,.0f}",
             ", ".join(f"{value:.3f}" for value in tuned(done, arm).values()),
-            str(rate),
+            f"{rate}{' (edge)' if rate in (min(RATES), max(RATES)) else ''}",
             spread([exactness(run) for run in own], 1),
             told(gap(arm, [before["test"]])),
             told(gaps.get(arm)),
@@ -317,7 +319,11 @@ def report(done: list[Run]) -> None:
 
 
 def told(one: Difference | None) -> str:
-    return "" if one is None or one.low is None else f"{one.mean:+.1f} ({one.low:.1f} to {one.high:.1f})".replace("-", "−")
+    """A difference and its interval, where there is one."""
+    if one is None:
+        return ""
+    interval = "" if one.low is None else f" ({one.low:.1f} to {one.high:.1f})"
+    return f"{one.mean:+.1f}{interval}".replace("-", "−")
 
 
 def missing(done: list[Run]) -> list[tuple[str, float, int]]:
@@ -340,6 +346,8 @@ def main() -> None:
             parser.error("--data-dir is needed")
         policy = Policy(options.device)
         warm(policy, rows(options.data_dir / "train.jsonl"))
+        if any(run["settings"] != SETTINGS for run in read(options.results)):
+            parser.error(f"{options.results} has runs of other settings: give another file")
         work(missing, partial(one_run, policy, options.data_dir), options.results)
     report(read(options.results))
 

@@ -1,11 +1,11 @@
 """Decision trees by pointing: how good they are by base model, language and method, where trees are lost, and how fast it is.
 
-A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, and both-gemma3, one model for both languages, measured
-on each. A number behind it, as in en-minilm-75, is how many passages of a language it learns from, drawn by the seed. A run is what
-`gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base model in bfloat16 where the
-machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev passages. Mistakes are counted
-by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth, in turn. Seconds are those of a
-processor for a passage, one at a time and sixteen at once.
+A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, and both-gemma3, one model for both languages, measured on
+each. A number behind it, as in en-minilm-75, is how many passages of a language it learns from, drawn by the seed, in as many
+steps at the same rate. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and
+budget, the base model in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then
+reads the dev passages. Mistakes are counted by kind. Confidence is fitted on four fifths of the dev passages and measured on the
+other fifth, in turn. Seconds are those of a processor for a passage, one at a time and sixteen at once.
 
     python mdt/benchmarks/mdt_pointing.py --data-dir DATA --tasks en-minilm --seeds 0 1 2      # DATA/text2mdt/en_train.json, ...
     python mdt/benchmarks/mdt_pointing.py --report
@@ -46,8 +46,6 @@ TASKS: dict[str, dict[str, Any]] = {
     "zh-gemma3": {"model": "gemma3-270m", "training.max_steps": 450, "training.learning_rate": 5e-4},
     "both-gemma3": {"model": "gemma3-270m", "training.max_steps": 600, "training.learning_rate": 5e-4},
 }
-ALL = 300
-"""Passages of a language to learn from."""
 ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -77,14 +75,20 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
-def base_and_passages(task: str) -> tuple[str, int]:
-    """A task's key in ``TASKS``, and how many passages of a language it has."""
+def base_and_passages(task: str) -> tuple[str, int | None]:
+    """A task's key in ``TASKS``, and how many passages of a language it learns from; None for all."""
     name, _, number = task.rpartition("-")
-    return (name, int(number)) if number.isdecimal() else (task, ALL)
+    return (name, int(number)) if number.isdecimal() else (task, None)
 
 
 def train_once(
-    folder: Path, languages: Sequence[str], method: str, settings: dict[str, Any], seed: int, data_dir: Path, passages: int = ALL
+    folder: Path,
+    languages: Sequence[str],
+    method: str,
+    settings: dict[str, Any],
+    seed: int,
+    data_dir: Path,
+    passages: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with."""
     files = {}
@@ -92,8 +96,11 @@ def train_once(
         items = []
         for name in languages:
             own = json.loads((data_dir / "text2mdt" / f"{name}_{split}.json").read_text())
-            # The same order for every number, so that more passages are these and others.
-            items += random.Random(seed).sample(own, len(own))[:passages] if split == "train" and passages < len(own) else own
+            if split == "train" and passages is not None:
+                if passages >= len(own):
+                    raise SystemExit(f"{passages} passages of {name} were asked for, expected fewer than the {len(own)} there are")
+                own = random.Random(seed).sample(own, len(own))[:passages]  # a larger number holds those of a smaller one
+            items += own
         files[split] = folder / f"{split}.json"
         files[split].parent.mkdir(parents=True, exist_ok=True)
         files[split].write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")

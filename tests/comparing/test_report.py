@@ -94,11 +94,11 @@ def test_one_method_is_better() -> None:
     ]
 
 
-def test_parameters_are_compared_heads_aside() -> None:
-    arms = [{**arm(name), "heads": 800} for name in ("lora", "alora")]
+def test_parameters_are_compared_without_heads() -> None:
+    arms = [{**arm(name), "heads": 900} for name in ("lora", "alora")]
     content = report([*finals("lora", 0.7), *finals("alora", 0.7, parameters=1005)], arms)
-    assert content["arms"][1]["heads"] == 800
-    assert content["notes"][0] == "alora stores 1,005 parameters, 2.5% more than lora's 1,000, beside heads of 800"
+    assert content["arms"][1]["heads"] == 900
+    assert content["notes"][0] == "alora stores 1,005 parameters, 5.0% more than lora's 1,000, 900 of heads left aside"
 
 
 def test_no_method_is_better() -> None:

@@ -58,7 +58,7 @@ class Commands(TyperGroup):
             with no_import_warnings():
                 return super().invoke(ctx)
         except GatewiseError as error:
-            # The first of several processes says it, which a busy machine may start much later than the others.
+            # The first of several processes says it, which may begin much later than the others on a busy machine.
             _wait_for_others(int(os.environ.get("RANK", "0")) > 0, seconds=20)
             typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(USER_ERROR) from None

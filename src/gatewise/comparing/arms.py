@@ -20,7 +20,6 @@ import torch
 from peft import get_peft_model
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 
-from gatewise.comparing.report import ROOM, beside, more_stored
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
 from gatewise.parts import METHODS, TASKS, Task
@@ -43,6 +42,9 @@ RATES = ("learning_rate", "lora_plus_ratio")
 TAKEN_OVER = ("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout")
 """Of peft, what an arm of another method has from the recipe that is compared with."""
 
+ROOM = 0.01
+"""Arms whose parameters, heads aside, differ by more than this share are told of."""
+
 Tree = dict[str, Any]
 
 
@@ -55,7 +57,7 @@ class Arm:
         recipe: what is trained.
         told: what a reader of the comparison should know of it, in sentences that do not name it.
         parameters: the numbers that its adapter stores, once they are counted.
-        heads: how many of them are of heads, which all arms store and train alike.
+        heads: how many of them are of heads, which are trained whole and alike in all arms.
     """
 
     name: str
@@ -168,27 +170,35 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
     first, *others = arms
     task = TASKS[first.recipe.task](first.recipe.model_copy(update={"quantization": None}))
     task.read(None)
-    made = partial(_made, task, {})
-
-    def stored(recipe: Recipe) -> int:
-        return _stored(made(recipe))
-
-    target = stored(first.recipe)
-    heads = min(_heads(made(arm.recipe)) for arm in arms)  # some methods train a pooler whole, too
+    sizes = partial(_sizes, task, {})
+    target, heads = sizes(first.recipe)
     sized = [replace(first, parameters=target, heads=heads)]
     for arm in others:
-        recipe, count = _fitted(arm.recipe, target, stored)
+        recipe, count = _fitted(arm.recipe, target, lambda recipe: sizes(recipe)[0])
         key, told = METHODS[recipe.method](recipe).size_key, [*arm.told]
         if recipe is not arm.recipe:
             told.append(f"has {key} {_size(recipe, key)} and not {_size(arm.recipe, key)}, to store as much as {first.name}")
-        if abs(more := more_stored(count, target, heads)) > ROOM:
-            told.append(f"stores {abs(more):.0%} {'more' if more > 0 else 'less'} than {first.name}{beside(heads)}")
+        if another := another_size(count, target, first.name, heads):
+            told.append(another)
         sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))
     return sized
 
 
-def _made(task: Task, bases: dict[bool, Any], recipe: Recipe) -> Any:
-    """The model of an arm with its adapter: their shapes alone, on a base that is loaded once."""
+def another_size(count: int, than: int, first: str, heads: int) -> str | None:
+    """What is told of an arm that stores ``count`` numbers where the first arm stores ``than``; None where they are about as many.
+
+    Args:
+        heads: how many of both are of heads, in which arms do not differ.
+    """
+    more = (count - than) / max(than - heads, 1)
+    if abs(more) <= ROOM:
+        return None
+    aside = f", {heads:,} of heads left aside" if heads else ""
+    return f"stores {count:,} parameters, {abs(more):.1%} {'more' if more > 0 else 'fewer'} than {first}'s {than:,}{aside}"
+
+
+def _sizes(task: Task, bases: dict[bool, Any], recipe: Recipe) -> tuple[int, int]:
+    """How many numbers the adapter of an arm stores, and how many of them are of heads: by shapes alone, the base loaded once."""
     method, rows = METHODS[recipe.method](recipe), len(task.train)
     if method.trains_whole not in bases:
         dtype = torch.float32 if task.in_float32 else torch.bfloat16
@@ -198,20 +208,12 @@ def _made(task: Task, bases: dict[bool, Any], recipe: Recipe) -> Any:
     base = deepcopy(bases[method.trains_whole])
     steps = {"steps": recipe.training.total_steps(rows), "steps_per_epoch": recipe.training.steps_per_epoch(rows)}
     run: Any = SimpleNamespace(recipe=recipe, task=task, **steps)
-    return get_peft_model(base, method.saved_config(run, base))
-
-
-def _stored(model: Any) -> int:
-    """How many numbers an adapter stores."""
+    model = get_peft_model(base, method.saved_config(run, base))
+    wrapped: list[Any] = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
+    heads = sum(value.numel() for part in wrapped for value in part.modules_to_save.parameters())
     if model.active_peft_config.is_prompt_learning:  # which PEFT saves by way of its numbers
-        return sum(value.numel() for value in model.parameters() if value.requires_grad)
-    return sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
-
-
-def _heads(model: Any) -> int:
-    """How many of them are of modules that are trained whole."""
-    wrapped = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
-    return sum(value.numel() for part in wrapped for value in part.modules_to_save.parameters())
+        return sum(value.numel() for value in model.parameters() if value.requires_grad), heads
+    return sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values()), heads
 
 
 def _fitted(recipe: Recipe, target: int, stored: Callable[[Recipe], int]) -> tuple[Recipe, int]:

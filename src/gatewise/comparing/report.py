@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from gatewise.comparing.arms import another_size
 from gatewise.comparing.statistics import ASSUMED, Array, by_chance_of_rows, detectable, difference, holm, needed, spread
 from gatewise.inspection.plotting import figure_for, labelled_axes
 
@@ -29,8 +30,6 @@ WIN = 0.05
 """A difference whose p, by Holm over all arms, is below this is beyond chance."""
 NEAR = 3.5
 """What the rate is worth is said of rates within this factor of the best: two steps of the grid on either side."""
-ROOM = 0.01
-"""Arms whose parameters, heads aside, differ by more than this share are told of."""
 FEW = 500
 """Of fewer rows to train on, runs on other draws (and seeds) may differ by more than methods do: docs/reports/spt.md."""
 LOST = 20
@@ -51,7 +50,7 @@ def report(
     Args:
         runs: what finished runs came to, as their files have it.
         arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``heads`` (how many of them are of
-            heads, which all arms have), ``learning_rate`` (the one that was chosen, or None while it is searched for) and
+            heads, in which arms do not differ), ``learning_rate`` (the one that was chosen, or None while it is searched for) and
             ``recipe_rate`` of each. The others are compared with the first.
         lower_is_better: than the metric.
         missing: runs that are not finished.
@@ -231,16 +230,6 @@ def _lost(values: Sequence[float]) -> list[float]:
     return sorted(value for value in values if best[-1] - value > max(LOST, 5 * (best[0] - best[-1])))
 
 
-def more_stored(count: int, than: int, heads: int) -> float:
-    """The share by which an adapter stores more numbers than another one (below 0: fewer), heads aside, which both have."""
-    return (count - than) / max(than - heads, 1)
-
-
-def beside(heads: int) -> str:
-    """What a share of ``more_stored`` is of, where that is not all that is stored."""
-    return f", beside heads of {heads:,}" if heads else ""
-
-
 def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, part: str | None) -> list[str]:
     """``part``: the one that differences are on, if it is in points."""
     first, notes = arms[0], list[str]()
@@ -254,12 +243,8 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
                 f"{others[-1]:.1f}): all count; a lower rate may help"
             )
     for arm in arms:
-        more = more_stored(arm["parameters"], first["parameters"], first["heads"])
-        if abs(more) > ROOM:
-            notes.append(
-                f"{arm['name']} stores {arm['parameters']:,} parameters, {abs(more):.1%} {'more' if more > 0 else 'fewer'} than "
-                f"{first['name']}'s {first['parameters']:,}{beside(first['heads'])}"
-            )
+        if another := another_size(arm["parameters"], first["parameters"], first["name"], first["heads"]):
+            notes.append(f"{arm['name']} {another}")
     if not any(arm["rates"] for arm in arms) and any(arm["seeds"] for arm in arms):
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
     for arm in arms:
