@@ -27,9 +27,9 @@ from transformers import TrainerCallback
 
 from gatewise.adapters.method import Lora
 from gatewise.allocation import slots
-from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Plan, plan_round
+from gatewise.allocation.algorithm import Limits, Plan, plan_round
 from gatewise.allocation.callback import RankAllocation
-from gatewise.allocation.method import ALora, _line
+from gatewise.allocation.method import ALora
 from gatewise.parts import METHODS
 
 
@@ -79,21 +79,10 @@ class Squeezing(RankAllocation):
 class Squeeze(ALora):
     """`squeeze`, see above."""
 
+    makes_rounds = Squeezing
+
     def contradictions(self) -> Any:
         yield from ()
-
-    def _rounds(self, run: Any) -> RankAllocation:
-        section = self.allocation
-        return Squeezing(
-            section.score,
-            Cubic(rounds=section.rounds, first_round=section.first_round, recover=section.recover, target_rank=self.peft.r),
-            score_options=section.score_options,
-            rule=section.rule,
-            budget=section.budget,
-            validation_batch=run.collate(run.held_out),
-            seed=self.recipe.seed,
-            on_round=lambda done: run.progress.say(_line(done)),
-        )
 
 
 class FrozenA(Lora):
@@ -243,17 +232,7 @@ class Growing(RankAllocation):
 class Grow(ALora):
     """`grow`, see above."""
 
-    def _rounds(self, run: Any) -> RankAllocation:
-        section = self.allocation
-        return Growing(
-            section.score,
-            ConstantBudget(**self._spans(run), **section.model_dump(include={"rounds", "prune_fraction", "r_max", "grace_rounds"})),
-            score_options=section.score_options,
-            budget=section.budget,
-            validation_batch=run.collate(run.held_out),
-            seed=self.recipe.seed,
-            on_round=lambda done: run.progress.say(_line(done)),
-        )
+    makes_rounds = Growing
 
 
 if __name__ == "__main__":

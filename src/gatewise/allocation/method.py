@@ -87,6 +87,7 @@ class ALora(Lora):
     """ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187)."""
 
     starts = (True, "gaussian", "eva")  # of what the others take into the ranks, rounds would prune
+    makes_rounds: type[RankAllocation] = RankAllocation
     allocation: AllocationSection
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -143,7 +144,7 @@ class ALora(Lora):
             schedule: ConstantBudget | Cubic = Cubic(**when, target_rank=self.peft.r)
         else:
             schedule = ConstantBudget(**when, **section.model_dump(include={"prune_fraction", "r_max", "grace_rounds"}))
-        return RankAllocation(
+        return self.makes_rounds(
             section.score,
             schedule,
             **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
