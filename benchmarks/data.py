@@ -1,15 +1,16 @@
-"""Makes the rows that the recipes in benchmarks/recipes are run on: public data sets of the Hugging Face hub, and reasoning tasks.
+"""Makes the rows that the recipes in benchmarks/recipes are run on: public data sets, reasoning tasks, and invented facts.
 
     pip install '.[benchmarks]'
     python benchmarks/data.py                          # all tasks, into benchmarks/recipes/data, where the recipes look for them
     python benchmarks/data.py --tasks trec subj
     python benchmarks/data.py --tasks spiral --data-dir DATA --rows 3000 300 500 --seed 0
 
-A public data set is brought into the one shape of its kind and dealt out into as many training and dev rows as our own files
-have; which row lies where is not what ours have, but for sst2, whose dev rows are the set's own. A reasoning task is a data set of
-the package reasoning-gym with its dials. Its questions are cut down to what changes from one to the next, so that a row has some
-twenty tokens, and a run with SmolLM2-135M takes minutes on one processor core. Its train, dev and test have no question in common.
-The same seed makes the same rows. Text2MDT is not on the hub: mdt/docs/reports/pointing.md says where it is.
+A public data set comes from the Hugging Face hub, is brought into the one shape of its kind and dealt out into as many training and
+dev rows as our own files have; which row lies where is not what ours have, but for sst2, whose dev rows are the set's own. A
+reasoning task is a data set of the package reasoning-gym with its dials. Its questions are cut down to what changes from one to the
+next, so that a row has some twenty tokens, and a run with SmolLM2-135M takes minutes on one processor core. Its train, dev and test
+have no question in common. ``facts`` are to be learned by heart: train, dev and test ask for the same ones in other words. The same
+seed makes the same rows. Text2MDT is not on the hub: mdt/docs/reports/pointing.md says where it is.
 """
 
 import argparse
@@ -177,11 +178,32 @@ def rows_of(made: Made, items: Iterable[Item], counts: Sequence[int]) -> list[li
     return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
+FACTS = 500
+LANDS = ("harbour", "desert", "forest", "island", "mountain", "river", "swamp", "valley")
+ASKED = (("What lies at {}?", "Tell me the land around {}."), ("In what kind of place is {}?",), ("{}: which land?",))
+
+
+def facts(seed: int) -> list[list[Row]]:
+    """The lands of ``FACTS`` places with invented names: train asks for each twice, dev and test once, all in words of their own.
+
+    Nothing but the facts themselves can be learned, so the more an adapter can hold, or the faster it learns, the more it answers.
+    """
+    draw = random.Random(seed)
+    names: dict[str, None] = {}
+    while len(names) < FACTS:
+        names.setdefault("".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)).capitalize())
+    lands = {name: draw.choice(LANDS) for name in names}
+    parts = [[{"text": words.format(name), "label": land} for name, land in lands.items() for words in asked] for asked in ASKED]
+    for rows in parts:
+        draw.shuffle(rows)
+    return parts
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "recipes" / "data")
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *PUBLIC], default=[*TASKS, *PUBLIC])
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "facts", *PUBLIC], default=[*TASKS, "facts", *PUBLIC])
     parser.add_argument(
         "--rows", nargs=3, type=int, default=[3000, 300, 500], metavar=("TRAIN", "DEV", "TEST"), help="of reasoning tasks"
     )
@@ -190,6 +212,8 @@ def main() -> None:
     for name in options.tasks:
         if name in PUBLIC:
             parts = public_rows(PUBLIC[name], options.seed)
+        elif name == "facts":
+            parts = facts(options.seed)
         else:
             try:
                 from reasoning_gym import create_dataset

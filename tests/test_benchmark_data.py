@@ -105,6 +105,26 @@ def test_a_set_that_cannot_be_read_or_has_changed_is_told_in_a_sentence(data: An
         data.public_rows(dataclasses.replace(public, name=str(tmp_path / "nowhere")), 0)
 
 
+def test_facts_are_asked_for_in_other_words_where_they_are_measured(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["data.py", "--tasks", "facts", "--data-dir", str(tmp_path)])
+    data.main()
+    parts = [list(load_records(tmp_path / f"facts/{split}.jsonl").rows) for split in data.SPLITS]
+    known = []
+    for rows, asked in zip(parts, data.ASKED, strict=True):
+        answers: dict[str, set[str]] = {}
+        for row in rows:
+            (name,) = (word.strip("?.:") for word in row["text"].split() if word.strip("?.:") not in " ".join(asked))
+            answers.setdefault(name, set()).add(row["label"])
+        assert len(rows) == data.FACTS * len(asked)
+        known.append(answers)
+    assert known[0] == known[1] == known[2]
+    assert all(len(lands) == 1 for lands in known[0].values())
+    assert len({row["text"] for rows in parts for row in rows}) == 4 * data.FACTS
+    assert data.facts(0) == data.facts(0) != data.facts(1)
+
+
 def test_without_reasoning_gym_it_says_what_to_install(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setattr(sys, "argv", ["data.py", "--tasks", "matrix", "--data-dir", str(tmp_path)])
