@@ -1,7 +1,7 @@
 """One of each kind that gatewise can be extended by: a score, a rule, a schedule, a method and a task. See docs/guides/extend.md.
 
 pip install --editable examples/extend
-gatewise train recipes/quickstart.yaml --set allocation.score=my_parts:size --set allocation.rule=my_parts:to_the_best
+gatewise train recipes/quickstart.yaml --set allocation.score=my_parts:size allocation.rule=my_parts:to_the_best
 gatewise train examples/extend/plurals.yaml
 """
 

@@ -2,33 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
 from gatewise.cli.options import INTERRUPTED
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-
-_SEVERAL = ("--methods", "--set")
-
-
-class SeveralValues(TyperCommand):
-    """Lets one ``--methods`` or ``--set`` have several values: ``--methods a b`` is ``--methods a --methods b``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the option before each of its values."""
-        words: list[str] = []
-        option = None
-        for word in args:
-            if word.startswith("-"):
-                option = name if (name := word.partition("=")[0]) in _SEVERAL else None
-            elif option and words[-1] != option:
-                words.append(option)
-            words.append(word)
-        return super().parse_args(ctx, words)
 
 
 def compare(
@@ -47,7 +28,7 @@ def compare(
             "model, rows and steps are left aside. The others are compared with the first.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, and to go on in.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write, and to go on in.", show_default=False)],
     seeds: Annotated[int, typer.Option(help="Final runs of each method, with seeds that tuned nothing.", min=1)] = 5,
     rates: Annotated[
         int, typer.Option(help="Learning rates to begin with, a factor of 1.8 apart; 1 takes the recipe's own.", min=1)

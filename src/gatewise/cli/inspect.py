@@ -55,7 +55,9 @@ def inspect(
             help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores: a guess, to compare.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", "-o", help="Write the suggestion to this JSON file, not to stdout.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show where the budget of a LoRA adapter went, layer by module, or which layers of an SPT adapter take a prompt; the base

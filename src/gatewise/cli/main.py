@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import printable
-from gatewise.cli.compare import SeveralValues, compare
+from gatewise.cli.compare import compare
 from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
@@ -29,6 +29,7 @@ from gatewise.cli.options import (
     LabelsOption,
     LimitOption,
     PromptOption,
+    SeveralValues,
     SplitOption,
     at_hand,
     print_table,
@@ -129,16 +130,18 @@ def gatewise(
     """
 
 
-@app.command()
+@app.command(cls=SeveralValues)
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as peft.r=4; template= takes one out. Repeatable."
+            "--set", metavar="KEY=VALUE ...", help="Change keys of the recipe, such as peft.r=4; template= takes one out."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -166,8 +169,8 @@ def train(
     \b
     Examples:
       gatewise train recipes/quickstart.yaml
-      gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
-      gatewise train my.yaml --output runs/slower --resume
+      gatewise train my.yaml --set training.learning_rate=1e-4 training.max_steps=200 --out runs/slower
+      gatewise train my.yaml --out runs/slower --resume
       gatewise train my.yaml --processes 2 --strategy fsdp2
       gatewise train my.yaml --dry-run
     """
@@ -234,7 +237,10 @@ def eval_(
             show_default="what its run said, or 16 more than the longest right one, 64 at least",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--output", "-o", help="Write the rows with what was answered to each to this .jsonl file."),
+    ] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASK,...", help="In place of --data: tasks of lm-evaluation-harness, such as arc_easy.")
     ] = None,

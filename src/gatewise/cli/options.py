@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 INTERRUPTED = 130
 """The exit code after an interrupt."""
@@ -23,6 +24,22 @@ ColumnsOption = Annotated[
     typer.Option(help="Columns that fields are read from, if not the run's: 'text=message,label=category'.", show_default=False),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)]
+
+
+class SeveralValues(TyperCommand):
+    """Lets one ``--methods`` or ``--set`` have several values: ``--methods a b`` is ``--methods a --methods b``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the option before each of its values. A word without ``=`` is no value of ``--set``: a recipe may follow."""
+        words: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = name if (name := word.partition("=")[0]) in ("--methods", "--set") else None
+            elif option and words[-1] != option and (option != "--set" or "=" in word):
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, words)
 
 
 def at_hand(adapter: Path) -> Path:

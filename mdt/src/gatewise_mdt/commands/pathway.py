@@ -10,7 +10,9 @@ from gatewise_mdt.commands.trees import RepairOption, check_target, check_whole,
 
 def pathway(
     file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file of links. What was decided in it is kept.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", "-o", help="The JSON file of links. What was decided in it is kept.")
+    ] = None,
     repair: RepairOption = False,
 ) -> None:
     """Propose how the trees of a guideline make one pathway.
