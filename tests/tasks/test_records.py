@@ -103,7 +103,7 @@ CHOICE = '{"question": "q", "choices": ["a", "b"], "answer": 0}'
         ('{"question": "q", "answer": "none"}', "line 1: field 'answer': expected a text that ends in '#### 42'"),
         ('{"question": "q", "answer": 1}', "line 1: field 'answer'"),
         ('{"sentence": "a", "class": "x"}', "line 1: the fields are sentence, class; expected question, choices, answer; or"),
-        ('{"instruction": "a", "output": "x"}', "prompt, completion; where yours have other names, give them in data.columns"),
+        ('{"instruction": "a", "output": "x"}', "prompt, completion; if your columns have other names, map them: data.columns"),
         ("\n  \n", "has no rows"),
         (b'{"text": "a", "label": "x"}\n{"text": "caf\xe9", "label": "x"}\n', "line 2: not UTF-8"),
     ],

@@ -1,5 +1,6 @@
 """What several commands share: the options by which rows are read with a saved adapter (see ``DataOptions``), and tables."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +31,13 @@ class SeveralValues(TyperCommand):
     """Lets one ``--methods`` or ``--set`` have several values: ``--methods a b`` is ``--methods a --methods b``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the option before each of its values. A word without ``=`` is no value of ``--set``: a recipe may follow."""
+        """Puts the option before each of its values. Only KEY=VALUE is a value of ``--set``: a recipe may follow."""
         words: list[str] = []
         option = None
         for word in args:
             if word.startswith("-"):
                 option = name if (name := word.partition("=")[0]) in ("--methods", "--set") else None
-            elif option and words[-1] != option and (option != "--set" or "=" in word):
+            elif option and words[-1] != option and (option != "--set" or re.match(r"[\w.]+=", word)):
                 words.append(option)
             words.append(word)
         return super().parse_args(ctx, words)

@@ -345,8 +345,9 @@ def _shape_of(row: Row, where: str) -> tuple[Kind, Fields]:
         if fields.keys() <= row.keys():
             return kind, fields
     known = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
-    known += "; or messages; or prompt, completion; where yours have other names, give them in data.columns, or with --columns"
-    raise GatewiseError(f"{where}: the fields are {', '.join(map(str, row)) or 'none'}; expected {known}")
+    known += "; or messages; or prompt, completion"
+    advice = "if your columns have other names, map them: data.columns in a recipe, --columns on the command line"
+    raise GatewiseError(f"{where}: the fields are {', '.join(map(str, row)) or 'none'}; expected {known}; {advice}")
 
 
 def _with_messages(row: Row, where: str) -> Row:
