@@ -203,7 +203,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "recipes" / "data")
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "facts", *PUBLIC], default=[*TASKS, "facts", *PUBLIC])
+    known = [*TASKS, "facts", *PUBLIC]
+    parser.add_argument("--tasks", nargs="+", choices=known, default=known)
     parser.add_argument(
         "--rows", nargs=3, type=int, default=[3000, 300, 500], metavar=("TRAIN", "DEV", "TEST"), help="of reasoning tasks"
     )
