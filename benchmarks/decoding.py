@@ -1,4 +1,4 @@
-"""How fast do adapters decode that stay unmerged? Tokens/s relative to the bare base model, SmolLM2-135M.
+"""How fast do adapters decode that stay unmerged? Tokens/s relative to the bare base model.
 
 PEFT's LoRA, DoRA and mixed batch, the same LoRA under ``gatewise.fast_lora``, and MiLoRA at k = 1, 2, 3, 7; one row and eight; one
 adapter for all rows and a different one for each; one beam and three. Prompts are 64 tokens of the sample data, 64 new tokens are
@@ -9,7 +9,8 @@ the best one, where all choose the same modules.
 The bare base runs before and after every two methods, whose order changes with every repeat, and a method's figure is the ratio to
 the mean of the two runs around it, so that the machine's drift falls on both. Run it with nothing else running.
 
-    python benchmarks/decoding.py [--repeats 7] [--device cpu] [--dtype auto]     # bfloat16 where the device computes in it
+    python benchmarks/decoding.py [--device cpu] [--dtype auto]     # SmolLM2-135M; bfloat16 where the device computes in it
+    python benchmarks/decoding.py --base qwen2.5-coder-0.5b-instruct --beams 1 --without "PEFT DoRA"
     python benchmarks/decoding.py --report
 """
 
@@ -36,7 +37,6 @@ from gatewise.models import load_model, load_tokenizer
 from gatewise.models.device import machine, pick_dtype
 from gatewise.tasks import load_records
 
-MODEL = "smollm2-135m-instruct"
 EIGHT, PROMPT, TOKENS, RANK, THREADS = 8, 64, 64, 8, 2
 KEPT = (1, 2, 3, 7)
 
@@ -53,7 +53,7 @@ class Setting:
         return f"batch {self.batch}, {self.adapters} adapter{'s' * (self.adapters > 1)}, beam {self.beams}"
 
 
-SETTINGS = [Setting(batch, adapters, beams) for batch, adapters in ((1, 1), (8, 1), (8, EIGHT)) for beams in (1, 3)]
+BATCHES = ((1, 1), (8, 1), (8, EIGHT))
 ALIKE = "MiLoRA k=3 alike"
 METHODS = ("PEFT LoRA", "PEFT DoRA", "fast LoRA", *(f"MiLoRA k={k}" for k in KEPT), ALIKE)
 
@@ -75,14 +75,14 @@ class FirstToken(StoppingCriteria):
 class Bench:
     """The models, and runs of them."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, base: str, device: str, dtype: torch.dtype) -> None:
+        self.base, self.device, self.dtype = base, device, dtype
 
     @cache  # noqa: B019 - one Bench a process
     def model(self, method: str) -> Any:
         """The model of a method; all k of MiLoRA are adapters of one."""
         torch.manual_seed(0)
-        base = load_model(MODEL, dtype=self.dtype).to(self.device).eval()
+        base = load_model(self.base, dtype=self.dtype).to(self.device).eval()
         common = {"r": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         if method == "base":
             return base
@@ -104,7 +104,7 @@ class Bench:
         """(8, prompt) of the sample data, each from another place."""
         rows = load_records("sample:support-train").rows
         text = "\n".join(" ".join(str(value) for value in row.values()) for row in rows)
-        ids = load_tokenizer(MODEL)(text, return_tensors="pt").input_ids[0]
+        ids = load_tokenizer(self.base)(text, return_tensors="pt").input_ids[0]
         return ids[: EIGHT * PROMPT].view(EIGHT, PROMPT).to(self.device)
 
     def run(self, method: str, setting: Setting, tokens: int) -> tuple[float, float, int | None]:
@@ -160,17 +160,18 @@ def ready(model: PeftModel) -> PeftModel:
 def measure(options: argparse.Namespace) -> None:
     """Measures all settings, in each repeat with the methods in another order."""
     torch.set_num_threads(THREADS)
-    bench = Bench(options.device, dtype := pick_dtype(options.dtype, options.device))
+    bench = Bench(options.base, options.device, dtype := pick_dtype(options.dtype, options.device))
     where = machine(options.device)
     device = where["gpu"] or f"{where['processor']}{' with bfloat16' * where['multiplies_bfloat16']}, {THREADS} cores"
-    run = f"{device}, {str(dtype).removeprefix('torch.')}, prompt {PROMPT}, {TOKENS} new tokens, rank {RANK}"
+    run = f"{options.base}, {device}, {str(dtype).removeprefix('torch.')}, prompt {PROMPT}, {TOKENS} new tokens, rank {RANK}"
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
     for repeat in range(options.repeats):
-        for setting in SETTINGS:
+        for setting in (Setting(batch, adapters, beams) for batch, adapters in BATCHES for beams in options.beams):
             methods = [
                 method
                 for method in METHODS
-                if (setting.adapters == EIGHT if method == ALIKE else method != "PEFT DoRA" or setting.adapters == 1)
+                if method not in options.without
+                and (setting.adapters == EIGHT if method == ALIKE else method != "PEFT DoRA" or setting.adapters == 1)
             ]
             random.Random(repeat).shuffle(methods)
             for one in bench.measure(setting, methods):
@@ -206,6 +207,9 @@ def main() -> None:
     """Measures, or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.jsonl")
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--without", nargs="+", default=[], choices=METHODS, metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")

@@ -169,6 +169,42 @@ def test_a_chat_is_written_as_for_the_adapter_that_answers() -> None:
     asyncio.run(ask())
 
 
+def test_vllm_forgets_what_was_replaced_once_nothing_is_written_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, removed, writing = vllm_server.Adapters(), [], {}
+
+    class Engine:
+        output_processor = SimpleNamespace(request_states=writing)
+
+        async def add_lora(self, made: Any) -> None:
+            if made.lora_path == "broken":
+                raise ValueError(made.lora_path)
+
+        async def remove_lora(self, number: int) -> None:
+            removed.append(number)
+
+    numbers = iter(range(1, 9))
+    counter = SimpleNamespace(inc=lambda step: next(numbers))
+    models: Any = SimpleNamespace(lora_requests={}, engine_client=Engine(), lora_id_counter=counter)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=SimpleNamespace))
+
+    async def change() -> None:
+        for name, path in (("x", "1"), ("y", "2"), ("x", "3"), ("z", "4"), ("y", "broken"), ("x", None)):
+            await adapters._change(models, name, path, None)
+        assert list(models.lora_requests) == ["z"]
+        writing["a"] = SimpleNamespace(lora_name=f"x{vllm_server.STATE}(3)")
+        await adapters._let_go(models.engine_client)
+        assert removed == []  # a request may be on its way
+        monkeypatch.setattr(vllm_server, "ON_ITS_WAY", -1.0)
+        await adapters._let_go(models.engine_client)
+        assert removed == [1, 2]
+        writing.clear()
+        await adapters._let_go(models.engine_client)
+        await adapters._let_go(models.engine_client)
+        assert removed == [1, 2, 3]
+
+    asyncio.run(change())
+
+
 def test_an_answer_to_a_chat_begins_without_the_blank_of_training() -> None:
     adapters = vllm_server.Adapters()
     adapters._chats |= {"x": {"before_answer": " "}, "y": {"before_answer": ""}, "z": None}

@@ -8,8 +8,8 @@ folder served by a name, which answers that are being written go on without; {"n
 answers as they are. The process
 leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``OnlineRenderer.preprocess_chat``, ``OpenAIServingChat`` and
-``init_app_state`` in the launcher of its server.
+Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``OnlineRenderer.preprocess_chat``, ``OpenAIServingChat``,
+``OutputProcessor.request_states`` and ``init_app_state`` in the launcher of its server.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -28,6 +29,9 @@ GUARD = "gatewise_guard"
 """What guard.py is called in this process."""
 STATE = "\u2063"
 """Stands between an adapter's name and a number in what vLLM calls it. No name has it, since it cannot be printed."""
+
+ON_ITS_WAY = 60.0
+"""Seconds in which a request that found an adapter has come to the engine."""
 
 
 def client_name(name: str) -> str:
@@ -60,6 +64,7 @@ class Adapters:
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
         self._chats: dict[str, dict[str, Any] | None] = {}
+        self._gone: list[tuple[float, Any]] = []  # since when no request finds an adapter
         self._task: asyncio.Task[None] | None = None
 
     def listen(self) -> None:
@@ -118,6 +123,7 @@ class Adapters:
         while True:
             await asyncio.sleep(0.1)
             await self._read(models)
+            await self._let_go(models.engine_client)
 
     async def _read(self, models: Any) -> None:
         while self._lines:
@@ -127,21 +133,31 @@ class Adapters:
     async def _change(self, models: Any, name: str, path: str | None, chat: dict[str, Any] | None) -> None:
         from vllm.lora.request import LoRARequest
 
-        if path is None:
-            models.lora_requests.pop(name, None)
-            self._chats.pop(name, None)
+        made = None
+        if path is not None:
+            # A number of its own, so that requests that run go on with the adapter that they began with.
+            number = models.lora_id_counter.inc(1)
+            made = LoRARequest(lora_name=f"{name}{STATE}({number})", lora_int_id=number, lora_path=path)
+            try:
+                await models.engine_client.add_lora(made)
+            except Exception as error:
+                print(f"error: vLLM does not load the adapter {name!r}: {error}", file=sys.stderr, flush=True)
+                made = None
+        if (before := models.lora_requests.pop(name, None)) is not None:
+            self._gone.append((time.monotonic(), before))
+        self._chats.pop(name, None)
+        if made is not None:
+            models.lora_requests[name], self._chats[name] = made, chat
+
+    async def _let_go(self, engine: Any) -> None:
+        """Has vLLM forget adapters with which nothing is written any more: gatewise in it keeps their files open (held.py)."""
+        if not (due := [one for since, one in self._gone if since + ON_ITS_WAY < time.monotonic()]):
             return
-        # A number of its own, so that requests that run go on with the adapter that they began with.
-        number = models.lora_id_counter.inc(1)
-        made = LoRARequest(lora_name=f"{name}{STATE}({number})", lora_int_id=number, lora_path=path)
-        try:
-            await models.engine_client.add_lora(made)
-        except Exception as error:
-            print(f"error: vLLM does not load the adapter {name!r}: {error}", file=sys.stderr, flush=True)
-            models.lora_requests.pop(name, None)
-        else:
-            models.lora_requests[name] = made
-            self._chats[name] = chat
+        writing = {request.lora_name for request in engine.output_processor.request_states.values()}
+        for adapter in due:
+            if adapter.lora_name not in writing:
+                self._gone = [row for row in self._gone if row[1] is not adapter]
+                await engine.remove_lora(adapter.lora_int_id)
 
 
 def run(adapters: Adapters) -> None:
