@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gatewise.cli.options import INTERRUPTED
 from gatewise.files import finite
-from gatewise.flags import JsonOption
+from gatewise.flags import OUT, JsonOption
 
 
 def compare(
@@ -28,7 +28,7 @@ def compare(
             "model, rows and steps are left aside. The others are compared with the first.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write, and to go on in.", show_default=False)],
+    out: Annotated[Path, typer.Option(*OUT, help="Folder to write, and to go on in.", show_default=False)],
     seeds: Annotated[int, typer.Option(help="Final runs of each method, with seeds that tuned nothing.", min=1)] = 5,
     rates: Annotated[
         int, typer.Option(help="Learning rates to begin with, a factor of 1.8 apart; 1 takes the recipe's own.", min=1)

@@ -9,13 +9,13 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
 from gatewise.cli.options import ColumnsOption, LabelsOption, LimitOption, PromptOption, SplitOption, at_hand, print_table
 from gatewise.errors import GatewiseError
-from gatewise.flags import BaseOption, DeviceOption, JsonOption
+from gatewise.flags import OUT, BaseOption, DeviceOption, JsonOption
 
 
 def compress(
     adapter: Annotated[Path, typer.Argument(help="Any LoRA adapter: its folder, or its id on the hub.", show_default=False)],
     data: Annotated[str, typer.Option(help="Rows that measure: a file, sample:NAME or a data set.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The folder to write, new or empty.", show_default=False)],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to write, new or empty.", show_default=False)],
     base: BaseOption = None,
     split: SplitOption = None,
     prompt: PromptOption = None,

@@ -17,7 +17,7 @@ from gatewise.checks import number_of
 from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json
-from gatewise.flags import BaseOption, DeviceOption, JsonOption
+from gatewise.flags import OUT, BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
 EVIDENCE = "the suggestion is a guess, not shown to be better than even ranks (docs/reports/scores.md): ask `gatewise compare`"
@@ -55,9 +55,7 @@ def inspect(
             help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores: a guess, to compare.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", "-o", help="Write the suggestion to this JSON file, not to stdout.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="Write the suggestion to this JSON file, not to stdout.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show where the budget of a LoRA adapter went, layer by module, or which layers of an SPT adapter take a prompt; the base

@@ -37,7 +37,7 @@ from gatewise.cli.options import (
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError, needs, reason_of
-from gatewise.flags import BaseOption, DeviceOption, JsonOption
+from gatewise.flags import OUT, BaseOption, DeviceOption, JsonOption
 from gatewise.internals.import_warnings import no_import_warnings
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ def train(
             "--set", metavar="KEY=VALUE ...", help="Change keys of the recipe, such as peft.r=4; template= takes one out."
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--out", "--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(*OUT, help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -239,7 +237,7 @@ def eval_(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "--output", "-o", help="Write the rows with what was answered to each to this .jsonl file."),
+        typer.Option(*OUT, help="Write the rows with what was answered to each to this .jsonl file."),
     ] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASK,...", help="In place of --data: tasks of lm-evaluation-harness, such as arc_easy.")

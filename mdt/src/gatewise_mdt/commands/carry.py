@@ -8,7 +8,7 @@ import typer
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise.flags import JsonOption
+from gatewise.flags import OUT, JsonOption
 from gatewise_mdt.commands.trees import count_of, is_one_file, say
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def carry(
     new: Annotated[str, typer.Argument(help="The newer guideline: .txt, .md, .html, .pdf or .docx.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "--output", "-o", help="The newer review's file of corrections. [default: NEW.review.jsonl]"),
+        typer.Option(*OUT, help="The newer review's file of corrections. [default: NEW.review.jsonl]"),
     ] = None,
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
     reviewer: Annotated[str | None, typer.Option(help="Who carries over, for the history. [default: the login name]")] = None,

@@ -5,14 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from gatewise.flags import OUT
 from gatewise_mdt.commands.trees import RepairOption, check_target, check_whole, read_file, say
 
 
 def pathway(
     file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", "-o", help="The JSON file of links. What was decided in it is kept.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="The JSON file of links. What was decided in it is kept.")] = None,
     repair: RepairOption = False,
 ) -> None:
     """Propose how the trees of a guideline make one pathway.

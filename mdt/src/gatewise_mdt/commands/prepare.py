@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gatewise.errors import GatewiseError
+from gatewise.flags import OUT
 from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, count_of, is_one_file, read_file, say
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def prepare(
     data: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(*OUT, help="The .jsonl file of rows to write.", show_default=False)],
     only: Annotated[Literal["approved"] | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
     dev: Annotated[
         Path | None, typer.Option(help="Hold whole documents back for dev, and write their rows to this file.", show_default=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise.flags import BaseOption, DeviceOption
+from gatewise.flags import OUT, BaseOption, DeviceOption
 from gatewise_mdt.commands.model import TokensOption, VerbatimOption
 from gatewise_mdt.commands.trees import RepairOption, count_of, say
 from gatewise_mdt.relations import Language
@@ -33,7 +33,7 @@ def review(
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter; without one, trees are only corrected.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "--output", "-o", help="The .jsonl file of corrections. [default: FILE.review.jsonl]"),
+        typer.Option(*OUT, help="The .jsonl file of corrections. [default: FILE.review.jsonl]"),
     ] = None,
     base: BaseOption = None,
     language: Annotated[Language | None, typer.Option(help="The texts' language. [default: found out]")] = None,

@@ -9,6 +9,7 @@ import typer
 
 from gatewise.checks import printable
 from gatewise.errors import GatewiseError
+from gatewise.flags import OUT
 
 if TYPE_CHECKING:
     from gatewise_mdt.pathway import Link
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
 OutOption = Annotated[
     Path | None,
-    typer.Option(
-        "--out", "--output", "-o", help="Write to this file, not to stdout; SVG or Mermaid of several records to a new folder."
-    ),
+    typer.Option(*OUT, help="Write to this file, not to stdout; SVG or Mermaid of several records to a new folder."),
 ]
 RepairOption = Annotated[
     bool,
