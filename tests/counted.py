@@ -10,14 +10,15 @@ VIEWS = {"view", "_unsafe_view", "t", "transpose", "split", "split_with_sizes", 
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name."""
+    """Counts operations by name, views only if asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, views: bool = False) -> None:
         super().__init__()
+        self._views = views
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in VIEWS:
+        if self._views or name not in VIEWS:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))

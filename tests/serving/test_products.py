@@ -52,6 +52,16 @@ def test_products_are_the_plain_sum(name: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(in_place, plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "_to_copy": 2, "add_": 1})])
+def test_a_step_is_two_products_and_two_views(dtype: torch.dtype, more: dict[str, int]) -> None:
+    """Where the base's products are quick, every further call counts."""
+    x, result = torch.randn(BATCH, 1, IN, dtype=dtype), torch.randn(BATCH, 1, OUT, dtype=dtype)
+    gathered = Request().gather([part(3, 2.0)], result, in_place=True)
+    with Operations(views=True) as made:
+        gathered.add(x, result)
+    assert made.counts == {"view": 2, "mm": 1} | more
+
+
 def test_any_shape_without_rows() -> None:
     parts, x, result = [part(3, 2.0), part(2)], torch.randn(11, IN), torch.randn(11, OUT)
     gathered = Request().gather(parts, result)

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -174,8 +174,8 @@ class Gathered:
 
     Attributes:
         dtype: of the base module's output.
-        first: A, joined (R, d_in) or by row (b, w, d_in), in the precision of the products.
-        weight: (b, 1, R), where there is one and the products are joined.
+        _first, _second: A and B as they are multiplied: joined (d_in, R) and (R, d_out), by row (b, d_in, w) and (b, w, d_out).
+        _weight: (b, 1, R), where there is one and the products are joined.
     """
 
     def __init__(
@@ -198,57 +198,51 @@ class Gathered:
         self._back = _TO[self.dtype] if inner != self.dtype else None
         if self._back is not None:
             second, alpha = second * alpha, 1.0
-        self.first, self._second = first.to(inner), second.to(inner).t().contiguous()
-        self.weight = None if weight is None else weight.to(inner)[:, None]
+        self._first, self._second = first.to(inner).t(), second.to(inner).t().contiguous()
+        self._weight = None if weight is None else weight.to(inner)[:, None]
         self._alpha, self._layout, self._in_place = alpha, layout, in_place
         # How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all. It is not
         # where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
         self._longest = inf
         if layout is not None and weight is not None:
-            spare = _SPARE_ON_CPU if self.first.device.type == "cpu" else _SPARE
+            spare = _SPARE_ON_CPU if first.device.type == "cpu" else _SPARE
             self._longest = spare * layout.columns.shape[1] / layout.foreign if layout.foreign else inf
             if not layout.complete:
-                total = self.first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
+                total = self._first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
                 if inner == torch.float16 or not total.isfinite():
                     self._longest = 0
         if self._longest < 1:
-            self.first, self._second = self._by_row()
-            self.weight, self._longest = None, inf
+            self._first, self._second = self._by_row()
+            self._weight, self._longest = None, inf
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
-        first, second, weight = self.first, self._second, self.weight
+        first, second, weight = self._first, self._second, self._weight
         if (x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])) > self._longest:
             (first, second), weight = self._by_row(), None
-        # A x, weighted: (b, ..., R) joined, (b, t, w) by row.
-        x = x.to(first.dtype)
-        if first.ndim == 3:
-            ranks = torch.bmm(x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1]), first.mT)
-        else:
-            ranks = linear(x, first)
-            if weight is not None:
-                ranks.mul_(weight if x.ndim == 3 else weight.view(len(weight), *[1] * (x.ndim - 2), -1))
+        # All tokens in one matrix (b t, d) where joined, a matrix (t, d) for each row where by row.
+        is_joined = first.ndim == 2
+        product, shape = (torch.mm, (-1,)) if is_joined else (torch.bmm, (len(x), -1))
+        ranks = product(x.to(first.dtype).reshape(*shape, x.shape[-1]), first)
+        if weight is not None:
+            ranks.view(len(weight), -1, ranks.shape[-1]).mul_(weight)
         into = self._in_place and result.is_contiguous()
+        total = result.reshape(*shape, result.shape[-1])
         if self._back is not None:
-            delta = self._back(torch.matmul(ranks, second))
-            if delta.ndim != result.ndim:
-                delta = delta.view(result.shape)
-            return result.add_(delta) if into else result + delta
-        # The product with B and the sum in one operation.
-        if second.ndim == 3:
-            wide = result.reshape(len(result), -1, result.shape[-1])
-            total = (wide.baddbmm_ if into else wide.baddbmm)(ranks, second, alpha=self._alpha)
+            delta = self._back(product(ranks, second))
+            total = total.add_(delta) if into else total + delta
+        elif is_joined:  # the product with B and the sum in one operation
+            total = (total.addmm_ if into else total.addmm)(ranks, second, alpha=self._alpha)
         else:
-            flat = result.view(-1, result.shape[-1]) if into else result.flatten(0, -2)
-            total = (flat.addmm_ if into else flat.addmm)(ranks.reshape(len(flat), -1), second, alpha=self._alpha)
+            total = (total.baddbmm_ if into else total.baddbmm)(ranks, second, alpha=self._alpha)
         return result if into else total.view(result.shape)
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
-        """(b, w, d_in) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
-        columns, weight = cast(Layout, self._layout).columns, cast(Tensor, self.weight)
+        """(b, d_in, w) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
+        columns, weight = cast(Layout, self._layout).columns, cast(Tensor, self._weight)
         gates = pad(weight[:, 0], (0, 1)).gather(1, columns)
-        first, second = (pad(one, (0, 0, 0, 1))[columns] for one in (self.first, self._second))
-        return first, second * gates[..., None]
+        first, second = (pad(one, (0, 0, 0, 1))[columns] for one in (self._first.t(), self._second))
+        return first.mT, second * gates[..., None]
 
 
 @contextmanager
