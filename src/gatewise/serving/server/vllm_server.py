@@ -30,8 +30,9 @@ GUARD = "gatewise_guard"
 STATE = "\u2063"
 """Stands between an adapter's name and a number in what vLLM calls it. No name has it, since it cannot be printed."""
 
-ON_ITS_WAY = 60.0
-"""Seconds in which a request that found an adapter has come to the engine."""
+UNUSED = 60.0
+"""Seconds without a request after which nothing more is written with an adapter that is gone. A request may be on its way to the
+engine, and one of a client may be several there, one after the other (beam search)."""
 
 
 def client_name(name: str) -> str:
@@ -64,7 +65,7 @@ class Adapters:
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
         self._chats: dict[str, dict[str, Any] | None] = {}
-        self._gone: list[tuple[float, Any]] = []  # since when no request finds an adapter
+        self._gone: dict[str, tuple[int, float]] = {}  # adapters that no new request finds: vLLM's number, and when it had one last
         self._task: asyncio.Task[None] | None = None
 
     def listen(self) -> None:
@@ -133,7 +134,7 @@ class Adapters:
     async def _change(self, models: Any, name: str, path: str | None, chat: dict[str, Any] | None) -> None:
         from vllm.lora.request import LoRARequest
 
-        made = None
+        before, made = models.lora_requests.get(name), None
         if path is not None:
             # A number of its own, so that requests that run go on with the adapter that they began with.
             number = models.lora_id_counter.inc(1)
@@ -142,22 +143,26 @@ class Adapters:
                 await models.engine_client.add_lora(made)
             except Exception as error:
                 print(f"error: vLLM does not load the adapter {name!r}: {error}", file=sys.stderr, flush=True)
-                made = None
-        if (before := models.lora_requests.pop(name, None)) is not None:
-            self._gone.append((time.monotonic(), before))
-        self._chats.pop(name, None)
+                self._gone[made.lora_name], made = (number, time.monotonic()), None  # some of it may be loaded
         if made is not None:
             models.lora_requests[name], self._chats[name] = made, chat
+        else:
+            models.lora_requests.pop(name, None)
+            self._chats.pop(name, None)
+        if before is not None:
+            self._gone[before.lora_name] = before.lora_int_id, time.monotonic()
 
     async def _let_go(self, engine: Any) -> None:
         """Has vLLM forget adapters with which nothing is written any more: gatewise in it keeps their files open (held.py)."""
-        if not (due := [one for since, one in self._gone if since + ON_ITS_WAY < time.monotonic()]):
+        if not self._gone:
             return
-        writing = {request.lora_name for request in engine.output_processor.request_states.values()}
-        for adapter in due:
-            if adapter.lora_name not in writing:
-                self._gone = [row for row in self._gone if row[1] is not adapter]
-                await engine.remove_lora(adapter.lora_int_id)
+        now, writing = time.monotonic(), {request.lora_name for request in engine.output_processor.request_states.values()}
+        self._gone |= {name: (number, now) for name, (number, _) in self._gone.items() if name in writing}
+        due = [name for name, (_, used) in self._gone.items() if used + UNUSED <= now]
+        numbers = [self._gone.pop(name)[0] for name in due]
+        for error in await asyncio.gather(*map(engine.remove_lora, numbers), return_exceptions=True):
+            if isinstance(error, Exception):
+                print(f"error: vLLM does not let go of an adapter: {error}", file=sys.stderr, flush=True)
 
 
 def run(adapters: Adapters) -> None:
