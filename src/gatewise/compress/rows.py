@@ -117,7 +117,8 @@ def check_enough(records: Records, measure: Measure, tolerance: float) -> None:
     """
     needed = LEAST_ROWS[measure] if measure == "loss" else max(LEAST_ROWS[measure], math.ceil(3 / tolerance))
     if len(records) < needed:
+        larger = "" if measure == "loss" else "a larger tolerance (--tolerance) "
         raise GatewiseError(
             f"{records.source} has {len(records)} rows to measure on, and a tolerance of {tolerance:g} cannot be shown with fewer "
-            f"than {needed}: give more rows" + ("" if measure == "loss" else ", or a larger tolerance (--tolerance)")
+            f"than {needed}: give more rows, {larger}or a size in its place (--parameters, --modules)"
         )
