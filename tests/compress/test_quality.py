@@ -140,9 +140,9 @@ def test_too_few_rows_have_no_bound(measure: Any, least: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "measure", "tolerance", "needed"),
     [
-        (100, "right", 0.01, r"300: give more rows, a larger tolerance \(--tolerance\) or a size"),
-        (100, "loss", 0.01, "150: give more rows, or a size in its place"),
-        (19, "right", 0.5, "20"),
+        (100, "right", 0.01, r"300: give more rows, a larger tolerance \(--tolerance\) or ask for a size"),
+        (100, "loss", 0.01, "150: give more rows, or ask for a size"),
+        (19, "right", 0.5, "20: give more rows, or ask for a size"),
     ],
 )
 def test_too_few_rows_are_refused_with_what_would_do(rows: int, measure: Any, tolerance: float, needed: str) -> None:

@@ -109,7 +109,7 @@ def split(records: Records, count: int) -> tuple[Records, Records]:
 def check_enough(records: Records, measure: Measure, tolerance: float) -> None:
     """Refuses rows that can show nothing, before long work.
 
-    Right answers need 3 / tolerance rows: with fewer not even an adapter that answers all of them alike is within the tolerance
+    Right answers need 3 / tolerance rows, and ``LEAST_ROWS``: with fewer not even an adapter that answers all of them alike is within the tolerance
     with 95% confidence.
 
     Raises:
@@ -117,8 +117,8 @@ def check_enough(records: Records, measure: Measure, tolerance: float) -> None:
     """
     needed = LEAST_ROWS[measure] if measure == "loss" else max(LEAST_ROWS[measure], math.ceil(3 / tolerance))
     if len(records) < needed:
-        larger = "" if measure == "loss" else "a larger tolerance (--tolerance) "
+        larger = "a larger tolerance (--tolerance) " if LEAST_ROWS[measure] <= len(records) else ""
         raise GatewiseError(
             f"{records.source} has {len(records)} rows to measure on, and a tolerance of {tolerance:g} cannot be shown with fewer "
-            f"than {needed}: give more rows, {larger}or a size in its place (--parameters, --modules)"
+            f"than {needed}: give more rows, {larger}or ask for a size (--parameters, --modules)"
         )

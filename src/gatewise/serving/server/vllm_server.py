@@ -103,7 +103,8 @@ class Adapters:
         renderer.preprocess_chat = preprocess_chat
         models.model_name = lambda *given, **more: client_name(name_of(*given, **more))
         models.show_available_models = show_available_models
-        await self._read(models)
+        while self._lines:
+            await self._read(models)
         self._task = asyncio.create_task(self._follow(models))
 
     def answer(self, serving: Any) -> None:
@@ -122,14 +123,16 @@ class Adapters:
 
     async def _follow(self, models: Any) -> None:
         while True:
-            await asyncio.sleep(0.1)
-            await self._read(models)
+            if self._lines:
+                await self._read(models)
+            else:
+                await asyncio.sleep(0.1)
             await self._let_go(models.engine_client)
 
     async def _read(self, models: Any) -> None:
-        while self._lines:
-            one = json.loads(self._lines.popleft())
-            await self._change(models, one["name"], one.get("path"), one.get("chat"))
+        """The next line."""
+        one = json.loads(self._lines.popleft())
+        await self._change(models, one["name"], one.get("path"), one.get("chat"))
 
     async def _change(self, models: Any, name: str, path: str | None, chat: dict[str, Any] | None) -> None:
         from vllm.lora.request import LoRARequest
