@@ -109,8 +109,8 @@ def split(records: Records, count: int) -> tuple[Records, Records]:
 def check_enough(records: Records, measure: Measure, tolerance: float) -> None:
     """Refuses rows that can show nothing, before long work.
 
-    Right answers need 3 / tolerance rows, and ``LEAST_ROWS``: with fewer not even an adapter that answers all of them alike is within the tolerance
-    with 95% confidence.
+    Right answers need 3 / tolerance rows, and ``LEAST_ROWS``: with fewer not even an adapter that answers all of them alike is
+    within the tolerance with 95% confidence.
 
     Raises:
         GatewiseError: too few rows.
