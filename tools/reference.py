@@ -231,7 +231,7 @@ STABLE = {
         *("whole_file", "whole_folder", "check_new_file", "check_new_folder", "content_of", "is_special", "finite"),
         *("write_json", "write_json_lines", "sync_to_disk"),
     ),
-    "gatewise.flags": ("BaseOption", "DeviceOption", "JsonOption"),
+    "gatewise.flags": ("OUT", "BaseOption", "DeviceOption", "JsonOption"),
     "gatewise.losses": ("base_of", "mean_loss"),
     "gatewise.models": ("ModelAround", "load_model", "attention_implementation", "most_tokens"),
     "gatewise.parts": (
