@@ -146,7 +146,8 @@ class Adapters:
                 await models.engine_client.add_lora(made)
             except Exception as error:
                 print(f"error: vLLM does not load the adapter {name!r}: {error}", file=sys.stderr, flush=True)
-                self._gone[made.lora_name], made = (number, time.monotonic()), None  # some of it may be loaded
+                self._gone[made.lora_name] = number, time.monotonic()  # some of it may be loaded
+                made = None
         if made is not None:
             models.lora_requests[name], self._chats[name] = made, chat
         else:
