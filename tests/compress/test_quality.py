@@ -135,6 +135,7 @@ def test_too_few_rows_have_no_bound(measure: Any, least: int) -> None:
     assert math.isnan(few.high)
     assert not few.within(1e9)
     assert str(few) == "worse by 1.0000, too few rows to say at most how much"
+    assert str(difference(smaller, whole, measure)).startswith("better by 1.0000, worse at most by ")
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,9 @@ class Difference:
         return self.high <= tolerance
 
     def __str__(self) -> str:
-        most = (
-            "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f} with 95% confidence"
-        )
-        return f"worse by {self.mean:.4f}, {most}"
+        found, most = ("better", "worse at most by") if self.mean < 0 else ("worse", "at most by")
+        bound = "too few rows to say at most how much" if math.isnan(self.high) else f"{most} {self.high:.4f} with 95% confidence"
+        return f"{found} by {abs(self.mean):.4f}, {bound}"
 
 
 def difference(whole: Tensor, smaller: Tensor, measure: Measure = "right", seed: int = 0) -> Difference:
