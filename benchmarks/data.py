@@ -80,6 +80,7 @@ TASKS = {
         lambda item: f"{item['metadata']['direction']} {''.join(str(int(float(n))) for n in item['metadata']['original_numbers'])}",
         lambda item: "".join(str(int(float(n))) for n in item["metadata"]["sorted_numbers"]),
     ),
+    "sums": Made("chain_sum", _between(terms=3, digits=1), lambda item: item["metadata"]["expression"].replace(" ", "")),
 }
 
 
