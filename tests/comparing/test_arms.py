@@ -100,6 +100,8 @@ def test_a_recipe_file_brings_its_method_and_its_rates(tmp_path: Path) -> None:
     file.write_text(json.dumps({"method": "alora", "allocation": {"rounds": 2}}))
     arm = arms(recipe, "lora", file)["as-published"]
     assert (arm.recipe.peft.r, arm.recipe.peft.lora_dropout, arm.recipe.training.learning_rate) == (2, 0.1, 0.01)
+    file.write_text(json.dumps({"method": "alora", "allocation": {"schedule": "cubic", "init_r": 4}}))  # less than PEFT's r of 8
+    assert arms(recipe, "lora", file)["as-published"].recipe.peft.r == 2
     for wrong, said in (
         ({"alocation": {}}, "alocation is not a known key"),
         ({"method": "dora"}, "allocation is not a known key"),

@@ -147,7 +147,8 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
         near = "".join(f"; did you mean {one}?" for one in difflib.get_close_matches(str(path), known, n=1))
         raise GatewiseError(f"--methods {path}: expected a recipe file (.yaml), or one of {', '.join(known)}{near}")
     own = read_tree(path)
-    alone = checked({"model": base["model"], "task": base.get("task"), "data": base["data"], **own}, str(path))
+    lent = _shared(base, method) if (method := str(own.get("method"))) in METHODS else base
+    alone = checked({key: lent[key] for key in ("model", "task", "data", "peft") if key in lent} | own, str(path))
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
     tree = _shared(base, alone.method) | {key: own[key] for key in sections if key in own}
     tree["training"] |= {key: rates[key] for key in RATES if key in rates}
