@@ -341,6 +341,10 @@ class Method(Part):
         except ValueError as error:
             raise GatewiseError(f"PEFT cannot put this adapter on {self.recipe.model}: {reason_of(error)}") from error
 
+    def stage_steps(self, rows: int) -> int:
+        """Optimiser steps of the stage of its own over ``rows`` training rows."""
+        return 0
+
     def before_training(self, run: Run) -> None:
         """A stage of the method's own; it may put another model into ``run.model``."""
 

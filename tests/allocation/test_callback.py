@@ -469,19 +469,24 @@ def test_layers_that_no_budget_counts_are_named(run, caplog):
 
 
 @pytest.mark.parametrize("score", ["taylor", "ablation"])
-def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(run, adapted, score):
-    """AB-LoRA's own number for it is far below zero, and would send the smallest modules first."""
+def test_a_rank_that_does_nothing_scores_zero_where_the_size_of_scores_counts(run, adapted, score):
+    """AB-LoRA's own number for it is far below zero, and would send the smallest modules first, or useful modules as a whole."""
     model, found = adapted(), {}
     slots.lora_layers(model)["model.layers.1.mlp.up_proj"].lora_B["default"].weight.data[:, 1] = 0
-    for budget in ("parameters", "ranks"):
+    for name, more in {
+        "parameters": {"budget": "parameters"},
+        "modules": {"budget": "ranks", "module_pruning": True},
+        "ranks": {"budget": "ranks"},
+    }.items():
         options = {"mode": "exact"} if score == "ablation" else {}
-        settings = {"score": score, "score_options": options, "budget": budget, "schedule": when(rounds=1)}
+        settings = {"score": score, "score_options": options, "schedule": when(rounds=1), **more}
         _, allocation, _ = run(model=copy.deepcopy(model), allocation=settings, training={"learning_rate": 0.0, "max_steps": 4})
-        found[budget] = allocation.history[0].scores
+        found[name] = allocation.history[0].scores
     idle = found["ranks"]["model.layers.1.mlp.up_proj"][1]
     assert abs(idle) > 1e-3
     for path, values in found["ranks"].items():
-        assert [value - idle for value in values] == pytest.approx(found["parameters"][path], abs=1e-5)
+        for name in ("parameters", "modules"):
+            assert [value - idle for value in values] == pytest.approx(found[name][path], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -688,6 +693,7 @@ def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples
             lambda data: [data, {**data, "labels": data["labels"].tolist()}],
             r"a batch of tensors with 'labels' to score the ranks on$",
         ),
+        (lambda data: iter([data]), r"one or a list: a batch of tensors"),  # of which a second round would find nothing
         (lambda data: "rows.jsonl", r"a batch of tensors with 'labels' to score the ranks on$"),
     ],
 )

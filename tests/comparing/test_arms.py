@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import write_recipe
 
 from gatewise.adapters.lora import rank_settings, target_settings
-from gatewise.comparing.arms import CONTROLS, Arm, arms_of, same_size
+from gatewise.comparing.arms import CONTROLS, Arm, arms_of, same_answers, same_size
 from gatewise.errors import GatewiseError
 from gatewise.parts import METHODS
 from gatewise.runs.run import train
@@ -109,6 +109,32 @@ def test_a_recipe_file_brings_its_method_and_its_rates(tmp_path: Path) -> None:
         file.write_text(json.dumps(own | wrong))
         with pytest.raises(GatewiseError, match=said):
             arms(recipe, "lora", file)
+
+
+def test_what_a_file_leaves_to_defaults_is_told(tmp_path: Path) -> None:
+    recipe, file = write_recipe(tmp_path, peft={"r": 2, "lora_alpha": 16, "lora_dropout": 0.1}), tmp_path / "two.yaml"
+    file.write_text(json.dumps({"method": "lora", "peft": {"target_modules": ["q_proj"], "lora_dropout": 0.1}}))
+    assert arms(recipe, "lora", file)["two"].told == (
+        "has a peft of its own, whose r is 8, and not 2 as in the recipe",
+    )  # and PEFT's alpha is the recipe's 16
+
+
+def test_all_arms_learn_the_same_answers_of_a_conversation(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    alone, both = arms(recipe, "lora", "dora"), arms(recipe, "lora", "milora")
+    assert same_answers([*alone.values()]) == [*alone.values()]
+    lora, milora = same_answers([*both.values()])
+    assert [arm.recipe.data.assistant for arm in (lora, milora)] == ["last", "last"]
+    assert lora.told == ("learns the last answer of a conversation alone, as milora has to (data.assistant: last)",)
+    assert milora.told == both["milora"].told
+    said = arms(recipe, "lora", "milora", overrides=("data.assistant=last",))
+    assert same_answers([*said.values()]) == [*said.values()]
+
+
+@pytest.mark.parametrize("key", ["method", "seed"])
+def test_what_a_comparison_has_several_of_is_not_set(tmp_path: Path, key: str) -> None:
+    with pytest.raises(GatewiseError, match=f"--set {key}: a comparison has the {key}s of --{key}s"):
+        arms(write_recipe(tmp_path), "lora", overrides=(f"{key}=7",))
 
 
 def test_what_is_set_for_all_arms_holds_for_recipe_files_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,39 @@ def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, 
     assert compared(recipe, budget_minutes=1)["missing"] == 0
 
 
+def test_final_runs_take_longer_by_the_rows_that_they_measure(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 26 rows 6 are tuned on, and final runs measure the 10 of dev: 5 seconds more than the search's 3."""
+    trainings, made = Trainings(tmp_path, monkeypatch), running._Comparison._make
+
+    def make(self: Any, run: Any) -> None:
+        made(self, run)
+        file = tmp_path / f"out/runs/{run.name}.json"
+        self.found[run.name] = json.loads(file.read_text()) | {"seconds": 10.0, "whole_seconds": 13.0}
+        file.write_text(json.dumps(self.found[run.name]))
+
+    monkeypatch.setattr(running._Comparison, "_make", make)
+    monkeypatch.setattr(running, "_tried", lambda *_: 14.0)
+    made_in_time = compared(recipe, ["lora"], overrides=["data.tuning=6"], budget_minutes=14.5 / 60)
+    assert (len(trainings.calls), made_in_time["missing"]) == (7, 2)
+
+
+def test_what_is_worth_telling_is_told(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = Trainings(tmp_path, monkeypatch)
+    train = trainings.train
+    monkeypatch.setattr(
+        running, "train", lambda *given, **more: replace(train(*given, **more), remarks=["dev: 3 answers were cut"])
+    )
+    console = Console(file=io.StringIO(), width=200)
+    recipe = write_recipe(tmp_path, peft=None, training=TRAINING)
+    compared(recipe, ["lora", "spt"], seeds=1, rates=1, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "spt has a search of 4 steps before its training" in said
+    assert "lora has a search" not in said
+    assert said.count("dev: 3 answers were cut") == 2
+
+
 def test_an_arm_that_cannot_be_trained_is_refused_before_any_is(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +353,7 @@ def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pyte
         (tmp_path / "out" / name).unlink()
         made = compared(recipe, ["lora"], rates=1, keep_adapters=True)
         assert made["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
-    assert [path.name for path in (tmp_path / "out/adapters/lora").iterdir()] == ["0"]
+    assert [path.name for path in (tmp_path / "out/adapters/lora").iterdir()] == ["0.01-0"]
     console = Console(file=io.StringIO(), width=200)
     (left := tmp_path / "out" / running.WORK / "lora/0.01-0/checkpoints").mkdir(
         parents=True
@@ -373,7 +407,7 @@ def test_all_arms_of_a_seed_read_the_same_rows_in_the_same_order_and_none_that_i
     assert read["lora", 0] == read["dora", 0]
     assert len(read["lora", 0]) == 4
     out = tmp_path / "out"
-    assert (out / "adapters/dora/0/adapter_model.safetensors").is_file()
+    assert (out / "adapters/dora/0.01-0/adapter_model.safetensors").is_file()
     result = json.loads((out / "runs/lora/0.01-0.json").read_text())
     assert len(result["rows"]["dev"]) == 10
     assert sum(result["rows"]["dev"]) / 10 == pytest.approx(result["metrics"]["dev"]["accuracy"])

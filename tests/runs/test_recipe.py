@@ -185,6 +185,8 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         ("allocation: {init_r: 12}", (), "allocation.init_r is for the other schedule"),
         ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),
         ("allocation: {schedule: cubic, r_max: 16}", (), "allocation.r_max is for the other schedule"),
+        ("allocation: {schedule: cubic, prune_fraction: 0.2}", (), "allocation.prune_fraction is for the other schedule"),
+        ("allocation: {r_max: 4}", (), "allocation.r_max is 4, expected at least peft.r (8)"),
         ("adalora: {init_r: 8}", ("method=adalora",), "adalora.init_r is 8, expected more than peft.r (8)"),
         ("peft: {use_rslora: true}", ("method=adalora",), "peft.use_rslora is true, but AdaLoRA"),
         ("prompts: {phm: 3}", ("method=spt",), "prompts.phm is 3, expected a divisor of prompts.bottleneck (64)"),

@@ -207,7 +207,7 @@ def test_length_of_a_search(tmp_path: Path) -> None:
     write_recipe(tmp_path, "spt", search={"keep": 1})
 
     def steps(rows: int, *overrides: str) -> int:
-        return SelectivePrompts(load_recipe(tmp_path / "spt.yaml", overrides)).search_steps(rows)
+        return SelectivePrompts(load_recipe(tmp_path / "spt.yaml", overrides)).stage_steps(rows)
 
     assert steps(26) == 8
     assert steps(26, "search.epochs=2") == 8

@@ -236,7 +236,7 @@ def run_round(
     limits: Limits,
     history: Sequence[Round],
     step: int,
-    grace_rounds: int,
+    from_idle: bool,
     seed: int,
 ) -> Round:
     """One round on a model in training: its LoRA factors and the optimiser's state of them change, nothing else.
@@ -247,10 +247,10 @@ def run_round(
         optimizer: of the training; None when there is none any more.
         batch: the validation batch, or several.
         rows: how many rows training takes at once.
-        score, rule, grace_rounds, seed: see ``RankAllocation`` and ``ConstantBudget``.
-        limits: without ``spared``, which the history tells.
+        score, rule, seed: see ``RankAllocation``.
         history: the rounds before.
         step: the optimiser step after which it runs.
+        from_idle: scores are counted from a rank that does nothing, so that their size means something, and not their order alone.
 
     Raises:
         GatewiseError: a loss or a score that is not a finite number, scores of other modules or ranks than the live ones, or a
@@ -269,11 +269,10 @@ def run_round(
         if not math.isfinite(loss_before):
             raise DivergedError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
-                "lower the learning rate and resume from the last checkpoint"
+                "begin again with a lower learning rate"
             )
         found = _checked_scores(given, layers, live, score.name)
-        if not score.idle_is_zero and limits.costs is not None:
-            # A constant on every rank changes no order of ranks, but that by score per cost, and sums over modules.
+        if from_idle and not score.idle_is_zero:
             found = from_nothing(found, loss_without(model, parts, adapter) - loss_before)
         if parts.processes > 1:  # the mean, so that every process takes the same decision
             sums = summed([value.cpu() for value in found.values()], parts.device)
@@ -287,7 +286,6 @@ def run_round(
                     "the round was not carried out"
                 )
         # Prune the lowest n_A over the whole model, and grow as many in the modules that lost none.
-        limits = replace(limits, spared=_grown_lately(history, live, grace_rounds))
         plan = _checked_plan(rule(scores, limits), scores, limits)
         pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
         for path, dead in pruned.items():
@@ -328,7 +326,7 @@ def _checked_scores(given: Any, layers: Mapping[str, Any], live: Mapping[str, li
     return found
 
 
-def _grown_lately(history: Sequence[Round], live: Mapping[str, list[int]], rounds: int) -> dict[str, set[int]]:
+def grown_lately(history: Sequence[Round], live: Mapping[str, list[int]], rounds: int) -> dict[str, set[int]]:
     """Path -> positions among its live slots of the ranks grown in the last ``rounds`` rounds."""
     young: dict[str, set[int]] = {}
     for one in history[-rounds:] if rounds else []:

@@ -10,7 +10,7 @@ import inspect
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +30,7 @@ from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.adapters.lora import active_adapter
 from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import Unit, load_function, slots
-from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Round, Rule, cost_of, plan_round, run_round
+from gatewise.allocation.algorithm import ConstantBudget, Cubic, Limits, Round, Rule, cost_of, grown_lately, plan_round, run_round
 from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import Batches, Score
 from gatewise.errors import GatewiseError, some
@@ -391,7 +391,10 @@ class RankAllocation(TrainerCallback, ExportableState):
         done = len(self._steps) if last else len(self.history) + 1
         count, budget = self.schedule.cut(self.budget, self.target, cost_of(ranks, self._costs), done, len(self._steps))
         # With a cubic budget nothing grows, into what no rank fits of it either.
-        limits = Limits(count, budget, self._capacity if constant else ranks, self._costs, self._floor)
+        spared = grown_lately(self.history, live, self._grace_rounds)
+        limits = Limits(count, budget, self._capacity if constant else ranks, self._costs, self._floor, spared)
+        # A constant on every score changes no order of ranks, but that by score per parameter, and sums over modules.
+        from_idle = self._costs is not None or self.module_pruning
         # ZeRO spreads the optimiser's state over the processes: a round needs that of all ranks.
         state: AbstractContextManager[Any] = nullcontext(optimizer)
         if self._zero is not None and optimizer is not None:
@@ -410,7 +413,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 limits,
                 self.history,
                 step,
-                self._grace_rounds,
+                from_idle,
                 self.seed,
             )
         self.history.append(one)
@@ -489,9 +492,11 @@ class RankAllocation(TrainerCallback, ExportableState):
 
 
 def _check_batches(given: Any) -> None:
-    batches = [given] if isinstance(given, Mapping) else list(given or ())
+    batches = [given] if isinstance(given, Mapping) else given if isinstance(given, Sequence) else []  # an iterator is read once
     if not batches or not all(isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) for batch in batches):
-        raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+        raise GatewiseError(
+            "RankAllocation needs validation_batch, one or a list: a batch of tensors with 'labels' to score the ranks on"
+        )
     for batch in batches:
         rows = {name: len(value) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
         lists = [name for name, value in batch.items() if isinstance(value, (list, tuple))]

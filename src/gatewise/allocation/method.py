@@ -94,11 +94,13 @@ class ALora(Lora):
         """Ranks that leave no room, keys of another schedule or budget, and no rows to score on."""
         yield from super().contradictions()
         section, r = self.allocation, self.peft.r
-        for name in ("r_max", "grace_rounds") if section.schedule == "cubic" else ("init_r",):
-            if getattr(section, name):
+        for name in ("prune_fraction", "r_max", "grace_rounds") if section.schedule == "cubic" else ("init_r",):
+            if getattr(section, name) != type(section).model_fields[name].default:
                 yield f"allocation.{name}", f"is for the other schedule, but schedule is {section.schedule}: remove the key"
         if not self.recipe.data.held_out:
             yield "data.held_out", f"is 0, but method {self.recipe.method} scores ranks on rows held out of data.train: give 32"
+        if section.r_max is not None and section.r_max < r:
+            yield "allocation.r_max", f"is {section.r_max}, expected at least peft.r ({r}), with which every module starts"
         if section.init_r is not None and section.init_r <= r:
             yield "allocation.init_r", f"is {section.init_r}, expected more than peft.r ({r}), the mean rank to come down to"
 
@@ -158,7 +160,7 @@ class ALora(Lora):
         given = self.allocation.model_dump(include={"first_round", "recover"}, exclude_none=True)
         spans = {"first_round": 1.0, "recover": 0.25, **given}
         first, between = (in_steps(span, run.steps_per_epoch) for span in spans.values())
-        if first + between * (self.allocation.rounds - 1) >= run.steps:
+        if len(given) < len(spans) and first + between * (self.allocation.rounds - 1) >= run.steps:
             epochs = run.steps / run.steps_per_epoch
             spans = {"first_round": 0.2 * epochs, "recover": 0.4 * epochs / self.allocation.rounds, **given}
             first, between = (in_steps(span, run.steps_per_epoch) for span in spans.values())

@@ -199,8 +199,8 @@ def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) ->
 
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
     """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
-    rows, columns = by_slot(layer, adapter, *(factor.detach() != 0 for factor in factors(layer, adapter)))
-    return rows.any(dim=1) | columns.any(dim=1)
+    rows, columns = by_slot(layer, adapter, *(factor.detach() for factor in factors(layer, adapter)))
+    return (rows != 0).any(dim=1) | (columns != 0).any(dim=1)
 
 
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
@@ -266,7 +266,7 @@ def grow(layer: LoraLinear, adapter: str, n: int, generator: torch.Generator, op
     dead = dead_slots(layer, adapter)[:n]
     if len(dead) < n:
         raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    alive = [(one, live_mask(one, adapter)) for one in _sharing(layer)]
+    alive = [(one, live_mask(one, adapter)) for one in _sharing(layer)] if optimizer is not None else []
     a, b = (factor.data for factor in factors(layer, adapter))
     rows, columns = by_slot(layer, adapter, a, b)
     if adapter in layer.lora_embedding_B:

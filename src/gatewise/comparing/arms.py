@@ -80,8 +80,9 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
     """
     base, arms = read_tree(recipe), dict[str, Arm]()
     keys = [setting.partition("=")[0].strip() for setting in overrides]
-    if "method" in keys:
-        raise GatewiseError("--set method: a comparison has the methods of --methods")
+    for key in ("method", "seed"):
+        if key in keys:
+            raise GatewiseError(f"--set {key}: a comparison has the {key}s of --{key}s")
     base = changed(base, [setting for setting in overrides if takes(base, setting)])
     shared = checked(base, str(recipe))  # refuses what no arm would see of it
     base = {key: value for key, value in base.items() if key not in ("push_to_hub", "hub_private")}
@@ -160,7 +161,29 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
         for key, mine in said.items()
         if mine != shared.get(key)
     )
+    if "peft" in own and "pattern" not in own["peft"]:
+        told += tuple(
+            f"has a peft of its own, whose {key} is {shared[f'peft.{key}']}, and not {value} as in the recipe"
+            for key, value in lent.get("peft", {}).items()
+            if key not in own["peft"] and shared[f"peft.{key}"] != value
+        )
     return tree, told, "peft" in own
+
+
+def same_answers(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms on conversations: where one of them can learn their last answers alone, all do, unless the recipe says which."""
+    those = [arm.name for arm in arms if METHODS[arm.recipe.method].reads_prompt]
+    if not those or getattr(arms[0].recipe.data, "assistant", "all") is not None:
+        return [*arms]
+    told = f"learns the last answer of a conversation alone, as {those[0]} has to (data.assistant: last)"
+    return [
+        replace(
+            arm,
+            recipe=arm.recipe.model_copy(update={"data": arm.recipe.data.model_copy(update={"assistant": "last"})}),
+            told=arm.told if arm.name in those else (*arm.told, told),
+        )
+        for arm in arms
+    ]
 
 
 # What they store ------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def report(
     found = {name: difference(d) for name, d in pairs.items()}
     known, shapes = spread([*pairs.values()]), [d.shape for d in pairs.values()]
     told = [_arm(arm, runs, final[arm["name"]], lower_is_better, len(arms)) for arm in arms]
-    means = {arm["name"]: arm["mean"]["dev"] for arm in told if "dev" in arm["mean"]}
+    means = {arm["name"]: arm["mean"]["dev"] for arm in told if "dev" in arm["mean"] and not arm["diverged"]}
     content: Content = {
         "metric": metric,
         "unit": unit,
@@ -283,7 +283,9 @@ def _sentences(content: Content) -> list[str]:
         return f"{one['arm']} {one['mean']:{digits}}, {how}"
 
     beyond = [one for one in differences if one["p_holm"] is not None and one["p_holm"] < WIN]
-    wins, losses = ([one for one in beyond if sign * better * one["mean"] > 0] for sign in (1, -1))
+    whole = {arm["name"] for arm in content["arms"] if not arm["diverged"]}  # where seeds diverged, the others are no fair sample
+    wins = [one for one in beyond if better * one["mean"] > 0 and one["arm"] in whole]
+    losses = [one for one in beyond if better * one["mean"] < 0]
     is_plan = content["missing"] and not any(arm["seeds"] for arm in content["arms"])
     if is_plan:
         said = [f"Nothing to compare yet: {content['missing']} runs are to come."]
@@ -293,14 +295,16 @@ def _sentences(content: Content) -> list[str]:
     if wins:
         said.append(f"Better than {where}: {'; '.join(map(tell, wins))}.")
     elif differences:
-        said.append(f"No method is better than {where} (best: {tell(differences[0])}).")
+        best = next((f" (best: {tell(one)})" for one in differences if one["arm"] in whole), "")
+        said.append(f"No method is better than {where}{best}.")
     if losses:
         said.append(f"Worse: {'; '.join(map(tell, losses))}.")
     alone = {arm["name"] for arm in content["arms"][1:]} - {one["arm"] for one in differences}
     if alone and not is_plan:
         said.append(f"Not compared, as there is no pair of runs: {', '.join(sorted(alone))}.")
     said += [
-        f"{arm['diverged']} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: they are in no mean and no pair."
+        f"{arm['diverged']} of {arm['name']}'s {len(arm['seeds'])} seeds diverged: they are in no mean and no pair, and it wins "
+        "nothing."
         for arm in content["arms"]
         if arm["diverged"]
     ]

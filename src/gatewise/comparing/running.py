@@ -4,7 +4,7 @@ What it leaves in its folder:
 
     plan.json                the arms with their recipes, and how many rates and seeds: what the folder is for
     runs/ARM/RATE-SEED.json  what a finished run came to, whole or not at all
-    adapters/ARM/SEED/       the adapters of the seeds, with ``keep_adapters``
+    adapters/ARM/RATE-SEED/  the adapters of the seeds, with ``keep_adapters``
     work/                    runs under way, and the locks of the processes that do them
     compare.json             what came out, and compare.png
 
@@ -29,18 +29,20 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from gatewise.comparing.arms import Arm, arms_of, same_size
+from gatewise.comparing.arms import Arm, arms_of, same_answers, same_size
 from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
 from gatewise.errors import DivergedError, GatewiseError
 from gatewise.files import check_new_file, finite, whole_folder, write_json
 from gatewise.models.device import machine
+from gatewise.parts import METHODS
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.runs.dry_run import duration, ready, timed_step
 from gatewise.runs.launch import is_launched
 from gatewise.runs.recipe import Recipe, by_key, checked
 from gatewise.runs.run import train
+from gatewise.tasks.splitting import taken_out
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
@@ -99,18 +101,23 @@ def compare(
         arms = same_size(arms)
     task = arms[0].recipe.parts()[0]
     task.read(None)
+    if getattr(task.train, "kind", None) == "chat":
+        arms = same_answers(arms)
     tuning = arms[0].recipe.data.tuning
     if rates > 1 and tuning is None:
         tuning = min(MOST_TUNING, max(LEAST_TUNING, len(task.train) // 10), len(task.train) // 4)
     metric = task.metrics[0] if task.metrics else "loss"
+    taken = len(taken_out(task.units(task.train), tuning)) if tuning else 0
     comparison = _Comparison(
-        [_one_of_many(arm, tuning) for arm in arms],
+        [_one_of_many(arm, tuning, len(task.train) - taken) for arm in arms],
         seeds,
         rates,
         metric,
         lower_is_better=metric in ("loss", *task.lower_is_better),
         rows=len(task.measured.get("test", task.measured["dev"])),
-        trained=len(task.train) - (tuning or 0),
+        tuned=taken,
+        trained=len(task.train) - taken,
+        measured=sum(map(len, task.measured.values())),
         files=_fingerprints(arms[0].recipe),
         output=output,
         progress=progress,
@@ -122,12 +129,15 @@ def compare(
     return comparison.report()
 
 
-def _one_of_many(arm: Arm, tuning: int | None) -> Arm:
-    """The arm with rows to tune on, and without what is not for a run that is one of many."""
+def _one_of_many(arm: Arm, tuning: int | None, trained: int) -> Arm:
+    """The arm with rows to tune on, and without what is not for a run that is one of many. Its own stage is told of."""
+    method = METHODS[arm.recipe.method](arm.recipe)
+    more = method.stage_steps(trained)
+    told = (*arm.told, f"has a {method.stage} of {more:,} steps before its training") if more else arm.told
     data = arm.recipe.data.model_copy(update={"tuning": tuning})
     training = arm.recipe.training.model_copy(update={"report_to": []})
     changes = {"push_to_hub": None, "seed": 0, "data": data, "training": training}
-    return replace(arm, recipe=arm.recipe.model_copy(update=changes))
+    return replace(arm, recipe=arm.recipe.model_copy(update=changes), told=told)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,8 @@ class _Comparison:
 
     Attributes:
         rows: how many there are to tell by, of test or dev.
-        trained: rows that are trained on, held-out ones among them.
+        tuned, trained: rows that are taken out to tune on, and the others of train, held-out ones among them.
+        measured: rows that final runs are measured on, of dev and test.
         files: fingerprints of the files that the rows come from, when this process began.
         found: what finished runs came to, by name.
         tried: seconds of a run of each arm that has no finished one, by steps that were tried.
@@ -174,7 +185,9 @@ class _Comparison:
     metric: str
     lower_is_better: bool
     rows: int
+    tuned: int
     trained: int
+    measured: int
     files: dict[str, str]
     output: Path
     progress: ConsoleProgress
@@ -223,8 +236,9 @@ class _Comparison:
             changed += [f"{key} of {arm} was {was.get(key)!r}, now {mine[key]!r}" for key in mine if was.get(key) != mine[key]]
         if changed:
             raise GatewiseError(
-                f"{self.output} holds another comparison: {'; '.join(changed[:5])}. Put that back, or give another folder: only "
-                "arms without a finished run may change"
+                f"{self.output} holds another comparison: {'; '.join(changed[:5])}. Put that back (sizes are those of the first of "
+                "--methods, and --rates 1 takes out no rows to tune on), or give another folder: only arms without a finished run "
+                "may change"
             )
         return before["arms"]
 
@@ -254,7 +268,7 @@ class _Comparison:
         if not self._wanted():
             return
         for arm in self.arms:
-            if self._takes(arm) is None:  # all have the same rows: what there is to tell of them is told once
+            if self._takes(arm, False) is None:  # all have the same rows: what there is to tell of them is told once
                 self.tried[arm.name] = _tried(arm, self.output, ConsoleProgress(_SILENT) if self.tried else self.progress)
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         self.progress.say(f"{self._what_is_left()}{more}")
@@ -297,23 +311,29 @@ class _Comparison:
         runs = [*chain(*tuning), *sorted(chain(*finals), key=lambda run: run.seed)]
         return [run for run in runs if run.name not in self.found]
 
-    def _left(self, arm: Arm) -> int:
-        """How many runs of an arm are left, if its grid does not grow."""
+    def _left(self, arm: Arm) -> tuple[int, int]:
+        """How many runs of an arm's search are left, if its grid does not grow, and how many final ones."""
         tuning, finals = self._search(arm)
         if finals:
-            return sum(run.name not in self.found for run in finals)
+            return 0, sum(run.name not in self.found for run in finals)
         tried = sum(one["arm"] == arm.name and one["for"] == "rate" for one in self.found.values())
-        return max(runs_of_search(self.rates) - tried, len(tuning)) + self.seeds
+        return max(runs_of_search(self.rates) - tried, len(tuning)), self.seeds
 
-    def _takes(self, arm: Arm) -> float | None:
+    def _takes(self, arm: Arm, is_final: bool) -> float | None:
         """At most the seconds of a run of an arm, by those that are finished, or by steps that were tried."""
-        known = [one["whole_seconds"] for one in self.found.values() if one["arm"] == arm.name and one["whole_seconds"]]
+        own = [one for one in self.found.values() if one["arm"] == arm.name and one["whole_seconds"] and "metrics" in one]
+        known = [one["whole_seconds"] for one in own if (one["for"] == "seed") == is_final]
+        if is_final and not known:  # those of the search were measured on the tuning rows alone
+            longer = self.measured / max(1, self.tuned)
+            known = [one["seconds"] + longer * (one["whole_seconds"] - one["seconds"]) for one in own]
         return max(known, default=self.tried.get(arm.name))
 
     def _what_is_left(self) -> str:
-        left = {arm.name: self._left(arm) for arm in self.arms}
-        seconds = sum(left[arm.name] * (self._takes(arm) or 0) for arm in self.arms)
-        return f"{sum(left.values())} runs left, about {duration(seconds)} in one process"
+        count, seconds = 0, 0.0
+        for arm in self.arms:
+            for is_final, left in enumerate(self._left(arm)):
+                count, seconds = count + left, seconds + left * (self._takes(arm, bool(is_final)) or 0)
+        return f"{count} runs left, about {duration(seconds)} in one process"
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
@@ -322,7 +342,7 @@ class _Comparison:
         has_waited = False
         while wanted := self._wanted():
             rest = deadline - time.monotonic()
-            in_time = [run for run in wanted if (self._takes(run.arm) or 0) < rest]
+            in_time = [run for run in wanted if (self._takes(run.arm, run.is_final) or 0) < rest]
             if not in_time:
                 return
             if not any(map(self._taken, in_time)):  # the first that is free is made
@@ -369,7 +389,9 @@ class _Comparison:
             return
         else:
             metrics = {name: both["after"] for name, both in done.metrics.items()}
-            told = ", ".join(f"{name} {self.metric} {one[self.metric]:.4f}" for name, one in metrics.items())
+            told = "; ".join(
+                [", ".join(f"{name} {self.metric} {one[self.metric]:.4f}" for name, one in metrics.items()), *done.remarks]
+            )
             result |= {
                 "metrics": metrics,
                 "rows": done.rows,
@@ -398,13 +420,13 @@ class _Comparison:
             self._tell_outlook()
 
     def _kept(self, run: _Run) -> Path:
-        return self.output / ADAPTERS / run.arm.name / str(run.seed)
+        return self.output / ADAPTERS / run.name
 
     # What came out ------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """Writes ``compare.json``, and draws ``compare.png`` where rates were tried. Returns what the first holds."""
-        runs, left = [*self.found.values()], sum(map(self._left, self.arms))
+        runs, left = [*self.found.values()], sum(sum(self._left(arm)) for arm in self.arms)
         content = report(runs, self._arms(), lower_is_better=self.lower_is_better, missing=left, trained=self.trained)
         write_json(self.output / RESULT, finite(content))
         if any(arm["rates"] for arm in content["arms"]):
@@ -454,7 +476,8 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
-    """About the seconds of one run: of loading, and of a step that is tried; measuring a row is half of training with it.
+    """About the seconds of one run: of loading, and of a step that is tried. Measuring a row is half of training with it, and a
+    step of a search (SPT's) takes as long as four or five.
 
     Raises:
         GatewiseError: the arm cannot be trained.
@@ -469,4 +492,6 @@ def _tried(arm: Arm, output: Path, progress: ConsoleProgress) -> float:
         loading = time.monotonic() - begun
         step, usual, _ = timed_step(run, method)
     rows = sum(len(run.task.measured.get(part, ())) for part in ("dev", "test"))
-    return loading + step * (run.steps + 0.5 * rows / len(usual) / arm.recipe.training.gradient_accumulation)
+    return loading + step * (
+        run.steps + 5 * method.stage_steps(len(run.train)) + 0.5 * rows / len(usual) / arm.recipe.training.gradient_accumulation
+    )

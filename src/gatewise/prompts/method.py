@@ -163,9 +163,11 @@ class SelectivePrompts(Method):
         run.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
         return super().adapt(run, base)
 
-    def search_steps(self, rows: int) -> int:
+    def stage_steps(self, rows: int) -> int:
         """Optimiser steps of the search over ``rows`` training rows, of which one half is the weights'."""
         training = self.recipe.training
+        if not self.searches:
+            return 0
         if self.search.epochs is not None:
             return math.ceil(self.search.epochs * training.steps_per_epoch((rows + 1) // 2))
         return self.search.max_steps or int(training.total_steps(rows))
@@ -186,7 +188,7 @@ class SelectivePrompts(Method):
         run.seconds["search"] = self.selection.seconds
 
     def _found(self, run: Run) -> Selection:
-        section, steps = self.search, self.search_steps(len(run.train))
+        section, steps = self.search, self.stage_steps(len(run.train))
         checkpoint = checkpoint_before(run.output / "checkpoints" / SEARCH_FOLDER, steps)
         set_seed(self.recipe.seed)
         begun = time.monotonic()

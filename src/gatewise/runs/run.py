@@ -79,6 +79,7 @@ class RunResult:
         pictures: file name -> path of what was drawn.
         rows: "dev" and so on -> a number for each row after the training, in their order; see ``gatewise.parts.Measured``. Not in
             ``metrics.json``.
+        remarks: what is worth telling of what was measured after the training. Not in ``metrics.json``.
         peak_memory: bytes that were in use at most while it trained: on the GPU, or of this process where there is none. None
             where that cannot be told, as on a CPU without Linux.
     """
@@ -95,6 +96,7 @@ class RunResult:
     table: Callable[[], Any] | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
     rows: dict[str, list[float]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     peak_memory: int | None = None
 
     @property
@@ -197,7 +199,8 @@ def train(
             with _may_fail("the study of the adapter", progress):
                 study = study_of(run, model)
             rows_after = {name: [*one.rows] for name, one in after.items()}
-            result = replace(result, rows=rows_after, peak_memory=memory.most)
+            remarks = [f"{name}: {one.remark}" for name, one in after.items() if one.remark]
+            result = replace(result, rows=rows_after, remarks=remarks, peak_memory=memory.most)
             if is_main:
                 result = _drawn(run, result, study, trainer.state)
     if is_main and recipe.push_to_hub:
@@ -379,7 +382,7 @@ def _set_aside(task: Task, count: int, progress: ConsoleProgress) -> None:
     if not taken:
         raise GatewiseError(
             f"data.tuning is {count}, but none of the {len(rows)} rows of data.train can be taken out, of which a quarter is the "
-            "most: give more rows, or leave the key out"
+            "most: give more rows, or leave the key out (in a comparison, --rates 1)"
         )
     parts = [[at for at in range(len(rows)) if (at in taken) == is_taken] for is_taken in (False, True)]
     task.train, tuning = (selected(rows, at) for at in parts)
