@@ -227,6 +227,10 @@ class Task(Part):
         """A text for each row: rows with the same one, such as two that ask the same, are never trained and measured on."""
         return [repr(row) for row in rows]
 
+    def asks(self, rows: Any) -> Sequence[str]:
+        """A text for each row: where units are larger, rows of two units may have the same one, and are kept apart all the same."""
+        return self.units(rows)
+
     def base(self, dtype: "torch.dtype", tokenizer: "PreTrainedTokenizerBase", brought: Sequence[str]) -> "PreTrainedModel":
         """The base model; a head of its own is drawn from torch's random state.
 

@@ -8,7 +8,7 @@ import pytest
 
 from gatewise.errors import GatewiseError
 from gatewise.tasks.records import Records
-from gatewise.tasks.splitting import deal_out, taken_out
+from gatewise.tasks.splitting import deal_out, set_aside, taken_out
 
 PARTS = {"dev": 0.1, "test": 0.1}
 
@@ -89,6 +89,16 @@ def test_what_is_taken_out_is_whole_units_in_any_order() -> None:
     assert {39 - at for at in taken_out(units[::-1], 7)} == taken  # in any order
     assert len(taken_out(units, 30)) == 10
     assert taken_out(["the same"] * 40, 7) == set()
+
+
+def test_what_two_groups_ask_is_not_both_trained_and_tuned_on() -> None:
+    groups, asks = [f"customer {n // 2}" for n in range(40)], [f"question {n % 25}" for n in range(40)]
+    kept, taken = set_aside(groups, asks, 7)
+    assert {groups[at] for at in taken}.isdisjoint(groups[at] for at in kept)
+    assert {asks[at] for at in taken}.isdisjoint(asks[at] for at in kept)
+    assert len(taken) == 6
+    assert len(kept) < 40 - 6
+    assert set_aside(groups, groups, 0) == ([*range(40)], [])
 
 
 def test_a_group_is_on_one_side() -> None:

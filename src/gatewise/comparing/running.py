@@ -42,7 +42,7 @@ from gatewise.runs.dry_run import duration, ready, timed_step
 from gatewise.runs.launch import is_launched
 from gatewise.runs.recipe import Recipe, by_key, checked
 from gatewise.runs.run import train
-from gatewise.tasks.splitting import taken_out
+from gatewise.tasks.splitting import set_aside
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
@@ -107,16 +107,16 @@ def compare(
     if rates > 1 and tuning is None:
         tuning = min(MOST_TUNING, max(LEAST_TUNING, len(task.train) // 10), len(task.train) // 4)
     metric = task.metrics[0] if task.metrics else "loss"
-    taken = len(taken_out(task.units(task.train), tuning)) if tuning else 0
+    kept, taken = set_aside(task.units(task.train), task.asks(task.train), tuning or 0)
     comparison = _Comparison(
-        [_one_of_many(arm, tuning, len(task.train) - taken) for arm in arms],
+        [_one_of_many(arm, tuning, len(kept)) for arm in arms],
         seeds,
         rates,
         metric,
         lower_is_better=metric in ("loss", *task.lower_is_better),
         rows=len(task.measured.get("test", task.measured["dev"])),
-        tuned=taken,
-        trained=len(task.train) - taken,
+        tuned=len(taken),
+        trained=len(kept),
         measured=sum(map(len, task.measured.values())),
         files=_fingerprints(arms[0].recipe),
         output=output,

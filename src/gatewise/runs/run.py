@@ -47,7 +47,7 @@ from gatewise.runs.hub import check_upload, upload
 from gatewise.runs.recipe import Recipe, TorchOptimizer, by_key, load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import TENSORBOARD, arguments_of, has_stopped_early, trainer_of
 from gatewise.tasks.metrics import metrics_line
-from gatewise.tasks.splitting import selected, taken_out
+from gatewise.tasks.splitting import selected, set_aside
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, ROWS = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "rows.json"
 MEASURED = ("tuning", "dev", "test")
@@ -378,16 +378,15 @@ def prepared(
 def _set_aside(task: Task, count: int, progress: ConsoleProgress) -> None:
     """Rows of ``train`` become those to tune on, which follow from their own content alone."""
     rows: Any = task.train
-    taken = taken_out(task.units(rows), count)
-    if not taken:
+    parts = set_aside(task.units(rows), task.asks(rows), count)
+    if not parts[1]:
         raise GatewiseError(
             f"data.tuning is {count}, but none of the {len(rows)} rows of data.train can be taken out, of which a quarter is the "
             "most: give more rows, or leave the key out (in a comparison, --rates 1)"
         )
-    parts = [[at for at in range(len(rows)) if (at in taken) == is_taken] for is_taken in (False, True)]
     task.train, tuning = (selected(rows, at) for at in parts)
     task.measured = {"tuning": tuning, **task.measured}
-    progress.say(f"data.tuning: {len(taken)} of the {len(rows)} rows of data.train are not trained on")
+    progress.say(f"data.tuning: {len(rows) - len(parts[0])} of the {len(rows)} rows of data.train are not trained on")
 
 
 def _hold_out(rows: Features, count: int, seed: int) -> tuple[Features, Features]:

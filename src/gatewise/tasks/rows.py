@@ -15,7 +15,7 @@ from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate, worth
 from gatewise.tasks.records import Records, check_labels, load_records
-from gatewise.tasks.splitting import asked_again, deal_out, units_of
+from gatewise.tasks.splitting import asked_again, asked_by, deal_out, units_of
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
@@ -134,6 +134,10 @@ class Rows(Task):
     def units(self, rows: Records) -> list[str]:
         """What each row asks, or the value of its group."""
         return units_of(rows, self.data.group)
+
+    def asks(self, rows: Records) -> list[str]:
+        """What each row asks."""
+        return [asked_by(rows.kind, row) for row in rows.rows]
 
     def _tell(self, key: str, say: Callable[[str], None]) -> None:
         for line in self.told if key == "data.train" else ():

@@ -34,7 +34,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
-    asked, units = [_asked(records.kind, row) for row in records.rows], units_of(records, group)
+    asked, units = [asked_by(records.kind, row) for row in records.rows], units_of(records, group)
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
@@ -76,7 +76,7 @@ def units_of(records: Records, group: str | None = None) -> list[str]:
             f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
         )
     return [
-        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else _asked(records.kind, row)
+        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else asked_by(records.kind, row)
         for row in records.rows
     ]
 
@@ -91,6 +91,17 @@ def taken_out(units: Sequence[str], count: int) -> set[int]:
         if len(taken) + len(members[unit]) <= most:
             taken.update(members[unit])
     return taken
+
+
+def set_aside(units: Sequence[str], asks: Sequence[str], count: int) -> tuple[list[int], list[int]]:
+    """The positions of rows that stay, and of those that ``taken_out`` takes. A row that asks what one of these does is in neither.
+
+    Args:
+        units: of each row, which stay together. asks: what each row asks.
+    """
+    taken = sorted(taken_out(units, count))
+    gone = {asks[at] for at in taken}
+    return [at for at, ask in enumerate(asks) if ask not in gone], taken
 
 
 def selected(rows: Any, at: Sequence[int]) -> Any:
@@ -125,11 +136,11 @@ def load_part(
 
 def asked_again(records: Records, other: Records) -> int:
     """How many of some rows ask what others of the same kind ask."""
-    seen = {_asked(other.kind, row) for row in other.rows}
-    return sum(_asked(records.kind, row) in seen for row in records.rows)
+    seen = {asked_by(other.kind, row) for row in other.rows}
+    return sum(asked_by(records.kind, row) in seen for row in records.rows)
 
 
-def _asked(kind: str, row: Row) -> str:
+def asked_by(kind: str, row: Row) -> str:
     """What a row asks, whatever the spacing."""
     texts = [one["content"] for one in row["messages"][:-1]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
     return json.dumps([" ".join(text.split()) for text in texts])
