@@ -278,6 +278,10 @@ def test_a_folder_belongs_to_one_comparison_to_which_seeds_rates_and_arms_may_be
     assert [len(arm["seeds"]) for arm in compared(recipe, ["dora"], seeds=1)["arms"]] == [2]  # nothing is made, or lost
     with pytest.raises(GatewiseError, match=r"training\.max_steps of lora was 4, now 5"):
         compared(recipe, ["lora"], overrides=["training.max_steps=5"])
+    (tmp_path / "moved").mkdir()
+    moved, made = shutil.copy(tmp_path / "train.jsonl", tmp_path / "moved"), len(trainings.calls)
+    compared(recipe, overrides=[f"data.train={moved}"])
+    assert len(trainings.calls) == made
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     del plan["arms"]["lora"]["peft"]["use_rslora"]  # as if another version had written it
     (tmp_path / "out/plan.json").write_text(json.dumps(plan))

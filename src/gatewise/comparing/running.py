@@ -232,7 +232,7 @@ class _Comparison:
             changed = [f"the rows of {key} are others" for key in keys if len({files.get(key) for files in all_files}) > 1]
         for arm in [arm for arm in plan["arms"] if arm in begun and arm in before["arms"]]:
             was = by_key(_fixed(checked(before["arms"][arm], PLAN)))  # with defaults for keys that an older version had not
-            mine = by_key(plan["arms"][arm])
+            mine = {key: value for key, value in by_key(plan["arms"][arm]).items() if key not in self.files}  # wherever they lie
             changed += [f"{key} of {arm} was {was.get(key)!r}, now {mine[key]!r}" for key in mine if was.get(key) != mine[key]]
         if changed:
             raise GatewiseError(
