@@ -16,6 +16,7 @@ from gatewise.progress import ConsoleProgress
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
+from gatewise.tasks.encoding import encode
 
 SILENT = Console(quiet=True)
 
@@ -48,7 +49,9 @@ def test_rows_to_tune_on_are_the_same_for_every_seed_and_method_and_trained_on_b
         assert len(one.task.train) + len(tuning) == 32
         assert not asked & {row["text"].strip() for row in one.task.train.rows}
         trained = [one.tokenizer.decode(row["input_ids"]) for row in (*one.train, *one.held_out)]
-        assert len(trained) == 32 - len(tuning)
+        held = [one.tokenizer.decode(row["input_ids"]).split() for row in one.held_out]
+        twins = sum(one.tokenizer.decode(row["input_ids"]).split() in held for row in encode(one.task.train, one.tokenizer, None))
+        assert len(trained) == 32 - len(tuning) - (twins - len(held))
         assert not [text for text in trained for question in asked if f": {question}\n" in text]
     assert 4 <= len(tuning) <= 5
     assert len(prepared(path, "data.tuning=20").task.measured["tuning"]) <= 8  # a quarter
@@ -58,6 +61,29 @@ def test_rows_to_tune_on_are_the_same_for_every_seed_and_method_and_trained_on_b
     }
     with pytest.raises(GatewiseError, match=r"data\.tuning is 5, but none of the 3 rows of data\.train can be taken out"):
         prepared(path, "data.tuning=5", "data.limit_train=3")
+
+
+def test_rows_in_the_order_of_their_labels(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    in_order = sorted((tmp_path / "train.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["label"])
+    (tmp_path / "train.jsonl").write_text("\n".join(in_order))
+    with pytest.raises(GatewiseError, match=r"the 5 rows to train on all have the label 'bad': give .* in another order, or more"):
+        prepared(path, "data.limit_train=5")
+    (tmp_path / "dev.jsonl").write_text("\n".join(in_order[:4]))
+    told = prepared(path, "data.limit_dev=3").task.told  # type: ignore[attr-defined]
+    assert told[0] == "data.limit_dev: the first 3 of 4 rows are taken"
+    assert "data.dev has no row with label good" in told
+
+
+def test_a_held_out_row_is_trained_on_nowhere(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, *lines]))
+    made = prepared(path)
+    held, trained = ({tuple(row["input_ids"]) for row in rows} for rows in (made.held_out, made.train))
+    assert len(made.held_out) == len(held) == 6
+    assert not held & trained
+    assert len(made.train) == 2 * (26 - 6)
 
 
 @pytest.mark.parametrize("method", ["milora", "spt"])

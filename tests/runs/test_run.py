@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,6 +491,10 @@ def test_an_output_folder_in_use_is_refused_before_any_work(finished: tuple[Path
     with pytest.raises(GatewiseError, match=r"there is no complete checkpoint in .*new to resume from: leave --resume out"):
         train(recipe, out.parent / "new", resume=True)
     assert not (out.parent / "new").exists()
+    (out.parent / "killed").mkdir()
+    shutil.copy(out / "recipe.yaml", out.parent / "killed")  # before its first checkpoint
+    with pytest.raises(GatewiseError, match=r"there is no complete checkpoint in .*killed to resume from: take --overwrite"):
+        train(recipe, out.parent / "killed", resume=True)
 
 
 def test_overwriting_replaces_the_run_and_leaves_the_rest(finished: tuple[Path, Path]) -> None:

@@ -63,7 +63,14 @@ def test_every_answer_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_a_long_prompt_loses_its_beginning_and_keeps_the_answer_and_bos(bos_tokenizer: PreTrainedTokenizerFast) -> None:
     records = Records("label", [{"text": "late " * 50, "label": "good"}], LABELS.labels, "rows")
     (whole,) = encode(records, bos_tokenizer, TEMPLATE)
-    (cut,) = encode(records, bos_tokenizer, TEMPLATE, max_length=30)
+    said: list[str] = []
+    (cut,) = encode(records, bos_tokenizer, TEMPLATE, max_length=30, say=said.append)
+    assert said == ["1 of 1 prompts of rows do not fit into 30 tokens and lose their beginning"]
+    encode_classification(records, bos_tokenizer, max_length=30, say=said.append)
+    assert said[1:] == ["1 of 1 rows of rows are longer than 30 tokens and lose their end"]
+    encode(records, bos_tokenizer, TEMPLATE, say=said.append)
+    encode_classification(records, bos_tokenizer, say=said.append)
+    assert len(said) == 2
     assert whole["input_ids"][0] == cut["input_ids"][0] == bos_tokenizer.bos_token_id
     assert bos_tokenizer.eos_token_id not in whole["input_ids"][:-1]
     assert _answer(cut) == _answer(whole)

@@ -8,7 +8,7 @@ import pytest
 
 from gatewise.errors import GatewiseError
 from gatewise.tasks.records import Records
-from gatewise.tasks.splitting import deal_out, set_aside, taken_out
+from gatewise.tasks.splitting import asked_again, asks_of, deal_out, set_aside, taken_out
 
 PARTS = {"dev": 0.1, "test": 0.1}
 
@@ -99,6 +99,19 @@ def test_what_two_groups_ask_is_not_both_trained_and_tuned_on() -> None:
     assert len(taken) == 6
     assert len(kept) < 40 - 6
     assert set_aside(groups, groups, 0) == ([*range(40)], [])
+
+
+def test_a_conversation_and_its_beginning_ask_the_same() -> None:
+    def chat(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+    short, long, other = chat("Hello", "Hi"), chat("Hello", " Hi ", "A lamp?", "Yes"), chat("Hello", "Good day", "A lamp?", "Yes")
+    asks = asks_of("chat", [long, other, short])
+    assert asks[0] == asks[2] == '["Hello"]'
+    assert asks[1] == '["Hello", "Good day", "A lamp?"]'
+    assert asks_of("chat", [long]) == ['["Hello", "Hi", "A lamp?"]']
+    dev, train = (Records("chat", rows, None, "chats.jsonl") for rows in ([short, other], [long, chat("A rug?", "No")]))
+    assert (asked_again(dev, train), asked_again(train, dev)) == (1, 1)
 
 
 def test_a_group_is_on_one_side() -> None:

@@ -20,6 +20,7 @@ from gatewise.adapters.files import (
     ALLOCATION_FILE,
     CONFIG_FILE,
     NOTE_FILE,
+    VOCABULARY,
     WEIGHTS_FILE,
     LoraAdapter,
     LoraModule,
@@ -301,11 +302,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template*",
-        "vocab*",
-        "merges.txt",
-        "*.model",
+        *VOCABULARY,
     ):
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
 
 

@@ -34,6 +34,8 @@ from gatewise.models.embedded import EMBEDDED
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+VOCABULARY = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*", "merges.txt", "bpe.codes")
+"""The files, one of which a tokenizer cannot be without."""
 NOTE_FILE = "gatewise.json"
 UNFINISHED_START = "unfinished_start"
 """In the note of a checkpoint: by which start its ranks took a part of the base weights, see ``gatewise.adapters.starts``."""
@@ -62,7 +64,8 @@ def local_folder(adapter: str | Path) -> Path:
     if Path(name).exists() or not _HUB_ID.fullmatch(name):
         return Path(name)
     try:
-        found = Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS_FILE, "*.jinja"], ignore_patterns=["*/*"]))
+        wanted = ["*.json", WEIGHTS_FILE, "*.jinja", *VOCABULARY]
+        found = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
         if not (found / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"it has no {CONFIG_FILE} there")
     except Exception as error:  # its libraries raise their own kinds: no network, no such id, a gate

@@ -14,6 +14,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import (
     CONFIG_FILE,
     PEFT_PREFIX,
+    VOCABULARY,
     base_of,
     read_config,
     read_note,
@@ -218,7 +219,9 @@ def load_adapter(
         folder, base=base, dtype=dtype, device=device, headless=around is not None, quantization=quantization
     )
     model = around(model) if around else model
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
+    # Without a vocabulary beside it, Transformers makes a tokenizer of the configuration that knows no word.
+    brings = (folder / "tokenizer_config.json").is_file() and any(any(folder.glob(name)) for name in VOCABULARY)
+    tokenizer = load_tokenizer(folder if brings else base_name)
     if around is None and _task_of(config, folder) == "classification":
         pad_as(model, tokenizer)
     adapted = _put(model, config, folder, "default", base_name, trainable)

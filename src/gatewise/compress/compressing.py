@@ -115,6 +115,7 @@ def compress(
     source, place, progress = Path(adapter), Path(out).resolve(), ConsoleProgress(Console(stderr=True))
     place = place.with_name(f"{place.name}.work")
     check_plain_lora(source)
+    read_lora(source)  # refuses layers of which ranks cannot be taken
     with quiet(bars=True):
         loaded = load_with_data(source, str(data), options, trainable=True, say=progress.say)
         rows = rows_for(loaded, measure, goal.tolerance if goal.size is None else None, recovery, score_rows, progress.say)

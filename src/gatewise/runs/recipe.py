@@ -62,7 +62,8 @@ class TrainingSection(Section):
     epochs: Positive | None = None
     """How many passes over the rows. Left out, with ``max_steps`` too: 3."""
     batch_size: Count = 8
-    """Rows of a batch, of all processes together: the same recipe trains the same adapter, whatever their number."""
+    """Rows of a batch, of all processes together: the same recipe trains the same adapter, whatever their number, but that
+    several fill the last batch of an epoch with rows of its beginning."""
     eval_batch_size: Count = 16
     """Rows of a batch where nothing is trained."""
     gradient_accumulation: Count = 1

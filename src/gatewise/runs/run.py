@@ -272,7 +272,8 @@ def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: 
     if (output / METRICS).is_file():
         raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
     if not written or what_is_kept(output, method) is None:
-        raise GatewiseError(f"there is no complete checkpoint in {output} to resume from: leave --resume out to begin a run")
+        advice = "take --overwrite to begin it again" if written else "leave --resume out to begin a run"
+        raise GatewiseError(f"there is no complete checkpoint in {output} to resume from: {advice}")
     before, now = _fixed(load_recipe(output / RECIPE)), _fixed(recipe)
     for key in {**now, **before}:
         if before.get(key) != now.get(key):

@@ -156,7 +156,7 @@ def encode(
     its beginning. Every answer ends with the end-of-text token, so that the model learns to stop. Conversations: see ``chat.py``.
 
     Args:
-        say: told how many conversations were cut.
+        say: told how many prompts or conversations were cut.
 
     Returns:
         One dict a row: ``input_ids``, and ``labels`` with -100 on the prompt.
@@ -178,17 +178,22 @@ def encode(
         texts = token_ids(tokenizer, [template.target(records, row) for row in records.rows])
         room = room_for([[text] for text in texts], max_length)
     answers = [[*text, int(tokenizer.eos_token_id)] for text in texts]
-    prompts = prompt_ids(records, tokenizer, template, room, max_length)
+    prompts = prompt_ids(records, tokenizer, template, room, max_length, say)
     return [
         {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
+def encode_classification(
+    records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512, say: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
     """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
 
     If the tokenizer puts nothing between the two texts of a pair, as those of decoders do, a line break separates them.
+
+    Args:
+        say: told how many were cut, by a tokenizer of the tokenizers library.
 
     Returns:
         One dict a row: ``input_ids``, ``token_type_ids`` if the tokenizer has them, and ``labels``, the index in
@@ -203,9 +208,10 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     columns = [[row[field] for row in records.rows] for field in fields]
     if len(columns) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
         columns[1] = ["\n" + text for text in columns[1]]  # in front of the second text: the end of the first may be cut
-    encoded = tokenizer(
-        *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
-    )
+    room = min(max_length, tokenizer.model_max_length)
+    encoded = tokenizer(*columns, truncation=True, max_length=room, return_attention_mask=False)
+    if say and (cut := sum(bool(one.overflowing) for one in encoded.encodings or ())):
+        say(f"{cut} of {len(records)} rows of {records.source} are longer than {room} tokens and lose their end")
     return [{**{key: encoded[key][index] for key in encoded}, "labels": gold} for index, gold in enumerate(records.gold)]
 
 
@@ -286,6 +292,7 @@ def prompt_ids(
     template: Prompting,
     room: Iterable[int],
     max_length: int,
+    say: Callable[[str], None] | None = None,
 ) -> list[list[int]]:
     """Token ids of every prompt, cut on the left to its ``room``; what the tokenizer puts first (such as bos) stays.
 
@@ -300,7 +307,7 @@ def prompt_ids(
     template.check(records)
     texts = [template.render(row) for row in records.rows]
     prefix = text_prefix(tokenizer)
-    prompts = []
+    prompts, cut = [], 0
     for text, ids, space in zip(texts, token_ids(tokenizer, texts), room, strict=True):
         left = space - len(prefix)
         if left < 1 or not (prefix or ids):
@@ -309,6 +316,9 @@ def prompt_ids(
                 f"no room in {max_length}; raise max_length, lower max_new_tokens, or leave the row out"
             )
         prompts.append([*prefix, *ids[-left:]])
+        cut += len(ids) > left
+    if cut and say:
+        say(f"{cut} of {len(texts)} prompts of {records.source} do not fit into {max_length} tokens and lose their beginning")
     return prompts
 
 

@@ -8,14 +8,14 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import METHODS, Count, Counting, DataSection, Features, Fraction, Measured, Run, Section, Task
 from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate, worth
 from gatewise.tasks.records import Records, check_labels, load_records
-from gatewise.tasks.splitting import asked_again, asked_by, deal_out, units_of
+from gatewise.tasks.splitting import asked_again, asks_of, deal_out, units_of
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
@@ -117,7 +117,9 @@ class Rows(Task):
             if isinstance(source := getattr(data, name), str):
                 found[name] = load_records(source, split=split, labels=whole.labels, columns=data.columns)
         for name, limit in (("train", data.limit_train), ("dev", data.limit_dev)):
-            found[name] = replace(found[name], rows=found[name].rows[:limit])
+            if limit is not None and limit < len(found[name]):
+                self.told.append(f"data.limit_{name}: the first {limit} of {len(found[name])} rows are taken")
+                found[name] = replace(found[name], rows=found[name].rows[:limit])
         self.train = found.pop("train")
         self.measured = {name: found[name] for name in ("dev", "test") if name in found}
         for name, records in self.measured.items():
@@ -130,6 +132,16 @@ class Rows(Task):
                 self.told.append(
                     f"{again} of the {len(records)} rows of data.{name} ask what rows of data.train ask, word for word"
                 )
+        for name, records in {"train": self.train, **self.measured}.items():
+            there = {row["label"] for row in records.rows} if whole.labels else set()
+            if name == "train" and len(there) == 1:
+                raise GatewiseError(
+                    f"the {len(records)} rows to train on all have the label {there.pop()!r}: give {whole.source} in another "
+                    "order, or more of it (data.limit_train)"
+                )
+            told = f"data.{name} has no row with label "
+            if (missing := sorted(set(whole.labels or ()) - there)) and not any(line.startswith(told) for line in self.told):
+                self.told.append(f"{told}{some(missing)}")
 
     def units(self, rows: Records) -> list[str]:
         """What each row asks, or the value of its group."""
@@ -137,7 +149,15 @@ class Rows(Task):
 
     def asks(self, rows: Records) -> list[str]:
         """What each row asks."""
-        return [asked_by(rows.kind, row) for row in rows.rows]
+        return asks_of(rows.kind, rows.rows)
+
+    def _copies(self, rows: Records, features: Features) -> Features:
+        """The encoded rows, of which those that ask the same are marked as one ``group``, where there are such."""
+        asks = self.asks(rows)
+        numbers = {ask: number for number, ask in enumerate(dict.fromkeys(asks))}
+        if len(numbers) == len(asks):
+            return features
+        return [{**row, "group": numbers[ask]} for row, ask in zip(features, asks, strict=True)]
 
     def _tell(self, key: str, say: Callable[[str], None]) -> None:
         for line in self.told if key == "data.train" else ():
@@ -214,7 +234,7 @@ class Causal(Rows):
     ) -> Features:
         """Prompt and answer, or a conversation."""
         self._tell(key, say)
-        return list(encode(rows, tokenizer, self.prompt, max_length=max_length, say=say))
+        return self._copies(rows, encode(rows, tokenizer, self.prompt, max_length=max_length, say=say))
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """Labels and how prompts and answers are written."""
@@ -265,4 +285,4 @@ class Classification(Rows):
     ) -> Features:
         """The row's own text."""
         self._tell(key, say)
-        return encode_classification(rows, tokenizer, max_length=max_length)
+        return self._copies(rows, encode_classification(rows, tokenizer, max_length=max_length, say=say))

@@ -34,7 +34,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
-    asked, units = [asked_by(records.kind, row) for row in records.rows], units_of(records, group)
+    asked, units = asks_of(records.kind, records.rows), units_of(records, group)
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
@@ -76,8 +76,8 @@ def units_of(records: Records, group: str | None = None) -> list[str]:
             f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
         )
     return [
-        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else asked_by(records.kind, row)
-        for row in records.rows
+        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else ask
+        for row, ask in zip(records.rows, asks_of(records.kind, records.rows), strict=True)
     ]
 
 
@@ -136,14 +136,22 @@ def load_part(
 
 def asked_again(records: Records, other: Records) -> int:
     """How many of some rows ask what others of the same kind ask."""
-    seen = {asked_by(other.kind, row) for row in other.rows}
-    return sum(asked_by(records.kind, row) in seen for row in records.rows)
+    asks = asks_of(records.kind, [*records.rows, *other.rows])
+    seen = {*asks[len(records) :]}
+    return sum(ask in seen for ask in asks[: len(records)])
 
 
-def asked_by(kind: str, row: Row) -> str:
-    """What a row asks, whatever the spacing."""
-    texts = [one["content"] for one in row["messages"][:-1]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
-    return json.dumps([" ".join(text.split()) for text in texts])
+def asks_of(kind: str, rows: Sequence[Row]) -> list[str]:
+    """What each row asks, whatever the spacing. A conversation that another one begins with asks the same as that."""
+    fields = [
+        [one["content"] for one in row["messages"]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
+        for row in rows
+    ]
+    texts = [[" ".join(text.split()) for text in row] for row in fields]
+    if kind == "chat":  # each ends with an answer
+        whole = {tuple(row) for row in texts}
+        texts = [row[: next(end for end in range(1, len(row) + 1) if tuple(row[:end]) in whole) - 1] for row in texts]
+    return [json.dumps(row) for row in texts]
 
 
 def _place(unit: str) -> float:
