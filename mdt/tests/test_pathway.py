@@ -105,6 +105,17 @@ def test_a_person_accepts_and_refuses_links_and_keeps_both(tmp_path: Path, monke
     assert "data-link" not in mdt("show", "trees.json", "--pathway", "pathway.json", "--format", "svg").stdout
     held["links"][0]["state"], held["links"][1]["state"] = "accepted", "refused"
     held["links"].append({"state": "accepted", "from": {"record": 2, "node": 5}, "to": {"record": 4}})
+    asked = {"state": "proposed", "reason": "Ben?", "from": {"record": 2, "node": 5}, "to": {"record": 3}}
+    Path("pathway.json").write_text(json.dumps({**held, "links": [*held["links"], asked]}))
+    for _ in range(2):  # a link that a person proposes stays too
+        assert "6 links, 3 of them to be accepted" in (told := mdt("pathway", "trees.json", "--out", "pathway.json").stdout)
+        assert "to passage 3 (proposed): Ben?" in told
+    whole, trees = Path("pathway.json").read_bytes(), json.loads(Path("trees.json").read_text())
+    broken = [{**trees[0], "tree": trees[0]["tree"][:-1]}, *trees[1:]]
+    Path("trees.json").write_text(json.dumps(broken))
+    assert mdt("pathway", "trees.json", "--out", "pathway.json").exit_code == 2
+    assert Path("pathway.json").read_bytes() == whole  # links of a passage that cannot be read are not given up
+    Path("trees.json").write_text(json.dumps(trees))
     Path("pathway.json").write_text(json.dumps(held))
     assert "5 links, 2 of them to be accepted" in mdt("pathway", "trees.json", "--out", "pathway.json").stdout
     shown = mdt("show", "trees.json", "--pathway", "pathway.json", "--format", "svg", "--out", "pathway.svg")

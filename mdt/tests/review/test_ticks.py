@@ -8,6 +8,7 @@ import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, open_items, read_trees
 from gatewise_mdt.checking.items import items_of
 from gatewise_mdt.review.actions import Review
+from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.session import By, Session
 from gatewise_mdt.review.shown import passage_json
@@ -412,3 +413,29 @@ def test_an_approval_is_of_a_text_and_a_tree_whoever_changes_the_file(tmp_path: 
     assert "approved by Ada" not in CliRunner().invoke(app, show[:3]).stdout
     (passage,) = Session.open(str(out), tmp_path / "other.review.jsonl").passages
     assert (passage.now.state, passage.now.reviewed) == ("corrected", None)
+
+
+def test_ticks_stay_under_a_tree_that_is_extracted_again(tmp_path: Path) -> None:
+    session = opened(tmp_path / "g.md")
+    drafted(session)
+    tick_all(session, 1)
+    ticks, of = session.passage(1).now.ticks, session.passage(1).version
+    assert ticks
+    again = session.passage(1).put_extraction(Version(TREE, "drafted"), of)
+    assert (again.now.ticks, again.open_items) == (ticks, [])
+    beside = session.passage(1).put_extraction(Version(TREE, "drafted"), of - 1)
+    assert beside.settle_extraction(beside.extractions, take=True).now.ticks == ticks
+
+
+def test_a_tree_that_lies_beside_is_not_extracted_away(tmp_path: Path) -> None:
+    """As the approved one does after the document changed."""
+    session = opened(tmp_path / "g.md")
+    drafted(session)
+    drafted(session, TREE[:1])
+    of = session.passage(1).version
+    session.put(1, Version(TREE, "drafted"), of - 1)
+    assert session.passage(1).beside is not None
+    extracting = Extracting(session, lambda text, language: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(GatewiseError, match="a tree lies beside that of passage 1: take it or leave it before you extract again"):
+        Review(session, extracting).do("extract", {"passages": [[1, of]]})
+    extracting.end()

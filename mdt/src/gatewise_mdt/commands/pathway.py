@@ -32,9 +32,8 @@ def pathway(
     read = read_file(file, repair)
     outdated: list[dict[str, Any]] = []
     held = read_links(out, read.records, outdated=outdated) if out is not None and out.exists() else []
-    decided = [link for link in held if link.state != "proposed"]
-    known = {link[:3] for link in decided}
-    links = sorted([*decided, *(link for link in propose_links(read.records) if link[:3] not in known)])
+    known = {link[:3] for link in held}
+    links = sorted([*held, *(link for link in propose_links(read.records) if link[:3] not in known)])
     for one in outdated:
         say(f"note: not a link any more, but kept: {one['outdated']}", err=True)
     for number, link in enumerate(links, start=1):
@@ -42,7 +41,7 @@ def pathway(
         say(f"{number}. {way} ({link.state}){f': {link.reason}' if link.reason else ''}")
     count = sum(link.state == "proposed" for link in links)
     say(f"{len(links)} links, {count} of them to be accepted or refused. Needs review by a clinician.")
+    check_whole(read, read.faults)  # before anything is written: links of a passage that cannot be read would be no links
     if out is not None:
         write_links(out, read.records, links, outdated)
         say(f"written: {out}")
-    check_whole(read, read.faults)

@@ -131,11 +131,11 @@ class Review:
         if not all(isinstance(one, list) and len(one) == 2 and is_whole(one[1]) for one in pairs):
             raise GatewiseError("the passages are missing, expected for each its number and the version that is shown")
         wanted = [replace(self.session.passage(number), version=version) for number, version in pairs]
-        for passage in wanted:  # of two reviewers' trees none may go unread for a model's
-            if passage.beside is not None and passage.beside.of:
+        for passage in wanted:  # a reviewer's tree, or that of the text before this one, may not go unread for a model's
+            if passage.beside is not None:
+                whose = f"the tree of {passage.beside.of}" if passage.beside.of else "a tree"
                 raise GatewiseError(
-                    f"the tree of {passage.beside.of} lies beside that of passage {passage.number}: take it or leave it before you"
-                    " extract again"
+                    f"{whose} lies beside that of passage {passage.number}: take it or leave it before you extract again"
                 )
         self.extracting.ask(wanted, by)
 

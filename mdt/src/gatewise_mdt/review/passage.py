@@ -235,7 +235,7 @@ class Passage:
             of: the number of the version that there was when it was asked for.
         """
         if self.version == of and self.now.state not in REVIEWED:
-            return self.with_version(version.after(self.now))
+            return self.with_version(version.after(self.now)._replace(ticks=version.ticks or self.now.ticks))
         return replace(self, beside=version, extractions=self.extractions + 1)
 
     def settle_extraction(self, extraction: int, take: bool, replaced: bool = False) -> "Passage":
@@ -254,7 +254,8 @@ class Passage:
             return replace(self, beside=None)
         if self.now.state in REVIEWED and not replaced:
             raise GatewiseError(f"a person {self.now.state} this tree: say that it may be replaced")
-        return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
+        taken = self.beside._replace(of="", ticks=self.beside.ticks or self.now.ticks)
+        return replace(self.with_version(taken.after(self.now)), beside=None)
 
     @cached_property
     def fault(self) -> Fault | None:
