@@ -67,6 +67,11 @@ def test_evaluate_measures_its_trees(gatewise: Gatewise, adapter: Path) -> None:
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert (values["n"], values["failed"]) == (len(RECORDS), 0)
+    held = json.loads(Path("gold.json").read_text())
+    Path("long.json").write_text(json.dumps([{**held[0], "text": held[0]["text"] + " and so on" * 700}, *held[1:]]))
+    result = gatewise("mdt", "evaluate", "--gold", "long.json", "--adapter", adapter, "--json")
+    assert json.loads(result.stdout)["failed"] == 1
+    assert "note: no tree of 1 passages: " in result.stderr
 
 
 @pytest.mark.parametrize(

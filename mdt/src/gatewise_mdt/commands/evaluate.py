@@ -1,6 +1,7 @@
 """``gatewise mdt evaluate``: how good trees are, those of a file or those that an adapter extracts."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,10 @@ def evaluate(
             raise GatewiseError(next(iter(read.faults.values())))
         settings = {"verbatim": verbatim, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         with loaded(adapter, base, device, **settings) as (extractor, count):
-            values = measure(extractor, read.records[:limit], count, mistakes=mistakes)
+            faults: list[str] = []
+            values = measure(extractor, read.records[:limit], count, mistakes=mistakes, faults=faults)
+        for fault, times in Counter(faults).most_common(3):
+            say(f"note: no tree of {times} passages: {fault}", err=True)
     else:
         assert pred is not None
         values = _measure_file(gold, pred, not strict, mistakes)

@@ -323,12 +323,14 @@ def measure(
     *,
     mistakes: bool = False,
     each: list[float] | None = None,
+    faults: list[str] | None = None,
 ) -> dict[str, Any]:
     """The metrics of an extractor on gold records. What fails counts as nothing found.
 
     Args:
         mistakes: count them by kind, too, see :mod:`gatewise_mdt.evaluation.mistakes`.
         each: a list to which the F1 of each record's triples is added.
+        faults: a list to which is added why nothing could be read, of each record of which that is so.
 
     Returns:
         Metrics by name, with ``n``, the number of records, ``failed``, for how many of them nothing could be read, and
@@ -346,6 +348,8 @@ def measure(
     counts = count_trees(gold, trees)
     if each is not None:
         each += rates(counts)["triplet_f1"].tolist()
-    failed = sum(isinstance(one, GatewiseError) for one in found)
-    metrics = {**metrics_of(counts).to_json(), "failed": failed, "intervals": intervals(counts)}
+    failed = [str(one) for one in found if isinstance(one, GatewiseError)]
+    if faults is not None:
+        faults += failed
+    metrics = {**metrics_of(counts).to_json(), "failed": len(failed), "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(gold, trees)} if mistakes else metrics

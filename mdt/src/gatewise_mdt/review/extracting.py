@@ -121,7 +121,7 @@ class Extracting:
         except GatewiseError:  # it was removed while it waited
             return ""
         try:
-            found = self.extract(passage.text, self.language)
+            found = self.extract(passage.text, self.language or passage.language)
             if isinstance(found, GatewiseError):
                 return str(found)
             warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
