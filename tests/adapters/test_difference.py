@@ -130,7 +130,7 @@ def test_cut_differences_say_what_is_lost(made: Callable[..., Made], base: Path,
         worst = max(one["lost"] for one in told["modules"].values())
         assert f"{worst:.2g}" in said[-1]
     assert json.loads((tmp_path / "{'rank': 2}" / "adapter_config.json").read_text())["rank_pattern"] == {}
-    with pytest.raises(GatewiseError, match=r"^keep is 1.5, expected a share of the energy in \(0, 1\], such as 0.999$"):
+    with pytest.raises(GatewiseError, match=r"^keep is 1.5, expected a share of the energy in \(0, 1\], such as 0.9999$"):
         plain_lora(folder, keep=1.5)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapter_folders import a_round
+from adapter_folders import a_round, random_factors, write_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -281,3 +281,12 @@ def test_a_rank_that_cannot_be_padded_to(tmp_path):
     with pytest.raises(GatewiseError, match=r"^module model\.layers\.0\.unheard_of has no rank left, and its size cannot be told"):
         to_lora(tmp_path / "in", tmp_path / "out", padded=True, rank=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_to_keep_is_not_ignored_without_a_word(tmp_path):
+    write_folder(tmp_path / "lora", random_factors("model.layers.0.q_proj"))
+    (tmp_path / "lora" / "tokenizer").mkdir()  # no file of a tokenizer
+    said: list[str] = []
+    to_lora(tmp_path / "lora", tmp_path / "out", keep=0.5, say=said.append)
+    assert said == ["keep changes nothing: this adapter is written exactly; gatewise compress makes a smaller one"]
+    assert not (tmp_path / "out/tokenizer").exists()

@@ -91,7 +91,7 @@ def plain_lora(
         GatewiseError: the adapter cannot be plain LoRA, a file is damaged, or the base model cannot be loaded.
     """
     if keep is not None and not 0 < keep <= 1:
-        raise GatewiseError(f"keep is {keep}, expected a share of the energy in (0, 1], such as 0.999")
+        raise GatewiseError(f"keep is {keep}, expected a share of the energy in (0, 1], such as 0.9999")
     config = read_config(folder)
     _check_kind(folder, config)
     if config.get("peft_type") in ("LORA", "ADALORA") and not _more(config):

@@ -67,7 +67,7 @@ def to_lora(
             adapters of different allocations have the same shapes: for hotswapping and weighted merging. Implies ``padded``.
         plain: False takes dead ranks away and nothing else, and refuses what is not LoRA: DoRA's magnitudes, biases, and modules
             that were trained as a whole stay, which PEFT loads and other engines do not.
-        keep: the share of the energy (the sum of squares) of each module's difference that is kept, such as 0.999. Without it and
+        keep: the share of the energy (the sum of squares) of each module's difference that is kept, such as 0.9999. Without it and
             ``rank``, a difference keeps at most 64 ranks.
         base: the base model, if not the one that the adapter names.
         device: where differences are taken: "auto", "cpu", "cuda", "cuda:1" or "mps".
@@ -90,6 +90,8 @@ def to_lora(
         else:
             check_plain_lora(folder)
             file, lost = read_lora(folder), {}
+        if say and keep is not None and not lost:
+            say("keep changes nothing: this adapter is written exactly; gatewise compress makes a smaller one")
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
         if all(module.experts and not module.live().any() for module in modules):
             raise GatewiseError("the adapter has no live rank")

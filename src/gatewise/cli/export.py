@@ -29,7 +29,7 @@ def export(
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Keep this share of the energy of each module's difference, such as 0.999. [default: at most 64 ranks]"),
+        typer.Option(help="Keep this share of the energy of each module's difference, such as 0.9999. [default: at most 64 ranks]"),
     ] = None,
     plain: Annotated[
         bool, typer.Option(help="With --no-plain only dead ranks go: DoRA, biases and whole modules stay, for PEFT alone.")
