@@ -117,6 +117,8 @@ def test_what_a_file_leaves_to_defaults_is_told(tmp_path: Path) -> None:
     assert arms(recipe, "lora", file)["two"].told == (
         "has a peft of its own, whose r is 8, and not 2 as in the recipe",
     )  # and PEFT's alpha is the recipe's 16
+    file.write_text(json.dumps({"method": "lora", "peft": None}))
+    assert arms(recipe, "lora", file)["two"].recipe.peft.r == 8
 
 
 def test_all_arms_learn_the_same_answers_of_a_conversation(tmp_path: Path) -> None:

@@ -161,11 +161,12 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
         for key, mine in said.items()
         if mine != shared.get(key)
     )
-    if "peft" in own and "pattern" not in own["peft"]:
+    peft = own.get("peft") or {}
+    if peft and "pattern" not in peft:
         told += tuple(
             f"has a peft of its own, whose {key} is {shared[f'peft.{key}']}, and not {value} as in the recipe"
             for key, value in lent.get("peft", {}).items()
-            if key not in own["peft"] and shared[f"peft.{key}"] != value
+            if key not in peft and shared[f"peft.{key}"] != value
         )
     return tree, told, "peft" in own
 

@@ -331,8 +331,9 @@ class _Comparison:
     def _what_is_left(self) -> str:
         count, seconds = 0, 0.0
         for arm in self.arms:
-            for is_final, left in enumerate(self._left(arm)):
-                count, seconds = count + left, seconds + left * (self._takes(arm, bool(is_final)) or 0)
+            tuning, finals = self._left(arm)
+            count += tuning + finals
+            seconds += tuning * (self._takes(arm, False) or 0) + finals * (self._takes(arm, True) or 0)
         return f"{count} runs left, about {duration(seconds)} in one process"
 
     # The runs -----------------------------------------------------------------------------------------------------------
