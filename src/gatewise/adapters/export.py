@@ -299,15 +299,9 @@ def _scaled(tensor: Tensor, scaling: float) -> Tensor:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the files of the tokenizer that an adapter brings along, if it does."""
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        *VOCABULARY,
-    ):
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+    patterns = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", *VOCABULARY)
+    for file in {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _config(file: LoraAdapter, modules: list[LoraModule], earlier: Iterable[str]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
     lent = _shared(base, method) if (method := str(own.get("method"))) in METHODS else base
     alone = checked({key: lent[key] for key in ("model", "task", "data", "peft") if key in lent} | own, str(path))
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
-    tree = _shared(base, alone.method) | {key: own[key] for key in sections if key in own}
+    tree = lent | {key: own[key] for key in sections if key in own}
     tree["training"] |= {key: rates[key] for key in RATES if key in rates}
     shared = by_key(checked(tree, str(path)).model_dump())
     its_own: Any = {**dict.fromkeys(sections, True), "training": set(RATES)}

@@ -145,8 +145,7 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
         )
         return old.with_version(saved)
     if given and old.now.state in ("empty", "drafted") and given.now.nodes not in [nodes for nodes, _ in draft.seen[old.number]]:
-        new = given.now._replace(ticks=given.now.ticks or old.now.ticks)
-        return old.with_version(new.after(old.now))  # the file that is reviewed has a new tree
+        return old.with_version(given.now.after(old.now))  # the file that is reviewed has a new tree
     return old
 
 

@@ -77,8 +77,10 @@ class Version(NamedTuple):
         return by if isinstance(by, str) else ""
 
     def after(self, before: "Version") -> "Version":
-        """In the place of another version, whose approved tree stays that of the file of corrections."""
-        return self if self.state == "approved" else self._replace(approved=before.standing)
+        """In the place of another version, whose approved tree stays that of the file of corrections, and whose ticks stay under a
+        tree that brings none."""
+        made = self._replace(ticks=self.ticks or before.ticks)
+        return made if made.state == "approved" else made._replace(approved=before.standing)
 
 
 NOTHING = Version()
@@ -235,7 +237,7 @@ class Passage:
             of: the number of the version that there was when it was asked for.
         """
         if self.version == of and self.now.state not in REVIEWED:
-            return self.with_version(version.after(self.now)._replace(ticks=version.ticks or self.now.ticks))
+            return self.with_version(version.after(self.now))
         return replace(self, beside=version, extractions=self.extractions + 1)
 
     def settle_extraction(self, extraction: int, take: bool, replaced: bool = False) -> "Passage":
@@ -254,8 +256,7 @@ class Passage:
             return replace(self, beside=None)
         if self.now.state in REVIEWED and not replaced:
             raise GatewiseError(f"a person {self.now.state} this tree: say that it may be replaced")
-        taken = self.beside._replace(of="", ticks=self.beside.ticks or self.now.ticks)
-        return replace(self.with_version(taken.after(self.now)), beside=None)
+        return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
 
     @cached_property
     def fault(self) -> Fault | None:
