@@ -57,6 +57,7 @@ def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.
     points = [
         EntryPoint("form", "forms:FORM", "gatewise.constraints"),
         EntryPoint("broken", "nowhere:FORM", "gatewise.constraints"),
+        EntryPoint("renamed", "forms:OTHER", "gatewise.constraints"),
     ]
     monkeypatch.setitem(sys.modules, "forms", SimpleNamespace(FORM=Form()))
     monkeypatch.setattr(constraints, "entry_points", lambda group: [one for one in points if one.group == group])
@@ -64,8 +65,9 @@ def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.
     assert constraints.find_constraints(["form"])["form"].logits_processor == "a:B"
     for engine in ("transformers", "vllm"):
         for name, said in (
-            ("poem", "has a constraint 'poem'; those that are there: broken, form"),
+            ("poem", "has a constraint 'poem'; those that are there: broken, form, renamed"),
             ("broken", "No module named 'nowhere'"),
+            ("renamed", "no attribute 'OTHER'"),
         ):
             result = serve("--engine", engine, "--constraint", name)
             assert (result.exit_code, said in " ".join(result.stderr.split())) == (2, True), result.output

@@ -368,6 +368,21 @@ def test_base_rows_stay_base_rows_where_that_is_asked_for(folder: Path) -> None:
         reference.check(rows[1::2], without[1::2])
 
 
+@pytest.mark.parametrize("kinds", [["lm_head"], ["embed_tokens"]], ids=lambda kinds: kinds[0])
+def test_base_rows_have_the_embedding_and_the_head_of_the_base(folder: Path, tmp_path: Path, kinds: list[str]) -> None:
+    """They go another way through vLLM than linear layers do. Where all slots are taken, base rows alone are wrong there, too."""
+    adapter = write_adapter(tmp_path / "adapter", folder / "base", 5, target_modules=["q_proj", *kinds])
+    rows, alone = rows_of(prompts_of(5, 9), adapter, None), rows_of(prompts_of(7), None)
+    steps = [{"do": "answer", "rows": some, "tokens": 6} for some in (rows, alone)]
+    reference = InPeft(folder)
+    for some, found in zip((rows, alone), run(folder, steps, "--max-loras", "1"), strict=True):
+        reference.check(some, found)
+    without = run(folder, steps, "--max-loras", "1", unset=[CPU_LORA])
+    reference.check(rows[::2], without[0][::2])
+    with pytest.raises(AssertionError):
+        reference.check(rows[1::2], without[0][1::2])
+
+
 def test_routed_rows_by_vllms_own_products(folder: Path) -> None:
     """As on a GPU; here with a slot to spare."""
     rows = rows_of(prompts_of(1, 5, 17, 40), folder / "one", folder / "two", folder / "plain", None)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
+from gatewise.serving.engines import CPU_LORA
 from gatewise.serving.vllm_plugin import hooks
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
+from gatewise.serving.vllm_plugin.held import Held, OpenFiles
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Routing
@@ -484,3 +486,57 @@ def test_model_runner_v2_tells_what_a_step_computes() -> None:
     begin((7, 7, 9), (7,) * 6 + (9,) * 9, set())
     begin((1, 2), (1, 2), set())  # a dry run prepares no inputs
     assert begun == [[Part("four", 7, 1, 8, 2), Part("one", 7, 5, 0, 5), Part("three", 9, 9, 2, 6)], None]
+
+
+# ---- what was loaded ----
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are kept open on Linux alone")
+def test_an_adapter_is_loaded_in_a_step_as_it_was_unless_it_is_to_be_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "_folder", str)
+    monkeypatch.setattr(hooks, "_loaded", lambda theirs, self, request, asked: (Path(request.lora_path) / "adapter_x").read_text())
+    worker = SimpleNamespace()
+    for number in (1, 2):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "adapter_x").write_text(f"state {number}")
+    asked = [
+        SimpleNamespace(lora_int_id=7, lora_path=str(tmp_path / path), load_inplace=new)
+        for path, new in (("1", 0), ("2", 0), ("2", 1))
+    ]
+    found: list[str] = []
+    assert hooks.load_adapter(None, worker, asked[0]) == "state 1"
+    for one in asked[1:]:
+        hooks.apply_adapters(lambda self, request: found.append(hooks.load_adapter(None, self, request)), worker, one)
+    assert found == ["state 1", "state 2"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are kept open on Linux alone")
+def test_kept_files_leave_the_process_some_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_x").touch()
+    monkeypatch.setattr("resource.getrlimit", lambda _: (24, 64))
+    held = Held()
+    for number in range(5):
+        held.keep(number, OpenFiles(tmp_path))
+    assert list(held) == [2, 3, 4]
+    for number in list(held):
+        held.let_go(number)
+
+
+@pytest.mark.parametrize(("value", "first"), [("1", 0.0), ("0", 5.0), (None, 5.0)])
+def test_rows_without_an_adapter_have_none_on_the_head(monkeypatch: pytest.MonkeyPatch, value: str | None, first: float) -> None:
+    """Their index is -1, which is the last slot's: vLLM's own function is stood in for by what it computes."""
+    if value is None:
+        monkeypatch.delenv(CPU_LORA, raising=False)
+    else:
+        monkeypatch.setenv(CPU_LORA, value)
+    weights = torch.tensor([[[3.0]], [[5.0]]])
+
+    def theirs(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, add_inputs: bool) -> None:
+        assert add_inputs
+        output += torch.einsum("bi, boi -> bo", inputs, weights[indices])
+
+    output = torch.zeros(2, 1)
+    hooks.bgmv_expand(theirs, torch.ones(2, 1), weights, output, torch.tensor([-1, 0]), add_inputs=True)
+    assert output[:, 0].tolist() == [first, 3.0]

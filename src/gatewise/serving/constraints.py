@@ -58,7 +58,7 @@ def find_constraints(names: Sequence[str] | None = None) -> dict[str, Constraint
             raise GatewiseError(f"no installed package has a constraint {name!r}; those that are there: {known}")
         try:
             found[name] = installed[name].load()
-        except ImportError as error:
+        except Exception as error:  # a package that fails while it is imported may raise anything
             if names is not None:
                 raise GatewiseError(
                     f"the constraint {name!r} cannot be imported ({reason_of(error)}): install what it needs"

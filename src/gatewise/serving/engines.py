@@ -77,7 +77,7 @@ def _settings(modules: list[str], rank: int, base: str | None, model_type: str |
     }  # fmt: skip
 
 
-def keeps_lora(path: str, named: Collection[str], model_type: str | None) -> bool:
+def keeps_lora(path: str, named: Collection[str]) -> bool:
     """Whether vLLM keeps the LoRA of a module if ``--lora-target-modules`` are ``named``: by kind, or by full names."""
     above, _, kind = path.rpartition(".")
     # Experts are one module in vLLM, whatever it is that each has within.

@@ -96,7 +96,7 @@ def _message(given: Any, number: int) -> Message:
         if others:
             raise GatewiseError(f"message {number} has a part of type {others[0]!r}, and only text is trained: leave the row out")
         parts = [one.get("text") if isinstance(one, Mapping) else one for one in content]
-        content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
+        content = "\n".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str) or not content.strip():
         raise GatewiseError(f"message {number} ({role}) has no text")
     if given.get("weight") not in (None, 1):

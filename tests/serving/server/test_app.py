@@ -256,8 +256,10 @@ def test_what_clients_send_of_themselves_is_passed_over(server: AdapterServer) -
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s", "tool_choice": "none",
         "prompt_cache_key": "k", "parallel_tool_calls": False, "logprobs": False, "presence_penalty": 0, "stream": False,
     }  # fmt: skip
-    messages: Any = [{"role": "w5", "content": "w9"}]
+    messages: Any = [{"role": "w5", "content": "w9", "name": None}]
     assert client(server).chat.completions.create(model="plain", messages=messages, max_tokens=2, **more).choices
+    body = {**GOOD, "stream": True, "stream_options": {"include_usage": None}}
+    assert post(server, json.dumps(body).encode())[0] == 200
 
 
 def test_a_body_that_comes_after_the_last_seconds_is_told_so(server: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +313,7 @@ def test_tokens_and_texts(server: AdapterServer) -> None:
         ("/tokenize", b'{"prompt": "%s"}' % (b"w" * 500), 400),
         ("/detokenize", b'{"tokens": [60]}', 400),
         ("/detokenize", b'{"tokens": ["7"]}', 400),
+        ("/detokenize", b'{"tokens": [%s]}' % b",".join([b"7"] * (POSITIONS + 1)), 400),
     ):
         assert fetch(server, path, body, **JSON)[0] == status
 

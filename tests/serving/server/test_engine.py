@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from served_models import adapter_folder, base_folder, client, serving, text_of, writes
+from tiny_models import word_tokenizer
 
 from gatewise.errors import GatewiseError
+from gatewise.serving.server.catalogue import Version
+from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.running import AdapterServer
 
@@ -354,3 +358,85 @@ def test_a_dead_device_or_a_fault_of_ours_ends_the_server(
         with pytest.raises(GatewiseError, match="the engine has ended by a fault"):
             run.result(30)
     assert "illegal memory access" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_token_that_its_adapter_was_trained_to_end_with(made: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter may bring a tokenizer with another end than the base model's, which its template writes behind each answer."""
+    written = writes(made["base"], made["a"], PROMPT, 8)
+    place = next(place for place, token in enumerate(written) if place and token not in written[:place])
+    own = shutil.copytree(made["a"], tmp_path / "own")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(written[place])
+    tokenizer.save_pretrained(own)
+    with serving(made["base"], made["a"], own) as server:
+        assert ask(server, "a").choices[0].text == text(made, "a")
+        (choice,) = ask(server, "own").choices
+        assert (choice.text, choice.finish_reason) == (text_of(written[:place]), "stop")
+
+
+def test_a_fault_in_an_answer_whose_client_leaves_meanwhile_ends_nobody_else(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leaves(written: Any, scores: torch.Tensor) -> torch.Tensor:
+        (one,) = [one for rows in server.engine._running.values() for one in rows]
+        one.cancelled = True
+        raise RuntimeError("a form that cannot be")
+
+    limits: Any = {"odd": SimpleNamespace(limit=lambda *_: leaves)}
+    with serving(made["base"], constraints=limits) as server, ThreadPoolExecutor(1) as threads:
+        threads.submit(ask, server, "tiny", timeout=3, extra_body={"vllm_xargs": {"odd": "1"}})
+        soon(lambda: 'gatewise_requests_total{model="tiny",how="cancelled"} 1' in server.metrics.text())
+        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+    assert "a form that cannot be" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_replaced_while_the_server_starts_does_not_stop_it(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, place = Engine.load, tmp_path / "x"
+    put(made["a"], place)
+
+    def late(self: Engine, version: Any) -> None:
+        if not (tmp_path / "replaced").exists():
+            put(made["b"], place)
+            (tmp_path / "replaced").touch()
+        load(self, version)
+
+    monkeypatch.setattr(Engine, "load", late)
+    with serving(made["base"], place, every=0.05) as server:
+
+        def answers() -> bool:
+            with suppress(openai.InternalServerError):  # until the new state has settled
+                return bool(ask(server, "x").choices[0].text == text(made, "b"))
+            return False
+
+        soon(answers)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_read_at_each_request(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = shutil.copytree(made["a"], tmp_path / "broken")
+    word_tokenizer().save_pretrained(broken)
+    (broken / "tokenizer.json").write_text("{}")
+    copies, copy = [], Version.copy
+    monkeypatch.setattr(Version, "copy", lambda self: copies.append(self) or copy(self))
+    with serving(made["base"], broken) as server:
+        copies.clear()
+        for _ in range(3):
+            with pytest.raises(openai.InternalServerError, match="the tokenizer of 'broken' cannot be loaded"):
+                ask(server, "broken")
+        assert len(copies) == 1
+
+
+def test_the_log_says_who_was_refused(made: dict[str, Path]) -> None:
+    """And not that the client went away."""
+    lines: list[str] = []
+    with serving(made["base"], most_waiting=1, log_requests=True, say=lines.append) as server:
+        server.engine._is_ending = True
+        with pytest.raises(openai.InternalServerError) as told:
+            ask(server, "tiny")
+        assert told.value.status_code == 503
+    (line,) = [one for one in lines if "/v1/completions" in one]
+    assert "503" in line
+    assert "cancelled" not in line

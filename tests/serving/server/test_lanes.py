@@ -98,3 +98,19 @@ def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None
             lane.load(other, "other", str(base))
     assert lane.names == {"head"}
     assert torch.equal(bare.lm_head.weight, before)
+
+
+def test_a_routed_adapter_that_is_loaded_beside_rows_changes_nothing_for_them(tmp_path: Path) -> None:
+    """Modules that become routed by it are not those that a running answer decided on."""
+    base = base_folder(tmp_path / "base")
+    few = adapter_folder(base, tmp_path / "few", "routed", seed=1, top_k=1, target_modules=["q_proj", "v_proj"])
+    lane = Lane(load_model(base), "routed")
+    lane.load(few, "few", str(base))
+    read = lane.read([5, 6, 9], "few")
+    lane.join(read)
+    written = [int(read.logits.argmax())]
+    written.append(int(lane.step(written[-1:]).argmax()))
+    lane.load(adapter_folder(base, tmp_path / "all", "routed", seed=2), "all", str(base))
+    for _ in range(4):
+        written.append(int(lane.step(written[-1:]).argmax()))
+    assert written == writes(base, few, [5, 6, 9], 6, ends=False)

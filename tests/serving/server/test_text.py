@@ -60,6 +60,17 @@ def test_stop_strings(seed: int) -> None:
     assert "".join(given) + writing.end() == whole[: min([len(whole), *(whole.find(one) for one in stops if one in whole)])]
 
 
+def test_bytes_of_no_character_behind_a_whole_one_end_no_answer() -> None:
+    """They take the character along: the tokenizers library decodes a run of bytes as a whole, and then finds its past changed."""
+    tokenizer = fallback_tokenizer()
+    whole, (letter,) = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("🙂", "a"))
+    broken = tokenizer.convert_tokens_to_ids("<0xF0>")
+    writing = Writing(tokenizer, [letter])
+    given = [writing.add(token) for token in (*whole, broken, letter, letter)]
+    assert "".join(given[:4]) == "🙂"
+    assert "".join(given[4:]).endswith("aa")
+
+
 def test_words_keep_their_spaces_and_special_tokens_are_none() -> None:
     writing = Writing(word_tokenizer(), [5, 6])
     assert [writing.add(7), writing.add(8), writing.add(0), writing.add(9)] == [" w5", " w6", "", " w7"]

@@ -280,6 +280,10 @@ def test_a_python_without_what_is_needed_is_told(made: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(GatewiseError, match=said):
             VllmServer(str(made / "base"), routed, python=python, port=0).run()
+    log: list[str] = []
+    with pytest.raises(GatewiseError, match="vLLM ended with exit code 1"):  # plain adapters can do without, on a GPU
+        VllmServer(str(made / "base"), [], python=fake(tmp_path, "exit 1", "gatewise"), port=0, say=log.append).run()
+    assert any("has no gatewise, without which" in line for line in log)
     lacks_vllm = Path(sys.executable)
     with pytest.raises(GatewiseError, match=r"python\S* has no vllm: "):
         VllmServer(str(made / "base"), routed, python=lacks_vllm, port=0).run()

@@ -105,11 +105,11 @@ def app(server: "AdapterServer") -> ASGIApp:
         body, answers = await in_thread(request, partial(_asked, server, kind, told, send_piece))
         if server.is_over:  # its body came late
             raise RefusedError("the server is ending", 503)
-        server.open.add(pieces)
         writing = _Writing(body, answers, pieces, told["id"])
         told["prompt_tokens"] = writing.read
+        server.engine.ask(answers)
+        server.open.add(pieces)
         try:
-            server.engine.ask(answers)
             if not body.stream:
                 answer = _json(await _while_connected(request, writing.whole()))
                 end()
@@ -159,12 +159,16 @@ def _asked(
 
 
 def _tokenizer_of(server: "AdapterServer", name: str, version: Version | None) -> PreTrainedTokenizerBase:
+    said = RefusedError(f"the tokenizer of {name!r} cannot be loaded: see the server's log", 500, "model")
+    if version is not None and version.tokenizer is None and version.is_given_up:
+        raise said
     try:
         return server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
+            version.failed = time.monotonic()
             server.catalogue.tell({version.folder: str(error)})
-        raise RefusedError(f"the tokenizer of {name!r} cannot be loaded: see the server's log", 500, "model") from error
+        raise said from error
 
 
 def _tokens(server: "AdapterServer", content: bytes) -> dict[str, Any]:
@@ -186,6 +190,8 @@ def _text(server: "AdapterServer", content: bytes) -> dict[str, Any]:
     body = read(Detokenize, content)
     name = body.model or server.name
     tokenizer = _tokenizer_of(server, name, server.version_of(name))
+    if len(body.tokens) > server.length:
+        raise RefusedError(f"there are {len(body.tokens)} tokens, more than {server.length}: send fewer", param="tokens")
     _check_ids(body.tokens, server, "tokens")
     return {"prompt": tokenizer.decode(body.tokens)}
 
@@ -254,8 +260,9 @@ def _limit(body: Body, server: "AdapterServer", tokenizer: PreTrainedTokenizerBa
     if others or name not in server.constraints:
         known = ", ".join(server.constraints) or "nothing"
         raise RefusedError(f"vllm_xargs has {', '.join(body.vllm_xargs)}: this server serves one of {known}", param="vllm_xargs")
+    ends = sorted(server.engine.ends_of(tokenizer))
     try:
-        return server.constraints[name].limit(str(value), tokenizer, sorted(server.engine.ends), most, server.vocabulary)
+        return server.constraints[name].limit(str(value), tokenizer, ends, most, server.vocabulary)
     except GatewiseError as error:
         raise RefusedError(f"vllm_xargs, {name}: {error}", param="vllm_xargs") from error
 

@@ -86,7 +86,7 @@ class StreamOptions(BaseModel):
         for name in given if isinstance(given, dict) else ():
             if name not in cls.model_fields:
                 raise RefusedError(f"stream_options: {name[:80]} is not served here: leave it out", param="stream_options")
-        return given
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Asked(BaseModel):
@@ -154,7 +154,7 @@ class Message(BaseModel):
 
     role: str
     content: str
-    name: str = ""  # of who speaks, which chat templates do not write
+    name: str | None = None  # of who speaks, which chat templates do not write
 
     @field_validator("content", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,9 @@ class Answer:
     asked: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """What only an answer that is being written needs."""
+    def begin(self, ends: Collection[int]) -> None:
+        """What only an answer that is being written needs. ``ends``: token ids that end it."""
+        self.ends = ends
         self.writing = Writing(self.tokenizer, self.prompt, self.body.stop)
         self.generator = torch.Generator().manual_seed(self.seed)
 
@@ -116,7 +117,7 @@ class Engine:
         most_waiting: int,
         broke: Callable[[], None],
     ) -> None:
-        self._bare, self._base, self.ends, self._catalogue, self._metrics = bare, base, frozenset(ends), catalogue, metrics
+        self._bare, self._base, self._ends, self._catalogue, self._metrics = bare, base, frozenset(ends), catalogue, metrics
         self._most_loaded, self._most_running, self.most_waiting = most_loaded, most_running, most_waiting
         self._plain = Lane(bare, "plain")
         self._running: dict[Lane, list[Answer]] = {self._plain: []}
@@ -155,6 +156,11 @@ class Engine:
                 raise RefusedError(f"{len(self._waiting)} requests wait already: ask again in a moment", 503)
             self._waiting.extend(answers)
             self._news.notify()
+
+    def ends_of(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """The token ids that end a text of an adapter with this tokenizer: the base model's, and the one that it was trained to end
+        with."""
+        return self._ends | ({tokenizer.eos_token_id} - {None})
 
     def cancel(self, answers: Sequence[Answer]) -> None:
         """The client is gone: answers that wait are dropped at once, the others after the next step."""
@@ -247,7 +253,7 @@ class Engine:
                     has_room = False
                     continue
                 if self._take(one):
-                    one.begin()
+                    one.begin(self.ends_of(one.tokenizer))
                     prompt = lane.read(one.prompt, BASE if version is None else version.key)
             except Exception as error:
                 self._take(one)
@@ -356,7 +362,7 @@ class Engine:
         if len(one.tokens) == 1:
             self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.body.model)
         self._metrics.count("gatewise_generated_tokens_total", model=one.body.model)
-        is_end = token in self.ends and not one.body.ignore_eos
+        is_end = token in one.ends and not one.body.ignore_eos
         text = "" if is_end else one.writing.add(token)
         finish = "stop" if is_end or one.writing.stopped else "length" if len(one.tokens) >= one.max_tokens else None
         if finish is not None:
@@ -377,9 +383,13 @@ class Engine:
             return None
 
     def _fail(self, one: Answer, problem: Exception) -> None:
-        if not one.is_done and not one.cancelled:
-            self._ended(one, "refused" if getattr(problem, "status", 500) == 503 else "failed")
-            one.send(Piece(problem=problem))
+        if one.is_done:
+            return
+        if one.cancelled:
+            self._ended(one, "cancelled")
+            return
+        self._ended(one, "refused" if getattr(problem, "status", 500) == 503 else "failed")
+        one.send(Piece(problem=problem))
 
     def _ended(self, one: Answer, how: str) -> None:
         one.is_done = True

@@ -95,6 +95,9 @@ class Lane:
             if self._peft is None:
                 self._model = with_same_weights(self._bare)
             raise
+        finally:
+            if self.rows:  # modules may have become routed, to stay so: by the same decisions each is told what it runs
+                regroup(self._cache, [(self._cache, range(len(self.rows)))])
         self.names.add(name)
         if self.kind == "plain":
             fast_lora(self._peft)

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ from gatewise.models.loading import load_model, load_tokenizer
 from gatewise.serving.constraints import Constraint
 from gatewise.serving.server.app import app
 from gatewise.serving.server.bodies import RefusedError
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit, Version
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, Fit, ReplacedError, Version
 from gatewise.serving.server.engine import Engine, Piece
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
@@ -114,7 +115,8 @@ class AdapterServer:
             )  # fmt: skip
             for version in [one for one in self.catalogue.versions.values() if one.is_named][:most_loaded]:
                 say(f"loading {version.folder}")
-                self.engine.load(version)
+                with suppress(ReplacedError):  # whoever watches the folders finds the new state
+                    self.engine.load(version)
         except BaseException:
             self.socket.close()
             raise

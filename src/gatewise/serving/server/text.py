@@ -129,11 +129,20 @@ class Writing:
         whole = next((cut for cut in cuts if not self._tokenizer.decode(prompt[:cut]).endswith(_HALF)), len(prompt))
         self._stream = DecodeStream(ids=list(prompt[:whole]), skip_special_tokens=True)
         for token in prompt[whole:]:
-            self._stream.step(self._tokenizer, token)
+            self._step(token)
+
+    def _step(self, token: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception as error:  # bytes that are no character came right after those of one, and took it along
+            if "prefix" not in str(error):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token) or ""
 
     def add(self, token: int) -> str:
         """What can be given out once this token is written."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._held += self._step(token)
         places = [place for one in self._stop if (place := self._held.find(one)) >= 0]
         if places:
             self._held, self.stopped = self._held[: min(places)], True

@@ -59,8 +59,8 @@ class Room:
             return "is routed, which this vLLM was not started for"
         if settings["largest_rank"] > self.rank:
             return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
-        named, kind = self.modules, settings["model_type"]
-        if named is not None and (others := [path for path in settings["modules"] if not keeps_lora(path, named, kind)]):
+        named = self.modules
+        if named is not None and (others := [path for path in settings["modules"] if not keeps_lora(path, named)]):
             return f"has modules that this vLLM was not started for ({some(others)})"
         return None
 
@@ -158,7 +158,7 @@ class VllmServer:
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._python, self._every, self._keys, self._constraints = str(python), every, keys, constraints or {}
-        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1", **(environment or {})}
+        self._environment = {CPU_LORA: "1", **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
         self._hosts = check_reach(host, keys)
@@ -271,15 +271,20 @@ class VllmServer:
             reader.join(5)
 
     def _check_python(self) -> None:
-        needed = ["vllm", *(["gatewise"] if self._room is not None and self._room.routed else [])]
         try:
-            done = subprocess.run([self._python, "-c", _MISSING, *needed], capture_output=True, text=True, check=False)
+            done = subprocess.run([self._python, "-c", _MISSING, "vllm", "gatewise"], capture_output=True, text=True, check=False)
         except OSError as error:
             raise GatewiseError(f"{self._python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
-        if missing := done.stdout.strip():
+        missing = done.stdout.split()
+        if missing == ["gatewise"] and not (self._room is not None and self._room.routed):
+            self._say(
+                f"note: {self._python} has no gatewise, without which vLLM 0.32 on a processor answers requests for the base model "
+                "with an adapter that shares their batch, or is on the output head"
+            )
+        elif missing:
             raise GatewiseError(
-                f"{self._python} has no {missing}: give the Python of an environment that has vLLM (--python), with gatewise for "
-                "routed adapters, or take --engine transformers"
+                f"{self._python} has no {missing[0]}: give the Python of an environment that has vLLM (--python), with gatewise "
+                "for routed adapters, or take --engine transformers"
             )
 
     def _read(self, stream: IO[bytes]) -> None:

@@ -6,13 +6,14 @@ memory: an adapter costs two of the files that a process may open. The disk gets
 """
 
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OPENED = Path("/proc/self/fd")  # of Linux: under its number here, a removed file can be opened once more
-MOST = 1024  # adapters; the one that was loaded longest ago goes first
+MOST = 1024  # adapters, where the process may open enough files; the one that was loaded longest ago goes first
 
 
 class OpenFiles:
@@ -49,10 +50,13 @@ class Held(dict[int, OpenFiles]):
     """The open files of each loaded adapter, by vLLM's number for it."""
 
     def keep(self, number: int, files: OpenFiles) -> None:
-        """Keeps an adapter's files in place of those that it had, and at most ``MOST`` adapters'."""
+        """Keeps an adapter's files in place of those that it had. At most ``MOST`` adapters', and a quarter of the files that this
+        process may open: vLLM opens those of the next adapter itself."""
         self.let_go(number)
         self[number] = files
-        while len(self) > MOST:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # asked now: a server raises it after it has started
+        most = MOST if limit == resource.RLIM_INFINITY else min(MOST, max(1, limit // 8))
+        while len(self) > most:
             self.let_go(next(iter(self)))
 
     def let_go(self, number: int) -> None:

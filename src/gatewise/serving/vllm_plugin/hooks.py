@@ -63,6 +63,8 @@ def _install_all() -> None:
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -90,6 +92,8 @@ def _install_all() -> None:
     _replace(SecondModelRunner, "prepare_inputs", prepare_inputs)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", begin_step)
     _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", apply_lora_to_output)
+    for module in (lora_ops, punica_cpu):  # which imports it by name
+        _replace(module, "bgmv_expand", bgmv_expand)
 
 
 def _replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
@@ -193,7 +197,8 @@ def remove_adapter(theirs: Any, self: Any, adapter_id: int) -> Any:
 
 def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
     held, number = self.__dict__.setdefault(_HELD, Held()), lora_request.lora_int_id
-    if self.__dict__.get(_IN_STEP) and number in held:  # an error here would end the engine
+    # An error here would end the engine. Who asks for load_inplace wants what lies in the folder now.
+    if self.__dict__.get(_IN_STEP) and number in held and not lora_request.load_inplace:
         with held[number].as_folder() as folder:
             from_held = copy.copy(lora_request)
             from_held.lora_path = folder
@@ -337,8 +342,12 @@ def begin_step(theirs: Any, self: Any, prompts: Any, tokens: Any, lora_requests:
     elif routing is not None:  # a dry run
         routing.idle()
         same_gates = False
-    if manager.device.type == "cpu" and CPU_LORA in os.environ:
+    if manager.device.type == "cpu" and _on_processors():
         _group(manager, tuple(map(int, tokens)), same_gates)
+
+
+def _on_processors() -> bool:
+    return os.environ.get(CPU_LORA, "0") not in ("", "0")
 
 
 def _placed(manager: Any, adapter: int) -> Placed | None:
@@ -382,3 +391,10 @@ def apply_lora_to_output(theirs: Any, self: Any, x: Any, output: Any) -> Any:
         return theirs(self, x, output)
     gates = gates_of()
     return output if gates is None else add_lora(self, x, output, gates)
+
+
+def bgmv_expand(theirs: Any, inputs: Any, weights: Any, output: Any, indices: Any, *args: Any, **kwargs: Any) -> None:
+    """Of the embedding and the output head, on processors: the index of rows without an adapter is -1, which is the last slot."""
+    if _on_processors():
+        inputs = inputs * (indices >= 0)[:, None]
+    theirs(inputs, weights, output, indices, *args, **kwargs)

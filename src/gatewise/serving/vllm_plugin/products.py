@@ -21,8 +21,8 @@ from torch import Tensor
 _PACKED = "gatewise_packed"  # on a module of vLLM: slot -> _Packed
 
 
-def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor | None) -> Tensor:
-    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place by vLLM's products.
+def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor) -> Tensor:
+    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place by vLLM's products, with gates.
 
     Both may have a batch of one in front.
 
@@ -35,8 +35,7 @@ def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor | None) -> Te
     rank = module.lora_b_stacked[0].size(-1)
     products = torch.zeros(len(module.output_slices), len(x), rank, dtype=torch.float32, device=x.device)
     module.punica_wrapper.add_shrink(products, x, module.lora_a_stacked, 1.0)
-    if gates is not None:
-        products *= gates
+    products *= gates
     module.punica_wrapper.add_expand(output, products, module.lora_b_stacked, module.output_slices, add_inputs=True)
     return output.view(shape)
 

@@ -94,7 +94,7 @@ class Routing:
         self._model, self._agree = model, agree
         names = [name for slices in modules.values() for name in slices if name is not None]
         self._columns = {name: column for column, name in enumerate(dict.fromkeys(names))}
-        # The last column is for slices that are no experts: one for all requests but those of the base model.
+        # The last column is for slices that are no experts: one for plain adapters alone.
         nobody = len(self._columns)
         self._of_module = {
             path: torch.tensor([self._columns.get(name or "", nobody) for name in slices], device=device)
