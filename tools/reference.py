@@ -117,6 +117,8 @@ def meaning_and_default(parameter: Any) -> list[str]:
     value = getattr(parameter.default, "value", parameter.default)
     if isinstance(value, str | int | float | Path) and value is not False and parameter.show_default is not False:
         default = f"`{value}`]"
+    elif isinstance(parameter.show_default, str):
+        default = f"{parameter.show_default}]"
     rest = default.partition("]")[2]
     return [prose(told + rest), "needed" if parameter.required else default.partition("]")[0]]
 

@@ -58,10 +58,12 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
             for one in (Path(place, name) for name in (*names, *folders)):
                 if not one.is_symlink():
                     sync_to_disk(one)
-        old = folder / "old"
-        if os.path.exists(target):
+        old = Path(tempfile.mkdtemp(dir=folder)) / "old"
+        if replace and os.path.exists(target):
             shutil.copymode(target, part)
             os.replace(target, old)
+        elif sys.platform == "win32" and os.path.isdir(target):  # elsewhere an empty folder is replaced, and only that
+            os.rmdir(target)
         try:
             _replace(part, target)
         except BaseException:
@@ -132,6 +134,10 @@ def _check_free(path: str | Path, replace: bool) -> None:
         raise GatewiseError(f"{path} is a file, expected a folder to write into: give another path")
     if not replace and os.path.isdir(path) and os.listdir(path):
         raise GatewiseError(f"{path} is not empty: give a new folder, or remove it first")
+    if not replace and os.path.isdir(path) and (os.path.ismount(path) or os.path.samefile(path, os.curdir)):
+        raise GatewiseError(
+            f"{path} is the folder you are in, or a disk, which cannot be replaced: give a new folder in it"
+        )
 
 
 def _try(path: str | Path) -> None:

@@ -402,9 +402,11 @@ def read_allocation(folder: str | Path) -> Allocation:
         return Allocation()
     record = _read_json(path)
     rounds = record.get("rounds")
-    if record.get("format") != 1 or not isinstance(rounds, list):
+    last = rounds[-1] if isinstance(rounds, list) and rounds else {"ranks": {}}
+    ranks = last.get("ranks") if isinstance(last, dict) else None
+    if record.get("format") != 1 or not isinstance(rounds, list) or not isinstance(ranks, dict):
         raise GatewiseError(f"{path} is not what this version of gatewise writes: restore or remove the file, or upgrade gatewise")
-    return Allocation(record.get("score"), len(rounds), rounds[-1]["ranks"] if rounds else {})
+    return Allocation(record.get("score"), len(rounds), ranks)
 
 
 # ---------------------------------------------------------------- search.json

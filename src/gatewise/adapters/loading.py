@@ -1,5 +1,6 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ def load_adapter(
 
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
-    folder = Path(adapter_dir).expanduser()
+    folder = Path(os.path.expanduser(adapter_dir))
     config = _peft_config(folder)
     model, base_name = load_base(
         folder, base=base, dtype=dtype, device=device, headless=around is not None, quantization=quantization

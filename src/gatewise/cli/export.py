@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import LabelsOption, LimitOption, PromptOption, SplitOption, at_hand
+from gatewise.cli.options import ColumnsOption, LabelsOption, LimitOption, PromptOption, SplitOption, at_hand
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 
@@ -36,12 +36,13 @@ def export(
     ] = True,
     data: Annotated[
         str | None,
-        typer.Option(help="Rows to compare logits and loss on: a .jsonl, .json or .csv file, sample:NAME, or a data set."),
+        typer.Option(help="Rows to compare logits and loss on: a .jsonl, .json, .csv, .parquet file, sample:NAME, or a data set."),
     ] = None,
     base: BaseOption = None,
     split: SplitOption = None,
     prompt: PromptOption = None,
     labels: LabelsOption = None,
+    columns: ColumnsOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -63,8 +64,8 @@ def export(
     from gatewise.adapters.loading import read_data
     from gatewise.inspection.card import carry_card
 
-    options = DataOptions(base, split, prompt, labels, limit, device)
-    if data is None and (split or prompt or labels or limit):
+    options = DataOptions(base, split, prompt, labels, limit, device, columns)
+    if data is None and (split or prompt or labels or columns or limit):
         raise GatewiseError("how to read data was given without --data: add it, or leave the rest out")
     adapter = at_hand(adapter)
     if data is not None:  # refused before anything is written

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
-from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand
+from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand, print_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json
 from gatewise.flags import OUT, BaseOption, DeviceOption, JsonOption
@@ -34,7 +33,7 @@ def inspect(
     routing: Annotated[
         bool, typer.Option("--routing", help="Route the prompts of --data and show which modules they choose (method milora).")
     ] = False,
-    data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
+    data: Annotated[str | None, typer.Option(help="A .jsonl, .json, .csv or .parquet file, sample:NAME, or a data set.")] = None,
     score: Annotated[str | None, typer.Option(help=f"{', '.join(NAMES)}. [default: {DEFAULT}]")] = None,
     rows: Annotated[
         int | None,
@@ -96,19 +95,26 @@ def inspect(
             check_new_file(path)
     adapter = at_hand(adapter)
     if not mode:
-        found = _budget(adapter, value or "rank")
+        found = _budget(adapter, value)
     elif data is None:
         raise GatewiseError(f"--{mode} was given without --data: name the rows to read, such as --data sample:support-dev")
     elif routing:
         found = _routing(adapter, data, replace(options, limit=rows))
     else:
         found = _scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows)
+    if not as_json:
+        _print(found)
     if plot:
         found.draw(plot)
-    if not as_json:
-        _print(found, plot)
+        if not as_json:
+            typer.echo(f"drawn: {plot}")
     if size is not None:
-        found.told["suggestion"] = inspection.suggest(found.source, size)
+        try:
+            found.told["suggestion"] = inspection.suggest(found.source, size)
+        except GatewiseError:
+            if as_json:  # the scores took a while
+                typer.echo(json.dumps(found.told, indent=2, ensure_ascii=False))
+            raise
         typer.echo(EVIDENCE, err=True)
         if out:
             write_json(out, found.told["suggestion"])
@@ -131,14 +137,17 @@ class Found(NamedTuple):
     draw: Callable[[Path], Path]
 
 
-def _budget(adapter: Path, value: Value) -> Found:
+def _budget(adapter: Path, value: Value | None) -> Found:
     from gatewise import inspection as show
     from gatewise.adapters.files import peft_type
 
     if peft_type(adapter) == "SELECTIVE_PROMPT":
+        if value is not None:
+            raise GatewiseError(f"--value {value} is of LoRA's modules, and {adapter} has prompts: leave it out")
         prompts = show.read_prompts(adapter)
         table, draw = show.prompts_table(prompts), partial(show.plot_prompts, prompts)
         return Found(prompts, finite(asdict(prompts)), "", table, show.prompts_lines(prompts), draw)
+    value = value or "rank"
     budget = show.read_budget(adapter)
     table, drawn = show.grid_table(budget.grid(value)), partial(show.plot, budget, value=value)
     return Found(budget, show.budget_json(budget), "", table, show.budget_lines(budget), drawn)
@@ -162,18 +171,20 @@ def _scores(adapter: Path, data: str, options: DataOptions, score: str, rows: in
 
 def _routing(adapter: Path, data: str, options: DataOptions) -> Found:
     from gatewise import inspection as show
+    from gatewise.adapters.files import peft_type
 
+    if (kind := peft_type(adapter)) != "ROUTED_LORA":  # before a base model is loaded
+        raise GatewiseError(
+            f"{adapter} is of peft_type {kind!r}, and only routed LoRA (method milora) chooses modules: leave --routing out"
+        )
     routing = show.route_data(adapter, data, options)
     grid, draw = routing.grid(), partial(show.plot_routing, routing)
     return Found(routing, show.routing_json(routing), grid.title, show.grid_table(grid), show.routing_lines(routing), draw)
 
 
-def _print(found: Found, plot: Path | None) -> None:
-    """Prints what was found. The table is as wide as it needs: a narrow terminal goes on in its next line, and loses no number."""
-    console = Console()
-    console.width = max(console.width, console.measure(found.table, options=console.options.update(width=10_000)).maximum)
+def _print(found: Found) -> None:
     if found.title:
-        console.print(found.title, markup=False, highlight=False)
-    console.print(found.table)
-    for line in (*found.lines, *([f"drawn: {plot}"] if plot else [])):
-        console.print(line, markup=False, highlight=False)
+        typer.echo(found.title)
+    print_whole(found.table)
+    for line in found.lines:
+        typer.echo(line)

@@ -4,6 +4,7 @@ What a user can put right ends in one sentence on stderr and exit code 2; an int
 shows its traceback. Torch and Transformers are imported inside the commands, so that ``gatewise --help`` is quick.
 """
 
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from gatewise import __version__
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import printable
 from gatewise.cli.compare import compare
@@ -33,6 +35,7 @@ from gatewise.cli.options import (
     SplitOption,
     at_hand,
     print_table,
+    print_whole,
 )
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from gatewise.runs.run import RunResult
 
 USER_ERROR = 2
+_OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG)
 OUT_OF_MEMORY = (
     "the device is out of memory: take smaller batches (--batch-size, in a recipe training.batch_size and eval_batch_size), "
     "shorter rows (data.max_length), training.gradient_checkpointing, or another --device"
@@ -70,8 +74,13 @@ class Commands(TyperGroup):
             _wait_for_others("LOCAL_RANK" in os.environ, seconds=5)  # this may be what comes of another process's fault
             if isinstance(error, EOFError):  # of which click would show nothing but "Aborted!"
                 raise RuntimeError(f"EOFError: {error}") from error
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            # PyTorch's, which is not imported for this; of processors it has no class.
+            if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error):
                 typer.echo(f"error: {OUT_OF_MEMORY} ({printable(reason_of(error))})", err=True)
+                raise typer.Exit(USER_ERROR) from None
+            if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and error.filename:
+                told = printable(f"{error.filename}: {error.strerror}")
+                typer.echo(f"error: {told}: give another path, or change what may be read and written there", err=True)
                 raise typer.Exit(USER_ERROR) from None
             raise
 
@@ -112,7 +121,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"gatewise {metadata.version('gatewise')}")
+        typer.echo(f"gatewise {__version__}")
         raise typer.Exit
 
 
@@ -179,6 +188,8 @@ def train(
     folder = output or Path("runs") / recipe.stem
 
     if dry:
+        if resume or overwrite:
+            raise GatewiseError("--dry-run writes nothing, and goes on with nothing: leave --resume and --overwrite out")
         from gatewise.runs.dry_run import dry_run
 
         dry_run(checked, folder, Console(), Console(stderr=True))
@@ -208,7 +219,7 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if processes.is_main():
         if result.table is not None:
-            Console().print(result.table())
+            print_whole(result.table())
         _print_summary(result)
     processes.leave()
 
@@ -217,7 +228,8 @@ def train(
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or its id on the hub.", show_default=False)],
     data: Annotated[
-        str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
+        str | None,
+        typer.Option(help="A .jsonl, .json, .csv or .parquet file, sample:NAME, or a data set.", show_default=False),
     ] = None,
     base: BaseOption = None,
     split: SplitOption = None,
@@ -418,8 +430,10 @@ def models_path(
 
 def _kept(recipe: "Recipe", folder: Path) -> str | None:
     """What of a run that did not end well can be gone on from, to be said after what went wrong; None for nothing."""
-    from gatewise.runs.run import what_is_kept
+    from gatewise.runs.run import METRICS, what_is_kept
 
+    if (folder / METRICS).is_file():
+        return f"the run in {folder} is finished and whole"
     kept = what_is_kept(folder, recipe.parts()[1])
     return f"{kept} is kept: give the same command with --resume to go on from there" if kept else None
 

@@ -50,6 +50,13 @@ def at_hand(adapter: Path) -> Path:
     return local_folder(adapter)
 
 
+def print_whole(table: Table) -> None:
+    """Prints a table as wide as it needs: a narrow terminal goes on in its next line, and loses no number."""
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
+
+
 def print_table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table whose first columns, called ``left``, are words, and whose others are numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -143,7 +143,7 @@ _TO = "#0b3f73"
 def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     """Draws a bar a layer: as long as its gate after a search, dark where the layer takes a new prompt.
 
-    Args and errors as for ``plot_gates``.
+    Otherwise as ``plot``.
     """
 
     with figure_for(out, 5.4, 1.4 + 0.24 * prompts.layers, layout="constrained") as figure:

@@ -88,6 +88,6 @@ def read_prompts(folder: str | Path) -> PromptMap:
         hyper_network=bool(logits),
         parameters={layer: parameters[layer] for layer in chosen},
         other_parameters=other,
-        num_prompt_tokens=int(config.get("num_prompt_tokens", 0)),
+        num_prompt_tokens=int(config.get("num_prompt_tokens") or 0),
         base_model=config.get("base_model_name_or_path") or None,
     )

@@ -278,7 +278,7 @@ def nearest(name: str) -> str | None:
 def cache_dir() -> Path:
     """The folder of gatewise's caches, which need not exist: $GATEWISE_CACHE, or `gatewise` in the platform's cache folder."""
     if chosen := os.environ.get("GATEWISE_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     with needs("gguf", "the cache of embedded models"):
         from platformdirs import user_cache_path
     return user_cache_path("gatewise", appauthor=False, opinion=False)

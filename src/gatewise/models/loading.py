@@ -1,5 +1,6 @@
 """Loads base models and tokenizers by the name that a user gives. What is wrong with them is said in one sentence."""
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -54,8 +55,8 @@ def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: C
     text = str(name_or_path)
     if model := embedded_for(text):
         return str(fetch(model.name, accept_terms=accept_terms, progress=progress))
-    if text and Path(text).expanduser().is_dir():
-        return str(Path(text).expanduser())
+    if text and os.path.isdir(path := os.path.expanduser(text)):
+        return path
     if "/" not in text and (near := nearest(text)):
         raise GatewiseError(f"{text!r} is neither a folder nor an embedded model: did you mean {near}?")
     return text
@@ -213,9 +214,10 @@ def load_model(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
             f"{some(sorted(fresh), 1)}, which would be random each time: give another model, or one that was saved with them"
         )
-    if model.config.pad_token_id is None:  # a guess, for callers without the tokenizer: see pad_as
-        end = model.config.eos_token_id
-        model.config.pad_token_id = end[0] if isinstance(end, list) else end
+    settings = model.config.get_text_config()
+    if getattr(settings, "pad_token_id", None) is None:  # a guess, for callers without the tokenizer: see pad_as
+        end = getattr(settings, "eos_token_id", None)
+        settings.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, hub_name(str(name_or_path)))
     if quantised:  # where they are to run: bitsandbytes' layers are not moved
         never_pack(model)

@@ -39,7 +39,7 @@ def upload(adapter: Path, repository: str, private: bool, say: Callable[[str], N
         api = huggingface_hub.HfApi()
         where = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=adapter, commit_message="Trained with gatewise")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         later = f"hf upload {repository} {adapter}{' --private' if private else ''}"
         say(f"warning: the adapter could not be uploaded ({reason_of(error)}); the run is whole, and this uploads it: {later}")
     else:

@@ -12,7 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json_lines
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import evaluate
-from gatewise.tasks.metrics import Metrics, cut_line
+from gatewise.tasks.metrics import Metrics, cut_line, metrics_line
 
 
 def measure_adapter(
@@ -64,5 +64,9 @@ def measure_adapter(
         if line := cut_line(answers, "--max-new-tokens"):
             progress.say(line)
     if out is not None:
-        write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
+        try:
+            write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
+        except GatewiseError:
+            progress.say(metrics_line(metrics))
+            raise
     return metrics

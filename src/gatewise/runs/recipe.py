@@ -7,6 +7,7 @@ checked before anything is loaded. ``gatewise.runs.run.train`` carries a recipe 
 import difflib
 import io
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -439,4 +440,4 @@ def _absolute(key: tuple[str, ...], value: Any, folder: Path) -> Any:
         return value
     is_file = (key in _DATA_KEYS and value.lower().endswith(DATA_SUFFIXES)) or key == _PATTERN_KEY
     is_model = key == ("model",) and (value.startswith((".", "~", "/")) or (folder / value).is_dir())
-    return str((folder / Path(value).expanduser()).resolve()) if is_file or is_model else value
+    return str((folder / Path(os.path.expanduser(value))).resolve()) if is_file or is_model else value

@@ -483,7 +483,7 @@ def _writing(run: Run, method: Method, rows: Mapping[str, str], overwrite: bool)
         reason = getattr(error, "strerror", None) or error
         raise GatewiseError(f"{output} could not be written ({reason}): free some space or give another --output") from error
     finally:
-        if output.is_dir() and not any(output.iterdir()):
+        with suppress(OSError):  # it is not empty, or is the folder that this process works in
             output.rmdir()
 
 

@@ -15,6 +15,7 @@ Where a source calls its fields otherwise, ``columns`` says how: ``{"text": "mes
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,7 @@ def load_records(
     Raises:
         GatewiseError: the source cannot be read, or a row is not what its kind needs: names the file, line and field.
     """
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), Path(os.path.expanduser(source))
     if labels is not None and len(set(labels)) < len(labels):
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
     if limit is not None and limit < 1:
@@ -136,7 +137,7 @@ def load_records(
 
 def is_data_set(source: str) -> bool:
     """Whether a source is a Hugging Face dataset: no sample, and no file."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return not source.startswith(SAMPLE_PREFIX) and path.suffix.lower() not in SUFFIXES and not path.exists()
 
 

@@ -7,6 +7,7 @@
 What is extracted needs review by a clinician.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -307,7 +308,7 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
 
 def _name_of(model: str | Path) -> str:
     """Returns a hub id unchanged, and only the last part of a folder's path."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", str(model)) and not folder.exists():
         return str(model)
     return str(writable(re.split(r"[/\\]", str(folder.resolve()))[-1]))  # a name of another encoding than UTF-8 is in no file

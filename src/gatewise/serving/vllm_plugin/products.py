@@ -22,7 +22,7 @@ _PACKED = "gatewise_packed"  # on a module of vLLM: slot -> _Packed
 
 
 def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor) -> Tensor:
-    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place by vLLM's products, with gates.
+    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place, by vLLM's products.
 
     Both may have a batch of one in front.
 
