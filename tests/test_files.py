@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of, whole_file, whole_folder, write_json
+from gatewise.files import check_new_folder, content_of, whole_file, whole_folder, write_json
 
 FSYNC = os.fsync
 
@@ -160,3 +160,27 @@ def test_everything_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert done[0] == "sync 7"
     assert done[-2:] == ["replace", "sync folder"]
     assert len(done) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there an empty folder is removed first")
+def test_of_two_that_write_to_one_place_the_later_one_finds_it_taken(tmp_path):
+    (tmp_path / "old").mkdir()  # an empty folder is taken, whatever its name
+
+    def both():
+        with whole_folder(tmp_path / "old"), whole_folder(tmp_path / "old") as first:
+            (first / "first").touch()
+
+    with pytest.raises(GatewiseError, match="old: Directory not empty; nothing was changed"):
+        both()
+    assert [one.name for one in tmp_path.rglob("*")] == ["old", "first"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("disk"))
+    for place in (".", tmp_path / "disk"):
+        with pytest.raises(GatewiseError, match="which cannot be replaced: give a new folder in it"):
+            check_new_folder(place)
+    check_new_folder("new")

@@ -135,9 +135,7 @@ def _check_free(path: str | Path, replace: bool) -> None:
     if not replace and os.path.isdir(path) and os.listdir(path):
         raise GatewiseError(f"{path} is not empty: give a new folder, or remove it first")
     if not replace and os.path.isdir(path) and (os.path.ismount(path) or os.path.samefile(path, os.curdir)):
-        raise GatewiseError(
-            f"{path} is the folder you are in, or a disk, which cannot be replaced: give a new folder in it"
-        )
+        raise GatewiseError(f"{path} is the folder you are in, or a disk, which cannot be replaced: give a new folder in it")
 
 
 def _try(path: str | Path) -> None:

@@ -148,6 +148,8 @@ def test_weights_that_are_not_lora(shapes: dict[str, tuple[int, int]], words: st
         ("{", "is not valid JSON"),
         ('{"format": 2, "rounds": []}', "upgrade gatewise"),
         ('{"format": 1, "rounds": {}}', "restore or remove"),
+        ('{"format": 1, "rounds": [{}]}', "restore or remove"),
+        ('{"format": 1, "rounds": [3]}', "restore or remove"),
     ],
 )
 def test_a_damaged_allocation_file_is_named(content: str, words: str, tmp_path: Path) -> None:

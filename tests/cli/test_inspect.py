@@ -193,9 +193,19 @@ def test_scores_are_shown_though_nothing_can_be_suggested(inspect: Inspect, data
     assert "a budget of 1,000,000 parameters was asked for" in shown.stderr
     assert "could go: " in shown.stdout
     assert not (tmp_path / "pattern.json").exists()
+    told = inspect("--scores", "--data", data, "--suggest", "1M", "--json")
+    assert told.exit_code == 2
+    assert json.loads(told.stdout)["modules"]
 
 
 # ---- routing ----
+
+
+def test_adapters_that_choose_nothing_are_not_loaded(inspect: Inspect, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatewise.inspection.routing.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
+    result = inspect("--routing", "--data", data)
+    assert result.exit_code == 2
+    assert "is of peft_type 'LORA', and only routed LoRA (method milora) chooses modules" in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny_run import write_recipe
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
 from gatewise.runs.trainer import RecipeTrainer
 
 Gatewise = Callable[..., Any]
@@ -101,6 +103,18 @@ def test_eval_writes_what_was_answered(gatewise: Gatewise, trained: Path, tmp_pa
     assert all(max(row["log_likelihoods"], key=row["log_likelihoods"].get) == row["predicted"] for row in rows)
     assert sum(row["right"] for row in rows) / len(rows) == metrics["accuracy"]
     assert_refused(gatewise(*words, tmp_path), f"{tmp_path} is a folder, expected a file to write")
+
+
+def test_metrics_are_told_though_answers_cannot_be_written(
+    gatewise: Gatewise, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise GatewiseError("the disk is full")
+
+    monkeypatch.setattr("gatewise.runs.measure.write_json_lines", full)
+    result = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--out", tmp_path / "answers.jsonl")
+    assert_refused(result, "the disk is full")
+    assert re.search(r"accuracy 0\.\d+", result.stderr)
 
 
 def test_rows_of_one_label_are_refused(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
@@ -319,6 +333,37 @@ def test_places_that_cannot_be_written(gatewise: Gatewise, trained: Path, tmp_pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_interrupt_after_the_end_says_that_the_run_is_whole(
+    gatewise: Gatewise, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not to resume it, which would be refused."""
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatewise.runs.run.train", stopped)
+    result = gatewise("train", trained.parent / "alora.yaml", "--output", trained)
+    assert result.exit_code == 130
+    assert result.stderr.endswith(f"interrupted: the run in {trained} is finished and whole\n")
+
+
+def test_options_that_would_do_nothing_are_refused(gatewise: Gatewise, trained: Path) -> None:
+    for option in ("--resume", "--overwrite"):
+        assert_refused(gatewise("train", trained.parent / "alora.yaml", "--dry-run", option), "--dry-run writes nothing")
+    assert_refused(gatewise("export", trained / "adapter", "out", "--columns", "text=message"), "given without --data")
+    assert_refused(gatewise("eval", trained / "adapter", "--data", "~nobody.jsonl"), "~nobody.jsonl: there is no such file")
+
+
+def test_a_narrow_terminal_loses_no_digit_of_the_table_of_ranks(
+    gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    result = gatewise("train", write_recipe(tmp_path, "lora"), "--set", "peft.r=100", "training.max_steps=1")
+    assert result.exit_code == 0, result.output
+    (total,) = [line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["total"]]
+    assert set(total[1:-1]) == {"200"}
+
+
 def test_an_interrupt_says_how_to_go_on(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, "alora")
     original = RecipeTrainer.compute_loss
@@ -351,15 +396,32 @@ def test_data_of_another_kind_than_the_adapters(gatewise: Gatewise, tmp_path: Pa
     assert_refused(gatewise("eval", "out/adapter", "--data", "sample:reminder-dev"), "reminder-dev")
 
 
-def test_a_want_of_memory_is_no_bug(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you Tried to allocate 2.00 GiB."),
+    ],
+    ids=type,
+)
+def test_a_want_of_memory_is_no_bug(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(RecipeTrainer, "train", full)
     result = gatewise("train", write_recipe(tmp_path))
     assert_refused(result, "the device is out of memory")
     assert "training.batch_size" in result.stderr
     assert "Tried to allocate 2.00 GiB" in result.stderr
+
+
+def test_a_place_that_may_not_be_read_is_no_bug(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/home/she/adapter")
+
+    monkeypatch.setattr("gatewise.inspection.read_budget", closed)
+    monkeypatch.setattr("gatewise.adapters.files.peft_type", lambda _: "LORA")
+    assert_refused(gatewise("inspect", "."), "/home/she/adapter: Permission denied: give another path")
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), EOFError("Ran out of input")], ids=repr)

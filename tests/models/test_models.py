@@ -27,8 +27,12 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     XLNetConfig,
@@ -456,6 +460,19 @@ def test_load_model_gives_the_saved_model_in_evaluation_mode(llama: Path) -> Non
     again = LlamaForCausalLM.from_pretrained(llama)
     assert torch.equal(model(IDS).logits, again(IDS).logits)
     assert load_model(llama, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_model_whose_configuration_knows_no_padding_is_loaded(tmp_path: Path) -> None:
+    """That of models with images has it within, and that of CodeGen nowhere."""
+    CodeGenForCausalLM(CodeGenConfig(vocab_size=20, n_embd=16, n_layer=1, n_head=4, rotary_dim=2)).save_pretrained(
+        tmp_path / "code"
+    )
+    assert load_model(tmp_path / "code").config.vocab_size == 20
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**small, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 30, "pad_token_id": None, "eos_token_id": [1, 2]}
+    config = Gemma3Config(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma")
+    assert load_model(tmp_path / "gemma").config.get_text_config().pad_token_id == 1
 
 
 def test_load_tokenizer_pads_on_the_right(llama: Path, tmp_path: Path) -> None:
