@@ -8,6 +8,7 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertForTokenClassification,
     M2M100Config,
@@ -92,6 +93,11 @@ def test_microbatches_leave_a_classifiers_labels_whole(batch, classes, labels_fi
     assert min(part["input_ids"].shape[1] for part in parts) < 9
     assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
     assert mean_loss(model, parts_of(model, data).own) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [BertForPreTraining, BertForMaskedLM])
+def test_masked_words_are_predicted_where_they_stand(kind):
+    assert loss_kind(kind(SMALL)) == "tokens"
 
 
 def test_the_head_sees_only_what_is_asked_for(batch):

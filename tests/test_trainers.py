@@ -228,3 +228,27 @@ def test_trl(method: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert read
         assert max(read) <= longest
     check(trainer, tmp_path, base(head))
+
+
+def test_the_reference_of_a_trained_routed_adapter_is_this_adapter(tmp_path: Path) -> None:
+    """TRL adds the configuration once more and copies parameters; what routers take off prompts is in buffers."""
+    model = get_peft_model(base(), CONFIGS["routed"]("CAUSAL_LM"))
+    with torch.no_grad():
+        for name, own in (*model.named_parameters(), *model.named_buffers()):
+            if "lora_" in name or "prompt_router" in name:
+                own.normal_()
+            if name.endswith("spread") or "observed" in name:
+                own.copy_(own.abs() + 1)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=settings(trl.DPOConfig, tmp_path, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer(),
+    )
+    policy = trainer.model.eval()
+    assert set(policy.peft_config) == {"default", "ref"}
+    data = {"input_ids": batch()["input_ids"], "attention_mask": batch()["attention_mask"]}
+    with torch.no_grad():
+        wanted = policy(**data).logits
+        policy.set_adapter("ref")
+        torch.testing.assert_close(policy(**data).logits, wanted)

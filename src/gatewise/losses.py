@@ -56,7 +56,9 @@ def loss_kind(model: nn.Module) -> LossKind:
         return "rows"
     if getattr(base.config, "is_encoder_decoder", False) and loss_type != "ForTokenClassification":
         return "seq2seq"
-    return "tokens" if loss_type in ("ForMaskedLM", "ForTokenClassification") else "causal"
+    # Transformers has no loss type for BERT's and its kin's with two heads, whose words are masked ones.
+    is_token = loss_type in ("ForMaskedLM", "ForTokenClassification") or type(base).__name__.endswith("ForPreTraining")
+    return "tokens" if is_token else "causal"
 
 
 def measures_itself(model: nn.Module) -> bool:

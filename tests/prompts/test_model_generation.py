@@ -7,6 +7,7 @@ import prompt_reference as reference
 import pytest
 import torch
 from prompted_models import DECODERS, prompt_config, prompted
+from tiny_models import tiny_base
 from transformers import DynamicCache, StaticCache
 
 from gatewise.errors import GatewiseError
@@ -168,6 +169,12 @@ def test_a_cache_that_is_emptied_begins_a_new_text(texts):
             with model.disable_adapter():
                 plain = model(input_ids=ids).logits
                 torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
+            cache.reset()
+            model(input_ids=texts[0][None], past_key_values=cache)
+            cache.reset()
+            other = tiny_base("llama").eval()  # which knows of no prompts
+            again = other(input_ids=ids, past_key_values=cache).logits
+            torch.testing.assert_close(again, other(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_caches_that_do_not_fit(batch):

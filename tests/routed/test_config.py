@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
@@ -14,7 +15,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from gatewise import RoutedLoraConfig
+from gatewise import RoutedLoraConfig, SelectivePromptConfig
 from gatewise.errors import GatewiseError
 
 
@@ -35,6 +36,14 @@ def test_round_trip(tmp_path):
         assert type(loaded) is RoutedLoraConfig
         assert loaded == config
     assert RoutedLoraConfig(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}).to_dict() == config.to_dict()
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    config = RoutedLoraConfig(r=np.int64(5), top_k=np.int64(2), balance_weight=np.float32(0.5))
+    config.save_pretrained(tmp_path)
+    assert RoutedLoraConfig.from_pretrained(tmp_path).balance_weight == 0.5
+    SelectivePromptConfig(tau=np.float32(0.5), num_prompt_tokens=np.int64(3)).save_pretrained(tmp_path)
+    assert SelectivePromptConfig.from_pretrained(tmp_path).tau == 0.5
 
 
 @pytest.mark.parametrize(

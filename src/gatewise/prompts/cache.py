@@ -56,6 +56,10 @@ class PromptedCache(ObjectMixin, Cache):
         prompt_keys, prompt_values = held.states[layer_idx]
         return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
 
+    def reset(self) -> None:
+        super().reset()
+        self.gatewise_prompts.states.clear()
+
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.gatewise_prompts.select(beam_idx)

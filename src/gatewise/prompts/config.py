@@ -76,6 +76,7 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
         tau: Any = self.tau
         if not is_number(tau) or not 0 < tau <= 1:
             raise GatewiseError(f"tau is {tau!r}: expected a number above 0 and at most 1")
+        self.tau = float(tau)
         if self.balanced not in (True, False, None):
             raise GatewiseError(f"balanced is {self.balanced!r}: expected True, False or None")
         if self.phm is not None:

@@ -1,5 +1,6 @@
 """SPT as a part of a recipe: soft prompts at a few layers, which a search of its own may choose before they are trained."""
 
+import gc
 import math
 import random
 import time
@@ -184,6 +185,9 @@ class SelectivePrompts(Method):
             self.selection = self._found(run)
             # Nothing of the search but its choice: head and activations of the base are as they were too.
             set_seed(self.recipe.seed)
+            # Else two base models are there at a time. A PEFT model is part of cycles, which are collected late.
+            run.model = None
+            gc.collect()
             run.model = self.adapt(run, run.fresh_base())
         run.seconds["search"] = self.selection.seconds
 

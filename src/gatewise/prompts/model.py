@@ -33,7 +33,8 @@ _REFUSED = {"add_cross_attention": True, "use_bidirectional_attention": True, "i
 class SelectivePromptModel(BaseTuner):
     """Puts generated prompts in front of the text inside the model. Its methods can be called on the ``PeftModel``.
 
-    What the caller sees keeps its length: prompt tokens join inside a layer and are taken off again. They stand in front of the
+    What the caller sees keeps its length: prompt tokens join inside a layer and are taken off again; of ``output_attentions`` alone
+    rows and columns begin with them. They stand in front of the
     text at every layer from the first prompt layer on: every token sees them, in sliding-window layers too; they see each other
     (in a decoder, those before) and, in an encoder, the text. Real tokens keep their positions. Prompt tokens have no learned
     position; in rotary models they are at the l positions before the row's first token.
@@ -113,7 +114,8 @@ class SelectivePromptModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # PEFT finds modules by these names; they are no field of the configuration, which already says which layers it means.
         paths = list(self._stack.layers)
-        peft_config.target_modules = {paths[index] for index in self._layers_of(peft_config)}
+        layers = range(len(paths)) if peft_config.prompt_layers is None else peft_config.prompt_layers
+        peft_config.target_modules = {paths[index] for index in layers}
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]
@@ -217,7 +219,7 @@ class SelectivePromptModel(BaseTuner):
         if logits:
             return torch.cat(logits).detach().float().sigmoid().cpu()
         gates = torch.zeros(len(self._blocks))
-        gates[self._layers_of(self._config())] = 1.0
+        gates[self._config().prompt_layers] = 1.0
         return gates
 
     def gate_parameters(self) -> dict[str, nn.Parameter]:
@@ -264,9 +266,6 @@ class SelectivePromptModel(BaseTuner):
             total = gates.sum()
             gates = gates * (total.detach() / total)
         return dict(enumerate(gates.split(1)))
-
-    def _layers_of(self, config: SelectivePromptConfig) -> list[int]:
-        return list(range(len(self._blocks))) if config.prompt_layers is None else list(config.prompt_layers)
 
     def _config(self, adapter: str | None = None) -> SelectivePromptConfig:
         config: Any = self.peft_config[adapter or self.active_adapters[0]]

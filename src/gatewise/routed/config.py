@@ -121,6 +121,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         weight: Any = self.balance_weight
         if not is_number(weight) or not math.isfinite(weight) or weight < 0:
             raise GatewiseError(f"balance_weight is {weight!r}: expected a number of at least 0; 0 turns the loss off")
+        self.balance_weight = float(weight)
 
     def _check_variants(self) -> None:
         for name, why in _REFUSED.items():

@@ -110,6 +110,12 @@ class RoutedLoraModel(LoraModel):
         config.experts = self._orders[adapter_name] = order
         self._routers_to_add = {f"{layer}.{names[0]}": len(names) for layer, names in order.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # TRL copies an adapter by adding its configuration once more, and its parameters: what routers take off is in buffers.
+        twin = next((name for name, own in self.peft_config.items() if own is config and name != adapter_name), None)
+        for module in model.modules():
+            if twin and isinstance(module, RoutedLinear) and adapter_name in module.prompt_router:
+                kept = dict(module.prompt_router[twin].named_buffers())
+                module.prompt_router[adapter_name].load_state_dict(kept, strict=False)
         if not config.inference_mode:
             never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):
@@ -281,7 +287,8 @@ class RoutedLoraModel(LoraModel):
         return request
 
     def _finish(self, request: Request, arguments: Mapping[str, Any], output: Any) -> Any:
-        if not any(map(self._balance_weight, request.groups)):
+        has_no_loss = isinstance(output, MutableMapping) and output.get("loss") is None
+        if has_no_loss or not any(map(self._balance_weight, request.groups)):
             return None
         return with_balance(output, self.balance_loss(), arguments, self._kind)
 
@@ -304,16 +311,14 @@ def in_stored_order(found: Mapping[str, list[str]], stored: Mapping[str, list[st
 
 
 def with_balance(output: Any, term: Tensor, arguments: Mapping[str, Any], kind: LossKind) -> Any:
-    """The output of a forward that was given ``arguments``, with ``term`` added to its loss; unchanged if it has none.
+    """The output of a forward that was given ``arguments``, with ``term`` added to its loss; a tuple without one is as it was.
 
     TRL's SFTTrainer does not read the loss: it sums the log-probabilities of all labels itself and divides by their number, in
     the batch or in the step. There the term is a cost of each label, which comes to the same. TRL's other trainers (DPO, GRPO and
     so on) do other things with log-probabilities, and get none.
     """
     if isinstance(output, MutableMapping):
-        loss = output.get("loss")
-        if loss is None:
-            return output
+        loss = output["loss"]
         if _is_for_sft(output):
             cost = term.to(output["log_probs"]) * output["label_mask"]
             output["log_probs"] = output["log_probs"] - cost

@@ -139,8 +139,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
-            if centring is None and self.center_states:
-                centring = (self.center, self.spread)
+            centring = centring or self.centring()
             if centring is not None:
                 # (h - c) / s; before any prompt was observed, or where all were the same, h as it is.
                 center, spread = (one.to(dtype) for one in centring)

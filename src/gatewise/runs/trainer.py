@@ -142,6 +142,14 @@ class RecipeTrainer(Trainer):
             self.optimizer = create_loraplus_optimizer(
                 adapted, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **settings
             )
+            # PEFT counts every vector among the Bs: biases of heads, and what routers learn.
+            names = {parameter: name for name, parameter in adapted.named_parameters()}
+            slow, _, *fast = self.optimizer.param_groups
+            vectors = [one for group in fast for one in group["params"] if "lora_B" not in names[one]]
+            for group in fast:
+                group["params"] = [one for one in group["params"] if "lora_B" in names[one]]
+            if vectors:
+                self.optimizer.add_param_group({**slow, "params": vectors, "weight_decay": 0.0})
         return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
