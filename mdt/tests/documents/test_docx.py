@@ -1,6 +1,7 @@
 """Word documents: no word of the body is lost, odd tables are read on, and what is left out is said."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from gatewise_mdt.documents.document import Document
 from gatewise_mdt.documents.passages import split_passages
 from gatewise_mdt.documents.reading import document_of
+
+from gatewise.errors import GatewiseError
 
 docx = pytest.importorskip("docx")
 from docx.oxml import parse_xml  # noqa: E402
@@ -51,6 +54,7 @@ def texts(document: Any) -> list[str]:
 
 
 INSERTED = f'<w:ins w:id="1" w:author="a">{run("not ")}</w:ins>'
+SYMBOL = '<w:rFonts w:ascii="Symbol" w:hAnsi="Symbol"/>'
 RAISED = '<w:vertAlign w:val="superscript"/>'
 HALF = "<m:f><m:num><m:r><m:t>1</m:t></m:r></m:num><m:den><m:r><m:t>2</m:t></m:r></m:den></m:f>"
 DELETED = '<w:del w:id="2" w:author="a"><w:r><w:delText>always </w:delText></w:r></w:del>'
@@ -71,6 +75,11 @@ MOVED = f'<w:moveFrom w:id="3" w:author="a">{run("ever ")}</w:moveFrom><w:moveTo
         ("<w:r><w:t>non</w:t><w:noBreakHyphen/><w:t>steroidal</w:t><w:br/><w:t>drugs</w:t></w:r>", "non-steroidal drugs"),
         (f'{run("eGFR ")}<w:r><w:sym w:font="Symbol" w:char="F0B3"/></w:r>{run(" 30")}', "eGFR ≥ 30"),
         (f"{run('10')}{run('9', RAISED)}{run('/L')}", "10^9/L"),
+        (f"{run('1')}{run('1', RAISED)}{run('/2 tablets')}", "1 1/2 tablets"),
+        (
+            f"{run('Give 5 ')}{run('m', SYMBOL)}{run('g/kg if eGFR ')}{run(chr(0xF0B3), SYMBOL)}{run(' 30')}",
+            "Give 5 μg/kg if eGFR ≥ 30",
+        ),
         (f"{run('Give ')}{run('50', '<w:strike/>')}{run('5 mg')}", "Give 50 5 mg"),
         (f"{run('130/80')}{run('1', RAISED)}{run(' mmHg')}", "130/80 mmHg[1]"),
         (f"{run('30 kg/m')}{run('2', RAISED)}{run(' at visits')}{run('3,4', RAISED)}", "30 kg/m2 at visits[3,4]"),
@@ -94,6 +103,43 @@ def test_content_controls_and_text_boxes_are_read_once() -> None:
     blocks = read(document).blocks
     assert [block.text for block in blocks] == ["Give it.", "Never in pregnancy.", "Not in renal failure."]
     assert [block.where for block in blocks] == ["paragraph 1", "paragraph 1, a text box", "paragraph 2"]
+
+
+def test_what_stands_in_a_text_box_is_read_as_it_stands_beside_it() -> None:
+    def box(inside: str) -> str:
+        return f"<w:r><w:pict><v:textbox><w:txbxContent>{inside}</w:txbxContent></v:textbox></w:pict></w:r>"
+
+    said = ("Stop NSAIDs.", "Give 5 mg.")
+    items = "".join(f'<w:p><w:pPr><w:pStyle w:val="ListBullet"/></w:pPr>{run(one)}</w:p>' for one in said)
+    inner = f"<w:p>{run('Not in children.')}{box(items)}</w:p>"
+    found = [(block.text, block.kind) for block in read(with_paragraph(run("If acute:") + box(inner))).blocks]
+    assert found == [("If acute:", "paragraph"), ("Not in children.", "paragraph"), *((one, "item") for one in said)]
+
+
+def test_styles_of_letters_count_as_what_is_said_of_them_directly() -> None:
+    document = with_paragraph("")
+    for name, inside in (("Up", RAISED), ("Gone", "<w:strike/>")):
+        style = f'<w:name w:val="{name}"/><w:rPr>{inside}</w:rPr>'
+        document.styles.element.append(element("style", style, f'w:type="character" w:styleId="{name}"'))
+    styled = "<w:rStyle w:val='{}'/>".format
+    words = f"{run('Below 10')}{run('9', styled('Up'))}{run('/L give ')}{run('50', styled('Gone'))}{run('5 mg')}"
+    document.element.body.insert(0, element("p", words))
+    found = read(document)
+    assert [block.text for block in found.blocks] == ["Below 10^9/L give 50 5 mg"]
+    assert any('struck through was read like any other: "50"' in note for note in found.notes)
+
+
+def test_a_file_that_is_far_larger_than_it_looks_is_refused() -> None:
+    made = io.BytesIO()
+    with_paragraph(run("Give it.")).save(made)
+    with (
+        zipfile.ZipFile(made, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("word/more.xml", "w", force_zip64=True) as stream,
+    ):
+        for _ in range(33):
+            stream.write(bytes(2**24))
+    with pytest.raises(GatewiseError, match=r"unpacked it has 528 MiB, more than 512"):
+        document_of(made.getvalue(), "gout.docx", ".docx")
 
 
 def table(*rows: str) -> Any:
@@ -152,7 +198,7 @@ def test_the_notes_say_what_was_left_out() -> None:
     said = read(document).notes
     for expected in (
         "1 picture could not be read",
-        "signs of a symbol font were not known (1)",
+        "some letters have no meaning in the file",
         "tracked changes were read as if all were accepted",
         'struck through was read like any other: "500 mg"',
         'the footers were left out: "House guideline"',

@@ -16,6 +16,7 @@ def passages(source: str) -> list[str]:
     return [one.text for one in split_passages(read(source))]
 
 
+SYMBOL = "<span style='font-family:Symbol'>{}</span>"
 LINK = '<sup><a href="#n{0}">{0}</a></sup>'
 
 
@@ -36,6 +37,12 @@ LINK = '<sup><a href="#n{0}">{0}</a></sup>'
         ),
         ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80 mmHg[1], CO2"]),
         ("<p>If ALT &lt; 3 give it<br><br>Else stop", ["If ALT < 3 give it", "Else stop"]),
+        ("<p>Give <math><mfrac><mn>1</mn><mn>2</mn></mfrac></math> mg", ["Give 1/2 mg"]),
+        ("<p>below <math><msup><mn>10</mn><mn>9</mn></msup></math>/L", ["below 10^9/L"]),
+        ("<p>Give 1<sup>1</sup>/<sub>2</sub> tablets", ["Give 1 1/2 tablets"]),
+        (f"<p>eGFR {SYMBOL.format('³')} 30, 5 {SYMBOL.format('m')}g", ["eGFR ≥ 30, 5 μg"]),
+        ("<p><![CDATA[Give 5 mg if < 3]]> daily", ["Give 5 mg if < 3 daily"]),
+        ("<h2>6 months to 5 years</h2><p>Give 120 mg", ["6 months to 5 years", "Give 120 mg"]),
         ("<p>Stop:<br>- naproxen<br>• warfarin", ["Stop:", "naproxen", "warfarin"]),
         ("<p>Stop:<br>\uf0b7 naproxen<br>\uf0a7warfarin", ["Stop:", "naproxen", "warfarin"]),  # of Word's own fonts
         (
@@ -94,6 +101,27 @@ def test_a_footnote_follows_what_refers_to_it() -> None:
     link = '<sup><a href="#fn1">1</a></sup>'
     document = read(f'<p>Give it{link}.<p>Rest.<ol><li id="fn1">Not in infants. <a href="#r">↩</a></ol>')
     assert [block.text for block in document.blocks] == ["Give it.", "Footnote: Not in infants.", "Rest."]
+
+
+@pytest.mark.parametrize(
+    ("link", "note", "said"),
+    [
+        ('<a href="#n">1</a>', "<p id=n><sup>1</sup>5 mg if eGFR is below 30.", "5 mg if eGFR is below 30."),
+        ('<a href="#n">1</a>', '<p id=n><a href="#back">1</a>20 mg in children.', "20 mg in children."),
+        ('<a href="#n">1</a>', "<aside id=n><p>5 mg if eGFR is below 30.</aside>", "5 mg if eGFR is below 30."),
+        ('<a href="#n">1</a>', "<p id=n>[1] Not in infants.", "Not in infants."),
+        (
+            '<a href="#n">1</a>',
+            "<ol><li id=n><p>Below 4</p><p>2 mg if 10<sup>9</sup>/L</ol>",
+            "Below 4 2 mg if 10^9/L",
+        ),
+        ('<a href="#n">T1</a>', "<div id=n><table><tr><th>Age<th>Dose<tr><td>3 months<td>60 mg</table></div>", None),
+    ],
+)
+def test_a_footnote_keeps_its_numbers(link: str, note: str, said: str | None) -> None:
+    found = read(f"<p>Give it<sup>{link}</sup>.</p>{note}").blocks
+    assert [block.text for block in found if block.kind == "footnote"] == ([] if said is None else [f"Footnote: {said}"])
+    assert said is not None or found[-1].text == "Age: 3 months. Dose: 60 mg."
 
 
 def test_what_is_not_shown_or_leads_elsewhere_is_left_out_and_the_rest_noted() -> None:

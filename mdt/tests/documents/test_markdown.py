@@ -41,6 +41,11 @@ def test_no_word_vanishes(source: str, said: list[str]) -> None:
     assert [block.text for block in read(source).blocks] == said
 
 
+def test_a_list_may_begin_with_zero_and_an_allele_with_a_star() -> None:
+    assert [block.text for block in read("0. Stop\n1. Give\n2. Repeat step 1").blocks] == ["0. Stop", "1. Give", "2. Repeat step 1"]
+    assert [block.text for block in read("*2/*2 or *2/*3 need 5 mg").blocks] == ["*2/*2 or *2/*3 need 5 mg"]
+
+
 def test_a_line_under_a_sentence_makes_no_heading_of_it() -> None:
     blocks = read("Gout in adults\n====\n\nIf she is pregnant, do not give methotrexate\n---\nOtherwise give it.").blocks
     assert [(block.level, block.where) for block in blocks] == [(1, "line 1"), (0, "line 4"), (0, "line 6")]

@@ -4,6 +4,8 @@ import io
 
 import pytest
 from gatewise_mdt.documents.document import LOWERED, RAISED, Document, one_line
+from gatewise_mdt.documents.lines import Word
+from gatewise_mdt.documents.page import _with_bullets, _words
 from gatewise_mdt.documents.reading import document_of
 from mdt_models import pdf
 
@@ -121,3 +123,73 @@ def test_pages_without_text_are_named() -> None:
     (note,) = printed(WHOLE, "", "", WHOLE, "").notes
     assert note.startswith("gout.pdf has no text, or next to none, on pages 2, 3, 5 of 5, as scanned pages have none: run text")
     assert printed(WHOLE).notes == ()
+
+
+def test_what_is_beside_what_is_shown_of_a_page_is_left_out_with_a_note() -> None:
+    """As the other half of a spread that was cut into two pages."""
+    lines = [f"Give {number} mg of colchicine to adults." for number in range(1, 21)]
+    content = pdf("\n".join(lines)).replace(b"/MediaBox [0 0 595 842]", b"/MediaBox [0 0 595 842] /CropBox [0 0 595 600]")
+    document = document_of(content, "gout.pdf", ".pdf")
+    said = " ".join(block.text for block in document.blocks)
+    assert [number for number in range(1, 21) if f"Give {number} mg" in said] == list(range(15, 21))
+    assert any("text beside what is shown of a page was left out" in note and "Give 1 mg" in note for note in document.notes)
+
+
+def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
+    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
+    made = io.BytesIO()
+    drawn = canvas.Canvas(made)
+    for number in (1, 2, 3):
+        drawn.setFont("Helvetica-Bold", 15)
+        drawn.drawString(40, 800, f"Step {number}")
+        drawn.setFont("Helvetica", 11)
+        for line in range(4):
+            drawn.drawString(40, 700 - 14 * line, f"Give salbutamol {number}00 micrograms to adults who wheeze at rest.")
+        drawn.showPage()
+    drawn.save()
+    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    assert [block.text for block in document.blocks if block.level] == ["Step 1", "Step 2", "Step 3"]
+    assert document.notes == ()
+
+
+def test_a_score_is_no_table_of_contents() -> None:
+    dots = " ........ ".join
+    score = [dots(one) for one in (("Heart failure", "1"), ("Age 75 or more", "2"), ("Diabetes", "1"))]
+    assert all(line in " ".join(block.text for block in printed("\n".join(score)).blocks) for line in score)
+    contents = [dots(one) for one in (("Treatment", "3"), ("Children", "7"))]
+    document = printed("\n".join([WHOLE, *contents]))
+    assert [block.text for block in document.blocks] == [WHOLE]
+    assert "a table of contents was left out" in document.notes[0]
+
+
+def test_letters_of_a_symbol_font_are_read_as_they_look() -> None:
+    content = pdf("5 m \xb3 30" + 8 * " abg").replace(b"/BaseFont /Helvetica", b"/BaseFont /Symbol   ")
+    assert [block.text for block in document_of(content, "a.pdf", ".pdf").blocks] == ["5 μ ≥ 30" + 8 * " αβγ"]
+
+
+def test_letters_that_are_printed_twice_to_look_bold_are_read_once() -> None:
+    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
+    made = io.BytesIO()
+    drawn = canvas.Canvas(made)
+    for x in (40, 40.3):
+        drawn.drawString(x, 700, "Do not give more than 5 mg or 11 mg to llamas.")
+    drawn.save()
+    (block,) = document_of(made.getvalue(), "a.pdf", ".pdf").blocks
+    assert block.text == "Do not give more than 5 mg or 11 mg to llamas."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eGFR", "is", "(cid:3)", "30"], "eGFR is \ufffd 30"),
+        (["(cid:3)", "Give", "5", "mg"], "• Give 5 mg"),
+        (["10\x025", "units"], "10\ufffd5 units"),
+    ],
+)
+def test_signs_without_a_meaning_are_told_from_bullets(words: list[str], said: str) -> None:
+    made, x = list[Word](), 40.0
+    for word in words:
+        place = {"x0": x, "x1": x + 5 * len(word), "top": 100, "bottom": 110, "size": 10, "fontname": "A", "text": word}
+        made += _words({**place, "chars": [place]}, [])
+        x += 5 * len(word) + 3
+    assert " ".join(word.text for word in _with_bullets(made)) == said

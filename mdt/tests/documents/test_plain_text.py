@@ -3,6 +3,7 @@
 import pytest
 from gatewise_mdt.documents.document import Document
 from gatewise_mdt.documents.passages import Passage, split_passages
+from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.reading import document_of
 
 
@@ -154,3 +155,12 @@ def test_items_are_as_deep_as_they_are_moved_in_or_numbered(text: str, depths: l
     blocks = document_of(text.encode(), "a", ".txt").blocks
     assert [block.depth for block in blocks] == depths
     assert {block.kind for block in blocks} == {"item"}
+
+
+def test_words_cut_at_the_end_of_a_line_keep_the_hyphens_of_their_own() -> None:
+    for lines, said in (
+        (["Give co-", "amoxiclav once-", "daily"], "Give co-amoxiclav once-daily"),
+        (["two-", "thirds of hydro\u2010", "chlorothiazide"], "two-thirds of hydrochlorothiazide"),
+        (["hydro\xad", "chlorothiazide"], "hydrochlorothiazide"),
+    ):
+        assert join_lines(lines) == said

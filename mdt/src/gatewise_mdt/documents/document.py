@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, zip_longest
 from typing import Literal, NamedTuple
 
+from gatewise.errors import some
+
 # No text of a document holds these: they stand around a superscript, and around the name of a footnote where it is referred to,
 # until all of a paragraph is known.
 RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
@@ -28,6 +30,15 @@ TYPED_BULLET = re.compile(rf"(?:[{BULLETS}]\s*|[-–*]\s+(?=[^\W\d_]))(?=\S)")
 """A bullet that is a part of the text, as nothing marks a list."""
 UNKNOWN = "\ufffd"
 """Stands for a sign that a document gives no meaning to."""
+_SYMBOLS = {
+    0xA3: "≤", 0xA5: "∞", 0xAB: "↔", 0xAC: "←", 0xAD: "↑", 0xAE: "→", 0xAF: "↓", 0xB0: "°", 0xB1: "±", 0xB3: "≥", 0xB4: "×",
+    0xB7: "•", 0xB8: "÷", 0xB9: "≠", 0xBB: "≈", 0x3C: "<", 0x3D: "=", 0x3E: ">", 0x2B: "+", 0x2D: "-", 0x61: "α", 0x62: "β",
+    0x63: "χ", 0x64: "δ", 0x65: "ε", 0x67: "γ", 0x6B: "κ", 0x6C: "λ", 0x6D: "μ", 0x44: "Δ",
+}  # fmt: skip
+"""The font Symbol's own places, of signs that change what a sentence says."""
+_STANDARD = {"£": 0xA3, "‡": 0xB3, "–": 0xB1, "·": 0xB4}
+"""What some of these places are in PDF's standard encoding, in which a file's Symbol may be read."""
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
 Kind = Literal["paragraph", "item", "row", "footnote"]
 
 
@@ -207,6 +218,8 @@ def superscript(before: str, raised: str, after: str) -> str:
     if before[-1:].isdigit():
         if re.fullmatch(r"[-−–+]\d+", raised) or (re.fullmatch(r"\d{1,2}", raised) and _is_power_of_ten(before, raised, after)):
             return f"^{raised}"
+        if re.match(r"[/⁄]\d", after):  # 1 and a half tablets
+            return f" {raised}"
         if raised in ("o", "0") and re.match(r"\s?[CF]\b", after):
             return "°"
         return f"[{raised}]" if reference else raised
@@ -218,6 +231,35 @@ def _is_power_of_ten(before: str, raised: str, after: str) -> bool:
     times = re.search(r"[x×·*]\s?10$", before)
     ten = re.search(r"(?<![\d.,/–-])10$", before) and raised != "1" and not re.match(_MEASURED, after)
     return bool(times or ten)
+
+
+def of_symbol_font(said: str, *, standard: bool = False) -> str:
+    """A text in the font Symbol by what the letters look like: its m is a μ, and its ³ a ≥. UNKNOWN for those that are not known.
+
+    Args:
+        standard: letters may have been read in PDF's standard encoding.
+    """
+
+    def look(letter: str) -> str:
+        code = ord(letter)
+        if standard and letter in _STANDARD:
+            return _SYMBOLS[_STANDARD[letter]]
+        is_own = 0xF000 <= code <= 0xF0FF
+        if not (is_own or letter in "£³" or (letter.isascii() and letter.isalpha())):
+            return letter  # a digit, or in Unicode already
+        place = code & 0xFF
+        return chr(place) if 0x20 <= place < 0x40 else _SYMBOLS.get(place, UNKNOWN)
+
+    return "".join(map(look, said))
+
+
+def without_meaning(blocks: Iterable[Block]) -> str:
+    """A sentence on signs that have no meaning outside of a font, or none at all; empty where there are none."""
+    private = [block for block in blocks if UNKNOWN in block.text or _PRIVATE.search(re.sub(f"[{BULLETS}]", "", block.text))]
+    if not private:
+        return ""
+    places = list(dict.fromkeys(block.where for block in private))
+    return f"some letters have no meaning in the file; {UNKNOWN} or a sign of its own stands for each: compare {some(places, 20)}"
 
 
 def quoted_list(texts: Sequence[str], places: Sequence[str] = (), most: int = 20) -> str:

@@ -6,9 +6,11 @@ text, misses headings by outline level or by a style based on a heading, and dro
 
 import io
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
@@ -24,6 +26,7 @@ from gatewise_mdt.documents.document import (
     Document,
     Unread,
     in_one_line,
+    of_symbol_font,
     one_line,
     quoted_list,
     with_footnotes,
@@ -37,10 +40,9 @@ from gatewise_mdt.documents.headings import (
     reads_as_sentence,
     style_of,
 )
-from gatewise_mdt.documents.numbering import STEP, Indent, ListPlace, Numbering, indent_of, value_of, whole_of
+from gatewise_mdt.documents.numbering import _W, STEP, Indent, ListPlace, Numbering, indent_of, value_of, whole_of
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
-_W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _MATH = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"  # says again what stands before it
@@ -63,13 +65,8 @@ _UNREADABLE = {
     f"{_W}object": "embedded object",
     f"{_W}altChunk": "embedded document",
 }
-# The font Symbol's own places in Unicode, of signs that change what a sentence says.
-_SYMBOLS = {
-    0xA3: "≤", 0xA5: "∞", 0xAB: "↔", 0xAC: "←", 0xAD: "↑", 0xAE: "→", 0xAF: "↓", 0xB0: "°", 0xB1: "±", 0xB3: "≥", 0xB4: "×",
-    0xB7: "•", 0xB8: "÷", 0xB9: "≠", 0xBB: "≈", 0x3C: "<", 0x3D: "=", 0x3E: ">", 0x2B: "+", 0x2D: "-", 0x61: "α", 0x62: "β",
-    0x63: "χ", 0x64: "δ", 0x65: "ε", 0x67: "γ", 0x6B: "κ", 0x6C: "λ", 0x6D: "μ", 0x44: "Δ",
-}  # fmt: skip
-_DEEP_CELL = "a cell of the table has a list within a list, which is read as one: compare it with the document"
+_DEEP_CELL = "a cell of the table has a list within a list, or a table, which is read as text: compare it with the document"
+_MOST = 2**29  # bytes, unpacked: what a file of a few kilobytes may say it has
 _BODY = 9  # the outline level of text
 _LARGER = 1.15  # of the size of most text: a line in such letters is a heading
 
@@ -86,6 +83,8 @@ def read_docx(content: bytes, name: str) -> Document:
     import docx
 
     try:
+        if (size := sum(one.file_size for one in zipfile.ZipFile(io.BytesIO(content)).infolist())) > _MOST:
+            raise ValueError(f"unpacked it has {size >> 20} MiB, more than {_MOST >> 20}")
         opened = docx.Document(io.BytesIO(content))
         beside = list(_parts_beside(opened))
         footnotes = {key: said for key, kind, said in beside if kind.endswith("notes")}
@@ -298,9 +297,14 @@ class _Reading:
         return made
 
     def _text_boxes(self, element: Any, where: str) -> Iterator[Block]:
+        was, number, self.boxed = self.boxed, self.number, True
         for box in element.iter(f"{_W}txbxContent"):
-            if not any(outer.tag in (_FALLBACK, *_DELETED) for outer in box.iterancestors()):
-                yield Block(one_line(self._all(box)), 0, f"{where}, a text box")
+            around = takewhile(lambda outer: outer is not element, box.iterancestors())
+            said_elsewhere = any(outer.tag in (_FALLBACK, *_DELETED) for outer in box.iterancestors())
+            # A box within a box is read with its paragraph.
+            if not said_elsewhere and not any(outer.tag == f"{_W}txbxContent" for outer in around):
+                yield from (replace(block, where=f"{where}, a text box") for block in list(self.blocks(box)))
+        self.boxed, self.number = was, number
 
     def _table(self, table: Any) -> Iterator[Block]:
         """The rows, a cell once however many columns it spans, and again in each row that it spans.
@@ -351,6 +355,7 @@ class _Reading:
         said = ""
         within: list[ListPlace] = []
         for child in cell:
+            self.deep_cells |= child.tag == f"{_W}tbl"
             place, number = None, ""
             if child.tag == f"{_W}p":
                 names = [_name(style) for style in self.styles.of_paragraph(child)]
@@ -389,14 +394,19 @@ class _Reading:
             return self._symbol(element)
         if tag == f"{_W}p":
             self.within = element
-        if tag == f"{_W}r" and self.within is not None and _on(self.styles.property(element, self.within, "vanish")):
+        if tag == f"{_W}r" and _on(self._property(element, "vanish")):
             self.left.tell(HIDDEN, one_line("".join(text.text or "" for text in element.iter(f"{_W}t"))))
             return ""
         said = self._all(element)
         if tag == f"{_W}r":
-            raised = value_of(element.find(f"{_W}rPr/{_W}vertAlign")) == "superscript" and NOTE not in said
+            raised = value_of(self._property(element, "vertAlign")) == "superscript" and NOTE not in said
+            font = self._property(element, "rFonts")
+            if font is not None and "symbol" in (font.get(f"{_W}ascii", "").lower(), font.get(f"{_W}hAnsi", "").lower()):
+                said = of_symbol_font(said)
             # "50" struck out before "5" is not 505.
-            said = f" {said} " if _is_struck(element) else said
+            if self._is_struck(element):
+                self.left.tell(STRUCK, "".join(text.text or "" for text in element.iter(f"{_W}t")))
+                said = f" {said} "
             return f"{RAISED}{said}{LOWERED}" if raised else said
         if tag in (f"{_MATH}sup", f"{_MATH}den"):
             return f"{'^' if tag == f'{_MATH}sup' else '/'}{said}"
@@ -404,22 +414,20 @@ class _Reading:
         # Paragraphs and cells within a cell or box stand apart, and "1/2" must not run into the "500 mg" beside it.
         return f" {said} " if tag in (f"{_W}p", f"{_W}tc", f"{_DRAWING}p", f"{_MATH}oMath", f"{_MATH}f") else said
 
+    def _property(self, run: Any, tag: str) -> Any:
+        """A property of a run of the paragraph that is being read; of one outside of any, its own."""
+        return run.find(f"{_W}rPr/{_W}{tag}") if self.within is None else self.styles.property(run, self.within, tag)
+
+    def _is_struck(self, run: Any) -> bool:
+        return any(_on(self._property(run, tag)) for tag in ("strike", "dstrike"))
+
     def _symbol(self, element: Any) -> str:
-        code = int(element.get(f"{_W}char", "0"), 16)
-        known = (
-            _SYMBOLS.get(code - 0xF000 if code >= 0xF000 else code) if element.get(f"{_W}font", "").lower() == "symbol" else None
-        )
-        self.left.counts["symbol"] += known is None
-        return known or UNKNOWN
+        said = chr(0xF000 | (int(element.get(f"{_W}char", "0"), 16) & 0xFF))  # with or without this
+        return of_symbol_font(said) if element.get(f"{_W}font", "").lower() == "symbol" else UNKNOWN
 
     def notes(self, body: Any) -> Iterator[str]:
         """What the walk met and could not read as it stands."""
-        symbols = self.left.counts.pop("symbol", 0)
-        for run in filter(_is_struck, body.iter(f"{_W}r")):
-            self.left.tell(STRUCK, "".join(text.text or "" for text in run.iter(f"{_W}t")))
         yield from self.left.notes()
-        if symbols:
-            yield f"signs of a symbol font were not known ({symbols}); {UNKNOWN} stands for each"
         if self.contents:
             yield f"a table of contents was left out: {quoted_list(self.contents, most=3)}"
         if next(body.iter(*_MOVED), None) is not None:
@@ -440,10 +448,6 @@ def _inside(table: Any, tag: str) -> Iterator[Any]:
             yield child
         elif isinstance(child.tag, str) and child.tag not in _UNSAID and child.tag not in (f"{_W}tr", f"{_W}tc"):
             yield from _inside(child, tag)
-
-
-def _is_struck(run: Any) -> bool:
-    return any(_on(run.find(f"{_W}rPr/{_W}{tag}")) for tag in ("strike", "dstrike"))
 
 
 def _numbering(opened: Any) -> Any:

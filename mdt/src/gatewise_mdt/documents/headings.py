@@ -14,7 +14,9 @@ _QUESTION_END = re.compile(r"[?？][\"'”’)）]*$")
 _ENDS_INSIDE = re.compile(r"[.!?;]\s|[。！？；].")
 _CHINESE_NUMBER = "[一二三四五六七八九十百]+"
 _CHINESE_NUMBERS = rf"{_CHINESE_NUMBER}、\s*|[（(]{_CHINESE_NUMBER}[）)]\s*|第(?:{_CHINESE_NUMBER}|\d+)[章节篇部]分?\s*"
-_NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.?\s+|[、．]\s*)|{_CHINESE_NUMBERS})")
+# "2 Treatment" has a number; "6 months to 5 years", "24 Hours after surgery" and "2 型糖尿病" begin with what they are about.
+_COUNTED = r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[个岁月周天日年小型级期度线类次种名]"
+_NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})")
 ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 """Before an item: "2. ", "b) ", "（1）", "①"."""
 _HAN = re.compile(r"[\u3400-\u9fff]")
@@ -85,7 +87,7 @@ def stands_like_heading(line: str) -> bool:
     """Whether a line of plain text has the shape of a heading: short, no full stop, no item of a list."""
     if len(line) > _LONGEST or SENTENCE_END.search(line) or "@" in line or "，" in line or "。" in line:
         return False
-    return bool(re.match(r"[A-Z\u4e00-\u9fff]", unnumbered(line)))
+    return bool(re.match(r"[A-Z]|(?:\d+\s+)?[\u4e00-\u9fff]", unnumbered(line)))
 
 
 def gives_dose(text: str) -> bool:

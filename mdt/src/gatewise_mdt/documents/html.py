@@ -3,6 +3,8 @@
 Styles are not worked out: what only CSS hides, numbers or sets side by side is read as it stands in the file.
 """
 
+import copy
+import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,8 @@ from gatewise_mdt.documents.document import (
     Document,
     Unread,
     in_one_line,
+    of_symbol_font,
+    one_line,
     quoted_list,
     with_footnotes,
 )
@@ -48,6 +52,8 @@ _WORD_LEVEL = re.compile(r"mso-list:\s*(?!Ignore)\S+\s+level(\d)")
 _BACK = re.compile(r"\s*[↩⏎↑^]\ufe0e?\s*$")
 _KINDS = {"a": "lowerLetter", "A": "upperLetter", "i": "lowerRoman", "I": "upperRoman"}
 _DEEP_CELL = "a cell of the table has a list or table within it, which is read as text: compare it with the document"
+_SYMBOL = re.compile(r"font(?:-family)?\s*:[^;]*\bSymbol\b", re.IGNORECASE)
+_BETWEEN = {"mfrac": "/", "msup": "^"}  # of MathML, whose two parts would run together
 _BREAK = "\n"
 _WIDEST = 1000  # columns or rows of a cell, as browsers have it
 
@@ -62,6 +68,8 @@ def read_html(text: str, name: str) -> Document:
 
     # A declaration of XML would speak of bytes, which are read by now.
     source = re.sub(r"^\s*<\?xml[^>]*\?>", lambda found: _BREAK * found[0].count(_BREAK), text)
+    # Of pages in XML: a browser shows it, and the parser takes it for a comment.
+    source = re.sub(r"<!\[CDATA\[(.*?)\]\]>", lambda found: html.escape(found[1], quote=False), source, flags=re.DOTALL)
     try:
         root = lxml.html.document_fromstring(source, parser=lxml.html.HTMLParser(huge_tree=True, remove_comments=True))
         body = _body(root)
@@ -119,13 +127,30 @@ def _footnotes(root: Any) -> tuple[dict[str, str], set[Any]]:
         for found in root.xpath("//*[@id=$key or (self::a and @name=$key)]", key=key):
             # A link at the beginning of a note stands for the note.
             element = found.getparent() if found.tag in ("a", "span", "sup") and found.getparent() is not None else found
-            said = _BACK.sub("", " ".join(element.text_content().split()))
-            said = re.sub(r"^[\[(]?(?:\d{1,3}|[a-z]|[*†‡§¶]{1,3})(?:[\]).:]\s*|\s+)", "", said) if element.tag != "li" else said
-            if element.tag in ("li", "p", "div", "aside", "dd") and any(map(str.isalpha, said)) and link not in element.iter("a"):
+            is_note = element.tag in ("li", "p", "div", "aside", "dd") and element.find(".//table") is None
+            if not is_note or link in element.iter("a"):
+                continue
+            said = _note(element, _mark_of(link))
+            if any(map(str.isalpha, said)):
                 notes[key] = said
                 elements.add(element)
                 break
     return notes, elements
+
+
+def _mark_of(element: Any) -> str:
+    return str(element.text_content()).strip(" []().:")
+
+
+def _note(element: Any, mark: str) -> str:
+    """What a footnote says, without the mark of the links that lead to it: a dose may stand at its beginning, too."""
+    own = copy.deepcopy(element)
+    first = next((one for one in own.iter("sup", "a", "span") if one is not own and one.text_content().strip()), None)
+    leads = first is not None and own.text_content().strip().startswith(first.text_content().strip()) and _mark_of(first) == mark
+    if first is not None and leads:
+        first.clear(keep_tail=True)
+    said = _BACK.sub("", one_line(_Reading({}, set())._cell(own)[0]))
+    return said if leads or own.tag == "li" else re.sub(rf"^[\[(]?{re.escape(mark)}(?:[\]).:]\s*|\s+)", "", said)
 
 
 def _refers(link: Any) -> bool:
@@ -162,6 +187,7 @@ class _Reading:
     items: int = 0  # that are open
     mark: str | None = None  # of the item that begins; None within one
     above: int = 0  # the level of the last heading
+    symbol: bool = False  # whether letters are of the font Symbol
     lists: list[_List] = field(default_factory=list)
     left: Unread = field(default_factory=Unread)
     pictures: list[str] = field(default_factory=list)
@@ -243,9 +269,10 @@ class _Reading:
         said = " ".join("".join(one.text_content() for one in shown[:1]).split())
         return f"{said} " if re.search(r"\w[.)、]$", said) else ""
 
-    def _inside(self, element: Any, *, bold: bool, in_main: bool) -> None:
+    def _inside(self, element: Any, *, bold: bool, in_main: bool, between: str = "") -> None:
         self._say(element.text, bold, element)
-        for child in element:
+        for number, child in enumerate(element):
+            self._say(between if number else "", bold, child)
             self.walk(child, bold=bold, in_main=in_main)
             self._say(child.tail, bold, child)
 
@@ -265,9 +292,12 @@ class _Reading:
             self._say(LOWERED, bold, element)
         else:
             struck = tag in ("del", "s", "strike")
+            was, self.symbol = self.symbol, self.symbol or bool(_SYMBOL.search(element.get("style") or ""))
+            between = _BETWEEN.get(tag, "") if len(element) == 2 else ""
             self.left.counts["equation"] += tag == "math"
             self._say(" " if struck else "", bold, element)  # "50" struck out before "5" is not 505
-            self._inside(element, bold=bold, in_main=in_main)
+            self._inside(element, bold=bold, in_main=in_main, between=between)
+            self.symbol = was
             self._say(" " if struck else "", bold, element)
             if struck:
                 self.left.tell(STRUCK, element.text_content())
@@ -277,6 +307,7 @@ class _Reading:
 
     def _say(self, text: str | None, bold: bool, element: Any, *, raw: bool = False) -> None:
         said = text if raw else re.sub(r"\s+", " ", text or "")
+        said = of_symbol_font(said) if said and self.symbol else said
         if not said:
             return
         if said.strip() and not any(one.strip() for one, _ in self.held):

@@ -63,7 +63,8 @@ def _blocks(tokens: Sequence[Any], lines: Sequence[str]) -> Iterator[Block]:
         elif token.type == "heading_close":
             level = 0
         elif token.type in ("ordered_list_open", "bullet_list_open"):
-            numbers.append(int(token.attrGet("start") or 1) if token.type == "ordered_list_open" else None)
+            start = token.attrGet("start")  # 0 too
+            numbers.append((1 if start is None else int(start)) if token.type == "ordered_list_open" else None)
         elif token.type in ("ordered_list_close", "bullet_list_close"):
             numbers.pop()
         elif token.type in ("list_item_open", "list_item_close"):
@@ -173,7 +174,7 @@ def _escape_doubtful_marks(text: str) -> str:
             if before.strip() and re.search(r"[\d<>≤≥=]$", before.rstrip()):
                 said = re.sub(r"^(\s*)([-+])(\s+\d)", r"\1\\\2\3", said)  # "5" and, on the next line, "- 10 mg"
             if "`" not in said:
-                said = re.sub(r"(?<=[A-Za-z0-9])\*(?=\d)", r"\\*", said)  # HLA-B*57:01
+                said = re.sub(r"(?<=[A-Za-z0-9/])\*(?=\d)", r"\\*", said)  # HLA-B*57:01, *2/*2
         quoting = quoting and bool(line.strip())
         made.append(said)
         before = said

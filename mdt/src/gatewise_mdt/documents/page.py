@@ -7,13 +7,14 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from gatewise_mdt.documents.columns import gutter, usual_white
-from gatewise_mdt.documents.document import UNKNOWN
+from gatewise_mdt.documents.document import UNKNOWN, of_symbol_font
 from gatewise_mdt.documents.lines import EDGE, Ground, Look, PageLine, PageTable, Rule, Word, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.tables import Cell
 from gatewise_mdt.documents.unruled import DOUBTED, split_row, with_tables
 
 _BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
-_NO_LETTER = re.compile(r"\(cid:\d+\)")
+_NO_LETTER = re.compile(r"\(cid:\d+\)|[\x00-\x1f\x7f]")
+_SYMBOL = re.compile(r"(?:^|\+)Symbol(?:MT|PS)?(?:$|[-,])")
 _BESIDE = 1.1  # of the size of letters: between pieces of two lines at the same place
 _TOUCH = 0.4  # points between words of cells that touch
 _THIN = 3.0  # points of a rectangle that is a rule
@@ -25,12 +26,13 @@ Drawn = TypeVar("Drawn", Rule, Ground)
 
 def items_of(page: Any) -> list[PageItem]:
     """Lines and tables of a pdfplumber page, in the order in which they are read."""
+    page = page.dedupe_chars(tolerance=0.5)  # letters that are printed twice, to look bold
     upright = page.filter(lambda thing: thing["object_type"] != "char" or bool(thing["upright"]))
     # Coloured grounds are no grid: they may lie under each second row.
     ruled = page.filter(lambda thing: thing["object_type"] != "rect" or thing["stroke"] or _is_thin(thing))
     grids = sorted(ruled.find_tables(), key=lambda table: -_area(table.bbox))
     printed = upright.extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"], return_chars=True)
-    words = [word for one in printed for word in _words(one, grids)]
+    words = _with_bullets([word for one in printed for word in _words(one, grids)])
     usual = usual_white(list(lines_of(words)))
     tables: list[PageTable] = []
     for found in grids:  # of one inside another only the outer one
@@ -52,9 +54,9 @@ def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
         inside = [one for one in printed["chars"] if start <= (one["x0"] + one["x1"]) / 2 <= end] if edges else printed["chars"]
         text = "".join(one["text"] for one in inside) if edges else printed["text"]
         if inside:
+            text = _NO_LETTER.sub(UNKNOWN, text)
             yield Word(
-                # Letters that the file gives no meaning to; one by itself is most often a bullet.
-                "•" if _NO_LETTER.fullmatch(text) else _NO_LETTER.sub(UNKNOWN, text),
+                of_symbol_font(text, standard=True) if _SYMBOL.search(printed["fontname"]) else text,
                 min(one["x0"] for one in inside),
                 max(one["x1"] for one in inside),
                 printed["top"],
@@ -62,6 +64,12 @@ def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
                 printed["size"],
                 bool(_BOLD.search(printed["fontname"])),
             )
+
+
+def _with_bullets(words: Sequence[Word]) -> list[Word]:
+    """A sign by itself to which the file gives no meaning is most often a bullet, where it stands before a text."""
+    first = {id(piece[0]) for line in lines_of(words) for piece in pieces_of(line) if len(piece) > 1}
+    return [word._replace(text="•") if word.text == UNKNOWN and id(word) in first else word for word in words]
 
 
 def _is_thin(rect: Any) -> bool:

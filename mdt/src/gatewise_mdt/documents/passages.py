@@ -465,11 +465,15 @@ def _part(unit: _Unit, first: int, last: int) -> _Unit:
 
 
 def _between_words(text: str, room: int) -> int:
-    """Where to cut a text that is too long: at the last space that parts no number from its unit, else anywhere."""
+    """Where to cut a text that is too long: at the last space that parts no number from its unit, else at a Chinese comma, else
+    anywhere but within a number or a word of Latin letters."""
     at = text.rfind(" ", room // 2, room + 1)
     while at > 0 and re.search(r"[\d<>≤≥=±]$", text[:at]):
         at = text.rfind(" ", room // 2, at)
-    cut = at if at > 0 else room
+    pauses = [found.end() for found in re.finditer("[，、；：]", text[:room]) if found.end() > room // 2]
+    cut = at if at > 0 else max(pauses, default=room)
+    while at <= 0 and cut > 1 and re.fullmatch(r"[\dA-Za-z.,/]{2}", text[cut - 1 : cut + 1]):
+        cut -= 1  # "100毫克" keeps its hundred
     # What is left must have a word, or it would be no passage and be lost: a full stop alone.
     last = next((place for place in reversed(range(cut)) if text[place].isalnum()), 0)
     return cut if last == 0 or any(map(str.isalnum, text[cut:])) else last

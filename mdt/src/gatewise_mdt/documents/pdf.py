@@ -16,7 +16,6 @@ from gatewise.errors import GatewiseError, reason_of, some
 from gatewise_mdt.documents.document import (
     LOWERED,
     RAISED,
-    UNKNOWN,
     Block,
     Document,
     Region,
@@ -65,6 +64,7 @@ class _Page:
     items: list[PageItem]
     pictures: set[Any]
     turned: str
+    outside: str  # text beside what is shown of it
 
     @property
     def where(self) -> str:
@@ -118,25 +118,36 @@ def read_pdf(content: bytes, name: str) -> Document:
     notes = [*_unread(pages, name)]
     first, said = _without_running_lines(pages, name)
     blocks = [*first, *_blocks(pages)]
-    if places := sorted({block.where for block in blocks if UNKNOWN in block.text}):
-        said.append(
-            f"{name}: some letters have no meaning in the file; {UNKNOWN} stands for each: compare {', '.join(places[:20])}"
-        )
     return Document(name, tuple(blocks), (*notes, *said))
 
 
 def _page(page: Any) -> _Page:
-    large = (one for one in page.images if min(map(int, one["srcsize"])) >= _PICTURE)
+    shown, outside = _shown(page)
+    large = (one for one in shown.images if min(map(int, one["srcsize"])) >= _PICTURE)
     made = _Page(
         page.page_number,
         float(page.height),
         _corner(page),
-        items_of(page),
+        items_of(shown),
         pictures={one["stream"].objid or (page.page_number, number) for number, one in enumerate(large)},
-        turned="".join(one["text"] for one in page.chars if not one["upright"]),
+        turned="".join(one["text"] for one in shown.chars if not one["upright"]),
+        outside=outside,
     )
     page.close()
     return made
+
+
+def _shown(page: Any) -> tuple[Any, str]:
+    """What is shown of a page, such as one half of a spread, and the text beside it."""
+    x0, top = _corner(page)
+    left, above, right, below = page.cropbox
+    width, height = (below - above, right - left) if page.rotation in (90, 270) else (right - left, below - above)
+
+    def is_shown(one: Any) -> bool:
+        x, y = (one["x0"] + one["x1"]) / 2, (one["top"] + one["bottom"]) / 2
+        return bool(x0 <= x <= x0 + width and top <= y <= top + height)
+
+    return page.filter(is_shown), "".join(one["text"] for one in page.chars if not is_shown(one))
 
 
 def _corner(page: Any) -> tuple[float, float]:
@@ -169,6 +180,9 @@ def _unread(pages: Sequence[_Page], name: str) -> Iterator[str]:
             f"{name} has pictures on {_listed(others)} of {len(pages)}, which were not read: if they show text, such as a flow"
             " chart, run text recognition (OCR) over it"
         )
+    if outside := [(page.outside, page.where) for page in pages if any(map(str.isalpha, page.outside))]:
+        texts, places = zip(*outside, strict=True)
+        yield f"{name}: text beside what is shown of a page was left out: {quoted_list(texts, places)}"
     if turned := [(page.turned, page.where) for page in pages if any(map(str.isalpha, page.turned))]:
         texts, places = zip(*turned, strict=True)
         yield f"{name}: text that is turned on the page was left out: {quoted_list(texts, places)}"
@@ -186,12 +200,20 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
                 found.setdefault(_place(line), []).append((page, line))
     often = {key for key, on in found.items() if len({page.number for page, _ in on}) >= max(2, len(pages) // 3)}
     again = {key for key, on in found.items() if key in often or _PAGE_NUMBER.fullmatch(on[0][1].text)}
+    sizes = Counter[float]()
+    for page in pages:
+        for line in page.lines:
+            sizes[line.size] += len(line.text)
+    usual = max(sizes, key=lambda size: sizes[size], default=0.0)
     first: list[Block] = []
     notes: list[str] = []
     left: set[int] = set()
     for key in (key for key in found if key in again):
         running = [(page, line) for page, line in found[key] if _stands_by_itself(line, page, again)]
         texts = Counter(line.text for _, line in running)
+        numbers = all(map(_PAGE_NUMBER.fullmatch, texts))
+        if len(texts) > 1 and not numbers and running[0][1].size >= _LARGE * usual:
+            continue  # "Step 1", "Step 2": headings, which pages begin with
         label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
         left |= {id(line) for _, line in running if label or texts[line.text] > 1}
         if not label:  # "Give 5 mg" on one page and "Give 50 mg" on another are two sentences
@@ -204,13 +226,20 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
             ]
         elif texts and not _PAGE_NUMBER.fullmatch(next(iter(texts))):
             notes.append(f"{name}: {quoted_list(list(texts))}, at the top or bottom of {len(running)} pages, was left out")
-    contents = [line for page in pages for line in page.lines if _CONTENTS.search(line.text)]
+    contents = [line for page in pages for line in _contents(page)]
     if contents:
-        notes.append(f"{name}: a table of contents was left out: {quoted_list([line.text for line in contents], most=3)}")
+        notes.append(f"{name}: a table of contents was left out: {quoted_list([line.text for line in contents])}")
     left |= {id(line) for line in contents}
     for page in pages:
         page.items = [item for item in page.items if id(item) not in left]
     return first, notes
+
+
+def _contents(page: _Page) -> list[PageLine]:
+    """The lines of a table of contents; those of a score have numbers that fall again."""
+    lines = [line for line in page.lines if _CONTENTS.search(line.text)]
+    numbers = [int(re.findall(r"\d+", line.text)[-1]) for line in lines]
+    return lines if numbers == sorted(numbers) else []
 
 
 def _place(line: PageLine) -> tuple[str, int]:

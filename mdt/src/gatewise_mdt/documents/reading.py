@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
-from gatewise_mdt.documents.document import Document, quoted_list
+from gatewise_mdt.documents.document import Document, quoted_list, without_meaning
 from gatewise_mdt.documents.docx import read_docx
 from gatewise_mdt.documents.headings import headings_without_text
 from gatewise_mdt.documents.html import read_html
@@ -108,6 +108,8 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
             f"{name} has invisible signs that turn its text round (U+202E and the like); it is read in the order of the file:"
             f" {texts}",
         )
+    if told := without_meaning(blocks):
+        notes += (f"{name}: {told}",)
     if alone := headings_without_text(blocks):
         texts = quoted_list([block.text for block in alone], [block.where for block in alone])
         notes += (f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}",)
