@@ -52,6 +52,8 @@ def test_what_is_not_known_stops_the_walk_only_where_it_matters() -> None:
 def test_a_fact_of_no_relation_is_refused() -> None:
     with pytest.raises(GatewiseError, match="'no relation' is no relation: expected one of clinical manifestation"):
         DecisionTree.from_preorder(gout()).decide({FLARE: True, (POPULATION, "no relation", "acute flare"): False})
+    with pytest.raises(GatewiseError, match=r"the fact \('a', 'b'\) is no triple"):
+        DecisionTree.from_preorder(gout()).decide({("a", "b"): True})
 
 
 def test_facts_that_case_alone_parts_as_units_are_two() -> None:

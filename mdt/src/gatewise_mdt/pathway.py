@@ -22,7 +22,7 @@ from gatewise.files import content_of, finite, write_json
 from gatewise_mdt.records import TreeRecord, quoted_beginning
 from gatewise_mdt.relations import GIVES, relation_in
 from gatewise_mdt.spans import find
-from gatewise_mdt.tree import NOTICE, Decision, NotKnown, Triple, known_facts, plain
+from gatewise_mdt.tree import NOTICE, Decision, NotKnown, Triple, firsts, known_facts, plain
 
 State = Literal["proposed", "accepted", "refused"]
 _NUMBER = re.compile(  # of a heading
@@ -126,10 +126,7 @@ class Pathway:
     @cached_property
     def facts(self) -> tuple[Triple, ...]:
         """The facts of all trees, each once: a fact of two passages is one."""
-        first: dict[tuple[str, str, str], Triple] = {}
-        for fact in (fact for record in self.order for fact in record.tree.facts):
-            first.setdefault(fact.key, fact)
-        return tuple(first.values())
+        return firsts(fact for record in self.order for fact in record.tree.facts)
 
     def decide(self, facts: "Mapping[Any, bool] | Callable[[Triple], bool | None]") -> PathwayDecision:
         """The decision of each passage that is come to, see :meth:`gatewise_mdt.DecisionTree.decide`.

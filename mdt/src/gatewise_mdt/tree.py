@@ -4,7 +4,7 @@ A condition (role ``C``) has two children, the left for "true" and the right for
 empty one means "no recommendation". :meth:`DecisionTree.from_preorder` holds a tree to the rules of :mod:`gatewise_mdt.checks`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -176,10 +176,7 @@ class DecisionTree:
     @property
     def facts(self) -> tuple[Triple, ...]:
         """What has to be known to walk the tree: the triples of its conditions, of those with one :attr:`Triple.key` the first."""
-        first: dict[tuple[str, str, str], Triple] = {}
-        for triple in (triple for node in self.nodes if node.is_condition for triple in node.triples):
-            first.setdefault(triple.key, triple)
-        return tuple(first.values())
+        return firsts(triple for node in self.nodes if node.is_condition for triple in node.triples)
 
     @property
     def language(self) -> Language:
@@ -244,6 +241,14 @@ def on_one_line(part: str) -> str:
 NOTICE = "Needs review by a clinician; not medical advice."
 
 
+def firsts(triples: Iterable[Triple]) -> tuple[Triple, ...]:
+    """Of triples with one :attr:`Triple.key` the first."""
+    made: dict[tuple[str, str, str], Triple] = {}
+    for triple in triples:
+        made.setdefault(triple.key, triple)
+    return tuple(made.values())
+
+
 class NotKnown(GatewiseError):  # noqa: N818
     """A fact that is needed is not known."""
 
@@ -254,6 +259,8 @@ def known_facts(facts: "Mapping[Any, bool] | Callable[[Triple], bool | None]") -
         return facts
     by_key: dict[tuple[str, ...], bool] = {}
     for fact, given in facts.items():
+        if not isinstance(fact, list | tuple) or len(fact) != 3:
+            raise GatewiseError(f"the fact {fact!r} is no triple: expected (subject, relation, object)")
         if by_key.setdefault(Triple(*fact).key, given) != given:
             raise GatewiseError(f"the fact {fact} is given as true and as false, perhaps in other words: give it once")
     return lambda triple: by_key.get(triple.key)

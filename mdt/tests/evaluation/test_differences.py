@@ -149,6 +149,11 @@ def test_another_population_another_branch_and_another_join() -> None:
     assert (CONDITION, "yes and no") in listed([x, y, a, node("D"), b], [x, node("D"), y, a, b])
     both = node("C", *x["triples"], *y["triples"], joined="and")
     assert listed([both, a, b], [{**both, "logical_rel": "or"}, a, b]) == [(CONDITION, "and / or")]
+    # Whatever else they say: with one part more, or another one.
+    more = node("C", *both["triples"], triple("rash"), joined="and")
+    assert listed([more, a, b], [{**both, "logical_rel": "or"}, a, b]) == [(CONDITION, "and / or"), (MISSING, "condition")]
+    other = node("C", triple("fever"), triple("vomiting"), joined="or")
+    assert sorted(listed([both, a, b], [other, a, b])) == [(CONDITION, "and / or"), (CONDITION, "finding")]
     assert listed([both, a, node("D")], [x, y, a, node("D"), node("D")]) == [(CONDITION, "together or apart")]
     # What is decided where it holds, and whether or not.
     assert listed([x, y, a, node("D"), b], [x, y, node("D"), node("D"), y, a, b])[0][0] == CONDITION
@@ -170,6 +175,8 @@ def test_what_is_missing() -> None:
     assert of_decision(triple("insulin", DRUG), triple("insulin glargine", DRUG)) == [(MISSING, "a part")]
     several = node("D", triple("aspirin", DRUG), triple("rest", PLAN), joined="and")
     assert listed([several], [{**several, "logical_rel": "or"}]) == [(MISSING, "and / or")]
+    third = {**several, "triples": [*several["triples"], triple("warfarin", DRUG)], "logical_rel": "or"}
+    assert sorted(listed([several], [third])) == [(MISSING, "and / or"), (MISSING, "decision")]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,22 @@ def test_what_is_missing() -> None:
 )
 def test_a_dose_in_other_words(one: str, other: str) -> None:
     assert of_decision(triple(one, DOSE, "ramipril"), triple(other, DOSE, "ramipril")) == [("wording", "")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "what"),
+    [
+        ("fever and cough", "fever or cough", "and / or"),
+        ("发热且咳嗽", "发热或咳嗽", "and / or"),
+        ("able to swallow", "unable to swallow", "negation"),
+        ("responds to steroids", "fails to respond to steroids", "negation"),
+        ("aged 60 and above", "aged 60 or above", ""),
+    ],
+)
+def test_what_joins_or_negates_within_a_phrase_is_no_wording(one: str, other: str, what: str) -> None:
+    assert of_condition(one, other) == ([(CONDITION, what)] if what else [("wording", "")])
+    if what == "and / or":
+        assert of_decision(triple(one, PLAN), triple(other, PLAN)) == [(MISSING, what)]
 
 
 def test_other_words() -> None:

@@ -140,6 +140,14 @@ def test_a_prohibited_drug_is_not_to_be_performed(language: Any) -> None:
     assert notes_of(TreeRecord("", tree)) == []
 
 
+def test_doses_that_or_joins_are_noted() -> None:
+    doses = [triple(one, "dosage and administration", "voriconazole") for one in ("3-4 mg/kg", "twice daily")]
+    drug = triple("voriconazole", "drug therapy")
+    (note,) = notes_of(decision(drug, *doses, joined="or"))
+    assert note.startswith("node 1: the doses of 'voriconazole' are joined by 'or', as all of the node is")
+    assert notes_of(decision(drug, *doses, joined="and")) == []
+
+
 def test_prohibitions_are_no_choice() -> None:
     record = decision(triple("a", "drug therapy"), triple("b", "drug therapy"), triple("c", "prohibited drugs"), joined="or")
     (root,) = resources(record, "PlanDefinition")[0]["action"]
@@ -315,6 +323,11 @@ def test_names_amounts_and_purposes_are_no_negations(name: str) -> None:
         ("discontinuation of diuretics", True),
         ("conservative treatment without dialysis", True),
         ("延长禁食时间", True),
+        ("排除禁忌证", True),
+        ("surgery should be avoided", False),
+        ("exercise is strictly prohibited", False),
+        ("应避免剧烈运动", False),
+        ("手术禁忌", False),
         ("removal of unnecessary catheters", True),
         ("treatment of inappropriate antidiuretic hormone secretion", True),
         ("surgery no later than 24 hours after admission", True),

@@ -101,6 +101,20 @@ def test_lenient_reading_of_what_is_cut_off() -> None:
     assert "missing" in parsed.notes[-1]
 
 
+def test_a_node_that_cannot_be_read_moves_no_other_to_another_side() -> None:
+    parsed = parse_lenient("C: a | sign | b\nD -> a | drug | penicillin\nD: a | drug | insulin")
+    assert parsed.tree is None
+    assert parsed.notes[0].startswith("line 2: found 'D -> a | drug | penicillin'")
+
+
+def test_the_subject_of_a_first_triple_stands_for_others_though_that_is_none() -> None:
+    parsed = parse_lenient(
+        "C: gout | basics | mild; kidney function | sign | reduced; ~ | sign | flare | and\nD: ~ | drug | naproxen\nD"
+    )
+    assert parsed.tree is not None
+    assert [triple.subject for triple in parsed.tree.triples] == ["kidney function", "gout", "gout"]
+
+
 def test_a_condition_that_lost_its_triples_gives_no_tree_but_a_reason() -> None:
     parsed = parse_lenient(LINES.replace("~ | sign | Without a flare", "when quiet"))
     assert parsed.tree is None

@@ -275,6 +275,9 @@ def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
 def test_what_cannot_be_rendered_is_refused() -> None:
     with pytest.raises(GatewiseError, match="an SVG shows one tree, but 2"):
         render([RECORD, RECORD], "svg")
+    for name in ("text", "svg", "json", "dmn"):
+        with pytest.raises(GatewiseError, match="there are no trees to write"):
+            render([], name)
 
 
 @pytest.mark.parametrize("format", list(FORMATS))

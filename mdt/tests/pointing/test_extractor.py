@@ -148,6 +148,9 @@ def test_a_decision_without_a_place_is_said(untrained: PointingExtractor) -> Non
     assert [triple.object for triple in found.tree.triples] == ["colchicine"]
     assert found.warnings == ("1 of the 2 nodes found have no place in the tree",)
     assert not untrained._tree(Text(text, "en"), units, Found(replace(both, subjects=(POPULATION, NOBODY)))).warnings
+    alone = replace(both, subjects=(NOBODY, POPULATION), nodes=((1,),), own=(-1, 0), joins=("null",), children=(None,))
+    (warning,) = untrained._tree(Text(text, "en"), units, Found(alone)).warnings
+    assert warning.startswith("1 of the phrases found have no subject and are left out")
 
 
 def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,11 +153,12 @@ def said(phrase: str) -> Said:
         frozenset(name for name, pattern in _PEOPLE.items() if re.search(pattern, text)),
         frozenset(_named(_DEGREES, match[0], match[0]) for match in _DEGREE.finditer(text)),
         "more" if _MORE.search(text) else "less" if _LESS.search(text) else "",
-        sum(not any(map(Span(*match.span()).overlaps, limits)) for match in NOT.finditer(text)),
+        sum(not any(map(Span(*match.span()).overlaps, limits)) for match in (*NOT.finditer(text), *_UNABLE.finditer(text))),
         frozenset(_words(marks)),
     )
 
 
+_UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
 _AND_ABOVE = re.compile(r"\band (?=(?:above|below|over|under|more|less|older|younger|higher|lower)\b(?! than))", re.IGNORECASE)
 
 
@@ -368,7 +369,20 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
     more = _has_more(one.object, other.object) or _has_more(other.object, one.object)
     if replaced or more or (drug and a.words != b.words):
         return ("other condition", "finding") if is_condition else ("missing", "a part")
+    ours, theirs = _joins(one.object), _joins(other.object)
+    if ours and theirs and not ours & theirs:
+        return ("other condition" if is_condition else "missing"), "and / or"
     return "wording", "" if one.key[1] == other.key[1] else "relation"
+
+
+def _joins(phrase: str) -> set[str]:
+    """What joins the parts of a phrase; "60 and above" joins nothing."""
+    text = fold(phrase).text
+    text = _without(text, [Span(*match.span()) for match in LIMIT.finditer(text)])
+    return {name for name, pattern in _JOINS.items() if pattern.search(text)}
+
+
+_JOINS = {"or": re.compile(r"\bor\b|或"), "and": re.compile(r"\b(?:and|plus)\b|[和与及且]")}
 
 
 def _other_facts(a: Said, b: Said) -> str:
@@ -463,13 +477,13 @@ def _of_conditions(a: DecisionTree, b: DecisionTree, pairs: dict[int, int]) -> I
         for _, key, other_key, c in sorted(candidates, key=lambda row: (row[3].kind != "wording", row[0])):
             if key in ours and other_key in theirs:
                 yield Difference(c.kind, c.what, str(ours.pop(key)), str(theirs.pop(other_key)), (i, j))
+        if _joined_otherwise(one, other):
+            yield Difference("other condition", "and / or", one.words, other.words, (i, j))
         if ours and theirs:
             yield Difference("other condition", "finding", _listed(ours.values()), _listed(theirs.values()), (i, j))
             continue
         left[0].extend((i, triple) for triple in ours.values())
         left[1].extend((j, triple) for triple in theirs.values())
-        if len(one.triples) == len(other.triples) and one.logical_rel != other.logical_rel:
-            yield Difference("other condition", "and / or", one.words, other.words, (i, j))
     for side, (tree, known) in enumerate(((a, set(pairs)), (b, set(pairs.values())))):
         alone = [i for i, node in enumerate(tree.nodes) if node.is_condition and i not in known]
         left[side].extend((i, triple) for i in alone for triple in _triples(tree.nodes[i]).values())
@@ -482,6 +496,10 @@ def _of_conditions(a: DecisionTree, b: DecisionTree, pairs: dict[int, int]) -> I
             yield Difference("other condition", "together or apart", a.nodes[i].words, b.nodes[found[0]].words, (i, found[0]))
     for j, triple in left[1]:
         yield Difference("missing", "condition", "", str(triple), (None, j))
+
+
+def _joined_otherwise(one: Node, other: Node) -> bool:
+    return {one.logical_rel, other.logical_rel} == {"and", "or"}
 
 
 def _listed(triples: Iterable[Triple]) -> str:
@@ -550,5 +568,5 @@ def _of_decisions(a: DecisionTree, b: DecisionTree, pairs: dict[int, int]) -> It
         if j not in matched.values():
             yield Difference("missing", "decision", "", str(other.triple), (None, other.node))
     for i, j in sorted(leaves):
-        if len(a.nodes[i].triples) == len(b.nodes[j].triples) and a.nodes[i].logical_rel != b.nodes[j].logical_rel:
+        if _joined_otherwise(a.nodes[i], b.nodes[j]):
             yield Difference("missing", "and / or", a.nodes[i].words, b.nodes[j].words, (i, j))

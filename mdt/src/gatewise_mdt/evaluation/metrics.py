@@ -4,7 +4,7 @@ All are micro-averaged over the records; texts are stripped and lower-cased. Wit
 F1 = 2 |P ∩ G| / (|P| + |G|), over
 
 - triplet: the triples of a tree;
-- node: its nodes with at least one triple, a node being (role, logical_rel, set of triples);
+- node: its nodes with at least one triple, each as often as it comes, a node being (role, logical_rel, set of triples);
 - path: its root-to-leaf paths, a path being all its nodes with the turn taken at each.
 
 Tree accuracy is the share of gold trees whose nodes are, in pre-order, those of the prediction. ``tree_acc_nonempty`` divides by

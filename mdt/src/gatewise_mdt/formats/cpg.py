@@ -72,6 +72,11 @@ def notes_of(record: TreeRecord) -> list[str]:
         for order in orders_of(node):
             if order.kind == "text":
                 notes.append(f"node {number}: {str(order.triple)!r} {order.why_text}; it is an action with this text and no more")
+            if node.logical_rel == "or" and len(order.doses) > 1:
+                notes.append(
+                    f"node {number}: the doses of {order.triple.object!r} are joined by 'or', as all of the node is; which of them "
+                    "belong together the tree does not say"
+                )
     return [*notes, *notes_of_choices(record.tree)]
 
 

@@ -128,6 +128,8 @@ class _Reader:
                 lines.append(self._node(number, found[1].upper(), found[2]))
             elif raw.strip():
                 self.note(number, f'found {checks.shown(raw.strip())}, expected a node such as "C: subject | relation | object"')
+                if "|" in raw:  # a node: without it all that follows would stand on another side
+                    lines.append(_Line(number, "C", [], "null"))
         if lines and lines[-1].role == "C" and not lines[-1].triples:
             self.note(lines.pop().number, "the last condition has no triple that can be read, and is left out")
         nodes: list[dict[str, Any]] = []
@@ -166,10 +168,13 @@ class _Reader:
 
     def _triple(self, number: int, item: str) -> tuple[str, str, str] | None:
         raw = [part.strip() for part in _split(item, "|")]
+        is_first = self.main is None
+        if is_first and len(raw) > 1 and raw[0] != "~":  # though it may be no triple that can be taken
+            self.main = _unescaped(raw[0])
         if len(raw) != 3:
             self.note(number, f"found {checks.shown(item.strip())}, expected subject | relation | object")
             return None
-        if raw[0] == "~" and self.main is None:
+        if raw[0] == "~" and is_first:
             self.note(number, 'the first triple has "~" for its subject, expected the subject itself')
             return None
         subject = self.main if raw[0] == "~" else _unescaped(raw[0])
@@ -178,7 +183,6 @@ class _Reader:
         except checks.TreeError as fault:
             self.note(number, fault.message)
             return None
-        self.main = self.main or triple[0]
         return triple
 
 

@@ -54,6 +54,8 @@ _NEGATED = re.compile(
     rf"|(?:advis|recommend|warn)\w* against|discouraged|(?:is|are|be|was|were) (?:\w+ )?(?:{_UNFIT})"
     # Not "unnecessary catheters", which are removed.
     rf"|(?:{_UNFIT})(?=\W*$|[^\w\s]| (?:in|for|if|when|as|to|and|or|because|unless|at|after|during|before)\b)))(?![\w-])"
+    r"|(?i:\b(?:be|been|is|are|was|were) (?:\w+ )?(?:avoided|prohibited|forbidden|banned)\b)"
+    r"|(?:应|须|需|宜|尽量)避[免开]|禁[忌止](?![证症])"
     r"|不|勿|无需|无须|无必要|没有?必要"
 )
 _STOPPED = re.compile(

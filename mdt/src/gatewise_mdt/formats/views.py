@@ -53,6 +53,8 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, 
     Raises:
         GatewiseError: the format is no text, or cannot hold several, or a tree may not go out in it, or the links make no pathway.
     """
+    if not records:
+        raise GatewiseError("there are no trees to write, expected at least one")
     records = cleared(records, format, drafts)
     if links is not None:
         return _pathway(records, links, format, drafts)

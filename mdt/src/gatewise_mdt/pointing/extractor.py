@@ -34,7 +34,7 @@ from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.decoding import Found
 from gatewise_mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts, without_autocast
-from gatewise_mdt.pointing.targets import NOTHING, preorder, tree_of, unplaced
+from gatewise_mdt.pointing.targets import NOBODY, NOTHING, SUBJECT, preorder, tree_of, unplaced
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
 from gatewise_mdt.spans import absent_triples
@@ -156,6 +156,9 @@ class PointingExtractor(Extracts):
         confidence, warnings = None, []
         if left := unplaced(one):
             warnings.append(f"{left} of the {len(one.nodes)} nodes found have no place in the tree")
+        linked = zip(one.mentions, one.subjects, one.own, strict=False)
+        if lost := sum(it.kind != SUBJECT and who == NOBODY and node < 0 for it, who, node in linked):
+            warnings.append(f"{lost} of the phrases found have no subject and are left out: give the text as population@passage")
         if self.calibration is not None and found.groups:
             sure = self.calibration.confidence
             # As many digits as records have, so that all count the same nodes as doubtful.
