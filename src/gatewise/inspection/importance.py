@@ -91,7 +91,7 @@ class Importance:
     @property
     def total(self) -> float:
         """The sum of all scores."""
-        return math.fsum(score for module in self.modules for score in module.scores)
+        return _total(self.modules) or 0.0
 
     @property
     def unit(self) -> str:

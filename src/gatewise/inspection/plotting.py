@@ -137,9 +137,6 @@ def _shorten(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
-_TO = "#0b3f73"
-
-
 def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     """Draws a bar a layer: as long as its gate after a search, dark where the layer takes a new prompt.
 
@@ -152,7 +149,7 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
         for layer in range(prompts.layers):
             new = layer in prompts.chosen
             size = gates[layer] if layer < len(gates) else float(new)
-            axes.barh(layer, size, height=0.8, color=_TO if new else _REST)
+            axes.barh(layer, size, height=0.8, color=_RAMP[-1] if new else _REST)
             words = {"new": "new prompt", "carried": "carried on", "none": ""}[prompts.role(layer)]
             axes.annotate(words, (size, layer), (4, 0), textcoords="offset points", va="center", size=7.5, color=_INK)
         axes.set_ylim(prompts.layers - 0.4, -0.6)

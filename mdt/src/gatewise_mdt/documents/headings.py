@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gatewise_mdt.documents.document import Block, sections
-from gatewise_mdt.documents.language import is_chinese
+from gatewise_mdt.documents.language import has_han, is_chinese
 
 SENTENCE_END = re.compile(r"[.!?。！？:：;；][\"'”’)）\]]*$")
 _LONGEST, _LONGEST_QUESTION = 80, 120  # characters of a heading
@@ -19,7 +19,6 @@ _COUNTED = r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[个岁�
 _NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})")
 ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 """Before an item: "2. ", "b) ", "（1）", "①"."""
-_HAN = re.compile(r"[\u3400-\u9fff]")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _PEOPLE = re.compile(
     r"\b(?:patients?|people|adults?|child(?:ren)?|infants?|neonates?|newborns?|adolescents?|wom[ae]n|m[ae]n|persons?|pregnan\w+"
@@ -98,7 +97,7 @@ def gives_dose(text: str) -> bool:
 def tells_what_to_do(text: str) -> bool:
     """Whether a text begins as an instruction or a condition does: "Do not …", "If …"."""
     said = unnumbered(text)
-    return bool(_IMPERATIVE.match(said) or (_HAN.search(said) and _CHINESE_TELLING.match(said)))
+    return bool(_IMPERATIVE.match(said) or (has_han(said) and _CHINESE_TELLING.match(said)))
 
 
 def is_order(text: str) -> bool:
@@ -115,7 +114,7 @@ def reads_as_sentence(text: str) -> bool:
     said = unnumbered(text)
     if _DOSE.search(said):
         return True
-    if _HAN.search(said):
+    if has_han(said):
         return bool(_CHINESE_TELLING.search(said)) or len(said) > _MOST_HAN
     if _IMPERATIVE.match(said) or _TELLING.search(said) or len(_WORD.findall(said)) > _MOST_WORDS:
         return True
@@ -133,7 +132,7 @@ def is_heading(line: str) -> bool:
         _NUMBER.match(line)
         or _GENERAL.fullmatch(unnumbered(line))
         or _PEOPLE.search(line)
-        or (len(line) <= _FEW_HAN if _HAN.search(line) else len(words) <= _FEW_WORDS)
+        or (len(line) <= _FEW_HAN if has_han(line) else len(words) <= _FEW_WORDS)
         or all(word[0].isupper() for word in words if len(word) > 3)
     )
 

@@ -178,14 +178,12 @@ def _is_likely_chinese(text: str) -> bool:
     """Whether a text has common Chinese characters in rows; Western letters read as Chinese make rare ones, each by itself."""
     others = [sign for sign in text if sign > "\x7f"]
     common = [
-        sign for sign in others if re.match("[\u3000-\u303f\uff00-\uffef]", sign) or b"\xb0" <= _in_gb2312(sign) <= b"\xd7\xff"
+        sign
+        for sign in others
+        if re.match("[\u3000-\u303f\uff00-\uffef]", sign) or b"\xb0" <= sign.encode("gb2312", "replace") <= b"\xd7\xff"
     ]
     rows = sum(len(row) for row in re.findall(r"[\u3000-\u9fff\uff00-\uffef]{2,}", text))
     return len(common) > 0.8 * len(others) and rows > 0.6 * len(others)
-
-
-def _in_gb2312(sign: str) -> bytes:
-    return sign.encode("gb2312", "replace")
 
 
 def _charset(content: bytes) -> str:
