@@ -60,6 +60,7 @@ def test_what_is_trained_is_green(family: str, tmp_path: Path) -> None:
         (["launch.processes=3"], "training.batch_size is 4, which 3 processes cannot share: give a multiple of 3"),
         (["launch.strategy=fsdp2", "training.lora_plus_ratio=2"], "training.lora_plus_ratio does not go with FSDP"),
         (["launch.strategy=zero2", "training.lora_plus_ratio=2"], "training.lora_plus_ratio does not go with DeepSpeed"),
+        (["launch.proceses=3"], "launch.proceses is not a known key"),
     ],
 )
 def test_what_several_processes_would_refuse_is_refused_before_the_model_is_loaded(

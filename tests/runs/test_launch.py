@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
+from gatewise.internals.sharding import join
 from gatewise.runs.launch import environment
 from gatewise.runs.recipe import LaunchSection
 
@@ -165,6 +166,20 @@ def test_what_a_user_can_put_right_is_said_once(recipe: Path, tmp_path: Path) ->
     assert done.stderr.count("error: training.batch_size is 3, which 2 processes cannot share: give a multiple of 2") == 1
 
 
+def test_a_setting_of_the_launcher_counts_in_one_process_too(recipe: Path, tmp_path: Path) -> None:
+    done = gatewise(recipe, tmp_path / "out", "--set", "launch.proceses=2")
+    assert done.returncode == 2
+    assert "launch.proceses is not a known key" in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(GatewiseError, match="2 processes were asked for, but there are 1 GPUs here"):
+        join(torch.device("cuda"))
+
+
 def test_strategies_are_environment_variables_of_accelerate() -> None:
     made = environment(LaunchSection(processes=2, strategy="fsdp2", fsdp_offload_params=True))
     assert {name: made[name] for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")} == {
@@ -188,6 +203,7 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
         ({"fsdp_ofload_params": True}, "launch.fsdp_ofload_params is not a known key: expected processes, strategy"),
         ({"mixed_precision": "fp3"}, "launch: accelerate does not take these settings"),
         ({"num_machines": 2}, "on one machine"),
+        ({"num_processes": 4}, "launch.num_processes is not a known key: expected processes"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(settings: dict[str, object], sentence: str) -> None:

@@ -86,6 +86,36 @@ def test_a_held_out_row_is_trained_on_nowhere(tmp_path: Path) -> None:
     assert len(made.train) == 2 * (26 - 6)
 
 
+def test_rows_that_share_an_instruction_are_no_copies(tmp_path: Path) -> None:
+    """Those of them that are held out take no others along."""
+    rows = [{"source": ("Shorten.", "Name it.")[n % 2], "document": f"{n} nice", "target": "good"} for n in range(40)]
+    path = write_recipe(tmp_path, template={"prompt": "{source}\n{document}\n"})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:30])))
+    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows[30:])))
+    made = prepared(path, "data.tuning=5")
+    assert (len(made.held_out), len(made.train)) == (6, 30 - 5 - 6)
+    assert not any("word for word" in line for line in made.task.told)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("data.max_new_tokens=4", "label"),
+        ("data.assistant=last", "label"),
+        ("data.labels=[a,b]", "generation"),
+        ("template.labels={a: b, c: d}", "generation"),
+    ],
+)
+def test_keys_that_mean_nothing_for_the_rows_are_refused(setting: str, kind: str, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    if kind == "generation":
+        for name in ("train", "dev"):
+            rows = [{"source": f"{n} nice", "target": "good"} for n in range(12)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(GatewiseError, match=f"{setting.partition('=')[0]} means nothing for {kind} rows"):
+        prepared(path, setting)
+
+
 @pytest.mark.parametrize("method", ["milora", "spt"])
 def test_what_is_measured_changes_nothing_that_is_trained(method: str, tmp_path: Path) -> None:
     data = {"train": "train.jsonl", "dev": "dev.jsonl", "held_out": 6, "tuning": 4}

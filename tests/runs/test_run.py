@@ -509,6 +509,13 @@ def test_overwriting_replaces_the_run_and_leaves_the_rest(finished: tuple[Path, 
     assert any(not torch.equal(before[name], value) for name, value in weights(result.adapter).items())
 
 
+def test_the_last_two_checkpoints_are_kept_whichever_is_the_best(tmp_path: Path) -> None:
+    every = ("training.eval_every=2", "training.save_every=2")
+    out = tmp_path / "out"
+    train(write_recipe(tmp_path), out, *every, "training.learning_rate=10")  # by which the first is the best
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["checkpoint-6", "checkpoint-8"]
+
+
 @pytest.mark.parametrize("name", ["adapter", "checkpoints", "recipe.yaml", "metrics.json"])
 def test_a_folder_that_no_run_wrote_is_not_overwritten(name: str, tmp_path: Path) -> None:
     recipe, mine = write_recipe(tmp_path), tmp_path / "mine"

@@ -8,7 +8,7 @@ import pytest
 
 from gatewise.errors import GatewiseError
 from gatewise.tasks.records import Records
-from gatewise.tasks.splitting import asked_again, asks_of, deal_out, set_aside, taken_out
+from gatewise.tasks.splitting import asked_again, asks_of, deal_out, set_aside, shown_of, taken_out
 
 PARTS = {"dev": 0.1, "test": 0.1}
 
@@ -106,12 +106,26 @@ def test_a_conversation_and_its_beginning_ask_the_same() -> None:
         return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
 
     short, long, other = chat("Hello", "Hi"), chat("Hello", " Hi ", "A lamp?", "Yes"), chat("Hello", "Good day", "A lamp?", "Yes")
-    asks = asks_of("chat", [long, other, short])
+    asks = asks_of(Records("chat", [long, other, short], None, "chats.jsonl"))
     assert asks[0] == asks[2] == '["Hello"]'
     assert asks[1] == '["Hello", "Good day", "A lamp?"]'
-    assert asks_of("chat", [long]) == ['["Hello", "Hi", "A lamp?"]']
+    assert asks_of(Records("chat", [long], None, "chats.jsonl")) == ['["Hello", "Hi", "A lamp?"]']
     dev, train = (Records("chat", rows, None, "chats.jsonl") for rows in ([short, other], [long, chat("A rug?", "No")]))
     assert (asked_again(dev, train), asked_again(train, dev)) == (1, 1)
+
+
+def test_what_a_prompt_shows_beside_the_usual_field_is_a_part_of_what_a_row_asks() -> None:
+    """An instruction that comes again is no copy where the rows have texts of their own."""
+    rows = [{"source": "Shorten.", "document": f"text {n // 2}", "target": f"{n}"} for n in range(80)]
+    blind, seeing = (Records("generation", rows, None, "rows.jsonl", shown=shown) for shown in ((), ("document",)))
+    assert (len(set(asks_of(blind))), len(set(asks_of(seeing)))) == (1, 40)
+    parts, _ = deal_out(seeing, {"dev": 0.2})
+    assert 8 <= len(parts["dev"]) <= 24
+    assert not {row["document"] for row in parts["dev"].rows} & {row["document"] for row in parts["train"].rows}
+    assert shown_of("generation", ["source", "document", "target"]) == ("document",)
+    assert shown_of("choice", ["question"]) == ("choices",)
+    choice = [{"question": "Which?", "choices": [f"{n}", "none"], "answer": 0} for n in range(9)]
+    assert len(set(asks_of(Records("choice", choice, None, "rows.jsonl", shown=("choices",))))) == 9
 
 
 def test_a_group_is_on_one_side() -> None:

@@ -198,7 +198,8 @@ def train(
     from gatewise import processes
     from gatewise.runs import launch
 
-    if not launch.is_launched() and (checked.launch.processes > 1 or checked.launch.strategy != "ddp"):
+    several = checked.launch.processes > 1 or checked.launch.strategy != "ddp" or checked.launch.model_extra
+    if several and not launch.is_launched():
         switches = [name for name, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
         options = [word for setting in set_ or () for word in ("--set", setting)]
         options += [word for name, value in (("--device", device), ("--output", folder)) if value for word in (name, str(value))]

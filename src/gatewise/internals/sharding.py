@@ -90,6 +90,11 @@ def join(device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, Accelerate imports it, and it would ask
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not deepspeed:
         return
+    processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device.type == "cuda" and processes > there:
+        raise GatewiseError(
+            f"{processes} processes were asked for, but there are {there} GPUs here: give at most that, or take --device cpu"
+        )
     if deepspeed and on_cpu:
         zero.without_compiling()
         PartialState(backend="gloo")

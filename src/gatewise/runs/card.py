@@ -74,7 +74,7 @@ def without_paths(recipe: Recipe) -> Recipe:
 
     def named(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: named(one) for key, one in value.items()}
+            return {key: one if key == "template" else named(one) for key, one in value.items()}  # a prompt may begin with "/"
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
     return type(recipe).model_validate(named(recipe.model_dump()))

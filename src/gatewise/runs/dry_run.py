@@ -20,7 +20,7 @@ from gatewise.losses import IGNORED, scored
 from gatewise.models.device import peak_memory, pick_device, pick_dtype
 from gatewise.parts import Features, Method, Run
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.runs.launch import SHARED_BY
+from gatewise.runs.launch import SHARED_BY, environment
 from gatewise.runs.recipe import Recipe
 from gatewise.runs.run import check_services, check_sharing, prepared
 from gatewise.runs.trainer import RowOrder, recompute_activations, row_length, share_of
@@ -39,6 +39,7 @@ def dry_run(recipe: Recipe, output: str | Path, console: Console, stderr: Consol
     check_services(recipe)
     share_of(recipe.training, recipe.launch.processes)
     check_sharing(recipe, recipe.parts()[1], SHARED_BY.get(recipe.launch.strategy))
+    environment(recipe.launch)  # refuses what the launcher would
     with quiet(bars=True):
         run, method = ready(recipe, Path(output), ConsoleProgress(stderr))
         console.print(_rows(run))

@@ -57,7 +57,7 @@ def environment(section: LaunchSection) -> dict[str, str]:
     settings = {**STRATEGIES[section.strategy], **(section.model_extra or {})}
     known: Namespace = launch_command_parser().parse_args(["gatewise"])
     for name in settings:
-        if name == "num_machines" or not hasattr(known, name):
+        if name in ("num_machines", "num_processes") or not hasattr(known, name):
             raise GatewiseError(
                 f"launch.{name} is not a known key: expected processes, strategy or a setting of accelerate launch on one machine"
             )

@@ -79,7 +79,8 @@ class TrainingSection(Section):
     warmup_ratio: Share = 0.06
     """Share of the steps in which the learning rate rises."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How it falls after that; to zero with ``linear`` and ``cosine``."""
+    """How it falls after that; to zero with ``linear`` and ``cosine``. ``constant`` begins at the full rate, without
+    ``warmup_ratio``."""
     weight_decay: NotNegative = 0.0
     """Of the trained weights."""
     max_grad_norm: NotNegative = 1.0
@@ -91,7 +92,8 @@ class TrainingSection(Section):
     eval_every: Count | None = None
     """Steps between measurements on dev while it trains. Left out: none."""
     save_every: Count | None = None
-    """Steps between checkpoints, of which the last two are kept. Left out: a fifth of the run."""
+    """Steps between checkpoints, of which the last two are kept; with ``load_best`` or ``early_stopping_patience`` the best and the
+    last. Left out: a fifth of the run."""
     early_stopping_patience: Count | None = None
     """Stop after so many measurements without a new best one (``best_by``). Left out: never."""
     load_best: bool = False

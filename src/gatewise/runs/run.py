@@ -175,7 +175,9 @@ def train(
             trainer: Any = method.trainer(run)
             base_metrics = {}
             if before:
-                with method.untrained(trainer.model) as base:
+                # FSDP has moved the adapter alone by now, which changes nothing yet.
+                off = trainer.model.disable_adapter() if shared_by() == "FSDP" else nullcontext()
+                with method.untrained(trainer.model) as base, off:
                     base_metrics = _measured(run, base, "before", measured)
             set_seed(recipe.seed)
             begun = time.monotonic()
@@ -403,7 +405,8 @@ def _hold_out(rows: Features, count: int, seed: int) -> tuple[Features, Features
     copies = list(groups.values())
     order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = order[: min(count, max(1, len(copies) // 4))]
-    kept = [row for i, group in enumerate(copies) if i not in set(chosen) for row in group]
+    gone = set(chosen)
+    kept = [row for i, group in enumerate(copies) if i not in gone for row in group]
     return kept or rows, [copies[i][0] for i in chosen]
 
 

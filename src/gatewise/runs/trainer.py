@@ -369,6 +369,7 @@ def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArgume
     """
     training, on_cpu, processes, deepspeed = run.recipe.training, run.device.type == "cpu", count(), is_asked_for()
     eval_every, load_best = (training.eval_every, training.load_best) if evaluates else (None, False)
+    chooses = load_best or (eval_every is not None and training.early_stopping_patience is not None)
     try:
         arguments = TrainingArguments(
             output_dir=str(run.output / "checkpoints"),
@@ -393,7 +394,8 @@ def arguments_of(run: Run, steps: int, evaluates: bool = True) -> TrainingArgume
             save_steps=training.save_every or (eval_every if load_best else None) or max(1, math.ceil(steps / 5)),
             save_total_limit=2,
             load_best_model_at_end=load_best,
-            metric_for_best_model=f"eval_{training.best_by}" if eval_every else None,
+            # Else Transformers would keep the best checkpoint in place of the one before the last.
+            metric_for_best_model=f"eval_{training.best_by}" if chooses else None,
             greater_is_better=training.best_by not in ("loss", *run.task.lower_is_better),
             seed=run.recipe.seed,
             report_to=training.reporters if evaluates else [],

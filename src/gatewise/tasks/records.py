@@ -48,6 +48,7 @@ class Records:
         labels: the label names in a fixed order (kind "label"), else None. The position in it is a label's class index.
         source: where the rows came from, as the user wrote it.
         columns: field -> the source's name for it, where that is another; None for none.
+        shown: further fields that are a part of what a row asks, such as those that a prompt of one's own shows.
         gold: of each row, the position of the right answer among its candidates (kinds "label" and "choice"); else empty.
     """
 
@@ -56,6 +57,7 @@ class Records:
     labels: list[str] | None
     source: str
     columns: Mapping[str, str] | None = None
+    shown: tuple[str, ...] = ()
     gold: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

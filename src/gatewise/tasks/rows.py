@@ -1,6 +1,6 @@
 """The tasks on rows of text as parts of a recipe: a causal model that writes answers, and a classifier."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from gatewise.tasks.chat import Answers, ChatFormat
 from gatewise.tasks.encoding import PadCollator, Prompting, Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import METRICS, cut_line, evaluate, worth
 from gatewise.tasks.records import Records, check_labels, load_records
-from gatewise.tasks.splitting import asked_again, asks_of, deal_out, units_of
+from gatewise.tasks.splitting import asked_again, asks_of, deal_out, shown_of, units_of
 
 Label = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), WithJsonSchema({"type": ["string", "number"]})]
 """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
@@ -101,6 +101,10 @@ class Rows(Task):
         if len(set(columns.values())) < len(columns):
             yield "data.columns", f"is {columns}: expected another column for each field"
 
+    def _shown(self) -> Sequence[str]:
+        """The fields of a row that a prompt of the recipe's shows."""
+        return ()
+
     def _parts(self) -> dict[str, float]:
         """The parts of ``data.train`` to measure on."""
         return {name: part for name in ("dev", "test") if isinstance(part := getattr(self.data, name), float)}
@@ -109,6 +113,7 @@ class Rows(Task):
         """Rows to train on, and rows of the same kind, with the same labels in the same order, to measure on."""
         data = self.data
         whole = load_records(data.train, split=data.train_split, labels=data.labels, columns=data.columns)
+        whole = replace(whole, shown=shown_of(whole.kind, self._shown()))
         check_labels(whole, "give rows with other labels too, or name them all in data.labels")
         found, self.told = {"train": whole}, []
         if parts := self._parts():
@@ -145,11 +150,11 @@ class Rows(Task):
 
     def units(self, rows: Records) -> list[str]:
         """What each row asks, or the value of its group."""
-        return units_of(rows, self.data.group)
+        return units_of(replace(rows, shown=self.train.shown), self.data.group)
 
     def asks(self, rows: Records) -> list[str]:
         """What each row asks."""
-        return asks_of(rows.kind, rows.rows)
+        return asks_of(replace(rows, shown=self.train.shown))
 
     def _copies(self, rows: Records, features: Features) -> Features:
         """The encoded rows, of which those that ask the same are marked as one ``group``, where there are such."""
@@ -166,11 +171,12 @@ class Rows(Task):
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the rows' kind."""
-        return METRICS.get(self.train.kind, ())
+        return METRICS[self.train.kind]
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """Labels, in the order of the classes, and how rows were read and dealt out."""
-        dealt = {"parts": parts, "group": self.data.group} if (parts := self._parts()) else {}
+        parts = self._parts()
+        dealt = {"parts": parts, "group": self.data.group, "shown": list(self.train.shown)} if parts else {}
         return {"labels": self.train.labels, "columns": self.data.columns, **dealt}
 
     def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> Measured:
@@ -215,6 +221,15 @@ class Causal(Rows):
         if wrong := sorted(given - {"chat"} if is_chat else given & {"chat"}):
             what = "conversations, which the chat template writes" if is_chat else f"{self.train.kind} rows, which have no messages"
             raise GatewiseError(f"template.{wrong[0]} was given, but {self.train.source} holds {what}: leave it out")
+        kind, data = self.train.kind, self.data
+        idle = {
+            "template.labels": self.template.labels is not None and kind in ("choice", "number", "generation"),
+            "data.labels": data.labels is not None and kind != "label",
+            "data.max_new_tokens": data.max_new_tokens is not None and kind in ("label", "choice"),
+            "data.assistant": data.assistant is not None and kind != "chat",
+        }
+        if nothing := [key for key, given in idle.items() if given]:
+            raise GatewiseError(f"{nothing[0]} means nothing for {kind} rows, which {self.train.source} holds: leave it out")
         if is_chat:
             default: Answers = "last" if METHODS[self.recipe.method].reads_prompt else "all"
             self.prompt = ChatFormat(self.template.chat, self.data.assistant or default)
@@ -222,6 +237,9 @@ class Causal(Rows):
         self.prompt = Template(self.template.prompt or default_template(self.train).prompt, self.template.labels)
         for records in (self.train, *self.measured.values()):
             self.prompt.check(records)
+
+    def _shown(self) -> Sequence[str]:
+        return Template(self.template.prompt).fields() if self.template.prompt else ()
 
     def base(self, dtype: Any, tokenizer: PreTrainedTokenizerBase, brought: Any) -> PreTrainedModel:
         """The base model, once it is known that its tokenizer can write the rows."""

@@ -1,10 +1,10 @@
 """One source of rows dealt out to train, dev and test: by a hash of what a row asks, so that each always falls on the same side.
 
 A row's side follows from its own content, not from its place or a seed: it is the same in the next run, and stays when rows are
-added. Rows that ask the same, whatever their spacing, label or further fields, are one unit; with a group all its rows are. With
-``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9 on. Each label
-is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no row that was
-trained on is measured on when there are more rows, unless its label had no other to train on.
+added. Rows that ask the same, whatever their spacing, label or fields that no prompt shows, are one unit; with a group all its
+rows are. With ``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9
+on. Each label is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no
+row that was trained on is measured on when there are more rows, unless its label had no other to train on.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from gatewise.tasks.records import Records, Row, is_data_set, load_records
 
 # What a row asks, by kind. Its answer is no part of it: two answers to one question stay together.
 _ASKED = {"label": ("text", "premise", "hypothesis"), "choice": ("question",), "number": ("question",), "generation": ("source",)}
+_ANSWERS = ("label", "answer", "target")
 _TAKEN_FIRST = ("test", "dev", "train")
 
 
@@ -34,7 +35,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
-    asked, units = asks_of(records.kind, records.rows), units_of(records, group)
+    asked, units = asks_of(records), units_of(records, group)
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
@@ -77,7 +78,7 @@ def units_of(records: Records, group: str | None = None) -> list[str]:
         )
     return [
         json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else ask
-        for row, ask in zip(records.rows, asks_of(records.kind, records.rows), strict=True)
+        for row, ask in zip(records.rows, asks_of(records), strict=True)
     ]
 
 
@@ -126,7 +127,8 @@ def load_part(
     parts = note.get("parts")
     if split is None or not parts or is_data_set(source):
         return load_records(source, split=split, limit=limit, labels=labels, columns=columns)
-    found, _ = deal_out(load_records(source, labels=labels, columns=columns), parts, note.get("group"))
+    whole = replace(load_records(source, labels=labels, columns=columns), shown=tuple(note.get("shown", ())))
+    found, _ = deal_out(whole, parts, note.get("group"))
     if split not in found:
         raise GatewiseError(
             f"the split is {split}, but the adapter's run dealt its rows out to {', '.join(found)}: take one of them"
@@ -136,18 +138,27 @@ def load_part(
 
 def asked_again(records: Records, other: Records) -> int:
     """How many of some rows ask what others of the same kind ask."""
-    asks = asks_of(records.kind, [*records.rows, *other.rows])
+    asks = asks_of(replace(other, rows=[*records.rows, *other.rows]))
     seen = {*asks[len(records) :]}
     return sum(ask in seen for ask in asks[: len(records)])
 
 
-def asks_of(kind: str, rows: Sequence[Row]) -> list[str]:
+def shown_of(kind: str, fields: Iterable[str]) -> tuple[str, ...]:
+    """Of the fields that a prompt shows, those that are a part of what a row asks beside the usual one: see ``Records.shown``."""
+    names = {*fields, *(("choices",) if kind == "choice" else ())}
+    return tuple(sorted(names - {*_ASKED.get(kind, ()), *_ANSWERS}))
+
+
+def asks_of(records: Records) -> list[str]:
     """What each row asks, whatever the spacing. A conversation that another one begins with asks the same as that."""
+    kind = records.kind
     fields = [
-        [one["content"] for one in row["messages"]] if kind == "chat" else [row.get(name, "") for name in _ASKED[kind]]
-        for row in rows
+        [one["content"] for one in row["messages"]]
+        if kind == "chat"
+        else [row.get(name, "") for name in (*_ASKED[kind], *records.shown)]
+        for row in records.rows
     ]
-    texts = [[" ".join(text.split()) for text in row] for row in fields]
+    texts = [[" ".join((text if isinstance(text, str) else json.dumps(text)).split()) for text in row] for row in fields]
     if kind == "chat":  # each ends with an answer
         whole = {tuple(row) for row in texts}
         texts = [row[: next(end for end in range(1, len(row) + 1) if tuple(row[:end]) in whole) - 1] for row in texts]
