@@ -71,6 +71,9 @@ def fold(text: str) -> Folded:
 
 def _plain(text: str, place: int) -> str:
     """One character made plain, by character so that each keeps its place."""
+    around = text[max(0, place - 1) : place] + text[place + 1 : place + 2]
+    if text[place] == "，" and place and all(one.isascii() and one.isdigit() for one in around):
+        return ", "  # of a sentence, and not of "0,5"
     character = text[place].translate(_SIGNS)
     if character in _RAISED:
         return _power(text, place)
@@ -232,7 +235,7 @@ _WHOLE = [
         rf"\d-[{_HAN}]",
         # What is negated, with its "not": "non diabetic", "should not be used", "不宜", "无感染".
         rf"{_APART}(?:non|contra|anti|un|no|not(?! only)|never|cannot|neither|nor|[a-z]+n't)(?: ?- ?| )"
-        rf"(?:(?:be|been|being|to|have|has|had|usually|generally|routinely|normally|yet|currently|always) ){{0,6}}{_SIGN}",
+        rf"(?:(?:be|been|being|to|have|has|had|usually|generally|routinely|normally|yet|currently|always|longer) ){{0,6}}{_SIGN}",
         rf"(?<![有除或])[不未无非没勿忌禁] ?[{_HAN}\w]",
         rf"(?<!或)(?:不[宜应能可需须必伴得再]|无[需须法]|没有|未[见有]|[切请]勿) ?[{_HAN}\w]",
     )

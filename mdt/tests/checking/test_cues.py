@@ -3,6 +3,8 @@
 import pytest
 from gatewise_mdt import DecisionTree
 from gatewise_mdt.checking.items import items_of
+from gatewise_mdt.checking.marks import numbers_of
+from gatewise_mdt.wholes import fold
 
 FORBIDDING = """
 Naproxen is contraindicated in heart failure.
@@ -88,6 +90,21 @@ Patients with ulcers should not take naproxen.
 反对使用萘普生。
 不必给予萘普生。
 忌用萘普生。
+Do not add naproxen.
+Do not initiate naproxen.
+Do not continue naproxen.
+Do not consider naproxen.
+Do not switch to naproxen.
+Do not treat with naproxen.
+Naproxen should be withdrawn.
+Naproxen should be held before surgery.
+Omit naproxen before surgery.
+Withdraw naproxen if bleeding occurs.
+不使用萘普生。
+暂停萘普生。
+中止萘普生。
+不加用萘普生。
+不应加用萘普生。
 """
 KEPT_ON = """
 Do not stop naproxen abruptly.
@@ -172,6 +189,23 @@ LOST = [
     ("10mg以内。", "10mg"),
     ("不得大于10mg。", "10mg"),
     ("疗程不超过5天，10mg。", "疗程5天"),
+    ("Give 15 mg per week.", "15 mg"),
+    ("Give 15 mg a week.", "15 mg"),
+    ("Give 15 mg/week.", "15 mg"),
+    ("Give 20 mg per hour.", "20 mg"),
+    ("Give 0.1 mg/kg/min.", "0.1 mg/kg"),
+    ("Give 10 mg tds.", "10 mg"),
+    ("Give 10 mg od.", "10 mg"),
+    ("一日5mg。", "5mg"),
+    ("5mg/日。", "5mg"),
+    ("每小时5mg。", "5mg"),
+    ("Give 500 mg.", "500"),
+    ("Give 10 mg in a 7-day course.", "10 mg"),
+    ("Give 2.5 mg [1.25 mg in the elderly].", "2.5 mg"),
+    ("Aim for an INR of 2 to 3. Give 5 mg.", "INR of 2 Give 5 mg"),
+    ("If aged 65 years and over, give 5 mg.", "aged 65 years give 5 mg"),
+    ("If aged 18 or under, give 5 mg.", "aged 18 give 5 mg"),
+    ("未满65岁给予5mg。", "65岁给予5mg"),
 ]
 
 
@@ -222,3 +256,60 @@ def test_words_that_make_a_limit_or_say_how_often(passage: str, said: str) -> No
 def test_a_no_that_only_the_tree_has(passage: str, said: str, is_listed: bool) -> None:
     relation = "clinical manifestation" if passage.isascii() else "临床表现"
     assert ("negation" in kinds(passage, "people", relation, said)) == is_listed
+
+
+@pytest.mark.parametrize(
+    ("passage", "said"),
+    [
+        ("Patients described above should receive ramipril 5 mg.", "ramipril 5 mg"),
+        ("Patients under dialysis receive ramipril 5 mg.", "ramipril 5 mg"),
+        ("If the potassium is within the normal range give ramipril 5 mg.", "ramipril 5 mg"),
+        ("People aged 65 years and over give amlodipine 5 mg.", "aged 65 years and over give amlodipine 5 mg"),
+        ("以上患者给予雷米普利5mg。", "雷米普利5mg"),
+    ],
+)
+def test_words_that_are_about_no_number_are_no_limits(passage: str, said: str) -> None:
+    assert "limit" not in kinds(passage, "people", "dosage and administration" if passage.isascii() else "用法用量", said)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("Aim for an INR of 2 to 3. Give it.", ["2 to 3"]),
+        ("If the score is at least 3. Give it.", ["3"]),
+        ("severe (score ≥ 3), admit", ["3"]),
+        ("评分≥3、伴发热", ["3"]),
+        ("eGFR below 30. Give it", ["30"]),
+        ("a 14-day course", ["14-day"]),
+        ("1) Stop. 2) Give 5 mg. 3. Rest", ["5 mg"]),
+        ("1、停用。2、给予5mg", ["5mg"]),
+        ("for COVID-19, Th2, 5-HT, type 2 and step 3 [4]", []),
+    ],
+)
+def test_numbers_are_told_from_those_of_lists_and_names(text: str, numbers: list[str]) -> None:
+    folded = fold(text).text
+    assert [folded[one.begin : one.end] for one in numbers_of(folded)] == [fold(one).text for one in numbers]
+
+
+def test_a_chinese_comma_between_numbers_is_that_of_a_sentence() -> None:
+    said = "eGFR<30，2周后复查肾功能"
+    assert not {"number", "number not in the text"} & kinds(f"若{said}。", "患者", "治疗方案", said)
+    assert fold("用0，5mg或2，3次").text == fold("用0, 5mg或2, 3次").text
+
+
+@pytest.mark.parametrize(
+    ("passage", "said"),
+    [
+        ("If there is no history of stroke, give it.", "stroke"),
+        ("If there is no sign of oedema, give it.", "oedema"),
+        ("若无明显水肿，停药。", "水肿"),
+    ],
+)
+def test_a_no_a_word_further_away_counts(passage: str, said: str) -> None:
+    assert "negation" in kinds(passage, "people", "clinical manifestation" if passage.isascii() else "临床表现", said)
+
+
+def test_how_often_is_more_than_its_last_word() -> None:
+    triples = [["x", "dosage and administration", said] for said in ("500 mg", "twice daily")]
+    tree = DecisionTree.from_preorder([{"role": "D", "triples": triples, "logical_rel": "and"}])
+    assert "frequency" in {item.kind for item in items_of("Give 500 mg three times daily.", tree)}

@@ -58,10 +58,12 @@ _HAN_DOSE_UNIT = "万?" + any_of("毫克 微克 克 毫升 升 单位 国际单�
 _UNIT = rf"(?: ?(?:million |万)?{_DOSE_UNIT}| ?{_HAN_DOSE_UNIT})"
 # Not the digits of names ("Th2", "5-HT", "COVID-19", "type 2", "step 3"), of lists ("1)", "2、") and of references ("[3]").
 _NUMBER = re.compile(
-    rf"(?<![a-z0-9.α-ω^])(?<![a-z]-)(?<!\[)(?<![\[\d],)(?<!type )(?<!step )(?<!table )(?<!figure ){DIGITS}"
+    rf"(?<![a-z0-9.α-ω^])(?<![a-z]-)(?!(?<=\[)[\d, -]+\])(?<![\[\d],)(?<!type )(?<!step )(?<!table )(?<!figure )"
+    rf"(?<!\(level )(?<!\(grade ){DIGITS}"
     rf"(?:(?:{_UNIT}|万)?(?: ?[-~/×] ?| (?:to|or|and|x) | ?[至到或和] ?){DIGITS})*"
-    rf"(?![a-z]*-[a-z{HAN}]|[α-ω)、型]|\.(?: |$)(?=[a-z]))"
+    rf"(?!\d|[a-z]*-(?!(?:mg|g|μg|ml|kg|units?|days?|weeks?|months?|years?|hours?|minutes?|h|d)(?![a-z]))[a-z{HAN}]|[α-ω]|型)"
 )
+_LISTED = re.compile(r"[)、]|\. ?(?=[a-z])")  # behind the number of an item
 _SPELT_NUMBER = re.compile(
     rf"(?<![a-z-])({SPELT}(?: (?:to|or) {SPELT})?) (?:(?:days?|weeks?|months?|years?|hours?|cycles?|courses?|doses?)(?!{_WORD})"
     rf"|(?P<dose>{_DOSE_UNIT}))|(?<!第)(?<!{HAN_DIGITS})(?P<han>{HAN_DIGITS}) ?(?P<piece>[片粒滴喷揿])"
@@ -109,6 +111,8 @@ def numbers_of(text: str) -> list[Number]:
     """The numbers of a folded text."""
     found = []
     for match in _NUMBER.finditer(text):
+        if _is_of_list(text, *match.span()):
+            continue
         digits = tuple(Span(*one.span()) for one in re.compile(DIGITS).finditer(text, *match.span()))
         dose, time = _TAIL.match(text, match.end()), _TIME.match(text, match.end())
         per = _PER_WEIGHT.match(text, match.end()) or _WEIGHT_BEFORE.search(text, max(0, match.start() - 10), match.start())
@@ -119,6 +123,14 @@ def numbers_of(text: str) -> list[Number]:
         said = Span(*match.span(1) if match[1] else match.span("han"))
         found.append(Number(*match.span(), "dose" if match["dose"] or match["piece"] else "time", (said,), None))
     return sorted(found)
+
+
+def _is_of_list(text: str, begin: int, end: int) -> bool:
+    """Whether a number is that of an item: "1) Give", "2、", "3. Stop", but not the 3 of "at least 3. Give" and "(score 3)"."""
+    if end - begin > 2 or not _LISTED.match(text, end):
+        return False
+    closes = text[end] == ")" and text.count("(", 0, begin) <= text.count(")", 0, begin)
+    return closes or re.search(r"(?:^|[.;:。!?\n(])\s*$", text[:begin]) is not None
 
 
 def value(digits: str) -> str:
@@ -152,16 +164,21 @@ LIMIT = re.compile(
         "(?:more|less|fewer|greater|higher|lower|longer|older|younger|larger|smaller) than(?: or equal to)?",
         "exceed(?:s|ing|ed)?",
         "above|below|under|over|within",
-        "or (?:more|less|older|younger|above|below|higher|lower|greater)(?! than)",
+        "(?:or|and) (?:over|under|above|below|older|younger|up)(?! than)",
+        "or (?:more|less|fewer|higher|lower|greater|longer|shorter|later)(?! than)",
     )
     + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
-    r"|不少于|不多于|不足|极量"
+    r"|不少于|不多于|不足|[未不]满|极量"
 )
 BELOW = re.compile(r"<|≤|below|under|less|fewer|lower|younger|smaller|[小低少]于|不足|以下")
 ABOVE = re.compile(r">|≥|above|over|more|greater|higher|older|larger|exceed|[大高多]于|(?<!不)超过|以上")
 _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily dose of bisoprolol for these patients is 5 mg"
     r"[^.;。,<>≤≥\d]{0,60}"
 )
+_CLOSE = re.compile(  # "above a threshold of 65", and not "above should receive 5 mg"
+    r"(?: ?(?:the|an?|age|of|about|around|approximately|first|next|last|level|threshold|period|total)(?![a-z]))* ?[(\[]?"
+)
+_LOOSE = re.compile(r"above|below|under|over|within|.*than|以.")
 _AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (\[]{0,2}")
 
 _PERIOD = "(?:day|week|month|year|night|hour|fortnight|morning|evening)"
@@ -188,9 +205,14 @@ _FREQUENCY = re.compile(
 )
 DAILY = re.compile(  # counts only beside a dose
     _words(
-        "daily", "(?:per|a|each|every) day", "/ ?d(?:ay)?", "at (?:night|bedtime)|nocte", "prn|as (?:needed|required)|when required"
+        "daily",
+        r"(?:per|each|every) (?:day|week|month|year|hour|minute)",
+        r"(?<!for )(?<!in )(?<!within )(?<!after )an? (?:day|week|month|year|hour)",
+        r"/ ?(?:d(?:ay)?|w(?:ee)?k|h(?:r|our)?|min(?:ute)?)",
+        "yearly|annually|at (?:night|bedtime)|nocte|tds|qds|od|bds|stat|prn|as (?:needed|required)|when required",
     )
-    + rf"|(?<=[a-z{HAN}\d])/ ?d(?:ay)?(?!{_WORD})|每[日天]|睡前|必要时"
+    + rf"|(?<=[a-z{HAN}\d])(?<!ml)/ ?(?:d(?:ay)?|h(?:r|our)?|w(?:ee)?k|min)(?!{_WORD})"  # not of an eGFR
+    + r"|(?:每|[一1])[日天]|/[日天次]|每小时|每分钟?|睡前|必要时"
 )
 
 
@@ -246,10 +268,11 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
     _words(
         rf"(?:do|should|must|may|can|shall|need|is|are|we do)? ?{_NOT} (?:to )?{_ADVERB}"
         r"(?:give|use|offer|prescribe|start|administer|take|perform|receive|recommend|advise|suggest|combine"
+        r"|initiate|restart|resume|continue|add|consider|switch to|treat with"
         r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
         r"(?: (?:the )?(?:routine )?use of)?",
         r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?|refrain(?:ing)? from(?: (?:using|giving))?",
-        r"(?:stop|discontinue|withhold|hold(?! on))(?: (?:the )?use of| taking)?",
+        r"(?:stop|discontinue|withhold|withdraw|omit|cease|hold(?! on))(?: (?:the )?use of| taking)?",
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
         r"no(?= [a-z-]+(?: [a-z-]+)? (?:should|must|may) be (?:given|used|offered|prescribed|taken))",
@@ -272,7 +295,8 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         rf"(?:cannot|(?:should|must|is|are|need|may)n't) {_ADVERB}(?:be )?{_ADVERB}{_DONE}",
         r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
-        r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|discouraged|stopped"
+        r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|withdrawn"
+        r"|omitted|held|discouraged|stopped"
         r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
     )
@@ -299,9 +323,11 @@ _HAN_FORBIDS = re.compile(
     r"(?:不[宜应得可能要]|避免|禁止|严禁|切?勿|禁忌?|忌)(?:再|同时)?[与和同](?=[^,。;]{1,30}(?:合用|联用|同用|并用|同服|联合|同时))"
     r"|禁用|[禁停终]止(?:使用|应用|服用)|禁止|严禁(?:使用|应用)?|禁忌(?![证症])|(?<=的)(?:绝对|相对)?禁忌[证症](?=$|[,。;])|(?<!禁)忌用?(?![证症])|[切请]?勿(?:使用|用)?|反对(?:使用|应用)?"
     r"|不(?:再|作)?(?:常规)?(?:建议|推荐|主张|提倡)(?:常规|进行|使用|应用|给予|采用|单独|首选|行|用)*"
-    r"|不(?:宜|应|得|可|能|要|需)(?:再|常规|继续|单独|长期)*(?:使用|应用|给予|采用|服用|进行|选用|首选|行|用(?!力)|给|予)"
+    r"|不(?:宜|应|得|可|能|要|需)(?:再|常规|继续|单独|长期)*"
+    r"(?:使用|应用|给予|采用|加用|联用|启动|服用|进行|选用|首选|行|用(?!力)|给|予)"
     r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜|用(?=于|$|[,。;]))(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
     r"|不作为(?=首选|一线|常规)|不必(?:使用|应用|给予)"
+    r"|暂停(?:使用|应用|服用)?|中止(?:使用)?|不(?:使用|应用|给予|加用|联用)(?!于)|暂不(?:使用|应用|给予|用)?"
 )
 _PEOPLE_ONLY = re.compile(r"(?:患者|病人|妇女|孕妇|患儿|者|人)(?:中?均?应?|亦应|也应)?$|^[^、]{0,16}(?:患者|者)中")
 _HAN_PEOPLE = re.compile(  # "不宜手术的患者", but not "不宜给肝硬化的患者使用"
@@ -400,9 +426,11 @@ class Marks:
             before = next((one for one in reversed(self.numbers) if one.end <= match.start()), None)
             behind = before and _AFTER_NUMBER.fullmatch(self.text, before.digits[-1].end, match.start())
             closed = match[0].startswith("max") and self.text[match.end() : match.end() + 1] in (")", "]")  # "40 mg (maximum)"
-            if before and behind and (closed or match[0][:2] in ("or", "以上", "以下", "以内")):
+            if before and behind and (closed or match[0][:2] in ("or", "an", "以上", "以下", "以内")):
                 found.append(Limit(Span(*match.span()), before))
-            elif after and _BEFORE_NUMBER.fullmatch(self.text, match.end(), after.begin):
+            elif after and (_CLOSE if _LOOSE.fullmatch(match[0]) else _BEFORE_NUMBER).fullmatch(
+                self.text, match.end(), after.begin
+            ):
                 found.append(Limit(Span(*match.span()), after))
         return found
 

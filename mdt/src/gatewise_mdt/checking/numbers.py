@@ -34,7 +34,10 @@ def _is_note(marks: Marks, number: Number) -> bool:
 
 
 def _has(cover: Cover, number: Number) -> bool:
-    return number in cover.implied or all(cover.has(span) for span in number.digits)
+    if number in cover.implied:
+        return True
+    unit = Span(number.digits[-1].end, number.end)
+    return all(map(cover.has, number.digits)) and (number.kind != "dose" or cover.has(unit))
 
 
 def _lost(number: Number) -> Finding:
@@ -81,7 +84,7 @@ def lost_limits(marks: Marks, cover: Cover) -> Iterator[Finding]:
 def lost_frequencies(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """How often something is done: in no triple, or not with the dose that it stands beside."""
     for span, number in marks.frequencies:
-        if not cover.has(_last_word(marks.text, span)):
+        if not _says(cover, span):
             yield Finding(span, None, "No triple says how often: {words}.")
         elif number is not None:
             for node in _nodes_without(cover, number, span):
@@ -119,10 +122,13 @@ def _holds(place: Span, number: Number) -> bool:
     return place.holds(hull(number.digits[0], number.digits[-1]))
 
 
-def _last_word(text: str, span: Span) -> Span:
-    """The "weekly" of "twice weekly"; all of it in Chinese."""
-    word = re.search(r"[a-z]+$", text[span.begin : span.end])
-    return Span(span.begin + word.start(), span.end) if word else span
+_SMALL = frozenset(["a", "an", "the", "per", "each", "or", "to", "of", "in", "once", "times"])
+
+
+def _says(cover: Cover, span: Span) -> bool:
+    """Whether a tree has every word of how often, the "twice" of "twice weekly" too, but for small ones."""
+    words = [one for one in re.finditer(r"[^\s/]+", cover.marks.text[span.begin : span.end]) if one[0] not in _SMALL]
+    return all(cover.has(Span(span.begin + one.start(), span.begin + one.end())) for one in words)
 
 
 # ---- whose dose ----

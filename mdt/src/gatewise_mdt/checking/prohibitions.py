@@ -113,10 +113,11 @@ def lost_prohibitions(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 
 _NO = r"(?<![a-z-])(?:no|not|without|never|cannot|no longer|absence of|lack of|non-?|[a-z]+n't|neither|nor)"
-_HAN_NO = "(?:(?<![有除])[不无未非](?:[能宜应]|存在|伴有?|合并)?|没有)"
+_HAN_NO = "(?:(?<![有除])[不无未非](?:[能宜应]|存在|伴有?|合并|明显|明确)?|没有)"
 NOT = re.compile(rf"{_NO}(?![a-z])|{_HAN_NO}")
 NOT_BEFORE = re.compile(  # "no X", and of "without X or Y" the Y
-    rf"(?:{_NO} ?(?:be |have |had |any |a |an |the |to |been ){{0,3}}|(?<![a-z-])without [^,.;:]{{1,40}} or |{_HAN_NO})$"
+    rf"(?:{_NO} ?(?:be |have |had |any |a |an |the |to |been |known |current "
+    rf"|(?:signs?|evidence|history|suspicion|features?) of ){{0,3}}|(?<![a-z-])without [^,.;:]{{1,40}} or |{_HAN_NO})$"
 )
 
 
