@@ -313,3 +313,33 @@ def test_how_often_is_more_than_its_last_word() -> None:
     triples = [["x", "dosage and administration", said] for said in ("500 mg", "twice daily")]
     tree = DecisionTree.from_preorder([{"role": "D", "triples": triples, "logical_rel": "and"}])
     assert "frequency" in {item.kind for item in items_of("Give 500 mg three times daily.", tree)}
+
+
+@pytest.mark.parametrize(
+    ("passage", "said"),
+    [
+        ("If metformin is not tolerated, stop it.", "metformin is tolerated"),
+        ("If metformin is tolerated, go on.", "metformin is not tolerated"),
+        ("若血压未达标，加量。", "血压达标"),
+        ("若血压达标，维持。", "血压未达标"),
+    ],
+)
+def test_a_not_within_a_phrase_counts(passage: str, said: str) -> None:
+    relation = "clinical manifestation" if passage.isascii() else "临床表现"
+    assert "negation" in kinds(passage, "people", relation, said)
+    there = passage.removeprefix("If ").removeprefix("若").split(",")[0].split("，")[0]
+    assert "negation" not in kinds(passage, "people", relation, there)
+
+
+@pytest.mark.parametrize(
+    ("passage", "said"),
+    [
+        ("If there are two or more attacks, give it.", "three or more attacks"),
+        ("If it lasts more than two minutes, call.", "more than ten minutes"),
+        ("持续三个月。", "持续六个月"),
+        ("若超过两周，停药。", "超过四周"),
+    ],
+)
+def test_another_number_in_words_is_listed(passage: str, said: str) -> None:
+    relation = "clinical manifestation" if passage.isascii() else "临床表现"
+    assert "number not in the text" in kinds(passage, "people", relation, said)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from gatewise_mdt.checking.cover import Cover, Held
 from gatewise_mdt.checking.finding import Finding, hull, letters, node_of, quoted
-from gatewise_mdt.checking.marks import DIGITS, HAN, Marks, Number, Span, quantities
+from gatewise_mdt.checking.marks import DIGITS, HAN, HAN_DIGITS, SPELT, Marks, Number, Span, quantities
 from gatewise_mdt.relations import AVOIDS, DOSE
 from gatewise_mdt.wholes import fold
 
@@ -52,10 +52,17 @@ def other_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
             continue
         own = quantities(fold(held.triple.object).text)
         lost = sorted(f"{number} {unit}".strip() for number, unit in own if not _stands(known, number, unit))
+        lost += [one for one in _IN_WORDS.findall(fold(held.triple.object).text) if one not in _IN_WORDS.findall(marks.text)]
         if lost:
             yield Finding(None, held.node, f"The tree says {{words}}, but the text has no {lost[0]}.", held.triple.object)
         elif own or re.search(DIGITS, held.triple.object):
             yield Finding(None, held.node, "The tree says {words}, but the text says it otherwise.", held.triple.object)
+
+
+_IN_WORDS = re.compile(
+    rf"(?<![a-z])(?:{SPELT}|once|twice|thrice|half|twenty|thirty)(?![a-z])"
+    rf"|{HAN_DIGITS}+(?=个?(?:月|周|天|日|年|岁|次|小时|分钟|疗程|周期|[片粒滴喷揿]))"
+)
 
 
 def _stands(known: set[tuple[str, str]], number: str, unit: str) -> bool:

@@ -36,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     Rule("route", numbers.lost_routes, 0.95),
     Rule("negation", prohibitions.lost_negations, 0.91),
     Rule("negation", prohibitions.added_negations, 0.98),
+    Rule("negation", prohibitions.inner_negations, 0.91),  # by what the other lists; there are none in those passages
     Rule("prohibition", prohibitions.lost_prohibitions, 0.53),
     Rule("branches", branches.turned_branches, 0.85),
     Rule("branches", branches.other_rows, 0.85),
