@@ -135,6 +135,8 @@ def test_a_link_does_not_outlive_the_words_it_was_decided_over(tmp_path: Path) -
     assert [link[:3] for link in read_links(path, other, outdated=outdated)] == [*LINKS[:2], LINKS[3]]
     write_links(path, other, [], outdated)
     assert json.loads(path.read_text())["outdated"][0]["to"]["record"] == 2
+    path.write_text(json.dumps({"links": [], "outdated": 5}))
+    assert read_links(path, other, outdated=[]) == []
     other = [records[0], replace(records[1], text=f"{records[1].text} Or wait.", more={"sha256": records[1].sha256}), *records[2:]]
     write_links(path, [records[0], replace(other[1], text=records[1].text), *records[2:]], accepted())
     with pytest.raises(GatewiseError, match=r"passage 2 has another text now: look at the link again"):

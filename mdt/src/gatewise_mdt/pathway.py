@@ -284,7 +284,8 @@ def read_links(path: str | Path, records: Sequence[TreeRecord], *, outdated: lis
     if not isinstance(items, list):
         raise GatewiseError(f'{path}: expected JSON with a list of "links", as gatewise mdt pathway writes it')
     if outdated is not None:
-        outdated += [one for one in held.get("outdated") or () if isinstance(one, dict) and "outdated" in one]
+        before = held.get("outdated")
+        outdated += [one for one in before if isinstance(one, dict) and "outdated" in one] if isinstance(before, list) else []
     made: list[Link] = []
     for number, item in enumerate(items, start=1):
         where = f"{path}, link {number}"

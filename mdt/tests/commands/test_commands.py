@@ -99,6 +99,16 @@ def test_show_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> Non
     assert one_good.stderr == ""
 
 
+def test_options_that_would_mean_nothing_are_refused(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "trees.json").write_text("[]", encoding="utf-8")
+    show = gatewise("show", "sample:guidelines", "--record", "3", "--pathway", "links.json", "--format", "svg")
+    assert_refused(show, "--record shows one tree, and --pathway all that its links join: leave one of the two out")
+    evaluate = gatewise("evaluate", "--gold", "sample:guidelines", "--pred", "trees.json", "--limit", "1")
+    assert_refused(evaluate, "--limit is for trees that are extracted now, with --adapter")
+    agree = gatewise("agree", "a.json", "b.json", "--reviewer", "Ada")
+    assert_refused(agree, "--reviewer says whose third review --adjudicate prepares")
+
+
 def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> None:
     (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": [node("C")] * 9}]))
     result = gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json")

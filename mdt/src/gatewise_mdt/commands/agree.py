@@ -59,7 +59,7 @@ def agree(
       gatewise mdt agree ada.review.jsonl ben.review.jsonl
       gatewise mdt agree ada.review.jsonl ben.review.jsonl --adjudicate third.review.jsonl
     """
-    _check(files, adjudicate)
+    _check(files, adjudicate, reviewer)
     from gatewise_mdt.evaluation.agreement import agree as agreement_of
     from gatewise_mdt.evaluation.agreement import names_of
 
@@ -84,7 +84,9 @@ def agree(
             say(line, err=as_json)
 
 
-def _check(files: list[str], adjudicate: Path | None) -> None:
+def _check(files: list[str], adjudicate: Path | None, reviewer: str | None) -> None:
+    if reviewer is not None and adjudicate is None:
+        raise GatewiseError("--reviewer says whose third review --adjudicate prepares: add that, or leave it out")
     if len(files) < 2:
         raise GatewiseError(f"{files[0]} is the only file, expected two or more: name another one to compare it with")
     if adjudicate is not None:

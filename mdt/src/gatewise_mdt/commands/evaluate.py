@@ -51,6 +51,8 @@ def evaluate(
     """
     if (pred is None) == (adapter is None):
         raise GatewiseError("expected --pred FILE, the predicted trees, or --adapter DIR, to extract them now: give one of the two")
+    if limit is not None and pred is not None:
+        raise GatewiseError("--limit is for trees that are extracted now, with --adapter: leave it out, or give shorter files")
     if adapter is not None:
         from gatewise_mdt.extraction.extractor import measure
 

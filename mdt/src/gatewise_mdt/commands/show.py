@@ -50,6 +50,8 @@ def show(
     from gatewise_mdt.formats.gate import RUN, check_documents
     from gatewise_mdt.pathway import read_links
 
+    if record is not None and pathway is not None:
+        raise GatewiseError("--record shows one tree, and --pathway all that its links join: leave one of the two out")
     check_target(out, [file, *([pathway] if pathway else [])])
     read = read_file(file, repair)
     records, faults = list(read.records), read.faults
