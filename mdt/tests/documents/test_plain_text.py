@@ -2,6 +2,7 @@
 
 import pytest
 from gatewise_mdt.documents.document import Document
+from gatewise_mdt.documents.headings import unnumbered
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.reading import document_of
@@ -164,3 +165,18 @@ def test_words_cut_at_the_end_of_a_line_keep_the_hyphens_of_their_own() -> None:
         (["hydro\xad", "chlorothiazide"], "hydrochlorothiazide"),
     ):
         assert join_lines(lines) == said
+
+
+def test_what_a_heading_counts_is_no_number_of_it() -> None:
+    for line, rest in (
+        ("2 Treatment", "Treatment"),
+        ("2.1 Adults with gout", "Adults with gout"),
+        ("3 治疗", "治疗"),
+        ("4 类风湿关节炎", "类风湿关节炎"),
+        ("5 周围神经病变", "周围神经病变"),
+        ("6 months to 5 years", "6 months to 5 years"),
+        ("24 Hours after surgery", "24 Hours after surgery"),
+        ("2 型糖尿病患者", "2 型糖尿病患者"),
+        ("3 个月以下婴儿", "3 个月以下婴儿"),
+    ):
+        assert unnumbered(line) == rest

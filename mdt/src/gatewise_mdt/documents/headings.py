@@ -15,7 +15,10 @@ _ENDS_INSIDE = re.compile(r"[.!?;]\s|[。！？；].")
 _CHINESE_NUMBER = "[一二三四五六七八九十百]+"
 _CHINESE_NUMBERS = rf"{_CHINESE_NUMBER}、\s*|[（(]{_CHINESE_NUMBER}[）)]\s*|第(?:{_CHINESE_NUMBER}|\d+)[章节篇部]分?\s*"
 # "2 Treatment" has a number; "6 months to 5 years", "24 Hours after surgery" and "2 型糖尿病" begin with what they are about.
-_COUNTED = r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[个岁月周天日年小型级期度线类次种名]"
+_COUNTED = (
+    r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[个岁型级度次种名]|小时|月(?!经)|周(?!围)|天(?!疱)|日(?!常)|年(?!龄)"
+    r"|期(?!前)|线(?!粒)|类(?!风湿|固醇|癌)"  # "4 类风湿关节炎" has a number
+)
 _NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})")
 ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 """Before an item: "2. ", "b) ", "（1）", "①"."""
