@@ -172,8 +172,10 @@ def _scores(adapter: Path, data: str, options: DataOptions, score: str, rows: in
 def _routing(adapter: Path, data: str, options: DataOptions) -> Found:
     from gatewise import inspection as show
     from gatewise.adapters.files import peft_type
+    from gatewise.adapters.loading import read_data
 
     if (kind := peft_type(adapter)) != "ROUTED_LORA":  # before a base model is loaded
+        read_data(adapter, data, options)  # which says where one of another task belongs
         raise GatewiseError(
             f"{adapter} is of peft_type {kind!r}, and only routed LoRA (method milora) chooses modules: leave --routing out"
         )

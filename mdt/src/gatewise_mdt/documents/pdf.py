@@ -141,7 +141,7 @@ def _shown(page: Any) -> tuple[Any, str]:
     """What is shown of a page, such as one half of a spread, and the text beside it."""
     x0, top = _corner(page)
     left, above, right, below = page.cropbox
-    width, height = (below - above, right - left) if page.rotation in (90, 270) else (right - left, below - above)
+    width, height = right - left, below - above
 
     def is_shown(one: Any) -> bool:
         x, y = (one["x0"] + one["x1"]) / 2, (one["top"] + one["bottom"]) / 2
