@@ -41,6 +41,7 @@ LINK = '<sup><a href="#n{0}">{0}</a></sup>'
         ("<p>below <math><msup><mn>10</mn><mn>9</mn></msup></math>/L", ["below 10^9/L"]),
         ("<p>Give 1<sup>1</sup>/<sub>2</sub> tablets", ["Give 1 1/2 tablets"]),
         (f"<p>eGFR {SYMBOL.format('³')} 30, 5 {SYMBOL.format('m')}g", ["eGFR ≥ 30, 5 μg"]),
+        ("<p><span style='font-family: Segoe UI Symbol'>Give 5 mg</span>", ["Give 5 mg"]),
         ("<p><![CDATA[Give 5 mg if < 3]]> daily", ["Give 5 mg if < 3 daily"]),
         ("<h2>6 months to 5 years</h2><p>Give 120 mg", ["6 months to 5 years", "Give 120 mg"]),
         ("<p>Stop:<br>- naproxen<br>• warfarin", ["Stop:", "naproxen", "warfarin"]),

@@ -129,6 +129,11 @@ def test_a_long_chinese_sentence_is_cut_at_a_comma_or_at_least_in_no_number(shif
     assert all(one.endswith("，") for one in [one.passage for one in read(paused, ".txt")][:-1])
 
 
+def test_what_has_no_place_to_be_cut_at_is_cut_in_large_pieces() -> None:
+    found = [one.passage for one in read("Seehttps" + "abc1" * 300, ".txt")]
+    assert min(map(len, found[:-1])) > 100
+
+
 def test_places_are_those_of_the_document_as_it_was_read() -> None:
     document = document_of(
         b"# Adults\n\n## Gout\n\nGive colchicine.\n\n- 5 mg\n\n## Asthma\n\nadults@Give salbutamol.", "a.md", ".md"

@@ -472,8 +472,10 @@ def _between_words(text: str, room: int) -> int:
         at = text.rfind(" ", room // 2, at)
     pauses = [found.end() for found in re.finditer("[，、；：]", text[:room]) if found.end() > room // 2]
     cut = at if at > 0 else max(pauses, default=room)
-    while at <= 0 and cut > 1 and re.fullmatch(r"[\dA-Za-z.,/]{2}", text[cut - 1 : cut + 1]):
-        cut -= 1  # "100毫克" keeps its hundred
+    if at <= 0:  # "100毫克" keeps its hundred
+        within = re.search(r"[\dA-Za-z.,/]+$", text[:cut])
+        if within and within.start() > room // 2 and re.match(r"[\dA-Za-z.,/]", text[cut:]):
+            cut = within.start()
     # What is left must have a word, or it would be no passage and be lost: a full stop alone.
     last = next((place for place in reversed(range(cut)) if text[place].isalnum()), 0)
     return cut if last == 0 or any(map(str.isalnum, text[cut:])) else last

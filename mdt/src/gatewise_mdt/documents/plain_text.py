@@ -43,8 +43,10 @@ class Line(NamedTuple):
 
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 # A hyphen at the end of a line stays where it belongs to the word.
-_PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha", "co", "once")
-_MORE_PREFIXES = ("twice", "two", "three", "half", "well", "follow")
+_PREFIXES = (
+    "non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha", "co", "once", "twice",
+    "two", "three", "half", "well", "follow",
+)  # fmt: skip
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
 _BULLET = re.compile(rf"[{BULLETS}·–*+-]\s+(?=\S)")
@@ -233,7 +235,7 @@ def join_lines(lines: Sequence[str]) -> str:
         if before.endswith("\xad"):  # which is there for this alone
             parts[-1] = before[:-1]
         elif stem and line[0].islower():
-            parts[-1] = before if stem[1] in (*_PREFIXES, *_MORE_PREFIXES) else before[:-1]
+            parts[-1] = before if stem[1] in _PREFIXES else before[:-1]
         elif not _HAN_END.search(before) or line[0].isascii():
             parts.append(" ")
         parts.append(line)
