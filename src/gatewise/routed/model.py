@@ -112,10 +112,11 @@ class RoutedLoraModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # TRL copies an adapter by adding its configuration once more, and its parameters: what routers take off is in buffers.
         twin = next((name for name, own in self.peft_config.items() if own is config and name != adapter_name), None)
-        for module in model.modules():
-            if twin and isinstance(module, RoutedLinear) and adapter_name in module.prompt_router:
-                kept = dict(module.prompt_router[twin].named_buffers())
-                module.prompt_router[adapter_name].load_state_dict(kept, strict=False)
+        if twin is not None:
+            for module in model.modules():
+                if isinstance(module, RoutedLinear) and adapter_name in module.prompt_router:
+                    kept = dict(module.prompt_router[twin].named_buffers())
+                    module.prompt_router[adapter_name].load_state_dict(kept, strict=False)
         if not config.inference_mode:
             never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):

@@ -120,7 +120,8 @@ class Rows(Task):
             found, self.told = deal_out(whole, parts, data.group)
         for name, split in (("dev", data.dev_split), ("test", data.test_split)):
             if isinstance(source := getattr(data, name), str):
-                found[name] = load_records(source, split=split, labels=whole.labels, columns=data.columns)
+                read = load_records(source, split=split, labels=whole.labels, columns=data.columns)
+                found[name] = replace(read, shown=whole.shown)
         for name, limit in (("train", data.limit_train), ("dev", data.limit_dev)):
             if limit is not None and limit < len(found[name]):
                 self.told.append(f"data.limit_{name}: the first {limit} of {len(found[name])} rows are taken")
@@ -150,11 +151,11 @@ class Rows(Task):
 
     def units(self, rows: Records) -> list[str]:
         """What each row asks, or the value of its group."""
-        return units_of(replace(rows, shown=self.train.shown), self.data.group)
+        return units_of(rows, self.data.group)
 
     def asks(self, rows: Records) -> list[str]:
         """What each row asks."""
-        return asks_of(replace(rows, shown=self.train.shown))
+        return asks_of(rows)
 
     def _copies(self, rows: Records, features: Features) -> Features:
         """The encoded rows, of which those that ask the same are marked as one ``group``, where there are such."""

@@ -129,8 +129,10 @@ def _is_of_list(text: str, begin: int, end: int) -> bool:
     """Whether a number is that of an item: "1) Give", "2、", "3. Stop", but not the 3 of "at least 3. Give" and "(score 3)"."""
     if end - begin > 2 or not _LISTED.match(text, end):
         return False
-    closes = text[end] == ")" and text.count("(", 0, begin) <= text.count(")", 0, begin)
-    return closes or re.search(r"(?:^|[.;:。!?\n(])\s*$", text[:begin]) is not None
+    if text[end] == ")" and text.count("(", 0, begin) <= text.count(")", 0, begin):
+        return True
+    before = text[:begin].rstrip()
+    return not before or before[-1] in ".;:。!?("
 
 
 def value(digits: str) -> str:
@@ -428,9 +430,9 @@ class Marks:
             closed = match[0].startswith("max") and self.text[match.end() : match.end() + 1] in (")", "]")  # "40 mg (maximum)"
             if before and behind and (closed or match[0][:2] in ("or", "an", "以上", "以下", "以内")):
                 found.append(Limit(Span(*match.span()), before))
-            elif after and (_CLOSE if _LOOSE.fullmatch(match[0]) else _BEFORE_NUMBER).fullmatch(
-                self.text, match.end(), after.begin
-            ):
+                continue
+            between = _CLOSE if _LOOSE.fullmatch(match[0]) else _BEFORE_NUMBER
+            if after and between.fullmatch(self.text, match.end(), after.begin):
                 found.append(Limit(Span(*match.span()), after))
         return found
 

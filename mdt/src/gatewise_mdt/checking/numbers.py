@@ -46,13 +46,14 @@ def _lost(number: Number) -> Finding:
 
 def other_numbers(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A phrase with a number that does not stand in the passage as it is."""
-    known = quantities(marks.text)
+    known, known_words = quantities(marks.text), set(_IN_WORDS.findall(marks.text))
     for held in cover.held:
         if held.objects:
             continue
-        own = quantities(fold(held.triple.object).text)
+        phrase = fold(held.triple.object).text
+        own = quantities(phrase)
         lost = sorted(f"{number} {unit}".strip() for number, unit in own if not _stands(known, number, unit))
-        lost += [one for one in _IN_WORDS.findall(fold(held.triple.object).text) if one not in _IN_WORDS.findall(marks.text)]
+        lost += [one for one in _IN_WORDS.findall(phrase) if one not in known_words]
         if lost:
             yield Finding(None, held.node, f"The tree says {{words}}, but the text has no {lost[0]}.", held.triple.object)
         elif own or re.search(DIGITS, held.triple.object):

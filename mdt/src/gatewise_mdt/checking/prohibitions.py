@@ -138,22 +138,22 @@ def lost_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
 
 def inner_negations(marks: Marks, cover: Cover) -> Iterator[Finding]:
     """A phrase that a sentence of the text has too, but with a "not" within it, or without the one that the phrase has."""
+    sentences = [(one, *_with_and_without_not(marks.text[one.begin : one.end])) for one in marks.sentences]
     for held in cover.held:
         phrase = fold(held.triple.object).text
-        said = _without_not(phrase)
-        if held.objects or len(said) < 3 or _NO_AT_FIRST.match(phrase):  # see added_negations
+        if held.objects or _NO_AT_FIRST.match(phrase):  # see added_negations
             continue
-        as_it_is = "".join(phrase.split())  # a phrase that ends within a word stands in the text, too
-        for one in marks.sentences:
-            text = marks.text[one.begin : one.end]
-            if said in _without_not(text) and as_it_is not in "".join(text.split()):
+        as_it_is, bare = _with_and_without_not(phrase)
+        for one, text, bare_text in sentences if len(bare) >= 3 else ():
+            if bare in bare_text and as_it_is not in text:  # a phrase that ends within a word stands in the text, too
                 sentence = f'The tree says {quoted(held.triple.object)}, and the text has it with another "not": {{words}}.'
                 yield Finding(one, held.node, sentence)
                 break
 
 
-def _without_not(text: str) -> str:
-    return "".join(NOT.sub("", text).split())
+def _with_and_without_not(text: str) -> tuple[str, str]:
+    """A text without white space, as it is and without its "not"s."""
+    return "".join(text.split()), "".join(NOT.sub("", text).split())
 
 
 _NO_AT_FIRST = re.compile(rf"(?:{_NO}(?: (?:a|an|any|the))?|{_HAN_NO})(?= ?[^\W\d_]) ?")

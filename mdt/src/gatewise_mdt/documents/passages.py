@@ -465,17 +465,20 @@ def _part(unit: _Unit, first: int, last: int) -> _Unit:
 
 
 def _between_words(text: str, room: int) -> int:
-    """Where to cut a text that is too long: at the last space that parts no number from its unit, else at a Chinese comma, else
-    anywhere but within a number or a word of Latin letters."""
+    """Where to cut a text that is too long: at the last space that parts no number from its unit, else between signs."""
     at = text.rfind(" ", room // 2, room + 1)
     while at > 0 and re.search(r"[\d<>≤≥=±]$", text[:at]):
         at = text.rfind(" ", room // 2, at)
-    pauses = [found.end() for found in re.finditer("[，、；：]", text[:room]) if found.end() > room // 2]
-    cut = at if at > 0 else max(pauses, default=room)
-    if at <= 0:  # "100毫克" keeps its hundred
-        within = re.search(r"[\dA-Za-z.,/]+$", text[:cut])
-        if within and within.start() > room // 2 and re.match(r"[\dA-Za-z.,/]", text[cut:]):
-            cut = within.start()
+    cut = at if at > 0 else _between_signs(text, room)
     # What is left must have a word, or it would be no passage and be lost: a full stop alone.
     last = next((place for place in reversed(range(cut)) if text[place].isalnum()), 0)
     return cut if last == 0 or any(map(str.isalnum, text[cut:])) else last
+
+
+def _between_signs(text: str, room: int) -> int:
+    """At the last Chinese comma, else anywhere but within a number or a word of Latin letters: "100毫克" keeps its hundred."""
+    cut = max((found.end() for found in re.finditer("[，、；：]", text[:room]) if found.end() > room // 2), default=room)
+    within = re.search(r"[\dA-Za-z.,/]+$", text[:cut])
+    if within and within.start() > room // 2 and re.match(r"[\dA-Za-z.,/]", text[cut:]):
+        return within.start()
+    return cut
