@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -206,40 +206,37 @@ _BOUND = (
 )
 _TIMES = rf"(?:once|twice|thrice|(?:{_NUMBER}|{_SPELT})(?:{_TO}(?:{_NUMBER}|{_SPELT}))? (?:times?|x))"
 _PERIOD = "(?:day|week|month|year|night|hour|morning|evening)s?"
-_WHOLE = [
-    re.compile(pattern)
-    for pattern in (
-        # Words: "Th2", "CD4+", "don't", and a power with what stands before it; apart from them the "'s" of "patient's".
-        rf"{_SIGN}++(?:(?<=\d)\+{_NO_MORE}|(?:'(?!s{_NO_MORE}){_SIGN}++)*+)",
-        r"\S\^[-+]?\d++",
-        rf"'s{_NO_MORE}",
-        # Doses: "≥ 0.5-1 mg/kg per day", "2 x 500 mg", "500mg/125mg", "every 6 to 8 hours", "65 years or older", "30kg以下".
-        rf"{_COMPARED}{{0,3}}{_QUANTITY}(?:{_TO}{_COMPARED}?{_QUANTITY}){{0,8}}+{_BOUND}?",
-        # Numbers that share a unit: "4 or 8 mg", "1, 2 or 3 tablets", "between 5 mg and 10 mg".
-        rf"{_NUMBER}(?: ?[,、] ?{_NUMBER}){{0,8}}(?:,? (?:or|and|&) | ?[或和及、] ?){_NUMBER}{_UNIT}{_PER}{{0,8}}+",
-        rf"{_SPELT}(?:, {_SPELT}){{0,8}},? or {_SPELT}(?:{_SPELT_UNIT})?",
-        rf"(?P<between>{_APART}between )?{_QUANTITY}(?(between) and |[和与及]){_QUANTITY}(?(between)|之间)",
-        # How often: "once or twice daily", "3 times a day", "every other day".
-        rf"{_APART}{_TIMES}(?: (?:or|to) {_TIMES})?(?: (?:(?:dai|week|month|night|year|hour)ly|(?:an?|per|each|every|in)"
-        rf" (?:{_SIGN}++ )?{_PERIOD}))?{_NO_MORE}",
-        rf"{_APART}(?:every|alternate)(?: other| second| third| fourth)? {_PERIOD}{_NO_MORE}",
-        # Parts of a dose: "half the usual dose".
-        rf"{_APART}(?:half|double|triple|twice|quarter|one-third|two-thirds)[ -](?:of )?(?:the |an? |their )?(?:(?:usual|standard"
-        rf"|normal|adult|daily|full|recommended|maximum|initial|previous|current) ){{0,5}}"
-        rf"(?:doses?|dosage|amount|{_UNIT_WORDS}){_NO_MORE}",
-        rf"(?:{_NUMBER}|{_HAN_NUMBER})分之(?:{_NUMBER}|{_HAN_NUMBER})",
-        # Stages: "II-IV". Larger numbers, ordinals, ranges in Chinese: "十二", "第三". What begins with a number: "6-巯基嘌呤".
-        rf"{_APART}[ivx]{{1,4}}[a-d]?(?: ?[-~/至到] ?| to )[ivx]{{1,4}}[a-d]?{_NO_MORE}(?:级|期|度|型)?",
-        rf"{_HAN_DIGITS}{{2,}}|第 ?(?:\d++|{_HAN_DIGITS}++)",
-        rf"{_HAN_DIGITS}{{1,12}}+(?: ?(?:--?|~|至|到) ?{_HAN_DIGITS}{{1,12}}+){{1,3}}+",
-        rf"\d-[{_HAN}]",
-        # What is negated, with its "not": "non diabetic", "should not be used", "不宜", "无感染".
-        rf"{_APART}(?:non|contra|anti|un|no|not(?! only)|never|cannot|neither|nor|[a-z]+n't)(?: ?- ?| )"
-        rf"(?:(?:be|been|being|to|have|has|had|usually|generally|routinely|normally|yet|currently|always|longer) ){{0,6}}{_SIGN}",
-        rf"(?<![有除或])[不未无非没勿忌禁] ?[{_HAN}\w]",
-        rf"(?<!或)(?:不[宜应能可需须必伴得再]|无[需须法]|没有|未[见有]|[切请]勿) ?[{_HAN}\w]",
-    )
-]
+_WHOLE = (
+    # Words: "Th2", "CD4+", "don't", and a power with what stands before it; apart from them the "'s" of "patient's".
+    rf"{_SIGN}++(?:(?<=\d)\+{_NO_MORE}|(?:'(?!s{_NO_MORE}){_SIGN}++)*+)",
+    r"\S\^[-+]?\d++",
+    rf"'s{_NO_MORE}",
+    # Doses: "≥ 0.5-1 mg/kg per day", "2 x 500 mg", "500mg/125mg", "every 6 to 8 hours", "65 years or older", "30kg以下".
+    rf"{_COMPARED}{{0,3}}{_QUANTITY}(?:{_TO}{_COMPARED}?{_QUANTITY}){{0,8}}+{_BOUND}?",
+    # Numbers that share a unit: "4 or 8 mg", "1, 2 or 3 tablets", "between 5 mg and 10 mg".
+    rf"{_NUMBER}(?: ?[,、] ?{_NUMBER}){{0,8}}(?:,? (?:or|and|&) | ?[或和及、] ?){_NUMBER}{_UNIT}{_PER}{{0,8}}+",
+    rf"{_SPELT}(?:, {_SPELT}){{0,8}},? or {_SPELT}(?:{_SPELT_UNIT})?",
+    rf"(?P<between>{_APART}between )?{_QUANTITY}(?(between) and |[和与及]){_QUANTITY}(?(between)|之间)",
+    # How often: "once or twice daily", "3 times a day", "every other day".
+    rf"{_APART}{_TIMES}(?: (?:or|to) {_TIMES})?(?: (?:(?:dai|week|month|night|year|hour)ly|(?:an?|per|each|every|in)"
+    rf" (?:{_SIGN}++ )?{_PERIOD}))?{_NO_MORE}",
+    rf"{_APART}(?:every|alternate)(?: other| second| third| fourth)? {_PERIOD}{_NO_MORE}",
+    # Parts of a dose: "half the usual dose".
+    rf"{_APART}(?:half|double|triple|twice|quarter|one-third|two-thirds)[ -](?:of )?(?:the |an? |their )?(?:(?:usual|standard"
+    rf"|normal|adult|daily|full|recommended|maximum|initial|previous|current) ){{0,5}}"
+    rf"(?:doses?|dosage|amount|{_UNIT_WORDS}){_NO_MORE}",
+    rf"(?:{_NUMBER}|{_HAN_NUMBER})分之(?:{_NUMBER}|{_HAN_NUMBER})",
+    # Stages: "II-IV". Larger numbers, ordinals, ranges in Chinese: "十二", "第三". What begins with a number: "6-巯基嘌呤".
+    rf"{_APART}[ivx]{{1,4}}[a-d]?(?: ?[-~/至到] ?| to )[ivx]{{1,4}}[a-d]?{_NO_MORE}(?:级|期|度|型)?",
+    rf"{_HAN_DIGITS}{{2,}}|第 ?(?:\d++|{_HAN_DIGITS}++)",
+    rf"{_HAN_DIGITS}{{1,12}}+(?: ?(?:--?|~|至|到) ?{_HAN_DIGITS}{{1,12}}+){{1,3}}+",
+    rf"\d-[{_HAN}]",
+    # What is negated, with its "not": "non diabetic", "should not be used", "不宜", "无感染".
+    rf"{_APART}(?:non|contra|anti|un|no|not(?! only)|never|cannot|neither|nor|[a-z]+n't)(?: ?- ?| )"
+    rf"(?:(?:be|been|being|to|have|has|had|usually|generally|routinely|normally|yet|currently|always|longer) ){{0,6}}{_SIGN}",
+    rf"(?<![有除或])[不未无非没勿忌禁] ?[{_HAN}\w]",
+    rf"(?<!或)(?:不[宜应能可需须必伴得再]|无[需须法]|没有|未[见有]|[切请]勿) ?[{_HAN}\w]",
+)
 _CHAIN = re.compile(rf"{_APART}{_SIGN}++(?:-{_SIGN}++)++")
 _OPPOSITES = any_of("non un in im ir il dis de an anti contra counter ex no not mis mal hypo hyper sub low high")
 _WANTING = any_of(
@@ -315,9 +312,15 @@ def _shape(character: str) -> str:
     return ";" if unicodedata.category(character) == "No" and not re.match(_FRACTION, character) else character
 
 
+@cache
+def _patterns() -> list[re.Pattern[str]]:
+    """What belongs together, compiled when it is first needed: it takes a second or two, and a server may never need it."""
+    return [re.compile(pattern) for pattern in _WHOLE]
+
+
 def _joined(signs: str) -> Iterator[tuple[int, int]]:
     """The places that belong together."""
-    for pattern in _WHOLE:
+    for pattern in _patterns():
         yield from (match.span() for match in pattern.finditer(signs))
     for match in _CHAIN.finditer(signs):
         words = match[0].split("-")  # "non-diabetic", "65-year-old", "twenty-five"
