@@ -50,7 +50,9 @@ def test_a_key_that_was_left_empty_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         assert (result.exit_code, "GATEWISE_API_KEY is there, but empty" in result.stderr) == (2, True), result.output
 
 
-def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_is_found_among_the_installed_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Form:
         logits_processor = "a:B"
 
@@ -62,6 +64,8 @@ def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "forms", SimpleNamespace(FORM=Form()))
     monkeypatch.setattr(constraints, "entry_points", lambda group: [one for one in points if one.group == group])
     assert list(constraints.find_constraints()) == ["form"]  # where nobody asks for it, one that is broken is passed over
+    said = capsys.readouterr().err.splitlines()  # with a line, but for what is not installed
+    assert [line.split(",")[0] for line in said] == ["the constraint 'renamed' is left out"]
     assert constraints.find_constraints(["form"])["form"].logits_processor == "a:B"
     for engine in ("transformers", "vllm"):
         for name, said in (

@@ -104,3 +104,11 @@ def test_it_can_be_left_out(batch, tmp_path):
     model = new(center_states=False).train()
     model(**batch()).loss.backward()
     assert not [name for name, _ in model.named_buffers() if "prompt_router" in name]
+
+
+def test_an_adapter_of_the_same_configuration_observes_prompts_of_its_own(batch):
+    config = routed_config("llama")
+    model, data = get_peft_model(routed_base("llama"), config).train(), batch("llama")
+    model(**data).loss.backward()
+    model.add_adapter("other", config)
+    assert set(observed(model, "other")) == {0}

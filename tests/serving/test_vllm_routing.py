@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -510,6 +511,9 @@ def test_an_adapter_is_loaded_in_a_step_as_it_was_unless_it_is_to_be_read_anew(
     for one in asked[1:]:
         hooks.apply_adapters(lambda self, request: found.append(hooks.load_adapter(None, self, request)), worker, one)
     assert found == ["state 1", "state 2"]
+    shutil.rmtree(tmp_path / "2")  # what asks for load_inplace does so in each step, and an error there ends the engine
+    hooks.apply_adapters(lambda self, request: found.append(hooks.load_adapter(None, self, request)), worker, asked[2])
+    assert found[2:] == ["state 2"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are kept open on Linux alone")

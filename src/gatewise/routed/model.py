@@ -110,9 +110,9 @@ class RoutedLoraModel(LoraModel):
         config.experts = self._orders[adapter_name] = order
         self._routers_to_add = {f"{layer}.{names[0]}": len(names) for layer, names in order.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # TRL copies an adapter by adding its configuration once more, and its parameters: what routers take off is in buffers.
+        # TRL's "ref" is the same configuration added once more with copied parameters: what routers take off is in buffers.
         twin = next((name for name, own in self.peft_config.items() if own is config and name != adapter_name), None)
-        if twin is not None:
+        if adapter_name == "ref" and twin is not None:
             for module in model.modules():
                 if isinstance(module, RoutedLinear) and adapter_name in module.prompt_router:
                     kept = dict(module.prompt_router[twin].named_buffers())

@@ -7,6 +7,7 @@ package brings one as an object with the two members of ``Constraint``:
     my_form = "my_package.forms:FORM"
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -63,4 +64,6 @@ def find_constraints(names: Sequence[str] | None = None) -> dict[str, Constraint
                 raise GatewiseError(
                     f"the constraint {name!r} cannot be imported ({reason_of(error)}): install what it needs"
                 ) from error
+            if not isinstance(error, ImportError):  # a package that it needs and nobody installed is no fault
+                print(f"the constraint {name!r} is left out, it cannot be imported: {reason_of(error)}", file=sys.stderr)
     return found

@@ -2,10 +2,12 @@
 
 import errno
 import itertools
+import json
 import math
 import shutil
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -427,6 +429,25 @@ def test_a_tokenizer_that_cannot_be_read_is_not_read_at_each_request(
             with pytest.raises(openai.InternalServerError, match="the tokenizer of 'broken' cannot be loaded"):
                 ask(server, "broken")
         assert len(copies) == 1
+
+
+def test_an_adapter_that_cannot_be_loaded_has_the_bases_tokenizer_all_the_same(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    with serving(made["base"], tmp_path, every=0.05) as server:
+        monkeypatch.setattr(Lane, "load", fails)
+        put(made["a"], tmp_path / "x")
+        soon(lambda: "x" in server.catalogue.versions)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="the adapter 'x' cannot be loaded"):
+                ask(server, "x")
+        body = json.dumps({"model": "x", "prompt": "w1"}).encode()
+        asked = urllib.request.Request(f"{server.url}/tokenize", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as answer:
+            assert json.load(answer)["count"] == 1
 
 
 def test_the_log_says_who_was_refused(made: dict[str, Path]) -> None:

@@ -71,6 +71,19 @@ def test_bytes_of_no_character_behind_a_whole_one_end_no_answer() -> None:
     assert "".join(given[4:]).endswith("aa")
 
 
+def test_a_word_behind_bytes_of_no_character_keeps_its_space() -> None:
+    """Llama 2's decoder takes the blank off a first word, and this is none."""
+    tokens = ["<unk>", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({one: place for place, one in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    writing = Writing(tokenizer, [1])
+    written = tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "<0xE2>", "▁a", "▁a"])
+    assert "".join(map(writing.add, written)) + writing.end() == " aé a a"
+
+
 def test_words_keep_their_spaces_and_special_tokens_are_none() -> None:
     writing = Writing(word_tokenizer(), [5, 6])
     assert [writing.add(7), writing.add(8), writing.add(0), writing.add(9)] == [" w5", " w6", "", " w7"]

@@ -160,13 +160,13 @@ def _asked(
 
 def _tokenizer_of(server: "AdapterServer", name: str, version: Version | None) -> PreTrainedTokenizerBase:
     said = RefusedError(f"the tokenizer of {name!r} cannot be loaded: see the server's log", 500, "model")
-    if version is not None and version.tokenizer is None and version.is_given_up:
+    if version is not None and version.has_no_tokenizer:
         raise said
     try:
         return server.tokenizers.of(version)
     except GatewiseError as error:
         if version is not None:
-            version.failed = time.monotonic()
+            version.tokenizer_failed = time.monotonic()
             server.catalogue.tell({version.folder: str(error)})
         raise said from error
 

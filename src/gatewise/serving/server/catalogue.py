@@ -72,7 +72,8 @@ class Version:
         key: its name in the model, which no other version ever has.
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
-        used, failed: when it was asked for, and could not be loaded, the last time, by ``time.monotonic``.
+        used, failed, tokenizer_failed: when it was asked for, and it or its tokenizer could not be loaded, the last time, by
+            ``time.monotonic``.
         tokenizer: its own, once somebody has asked.
     """
 
@@ -88,12 +89,18 @@ class Version:
     gone: bool = False
     used: float = 0.0
     failed: float = -inf
+    tokenizer_failed: float = -inf
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def is_given_up(self) -> bool:
         """Whether it could not be loaded a moment ago."""
         return time.monotonic() < self.failed + RETRY
+
+    @property
+    def has_no_tokenizer(self) -> bool:
+        """Whether its own tokenizer could not be loaded a moment ago."""
+        return time.monotonic() < self.tokenizer_failed + RETRY
 
     @contextmanager
     def copy(self) -> Iterator[Path]:

@@ -137,7 +137,7 @@ class Writing:
         except Exception as error:  # bytes that are no character came right after those of one, and took it along
             if "prefix" not in str(error):
                 raise
-            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream = DecodeStream(ids=[token], skip_special_tokens=True)  # or the blank before a first word is taken off
             return self._stream.step(self._tokenizer, token) or ""
 
     def add(self, token: int) -> str:

@@ -197,12 +197,20 @@ def remove_adapter(theirs: Any, self: Any, adapter_id: int) -> Any:
 
 def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
     held, number = self.__dict__.setdefault(_HELD, Held()), lora_request.lora_int_id
-    # An error here would end the engine. Who asks for load_inplace wants what lies in the folder now.
-    if self.__dict__.get(_IN_STEP) and number in held and not lora_request.load_inplace:
-        with held[number].as_folder() as folder:
-            from_held = copy.copy(lora_request)
-            from_held.lora_path = folder
-            return _loaded(theirs, self, from_held, asked=lora_request)
+    is_kept = self.__dict__.get(_IN_STEP) and number in held
+    if not is_kept or lora_request.load_inplace:  # who asks for load_inplace wants what lies in the folder now
+        try:
+            return _from_its_folder(theirs, self, lora_request, held)
+        except Exception:  # in a step an error ends the engine
+            if not is_kept:
+                raise
+    with held[number].as_folder() as folder:
+        from_held = copy.copy(lora_request)
+        from_held.lora_path = folder
+        return _loaded(theirs, self, from_held, asked=lora_request)
+
+
+def _from_its_folder(theirs: Any, self: Any, lora_request: Any, held: Held) -> Any:
     files = OpenFiles(_folder(lora_request.lora_path))
     try:
         lora = _loaded(theirs, self, lora_request, asked=lora_request)
@@ -210,7 +218,7 @@ def load_adapter(theirs: Any, self: Any, lora_request: Any) -> Any:
         files.close()
         raise
     if files:
-        held.keep(number, files)
+        held.keep(lora_request.lora_int_id, files)
     return lora
 
 
