@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder, content_of, whole_file, whole_folder, write_json
+from gatewise.files import check_new_folder, content_of, whole_file, whole_folder, write_json, write_json_lines
 
 FSYNC = os.fsync
 
@@ -184,3 +184,8 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, m
         with pytest.raises(GatewiseError, match="which cannot be replaced: give a new folder in it"):
             check_new_folder(place)
     check_new_folder("new")
+
+
+def test_half_a_character_is_written_as_json_has_it(tmp_path):
+    write_json_lines(tmp_path / "rows.jsonl", [{"id": "\ud800é"}])
+    assert json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8")) == {"id": "\ud800é"}

@@ -116,7 +116,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
     """Writes each row as a line of JSON, all or none; what JSON has no form for, such as a date, as text."""
-    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="\n") as stream:
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="\n", errors="backslashreplace") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 

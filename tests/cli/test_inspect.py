@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.slots import lora_layers
 from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
 from gatewise.inspection.importance import score_adapter
 from gatewise.routed import RoutedLoraConfig
 
@@ -117,6 +118,16 @@ def test_json_is_alone_on_stdout_and_holds_the_suggestion(inspect: Inspect, data
     assert told["suggestion"] == json.loads((tmp_path / "pattern.json").read_text())
     assert (tmp_path / "map.svg").is_file()
     assert json.loads(inspect("--scores", "--data", data, "--json", "--suggest", 300).stdout) == told
+
+
+def test_scores_are_told_though_the_last_step_fails(inspect: Inspect, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise GatewiseError("the disk is full")
+
+    monkeypatch.setattr("gatewise.cli.inspect.write_json", full)
+    result = inspect("--scores", "--data", data, "--json", "--suggest", 300, "--out", "pattern.json")
+    assert (result.exit_code, "the disk is full" in result.stderr) == (2, True), result.output
+    assert json.loads(result.stdout)["modules"]
 
 
 def test_the_suggestion_is_a_lora_config_of_at_most_the_parameters_asked_for(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_run import write_recipe
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.cli.options import print_table
 from gatewise.errors import GatewiseError
 from gatewise.runs.trainer import RecipeTrainer
 
@@ -333,18 +335,23 @@ def test_places_that_cannot_be_written(gatewise: Gatewise, trained: Path, tmp_pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("ended", "said"), [(False, "the earlier run in {} is untouched"), (True, "the run in {} is finished and whole")]
+)
 def test_an_interrupt_after_the_end_says_that_the_run_is_whole(
-    gatewise: Gatewise, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ended: bool, said: str, gatewise: Gatewise, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not to resume it, which would be refused."""
+    """And not to resume it, which would be refused. One that was there before the new one began is called the earlier one."""
 
     def stopped(*_: Any, **__: Any) -> None:
+        when = time.time() - (0 if ended else 3600)
+        os.utime(trained / "metrics.json", (when, when))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gatewise.runs.run.train", stopped)
-    result = gatewise("train", trained.parent / "alora.yaml", "--output", trained)
+    result = gatewise("train", trained.parent / "alora.yaml", "--output", trained, "--overwrite")
     assert result.exit_code == 130
-    assert result.stderr.endswith(f"interrupted: the run in {trained} is finished and whole\n")
+    assert result.stderr.endswith(f"interrupted: {said.format(trained)}\n")
 
 
 def test_options_that_would_do_nothing_are_refused(gatewise: Gatewise, trained: Path) -> None:
@@ -352,6 +359,12 @@ def test_options_that_would_do_nothing_are_refused(gatewise: Gatewise, trained: 
         assert_refused(gatewise("train", trained.parent / "alora.yaml", "--dry-run", option), "--dry-run writes nothing")
     assert_refused(gatewise("export", trained / "adapter", "out", "--columns", "text=message"), "given without --data")
     assert_refused(gatewise("eval", trained / "adapter", "--data", "~nobody.jsonl"), "~nobody.jsonl: there is no such file")
+
+
+def test_a_narrow_terminal_loses_no_digit_of_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    print_table(["task", "metric"], ["value"], [("mmlu_high_school_government", "acc [none]", "0.1234")])
+    assert capsys.readouterr().out.split()[-4:] == ["mmlu_high_school_government", "acc", "[none]", "0.1234"]
 
 
 def test_a_narrow_terminal_loses_no_digit_of_the_table_of_ranks(

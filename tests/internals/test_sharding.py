@@ -81,6 +81,16 @@ def test_settings_that_contradict_it_are_refused(monkeypatch, changes, sentence)
         sharding.leave_out_of_sharding(nn.Linear(1, 1), [nn.Parameter(torch.ones(1))], CPU)
 
 
+def test_a_launched_process_has_the_gpu_that_its_launcher_gave_it(monkeypatch):
+    """Accelerate wraps the model for that one, wherever it is."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(GatewiseError, match=r"the device is cuda:1, .* here cuda:0: take --device cuda, and .* launch.gpu_ids"):
+        sharding.join(torch.device("cuda:1"))
+    for name in ("cuda:0", "cuda"):
+        sharding.join(torch.device(name))
+
+
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     sharding.join(torch.device("cuda:1"))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gatewise.cli.options import INTERRUPTED
+from gatewise.cli.options import INTERRUPTED, print_whole
 from gatewise.files import finite
 from gatewise.flags import OUT, JsonOption
 
@@ -80,7 +80,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(finite(content)))
         return
-    Console().print(table(content))
+    print_whole(table(content))
     for line in (content["sentence"], *content["notes"]):
         typer.echo(line)
     typer.echo(f"written: {out}/compare.json{', compare.png' if (out / 'compare.png').exists() else ''}")

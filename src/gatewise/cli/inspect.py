@@ -104,23 +104,22 @@ def inspect(
         found = _scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows)
     if not as_json:
         _print(found)
-    if plot:
-        found.draw(plot)
-        if not as_json:
-            typer.echo(f"drawn: {plot}")
-    if size is not None:
-        try:
+    try:
+        if plot:
+            found.draw(plot)
+            if not as_json:
+                typer.echo(f"drawn: {plot}")
+        if size is not None:
             found.told["suggestion"] = inspection.suggest(found.source, size)
-        except GatewiseError:
-            if as_json:  # the scores took a while
-                typer.echo(json.dumps(found.told, indent=2, ensure_ascii=False))
-            raise
-        typer.echo(EVIDENCE, err=True)
+            typer.echo(EVIDENCE, err=True)
         if out:
             write_json(out, found.told["suggestion"])
+    finally:  # whatever fails: the scores took a while
+        if as_json:
+            typer.echo(json.dumps(found.told, indent=2, ensure_ascii=False))
     if as_json:
-        typer.echo(json.dumps(found.told, indent=2, ensure_ascii=False))
-    elif out:
+        return
+    if out:
         typer.echo(f"suggestion written: {out}")
     elif size is not None:
         typer.echo(json.dumps(found.told["suggestion"], indent=2, ensure_ascii=False))

@@ -198,6 +198,7 @@ def train(
     from gatewise import processes
     from gatewise.runs import launch
 
+    began = time.time()
     several = checked.launch.processes > 1 or checked.launch.strategy != "ddp" or checked.launch.model_extra
     if several and not launch.is_launched():
         switches = [name for name, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
@@ -205,7 +206,7 @@ def train(
         options += [word for name, value in (("--device", device), ("--output", folder)) if value for word in (name, str(value))]
         code, problem = launch.start(["train", str(recipe), *options, *switches], checked.launch)
         if problem is not None:
-            kept = _kept(checked, folder)
+            kept = _kept(checked, folder, began)
             typer.echo(f"error: {problem}{f'; {kept}' if kept else ''}", err=True)
         raise typer.Exit(code)
 
@@ -214,7 +215,7 @@ def train(
     try:
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
     except KeyboardInterrupt:
-        how = _kept(checked, folder) or "no checkpoint was written yet: give the same command to begin again"
+        how = _kept(checked, folder, began) or "no checkpoint was written yet: give the same command to begin again"
         if processes.is_main():
             typer.echo(f"interrupted: {how}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -429,12 +430,17 @@ def models_path(
     typer.echo(str(path))
 
 
-def _kept(recipe: "Recipe", folder: Path) -> str | None:
-    """What of a run that did not end well can be gone on from, to be said after what went wrong; None for nothing."""
+def _kept(recipe: "Recipe", folder: Path, began: float) -> str | None:
+    """What of a run that did not end well can be gone on from, to be said after what went wrong; None for nothing.
+
+    Args:
+        began: when the command did, in seconds since 1970.
+    """
     from gatewise.runs.run import METRICS, what_is_kept
 
-    if (folder / METRICS).is_file():
-        return f"the run in {folder} is finished and whole"
+    if (path := folder / METRICS).is_file():
+        is_earlier = path.stat().st_mtime < began
+        return f"the earlier run in {folder} is untouched" if is_earlier else f"the run in {folder} is finished and whole"
     kept = what_is_kept(folder, recipe.parts()[1])
     return f"{kept} is kept: give the same command with --resume to go on from there" if kept else None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -50,9 +50,9 @@ def at_hand(adapter: Path) -> Path:
     return local_folder(adapter)
 
 
-def print_whole(table: Table) -> None:
-    """Prints a table as wide as it needs: a narrow terminal goes on in its next line, and loses no number."""
-    console = Console()
+def print_whole(table: Table | Group) -> None:
+    """Prints a table, or several, as wide as needed: a narrow terminal goes on in its next line, and loses no number."""
+    console = Console(markup=False)
     console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
 
@@ -66,4 +66,4 @@ def print_table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequen
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False).print(table)
+    print_whole(table)

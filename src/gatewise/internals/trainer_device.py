@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 def run_on(arguments: TrainingArguments, device: torch.device) -> None:
     """Has the Trainer that gets these arguments put its model and its batches on ``device``, and on no second one."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     _ = arguments.device  # worked out once and kept, and with it the state
     arguments.__dict__["_setup_devices"] = device

@@ -2,13 +2,15 @@
 
 A row's side follows from its own content, not from its place or a seed: it is the same in the next run, and stays when rows are
 added. Rows that ask the same, whatever their spacing, label or fields that no prompt shows, are one unit; with a group all its
-rows are. With ``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9
-on. Each label is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no
-row that was trained on is measured on when there are more rows, unless its label had no other to train on.
+rows are. Which further fields a prompt shows changes the sides only of rows that have the same text, question or source. With
+``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9 on. Each
+label is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no row that
+was trained on is measured on when there are more rows, unless its label had no other to train on.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +20,6 @@ from gatewise.tasks.records import Records, Row, is_data_set, load_records
 
 # What a row asks, by kind. Its answer is no part of it: two answers to one question stay together.
 _ASKED = {"label": ("text", "premise", "hypothesis"), "choice": ("question",), "number": ("question",), "generation": ("source",)}
-_ANSWERS = ("label", "answer", "target")
 _TAKEN_FIRST = ("test", "dev", "train")
 
 
@@ -35,7 +36,8 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     Raises:
         GatewiseError: too few rows, or none has the group's field.
     """
-    asked, units = asks_of(records), units_of(records, group)
+    asked = asks_of(records)
+    units = units_of(records, group, asked)
     of_label: dict[str, set[str]] = {}
     for unit, row in zip(units, records.rows, strict=True):
         of_label.setdefault(row["label"] if records.labels else "", set()).add(unit)
@@ -65,8 +67,13 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
     return {name: replace(records, rows=own) for name, own in rows.items()}, told
 
 
-def units_of(records: Records, group: str | None = None) -> list[str]:
-    """What each row asks, or the value of its group: rows of which it is the same stay together. Arguments as for ``deal_out``.
+def units_of(records: Records, group: str | None = None, asked: Sequence[str] | None = None) -> list[str]:
+    """A name of what each row asks, or of its group: rows of which it is the same stay together.
+
+    It is the usual field alone wherever this tells rows apart, so that runs with other prompts have the same sides.
+
+    Args:
+        group: as for ``deal_out``. asked: what ``asks_of`` says of the rows, where it is known.
 
     Raises:
         GatewiseError: none has the group's field.
@@ -76,9 +83,14 @@ def units_of(records: Records, group: str | None = None) -> list[str]:
         raise GatewiseError(
             f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
         )
+    asked = asked or asks_of(records)
+    usual = asks_of(replace(records, shown=())) if records.shown else asked
+    different = Counter(name for name, _ in {*zip(usual, asked, strict=True)})
     return [
-        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else ask
-        for row, ask in zip(records.rows, asks_of(records), strict=True)
+        json.dumps({group: str(row[group])})
+        if group and row.get(group) not in (None, "")
+        else (name if different[name] == 1 else ask)
+        for row, name, ask in zip(records.rows, usual, asked, strict=True)
     ]
 
 
@@ -146,7 +158,7 @@ def asked_again(records: Records, other: Records) -> int:
 def shown_of(kind: str, fields: Iterable[str]) -> tuple[str, ...]:
     """Of the fields that a prompt shows, those that are a part of what a row asks beside the usual one: see ``Records.shown``."""
     names = {*fields, *(("choices",) if kind == "choice" else ())}
-    return tuple(sorted(names - {*_ASKED.get(kind, ()), *_ANSWERS}))
+    return tuple(sorted(names - {*_ASKED.get(kind, ())}))
 
 
 def asks_of(records: Records) -> list[str]:
@@ -158,7 +170,9 @@ def asks_of(records: Records) -> list[str]:
         else [row.get(name, "") for name in (*_ASKED[kind], *records.shown)]
         for row in records.rows
     ]
-    texts = [[" ".join((text if isinstance(text, str) else json.dumps(text)).split()) for text in row] for row in fields]
+    texts = [
+        [" ".join((text if isinstance(text, str) else json.dumps(text, default=str)).split()) for text in row] for row in fields
+    ]
     if kind == "chat":  # each ends with an answer
         whole = {tuple(row) for row in texts}
         texts = [row[: next(end for end in range(1, len(row) + 1) if tuple(row[:end]) in whole) - 1] for row in texts]
