@@ -24,7 +24,7 @@ def campaign(
     methods: Iterable[str],
     one_run: Callable[[str, str, int, Path], Run | None],
     tell: Callable[[Run], str],
-    report: Callable[[list[Run], Path | None], None],
+    report: Callable[[list[Run]], None],
 ) -> None:
     """The command line of a benchmark: makes the runs that are missing, then reports all.
 
@@ -34,7 +34,7 @@ def campaign(
         tasks: those run unless told otherwise.
         one_run: (task, method, seed, data folder) -> its result, or None where a task has no such method.
         tell: a finished run in a line.
-        report: prints the tables, and draws a plot if it is given a path.
+        report: prints the tables.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="the folder with a folder for each task")
@@ -43,7 +43,6 @@ def campaign(
     parser.add_argument("--methods", nargs="+", default=list(methods))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--report", action="store_true", help="print the results, run nothing")
-    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if not options.report:
         if options.data_dir is None:
@@ -60,7 +59,7 @@ def campaign(
                     continue
                 append(run, options.results)
                 print(f"  {tell(run)}", flush=True)
-    report(read(options.results), options.plot)
+    report(read(options.results))
 
 
 def work(missing: Callable[[list[Run]], list[Any]], one_run: Callable[..., Run], results: Path) -> None:

@@ -2,19 +2,20 @@
 
 For every task and seed a LoRA adapter (r = 8 on all linear layers) is trained. Then, for every order of ranks and every size, what
 is left is measured on the dev rows: as it is, with one number a rank fitted anew on 128 training rows (32 of Text2MDT, which have
-80 labelled tokens each), and after 60 more steps on other training rows. Beside the orders of `gatewise compress` stand random
-ones, the last layers, and one that keeps every module: "even" (as many ranks in each, the largest singular values), which is what
-PEFT's `convert_to_lora` makes of an adapter for a whole rank. Further: the whole adapter with the same 60 steps, and LoRA of that
-size trained from the start for as many steps in all. The first seed tries several learning rates for it, the other seeds take the
-best of them. The results have four more orders, which lost and are measured no more: "activation", "path_integral", "taylor" and
-"energy" (this script at commit 08827f9).
+80 labelled tokens each), and after 60 more steps, on the batches that the training began with. Beside the orders of `gatewise
+compress` stand random ones, the last layers, and one that keeps every module: "even" (as many ranks in each, the largest singular
+values), which is what PEFT's `convert_to_lora` makes of an adapter for a whole rank. Further: the whole adapter with the same 60
+steps, and LoRA of that size trained from the start for as many steps in all. The first seed tries several learning rates for it,
+and the other seeds, which alone are reported, take the best of them. The results have four more orders, which lost and are measured
+no more: "activation", "path_integral", "taylor" and "energy" (this script at commit 08827f9).
 
     python benchmarks/compress.py --data-dir DATA --models minilm --tasks trec --seeds 0 1
     python benchmarks/compress.py --report
     python benchmarks/compress.py --table --models minilm
 
 Rows are appended to results/compress.jsonl as they come; what is there is not measured again. Trained adapters are kept in --work.
-Where a processor has instructions for bfloat16, products are in bfloat16, else in float32. Rows say which, but for the older ones.
+Where a processor has instructions for bfloat16, products are in bfloat16, else in float32. Rows say which, but for the older ones,
+and rows of one kind alone are compared.
 SmolLM2 is measured on fewer dev rows and sizes (SETTINGS): it takes thirty times as long.
 """
 
@@ -217,8 +218,9 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
         if order != "whole":
             if order not in values:
                 values = {order: values_of(model, case.batch, order, case.seed)}
-            kept = [*live] if order == "even" else []  # by rank, and no module goes
-            by_cost = None if unit == "modules" else dict.fromkeys(each, 1) if kept else each
+            kept = [*live] if order == "even" else []  # no module goes
+            # What says nothing of a rank's worth is not shared out by its size: random ranks would be the smallest ones.
+            by_cost = None if unit == "modules" else each if order in KEPT_ORDERS else dict.fromkeys(each, 1)
             for move in moves(values[order], by_cost, kept):
                 if size()[unit] <= fraction * total[unit]:
                     break
@@ -272,37 +274,43 @@ SAME_STEPS = {
 }
 
 
-def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]]:
-    """(order, unit, fraction, stage) -> (task, seed) -> row. Of LoRA trained small, the rate that is best in the first seed."""
+At = tuple[str, int, bool | None]
+"""Task, seed, and whether the processor multiplies bfloat16: what is equal in the rows of a pair."""
+
+
+def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dict[At, dict[str, Any]]]:
+    """(order, unit, fraction, stage) -> row by what pairs it. Of LoRA trained small, the rate that was best in the first seed; the
+    first seed itself is left out."""
     own = [one for one in rows if one["model"] == model]
     best: dict[tuple[str, float], dict[str, Any]] = {}
     for one in own:
         if one["stage"] == "trained" and not one["seed"]:
             at = (one["task"], one["fraction"])
             best[at] = max(best.get(at, one), one, key=lambda row: (row["accuracy"], -row["loss"]))
-    found: dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]] = {}
+    found: dict[tuple[Any, ...], dict[At, dict[str, Any]]] = {}
     for one in own:
         order = one["order"]
         if one["stage"] == "trained":
-            if one["learning_rate"] != best.get((one["task"], one["fraction"]), one)["learning_rate"]:
+            if not one["seed"] or one["learning_rate"] != best.get((one["task"], one["fraction"]), one)["learning_rate"]:
                 continue
             order = "small LoRA"
-        found.setdefault((order, one["unit"], one["fraction"], one["stage"]), {})[one["task"], one["seed"]] = one
+        at = (one["task"], one["seed"], one.get("multiplies_bfloat16"))
+        found.setdefault((order, one["unit"], one["fraction"], one["stage"]), {})[at] = one
     return found
 
 
 def gaps(
-    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]], cell: tuple[Any, ...], other: tuple[Any, ...] = WHOLE
-) -> dict[tuple[str, int], float]:
-    """(task, seed) -> points of accuracy that a cell has more than another one, mostly the whole adapter."""
+    cells: Mapping[tuple[Any, ...], Mapping[At, dict[str, Any]]], cell: tuple[Any, ...], other: tuple[Any, ...] = WHOLE
+) -> dict[At, float]:
+    """By pair the points of accuracy that a cell has more than another one, mostly the whole adapter."""
     less = cells.get(other, {})
     return {at: 100 * (row["accuracy"] - less[at]["accuracy"]) for at, row in cells.get(cell, {}).items() if at in less}
 
 
-def interval(values: Mapping[tuple[str, int], float]) -> str:
+def interval(values: Mapping[At, float]) -> str:
     """The mean and, of several, its 95% interval: the bootstrap over tasks, and over the seeds of each that is drawn."""
     by_task: dict[str, list[float]] = {}
-    for (task, _), value in values.items():
+    for (task, _, _), value in values.items():
         by_task.setdefault(task, []).append(value)
     draw, tasks = random.Random(0), list(by_task)
     means = []
@@ -332,7 +340,7 @@ def report(rows: list[dict[str, Any]]) -> None:
                     print(f"{model}, path_moments less {order}, {fraction:.3g} of the {unit}, {stage}: {by_task(points)}")
 
 
-def by_task(points: Mapping[tuple[str, int], float]) -> str:
+def by_task(points: Mapping[At, float]) -> str:
     """The interval over all tasks, then of each."""
     tasks = {task: {at: gap for at, gap in points.items() if at[0] == task} for task in TASKS}
     told = "   ".join(f"{task} {interval(own)}" for task, own in tasks.items() if own)

@@ -289,7 +289,8 @@ class Soak:
             status = error.code
         if status not in ({due, 400, 404, 415, 422, 200} if self.vllm and due != 401 else {due}):
             self._note("wrong", f"status {due} was due, and not {status}: {content[:300]}")
-        self._note("refused as due")
+        else:
+            self._note("refused as due")
 
     def _judge(self, error: Exception, row: Adapter | None, asked: float) -> None:
         """An error instead of an answer: no room, or an adapter that is away or changes."""
@@ -421,6 +422,7 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
             samples.append({"second": round(time.monotonic() - began), **server.usage()})
             print(f"{load.tokens} tokens  {dict(load.done)}  {samples[-1]}", flush=True)
     finally:
+        written = load.tokens  # in the time that is told; what ends now waits for all that is under way
         load.end()
         idle = server.usage()
         problems += server.stop(kill=False)
@@ -432,7 +434,7 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         "adapters": options.adapters, "max_loaded": MOST_LOADED, "seconds": options.seconds, "restart_seconds": round(restart, 1),
         "counts": dict(load.done), "wrong": len(load.wrong), "wrong_answers": load.wrong[:20],
         "problems": problems + grown(samples, idle), "answers_differ": round(material.distinct, 3),
-        "tokens_per_second": round(load.tokens / options.seconds, 1), "usage": samples, "usage_idle": idle,
+        "tokens_per_second": round(written / options.seconds, 1), "usage": samples, "usage_idle": idle,
     }  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def measured(published: Sequence[dict[str, Any]], predicted: Sequence[dict[str, 
 # ---- the report ----
 
 
-def report(runs: list[dict[str, Any]], _: Path | None) -> None:
+def report(runs: list[dict[str, Any]]) -> None:
     """Prints a table a task, with the errors of what was written verbatim, means over seeds."""
     for task in [task for task in LANGUAGES if any(run["task"] == task for run in runs)]:
         held = [run for run in runs if run["task"] == task]

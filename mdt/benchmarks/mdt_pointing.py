@@ -202,7 +202,7 @@ def tell(run: dict[str, Any]) -> str:
     return f"{run['task']} {run['method']} seed {run['seed']}: {'; '.join(told)}; {run['training_seconds'] / 60:.0f} minutes"
 
 
-def report(runs: list[dict[str, Any]], _: Path | None) -> None:
+def report(runs: list[dict[str, Any]]) -> None:
     """A table a language: means over seeds, and their standard deviations."""
     for language in ("en", "zh"):
         print(f"\n{language}: mean over seeds (standard deviation); near triples: phrases may end at other words")

@@ -71,7 +71,7 @@ class DataSection(Section):
     that score ranks, or learn in two levels, do it with them."""
     tuning: Count | None = None
     """So many rows of ``train``, at most a quarter and the same for every seed, are taken out before: a learning rate can be chosen
-    on them, and ``dev`` is left."""
+    on them, early stopping and the best checkpoint go by them, and ``dev`` is left."""
     limit_train: Count | None = None
     """The first rows of ``train`` only."""
     limit_dev: Count | None = None
@@ -95,7 +95,7 @@ class Run:
         fresh_base: loads the base model once more, with the head that a task gives it drawn anew from torch's random state.
         base_parameters: how many numbers the base model has.
         train, dev: rows as the task encoded them. held_out: those of ``data.held_out``, which are not among train.
-        watched: the name in ``task.measured`` of dev's rows, which are looked at while it trains.
+        watched: the name in ``task.measured`` of the rows that are looked at while it trains: "dev", or "tuning" where it is there.
         steps: optimiser steps of the training. steps_per_epoch: of one pass over ``train``.
         note: what is written beside the adapter and into every checkpoint, as ``gatewise.json``.
         model: the base model with its adapter.

@@ -181,6 +181,10 @@ def test_what_no_number_says_is_not_said() -> None:
     assert content["sentence"].startswith("No method is better than lora beyond chance on test. 2 of alora's 5 seeds diverged: ")
     assert content["differences"][0]["p_holm"] < 0.05
     assert content["chosen_on_dev"] != "alora"
+    half = [run("lora", 1e-3, 4, {}, diverged=True)]  # the first wins nothing either
+    content = report([*finals("lora", 0.9, [0, 1, 2, 3]), *half, *finals("alora", 0.7)], [arm("lora"), arm("alora")])
+    assert content["differences"][0]["p_holm"] < 0.05
+    assert "Worse" not in content["sentence"]
     content = report([*finals("lora", 0.7), *finals("alora", 0.7)], [arm("lora"), arm("alora")])
     assert (content["detectable"], "would be found" in content["sentence"]) == (None, False)
 

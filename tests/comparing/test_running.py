@@ -244,10 +244,17 @@ def test_what_is_worth_telling_is_told(recipe: Path, tmp_path: Path, monkeypatch
     console = Console(file=io.StringIO(), width=200)
     recipe = write_recipe(tmp_path, peft=None, training=TRAINING)
     compared(recipe, ["lora", "spt"], seeds=1, rates=1, console=console)
+    monkeypatch.setattr(running, "_tried", lambda *_: pytest.fail("one final run has shown how long they take"))
+    compared(recipe, ["lora", "spt"], seeds=2, rates=1, console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "spt has a search of 4 steps before its training" in said
     assert "lora has a search" not in said
-    assert said.count("dev: 3 answers were cut") == 2
+    assert said.count("dev: 3 answers were cut") == 4
+    assert "is best on dev" not in said
+    monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
+    chosen = write_recipe(tmp_path, training=TRAINING | {"eval_every": 2, "save_every": 2, "load_best": True})
+    running.compare(chosen, ["lora"], tmp_path / "best", seeds=1, rates=1, console=console)
+    assert "lora ends where it is best on dev" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_arm_that_cannot_be_trained_is_refused_before_any_is(

@@ -17,6 +17,7 @@ from tiny_run import weights, write_adapter, write_base, write_recipe, write_row
 from transformers import AutoModelForSequenceClassification
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.export import to_lora
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.slots import lora_layers
@@ -206,6 +207,11 @@ def test_experts_are_counted_as_they_are_stored(tmp_path: Path) -> None:
         found = quick(tmp_path / "adapter", tmp_path / "rows.jsonl", out, goal, score_rows=8)
         numbers = sum(tensor.numel() for name, tensor in weights(out).items() if ".lora_" in name)
         assert numbers == found.chosen.size.parameters
+    to_lora(tmp_path / "adapter", tmp_path / "apart")  # stores each expert as a module of its own
+    with pytest.raises(
+        GatewiseError, match=r"the adapter's file has no .*: compress the adapter that was trained, and export that"
+    ):
+        quick(tmp_path / "apart", tmp_path / "rows.jsonl", tmp_path / "new", Goal("parameters", 900), score_rows=8)
 
 
 @pytest.mark.parametrize("trained", ["classifier", "lm_head", "tokens"])
@@ -390,9 +396,12 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
 
 
 def test_an_interrupted_search_goes_on(folder: Path, tmp_path: Path, measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, refit = [], search.refit
     monkeypatch.setattr(search, "LOOKS", 4)
+    monkeypatch.setattr(search, "refit", lambda *given: fitted.append(1) or refit(*given))
     settings: dict[str, Any] = {"recovery": Recovery(str(folder / "train.jsonl"), steps=10, learning_rate=0.01)}
     wanted = small(folder, tmp_path / "whole", **settings)
+    assert len(fitted) == len({one.dropped for one in wanted.candidates})
     assert measuring.calls == 2 + len(wanted.candidates)
     measuring.calls, measuring.last = 0, 3
     with pytest.raises(KeyboardInterrupt):
@@ -402,6 +411,7 @@ def test_an_interrupted_search_goes_on(folder: Path, tmp_path: Path, measuring: 
     measuring.last = math.inf
     found = small(folder, tmp_path / "small", **settings)
     assert measuring.calls == 2 + len(wanted.candidates)  # what was measured before is not measured again
+    assert len(fitted) == 2 * len({one.dropped for one in wanted.candidates})
     assert [one.difference for one in found.candidates] == [one.difference for one in wanted.candidates]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "small")
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -34,6 +34,19 @@ def test_means_over_rows_are_what_evaluate_says(loaded: Loaded) -> None:
         assert -float(loss.mean()) == pytest.approx(wanted["loss"], rel=1e-4)
 
 
+def test_answers_may_be_as_long_as_in_the_adapters_run(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, said = [], list[str]()
+
+    def evaluated(*_: Any, max_new_tokens: int | None, answers: list[dict[str, Any]], **__: Any) -> None:
+        given.append(max_new_tokens)
+        answers += [{"right": 1}, {"right": 0, "cut": True}]
+
+    monkeypatch.setattr("gatewise.compress.quality.evaluate", evaluated)
+    qualities(replace(loaded, note={"max_new_tokens": 7}), loaded.records, "right", say=said.append)
+    assert given == [7]
+    assert said[0].startswith("1 of 2 answers had not ended when they were cut; data.max_new_tokens of the adapter's run")
+
+
 def test_losses_lie_with_their_rows(loaded: Loaded) -> None:
     together = qualities(loaded, loaded.records, "loss")
     for at in (0, 7, 29):

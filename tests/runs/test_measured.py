@@ -130,7 +130,8 @@ def test_what_is_measured_changes_nothing_that_is_trained(method: str, tmp_path:
     assert "tuning accuracy" in (bare.adapter / "README.md").read_text()
 
 
-def test_a_run_that_is_measured_on_rows_to_tune_on_never_looks_at_dev(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [("tuning",), ("dev",)])
+def test_a_run_with_rows_to_tune_on_chooses_by_them_and_not_by_dev(measured: tuple[str, ...], tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     logs = []
     for dev in ("dev", "train"):
@@ -141,11 +142,11 @@ def test_a_run_that_is_measured_on_rows_to_tune_on_never_looks_at_dev(tmp_path: 
             "training.eval_every=1",
             "training.save_every=1",
         )
-        result = train(path, tmp_path / dev, *settings, "training.load_best=true", measured=("tuning",), before=False)
+        result = train(path, tmp_path / dev, *settings, "training.load_best=true", measured=measured, before=False)
         logs.append([one for one in json.loads(result.metrics_file.read_text())["log"] if "eval_loss" in one])
     assert len(logs[0]) == 2
     assert logs[0] == logs[1]
-    assert logs[0][-1]["eval_accuracy"] in {one / len(result.rows["tuning"]) for one in range(6)}
+    assert logs[0][-1]["eval_accuracy"] in {one / 5 for one in range(6)}
 
 
 def test_each_row_has_its_number_in_the_order_of_the_file(tmp_path: Path) -> None:

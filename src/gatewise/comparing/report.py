@@ -285,7 +285,7 @@ def _sentences(content: Content) -> list[str]:
     beyond = [one for one in differences if one["p_holm"] is not None and one["p_holm"] < WIN]
     whole = {arm["name"] for arm in content["arms"] if not arm["diverged"]}  # where seeds diverged, the others are no fair sample
     wins = [one for one in beyond if better * one["mean"] > 0 and one["arm"] in whole]
-    losses = [one for one in beyond if better * one["mean"] < 0]
+    losses = [one for one in beyond if better * one["mean"] < 0 and first in whole]
     is_plan = content["missing"] and not any(arm["seeds"] for arm in content["arms"])
     if is_plan:
         said = [f"Nothing to compare yet: {content['missing']} runs are to come."]

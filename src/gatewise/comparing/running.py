@@ -134,6 +134,8 @@ def _one_of_many(arm: Arm, tuning: int | None, trained: int) -> Arm:
     method = METHODS[arm.recipe.method](arm.recipe)
     more = method.stage_steps(trained)
     told = (*arm.told, f"has a {method.stage} of {more:,} steps before its training") if more else arm.told
+    if tuning is None and (arm.recipe.training.load_best or arm.recipe.training.early_stopping_patience is not None):
+        told = (*told, "ends where it is best on dev, and is better there than on other rows: give data.tuning rows to choose by")
     data = arm.recipe.data.model_copy(update={"tuning": tuning})
     training = arm.recipe.training.model_copy(update={"report_to": []})
     changes = {"push_to_hub": None, "seed": 0, "data": data, "training": training}
@@ -268,7 +270,9 @@ class _Comparison:
         if not self._wanted():
             return
         for arm in self.arms:
-            if self._takes(arm, False) is None:  # all have the same rows: what there is to tell of them is told once
+            if (
+                self._takes(arm, is_final=self.rates == 1) is None
+            ):  # all have the same rows: what there is to tell of them is told once
                 self.tried[arm.name] = _tried(arm, self.output, ConsoleProgress(_SILENT) if self.tried else self.progress)
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         self.progress.say(f"{self._what_is_left()}{more}")
@@ -321,7 +325,8 @@ class _Comparison:
 
     def _takes(self, arm: Arm, is_final: bool) -> float | None:
         """At most the seconds of a run of an arm, by those that are finished, or by steps that were tried."""
-        own = [one for one in self.found.values() if one["arm"] == arm.name and one["whole_seconds"] and "metrics" in one]
+        own = [one for one in self.found.values() if one["arm"] == arm.name and "metrics" in one]
+        own = [one for one in own if one["whole_seconds"] is not None]
         known = [one["whole_seconds"] for one in own if (one["for"] == "seed") == is_final]
         if is_final and not known:  # those of the search were measured on the tuning rows alone
             longer = self.measured / max(1, self.tuned)

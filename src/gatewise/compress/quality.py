@@ -14,7 +14,7 @@ from torch import Tensor
 from gatewise.adapters.loading import Loaded
 from gatewise.losses import loss_kind, microbatches, row_losses
 from gatewise.tasks import PadCollator, Records, evaluate
-from gatewise.tasks.metrics import encoded, measuring
+from gatewise.tasks.metrics import cut_line, encoded, measuring
 
 Measure = Literal["right", "loss"]
 CONFIDENCE = 0.95
@@ -24,12 +24,27 @@ _DRAWS = 10_000
 _TOKENS = 4096  # padded, in one forward pass that takes losses
 
 
-def qualities(loaded: Loaded, records: Records, measure: Measure, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """(n,) one number a row, higher is better: 1 for a right answer and 0 for another, or minus the loss (nats a token)."""
+def qualities(
+    loaded: Loaded,
+    records: Records,
+    measure: Measure,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tensor:
+    """(n,) one number a row, higher is better: 1 for a right answer and 0 for another, or minus the loss (nats a token).
+
+    Args:
+        say: told how many answers were cut.
+    """
     model, tokenizer, template, max_length = loaded.model, loaded.tokenizer, loaded.template, loaded.max_length
     if measure == "right":
         answers: list[dict[str, Any]] = []
-        evaluate(model, tokenizer, records, template, max_length=max_length, progress=progress, answers=answers)
+        most, key = loaded.note.get("max_new_tokens"), "data.max_new_tokens of the adapter's run"
+        evaluate(
+            model, tokenizer, records, template, max_length=max_length, max_new_tokens=most, progress=progress, answers=answers
+        )
+        if line := cut_line(answers, key):
+            say(line)
         return torch.tensor([float(one["right"]) for one in answers], dtype=torch.float64)
     features = encoded(model, tokenizer, records, template, max_length)
     order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))

@@ -21,7 +21,7 @@ from gatewise.compress.order import moves, rank_values
 from gatewise.compress.quality import Difference, difference, differences, qualities
 from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.compress.rows import Rows
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import whole_file
 from gatewise.losses import mean_loss
 from gatewise.progress import ConsoleProgress
@@ -122,6 +122,11 @@ class Search:
         # Stored name -> the model's own tensor: the factors and what else the adapter has, such as a head.
         self.tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
         self.file_tensors, self.metadata = read_tensors(weights_of(source))
+        if missing := self.tensors.keys() - self.file_tensors.keys():
+            raise GatewiseError(
+                f"the adapter's file has no {some(sorted(missing))}, as where each expert is stored as a module of its own: "
+                "compress the adapter that was trained, and export that"
+            )
         to_singular_basis(model)
         self.whole = self._copy()
         self.live = {path: live_slots(layer, ADAPTER) for path, layer in self.layers.items()}
@@ -212,7 +217,7 @@ class Search:
 
         def measure() -> dict[str, Tensor]:
             with self.progress.counting(f"measuring {key}") as count:
-                rows = qualities(self.loaded, self.rows.held_out, self.rows.measure, count)
+                rows = qualities(self.loaded, self.rows.held_out, self.rows.measure, count, self.progress.say)
             if not bool(torch.isfinite(rows).all()):
                 raise GatewiseError(
                     f"the loss on {self.rows.held_out.source} is not finite: look for numbers that are not in the adapter and its "
@@ -281,9 +286,12 @@ class Search:
         self._load(self.whole)
         for move in self.moves[:at]:
             prune(self.layers[move.path], ADAPTER, [self.live[move.path][rank] for rank in move.ranks])
-        if at:
+
+        def fit() -> dict[str, Tensor]:
             refit(self.loaded.model, self.batch)
-        self._load(self.rounded())
+            return self.rounded()
+
+        self._load(self._once(f"{at} fitted", fit) if at else self.rounded())
 
     def rounded(self) -> dict[str, Tensor]:
         """The adapter's tensors in the number formats of its file, in which the smaller one is measured and written."""

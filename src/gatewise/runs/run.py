@@ -135,8 +135,7 @@ def train(
         resume: go on from the latest complete checkpoint in ``output``; on the CPU the result is that of a run never stopped.
         overwrite: first remove what an earlier run left in ``output``.
         console: where progress is shown; stderr by default.
-        measured: of the rows that the recipe has beside those to train on, "tuning", "dev" and "test", those to measure on. With
-            "tuning" and without "dev", evaluations while it trains, early stopping and choice see "tuning" in place of "dev".
+        measured: of the rows that the recipe has beside those to train on, "tuning", "dev" and "test", those to measure on.
         before: measure the base model too, before the training. The adapter is the same without.
 
     Raises:
@@ -162,8 +161,7 @@ def train(
     if resume:
         method.resume(output)
     with quiet(bars=True):
-        watched = "tuning" if "tuning" in measured and "dev" not in measured else "dev"
-        run = prepared(recipe, task, method, output, device, dtype, checkpoint, progress, watched)
+        run = prepared(recipe, task, method, output, device, dtype, checkpoint, progress)
         rows = _fingerprints(run, resume)
         run.checkpoint = _with_steps_to_go(run)
         if overwrite:
@@ -313,9 +311,8 @@ def prepared(
     dtype: torch.dtype,
     checkpoint: Path | None,
     progress: ConsoleProgress,
-    watched: str = "dev",
 ) -> Run:
-    """Everything a run needs, loaded and checked. ``watched`` names the rows that are looked at while it trains."""
+    """Everything a run needs, loaded and checked."""
     task.read(None if checkpoint is None else read_note(checkpoint))
     if recipe.data.tuning is not None:
         _set_aside(task, recipe.data.tuning, progress)
@@ -335,6 +332,7 @@ def prepared(
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
+    watched = "dev" if recipe.data.tuning is None else "tuning"
     dev = task.encode(task.measured[watched], tokenizer, max_length, key=f"data.{watched}", say=progress.say)
     collate = task.collator(tokenizer)
     train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
