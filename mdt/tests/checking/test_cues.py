@@ -3,7 +3,7 @@
 import pytest
 from gatewise_mdt import DecisionTree
 from gatewise_mdt.checking.items import items_of
-from gatewise_mdt.checking.marks import numbers_of
+from gatewise_mdt.checking.marks import marks_of, numbers_of
 from gatewise_mdt.wholes import fold
 
 FORBIDDING = """
@@ -105,6 +105,8 @@ Withdraw naproxen if bleeding occurs.
 中止萘普生。
 不加用萘普生。
 不应加用萘普生。
+Naproxen should be held in renal failure.
+Cease naproxen.
 """
 KEPT_ON = """
 Do not stop naproxen abruptly.
@@ -206,6 +208,16 @@ LOST = [
     ("If aged 65 years and over, give 5 mg.", "aged 65 years give 5 mg"),
     ("If aged 18 or under, give 5 mg.", "aged 18 give 5 mg"),
     ("未满65岁给予5mg。", "65岁给予5mg"),
+    ("Give no more than a daily dose of 4 g.", "4 g"),
+    ("Give not more than the usual starting dose of 20 mg.", "20 mg"),
+    ("Give less than a single dose of 20 mg.", "20 mg"),
+    ("Give it below a baseline of 60.", "60"),
+    ("Give it above a target score of 60.", "60"),
+    ("Give 5 mg or up to 10 mg.", "5 mg or 10 mg"),
+    ("Give 500 ml/day.", "500 ml"),
+    ("Give 80 ml/h.", "80 ml"),
+    ("Give 4 g in a day.", "4 g"),
+    ("Give 10 mg/kg in a week.", "10 mg/kg"),
 ]
 
 
@@ -270,6 +282,42 @@ def test_a_no_that_only_the_tree_has(passage: str, said: str, is_listed: bool) -
 )
 def test_words_that_are_about_no_number_are_no_limits(passage: str, said: str) -> None:
     assert "limit" not in kinds(passage, "people", "dosage and administration" if passage.isascii() else "用法用量", said)
+
+
+def test_a_limit_is_of_the_number_behind_up_to() -> None:
+    marks = marks_of("Give 5 mg and up to 10 mg.")
+    assert [marks.text[one.number.begin : one.number.end] for one in marks.limits] == ["10 mg"]
+
+
+@pytest.mark.parametrize(
+    "passage",
+    [
+        "Give 10 mg half an hour before surgery.",
+        "Give 10 mg an hour before surgery.",
+        "Give 10 mg for more than a month.",
+        "Give 10 mg over an hour.",
+        "Give 10 mg and review in a week.",
+        "If the eGFR is 60 ml/min, stop.",
+    ],
+)
+def test_how_long_or_how_soon_is_not_how_often(passage: str) -> None:
+    assert marks_of(passage).daily == []
+
+
+@pytest.mark.parametrize(
+    "passage",
+    [
+        "新生儿出现呼吸暂停时应给予氨茶碱。",
+        "睡眠呼吸暂停患者推荐使用莫达非尼。",
+        "心跳暂停时给予肾上腺素。",
+        "Give diazepam until seizures cease.",
+        "Give diazepam until seizures cease and then start saline.",
+        "The inhaler should be held upright.",
+        "The mask should be held in place.",
+    ],
+)
+def test_words_that_tell_of_the_body_or_of_a_device_do_not_forbid(passage: str) -> None:
+    assert marks_of(passage).forbidden == []
 
 
 @pytest.mark.parametrize(

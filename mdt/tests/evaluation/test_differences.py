@@ -85,6 +85,10 @@ def test_contrary_orders_are_found_where_both_trees_have_both() -> None:
         ("每日3次", "每日2次", "frequency"),
         ("5mg静脉滴注", "5mg口服", "route"),
         ("不超过5mg", "5mg", "limit"),
+        ("5 mg in a week", "5 mg in a day", "frequency"),
+        ("4 g in a day", "4 g", "frequency"),
+        ("500 ml/day", "500 ml", "frequency"),
+        ("500 ml over an hour", "500 ml over a day", "unit"),
     ],
 )
 def test_other_doses(one: str, other: str, what: str) -> None:
@@ -124,6 +128,7 @@ def test_a_dose_of_another_drug() -> None:
         ("children with fever", "adults with fever", "population"),
         ("mild asthma", "severe asthma", "degree"),
         ("heart failure", "renal failure", "finding"),
+        ("symptoms for a week", "symptoms for a month", "number"),
         ("asthma", "gallstones", "finding"),  # in one place
         ("asthma", "asthma and heart failure", "finding"),
         ("before surgery", "after surgery", "degree"),
@@ -189,6 +194,9 @@ def test_what_is_missing() -> None:
         ("5 mg no more than once daily", "5 mg at most once daily"),
         ("5mg 每日2次", "5毫克 bid"),
         ("两片", "2 片"),
+        ("5 mg tds", "5 mg three times daily"),
+        ("5 mg qds", "5 mg four times daily"),
+        ("5 mg bds", "5 mg twice daily"),
     ],
 )
 def test_a_dose_in_other_words(one: str, other: str) -> None:
@@ -203,6 +211,8 @@ def test_a_dose_in_other_words(one: str, other: str) -> None:
         ("able to swallow", "unable to swallow", "negation"),
         ("responds to steroids", "fails to respond to steroids", "negation"),
         ("aged 60 and above", "aged 60 or above", ""),
+        ("65岁及以上", "65岁或以上", ""),
+        ("两次或以上发作", "两次及以上发作", ""),
     ],
 )
 def test_what_joins_or_negates_within_a_phrase_is_no_wording(one: str, other: str, what: str) -> None:
@@ -214,6 +224,8 @@ def test_what_joins_or_negates_within_a_phrase_is_no_wording(one: str, other: st
 def test_other_words() -> None:
     assert of_condition("BP ≥ 140", "BP of at least 140") == [("wording", "")]
     assert of_condition("symptoms of asthma", "asthma symptoms") == [("wording", "")]
+    assert of_condition("symptoms lasting a month", "symptoms for a month") == [("wording", "")]
+    assert of_condition("symptoms for more than a month", "symptoms for more than one month") == [("wording", "")]
     assert of_condition("asthma", "asthma", "adults with gout", "adult gout patients") == [("wording", "")]
     assert of_condition("年龄≥60岁", "年龄大于等于60岁") == [("wording", "")]
     assert of_decision(triple("rest", PLAN), triple("rest", "basic condition")) == [("wording", "relation")]

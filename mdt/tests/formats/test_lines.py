@@ -115,6 +115,12 @@ def test_the_subject_of_a_first_triple_stands_for_others_though_that_is_none() -
     assert [triple.subject for triple in parsed.tree.triples] == ["kidney function", "gout", "gout"]
 
 
+def test_an_empty_subject_stands_for_none() -> None:
+    parsed = parse_lenient("C:  | sign | gout; adults | sign | flare\nD: ~ | drug | naproxen\nD")
+    assert parsed.tree is not None
+    assert [triple.subject for triple in parsed.tree.triples] == ["adults", "adults"]
+
+
 def test_a_condition_that_lost_its_triples_gives_no_tree_but_a_reason() -> None:
     parsed = parse_lenient(LINES.replace("~ | sign | Without a flare", "when quiet"))
     assert parsed.tree is None

@@ -166,7 +166,7 @@ LIMIT = re.compile(
         "(?:more|less|fewer|greater|higher|lower|longer|older|younger|larger|smaller) than(?: or equal to)?",
         "exceed(?:s|ing|ed)?",
         "above|below|under|over|within",
-        "(?:or|and) (?:over|under|above|below|older|younger|up)(?! than)",
+        "(?:or|and) (?:over|under|above|below|older|younger|up(?! to))(?! than)",
         "or (?:more|less|fewer|higher|lower|greater|longer|shorter|later)(?! than)",
     )
     + r"|不[得应宜可]?超过|超过|最[大高多低小少](?:日|单次|每日)?(?:剂?量)?|至[少多]|[大小高低多少]于(?:等于)?|以[上下内]|上限"
@@ -178,9 +178,10 @@ _BEFORE_NUMBER = re.compile(  # between a limit and its number: "maximum daily d
     r"[^.;。,<>≤≥\d]{0,60}"
 )
 _CLOSE = re.compile(  # "above a threshold of 65", and not "above should receive 5 mg"
-    r"(?: ?(?:the|an?|age|of|about|around|approximately|first|next|last|level|threshold|period|total)(?![a-z]))* ?[(\[]?"
+    r"(?: ?(?:the|an?|age|of|about|around|approximately|first|next|last|level|threshold|period|total|daily|single|dose|target"
+    r"|baseline|score)(?![a-z]))* ?[(\[]?"
 )
-_LOOSE = re.compile(r"above|below|under|over|within|.*than|以.")
+_LOOSE = re.compile(r"above|below|under|over|within|(?!no).*than|以.")  # "no more than" is said of nothing but a number
 _AFTER_NUMBER = re.compile(r"(?:[ -]?[^\d\W]{1,12}){0,2}[ (\[]{0,2}")
 
 _PERIOD = "(?:day|week|month|year|night|hour|fortnight|morning|evening)"
@@ -205,15 +206,16 @@ _FREQUENCY = re.compile(
     rf"|(?:{DIGITS}|{HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{HAN_DIGITS})次"
     rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
 )
+DURING = ("for", "within", "after", "lasting", "than", "over", "least", "half")  # before "a week", which then is how long or when
 DAILY = re.compile(  # counts only beside a dose
     _words(
         "daily",
         r"(?:per|each|every) (?:day|week|month|year|hour|minute)",
-        r"(?<!for )(?<!in )(?<!within )(?<!after )an? (?:day|week|month|year|hour)",
+        "".join(rf"(?<!{word} )" for word in DURING) + r"an? (?:day|week|month|year|hour(?! (?:before|after)))",
         r"/ ?(?:d(?:ay)?|w(?:ee)?k|h(?:r|our)?|min(?:ute)?)",
         "yearly|annually|at (?:night|bedtime)|nocte|tds|qds|od|bds|stat|prn|as (?:needed|required)|when required",
     )
-    + rf"|(?<=[a-z{HAN}\d])(?<!ml)/ ?(?:d(?:ay)?|h(?:r|our)?|w(?:ee)?k|min)(?!{_WORD})"  # not of an eGFR
+    + rf"|(?<=[a-z{HAN}\d])/ ?(?:d(?:ay)?|h(?:r|our)?|w(?:ee)?k|(?<!ml/)min)(?!{_WORD})"  # not of an eGFR
     + r"|(?:每|[一1])[日天]|/[日天次]|每小时|每分钟?|睡前|必要时"
 )
 
@@ -226,7 +228,9 @@ ROUTE = re.compile(
     )
     + "|静脉(?:滴注|注射|推注|输注|点滴)|静[滴注推]|肌[内肉]?注射?|皮下注射|鞘内注射|舌下含服|口服|吸入|外用|直肠给药"
 )
-_BESIDE = re.compile(rf"(?:[a-z{HAN} ()/·]|\d(?!\d*[a-z])){{0,24}}")
+_BESIDE = re.compile(  # "5 mg in a week", but not "5 mg and a visit in a week"
+    rf"(?! .*[a-z] in $)(?:[a-z{HAN} ()/·]|\d(?!\d*[a-z])){{0,24}}"
+)
 _HAN_BESIDE = re.compile(rf"[{HAN}]{{0,4}}")
 
 
@@ -274,7 +278,8 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
         r"(?: (?:the )?(?:routine )?use of)?",
         r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?|refrain(?:ing)? from(?: (?:using|giving))?",
-        r"(?:stop|discontinue|withhold|withdraw|omit|cease|hold(?! on))(?: (?:the )?use of| taking)?",
+        r"(?:stop|discontinue|withhold|withdraw|omit|cease(?= (?!(?:and|or|then|after|give) )[a-z])|hold(?! on))"
+        r"(?: (?:the )?use of| taking)?",
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
         r"no(?= [a-z-]+(?: [a-z-]+)? (?:should|must|may) be (?:given|used|offered|prescribed|taken))",
@@ -298,7 +303,7 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
         r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|withdrawn"
-        r"|omitted|held|discouraged|stopped"
+        r"|omitted|held(?! (?:upright|still|by|in (?:place|position)))|discouraged|stopped"
         r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
     )
@@ -329,7 +334,7 @@ _HAN_FORBIDS = re.compile(
     r"(?:使用|应用|给予|采用|加用|联用|启动|服用|进行|选用|首选|行|用(?!力)|给|予)"
     r"|不宜|避免(?:使用|应用|给予|服用)?|停[用服]|不适(?:合|宜|用(?=于|$|[,。;]))(?:使用|应用|用)?|无需(?:使用)?|不用(?!于)"
     r"|不作为(?=首选|一线|常规)|不必(?:使用|应用|给予)"
-    r"|暂停(?:使用|应用|服用)?|中止(?:使用)?|不(?:使用|应用|给予|加用|联用)(?!于)|暂不(?:使用|应用|给予|用)?"
+    r"|(?<!呼吸)(?<!心跳)(?<!心搏)暂停(?:使用|应用|服用)?|中止(?:使用)?|不(?:使用|应用|给予|加用|联用)(?!于)|暂不(?:使用|应用|给予|用)?"
 )
 _PEOPLE_ONLY = re.compile(r"(?:患者|病人|妇女|孕妇|患儿|者|人)(?:中?均?应?|亦应|也应)?$|^[^、]{0,16}(?:患者|者)中")
 _HAN_PEOPLE = re.compile(  # "不宜手术的患者", but not "不宜给肝硬化的患者使用"

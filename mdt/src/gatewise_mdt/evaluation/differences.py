@@ -27,6 +27,7 @@ from gatewise_mdt.checking.marks import (
     BELOW,
     DAILY,
     DIGITS,
+    DURING,
     HAN,
     HAN_DIGITS,
     LIMIT,
@@ -132,7 +133,7 @@ class Said(NamedTuple):
 @lru_cache(maxsize=4096)
 def said(phrase: str) -> Said:
     """Reads a phrase."""
-    marks = marks_of(_AND_ABOVE.sub("or ", phrase))
+    marks = marks_of(_A_TIME.sub(r"\1 one", _AND_ABOVE.sub("or ", phrase)))
     text = marks.text
     often = {span: rate(text[span.begin : span.end]) for span, _ in marks.frequencies}
     daily = [Span(*match.span()) for match in DAILY.finditer(text)]
@@ -158,6 +159,7 @@ def said(phrase: str) -> Said:
     )
 
 
+_A_TIME = re.compile(rf"\b({'|'.join(DURING)}) an?(?= (?:day|week|month|year|hour)\b)", re.IGNORECASE)  # "for a week" is for one
 _UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
 _AND_ABOVE = re.compile(r"\band (?=(?:above|below|over|under|more|less|older|younger|higher|lower)\b(?! than))", re.IGNORECASE)
 
@@ -270,7 +272,9 @@ def _amounts(text: str, number: Number) -> Iterator[tuple[str, str]]:
         yield str(amount * factor * times), known + per
 
 
-_NAMES: dict[str, Fraction | int] = {"qd": 1, "bd": 2, "bid": 2, "tid": 3, "qid": 4, "qod": Fraction(1, 2)}
+_NAMES: dict[str, Fraction | int] = {
+    "qd": 1, "bd": 2, "bds": 2, "bid": 2, "tid": 3, "tds": 3, "qid": 4, "qds": 4, "qod": Fraction(1, 2),
+}  # fmt: skip
 _HOURS = {
     "hour|小时|h$": 1, "fortnight": 336, "week|周|星期": 168, "month|月": 720, "year|年": 8760,
     "day|dai|d$|日|天|night|晚|晨|morning|evening": 24,
@@ -376,8 +380,8 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
 
 
 def _joins(phrase: str) -> set[str]:
-    """What joins the parts of a phrase; "60 and above" joins nothing."""
-    text = fold(phrase).text
+    """What joins the parts of a phrase; "60 and above" and 60岁及以上 join nothing."""
+    text = re.sub("[及或和](?=以[上下内])", "", fold(phrase).text)
     text = _without(text, [Span(*match.span()) for match in LIMIT.finditer(text)])
     return {name for name, pattern in _JOINS.items() if pattern.search(text)}
 

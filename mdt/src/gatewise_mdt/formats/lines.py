@@ -169,7 +169,7 @@ class _Reader:
     def _triple(self, number: int, item: str) -> tuple[str, str, str] | None:
         raw = [part.strip() for part in _split(item, "|")]
         is_first = self.main is None
-        if is_first and len(raw) > 1 and raw[0] != "~":  # though it may be no triple that can be taken
+        if is_first and len(raw) > 1 and raw[0] not in ("", "~"):  # though it may be no triple that can be taken
             self.main = _unescaped(raw[0])
         if len(raw) != 3:
             self.note(number, f"found {checks.shown(item.strip())}, expected subject | relation | object")
