@@ -182,20 +182,33 @@ def test_the_title_stands_above_all_headings() -> None:
     assert {one.population for one in found} == {"Gout in adults"}
 
 
+NOTES = f"<w:footnotes {SPACES}><w:footnote w:id='1'><w:p>{run('Not in pregnancy')}</w:p></w:footnote></w:footnotes>"
+
+
+def with_notes(document: Any) -> Any:
+    from docx.opc.constants import RELATIONSHIP_TYPE
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+
+    part = Part(PackURI("/word/footnotes.xml"), "application/xml", NOTES.encode(), document.part.package)
+    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
+    return document
+
+
+def test_in_a_symbol_font_the_text_alone_is_read_by_its_looks() -> None:
+    mark = '<w:footnoteReference w:customMarkFollows="1" w:id="1"/><w:sym w:font="Symbol" w:char="F02A"/>'
+    arrow = '<w:sym w:font="Wingdings" w:char="F0E0"/>'
+    inside = f"{run('Give 5 ')}<w:r><w:rPr>{SYMBOL}</w:rPr><w:t>m</w:t>{mark}</w:r>{run('g')}<w:r>{arrow}</w:r>"
+    assert texts(with_notes(with_paragraph(inside)))[:2] == ["Give 5 μ*g\ufffd", "Footnote: Not in pregnancy"]
+
+
 def test_the_notes_say_what_was_left_out() -> None:
     symbol = '<w:sym w:font="Wingdings" w:char="F0E0"/>'
     document = with_paragraph(f"{INSERTED}{run('500 mg', '<w:strike/>')}<w:r>{symbol}{drawing('<a:blip/>')}</w:r>")
     document.sections[0].footer.paragraphs[0].text = "House guideline"
     paragraph = document.add_paragraph("Give it.")
     document.add_comment(paragraph.runs, text="Check this dose", author="a")
-    notes = f"<w:footnotes {SPACES}><w:footnote w:id='1'><w:p>{run('Not in pregnancy')}</w:p></w:footnote></w:footnotes>"
-    from docx.opc.constants import RELATIONSHIP_TYPE
-    from docx.opc.packuri import PackURI
-    from docx.opc.part import Part
-
-    part = Part(PackURI("/word/footnotes.xml"), "application/xml", notes.encode(), document.part.package)
-    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
-    said = read(document).notes
+    said = read(with_notes(document)).notes
     for expected in (
         "1 picture could not be read",
         "some letters have no meaning in the file",

@@ -38,8 +38,13 @@ LINK = '<sup><a href="#n{0}">{0}</a></sup>'
         ("<p>Give 10<sup>9</sup>/L, below 130/80<sup>1</sup> mmHg, CO<sub>2</sub>", ["Give 10^9/L, below 130/80 mmHg[1], CO2"]),
         ("<p>If ALT &lt; 3 give it<br><br>Else stop", ["If ALT < 3 give it", "Else stop"]),
         ("<p>Give <math><mfrac><mn>1</mn><mn>2</mn></mfrac></math> mg", ["Give 1/2 mg"]),
+        ("<p>Give <math><mn>1</mn><mfrac><mn>1</mn><mn>2</mn></mfrac></math> tablets", ["Give 1 1/2 tablets"]),
         ("<p>below <math><msup><mn>10</mn><mn>9</mn></msup></math>/L", ["below 10^9/L"]),
         ("<p>Give 1<sup>1</sup>/<sub>2</sub> tablets", ["Give 1 1/2 tablets"]),
+        (
+            f"<p>5 {SYMBOL.format('m<sup><a href=#fn1>1</a></sup>')}g<p id=fn1>Not in children.",
+            ["5 μg", "Footnote: Not in children."],
+        ),
         (f"<p>eGFR {SYMBOL.format('³')} 30, 5 {SYMBOL.format('m')}g", ["eGFR ≥ 30, 5 μg"]),
         ("<p><span style='font-family: Segoe UI Symbol'>Give 5 mg</span>", ["Give 5 mg"]),
         ("<p><![CDATA[Give 5 mg if < 3]]> daily", ["Give 5 mg if < 3 daily"]),

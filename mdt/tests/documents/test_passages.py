@@ -118,13 +118,14 @@ def test_no_number_is_cut_from_its_unit() -> None:
     assert all(one.notes == ("a sentence that is longer than a passage was cut between words",) for one in found[:-1])
 
 
-@pytest.mark.parametrize("shift", range(6))
+@pytest.mark.parametrize("shift", range(9))
 def test_a_long_chinese_sentence_is_cut_at_a_comma_or_at_least_in_no_number(shift: int) -> None:
     text = "患者" * shift + "每次100毫克口服" * 40
     found = [one.passage for one in read(text, ".txt")]
     assert len(found) > 1
     assert "".join(found) == text
     assert all("00毫克" not in one[:4] and not one[-1].isdigit() for one in found)
+    assert sum(one.count("100毫克") for one in found) == 40
     paused = "，".join(["每次给予100毫克口服"] * 40)
     assert all(one.endswith("，") for one in [one.passage for one in read(paused, ".txt")][:-1])
 

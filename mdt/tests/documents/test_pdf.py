@@ -1,11 +1,13 @@
 """PDF beside the layout of its pages: what is printed on several pages, pictures, footnotes."""
 
 import io
+import time
+from types import SimpleNamespace
 
 import pytest
 from gatewise_mdt.documents.document import LOWERED, RAISED, Document, one_line
 from gatewise_mdt.documents.lines import Word
-from gatewise_mdt.documents.page import _with_bullets, _words
+from gatewise_mdt.documents.page import _printed_once, _with_bullets, _words
 from gatewise_mdt.documents.reading import document_of
 from mdt_models import pdf
 
@@ -135,6 +137,18 @@ def test_what_is_beside_what_is_shown_of_a_page_is_left_out_with_a_note() -> Non
     assert any("text beside what is shown of a page was left out" in note and "Give 1 mg" in note for note in document.notes)
 
 
+@pytest.mark.parametrize("box", [b"0 0 0 0", b"0 900 595 1800", b"0 -100 595 842"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_page_is_read_though_what_is_shown_of_it_lies_outside_of_it(box: bytes, turned: bool) -> None:
+    known = pdf(WHOLE)
+    if turned:
+        known = known.replace(b"/MediaBox", b"/Rotate 90 /MediaBox").replace(b"40 780 Td", b"0 1 -1 0 40 40 Tm")
+    content = known.replace(b"/MediaBox", b"/CropBox [%b] /MediaBox" % box)
+    first, second = (document_of(one, "gout.pdf", ".pdf").blocks for one in (known, content))
+    assert first == second
+    assert [block.regions for block in first] == [block.regions for block in second]
+
+
 def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
     canvas = pytest.importorskip("reportlab.pdfgen.canvas")
     made = io.BytesIO()
@@ -152,10 +166,34 @@ def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
     assert document.notes == ()
 
 
-def test_a_score_is_no_table_of_contents() -> None:
+@pytest.mark.parametrize(
+    ("x", "y", "said"), [(40, 30, "Stroke guideline | {}"), (300, 800, "Page {}"), (40, 800, "{} Stroke guideline")]
+)
+def test_larger_lines_that_count_the_pages_are_no_headings(x: int, y: int, said: str) -> None:
+    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
+    made = io.BytesIO()
+    drawn = canvas.Canvas(made)
+    for number in (1, 2, 3):
+        drawn.setFont("Helvetica", 12)
+        drawn.drawString(x, y, said.format(number + 11))
+        drawn.setFont("Helvetica", 10)
+        for line in range(4):
+            drawn.drawString(40, 700 - 14 * line, f"Give salbutamol {number}00 micrograms to adults who wheeze at rest.")
+        drawn.showPage()
+    drawn.save()
+    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    assert [block.text for block in document.blocks if block.level or said[:6] in block.text] == []
+
+
+@pytest.mark.parametrize("points", ["121", "012"])
+def test_a_score_is_no_table_of_contents(points: str) -> None:
     dots = " ........ ".join
-    score = [dots(one) for one in (("Heart failure", "1"), ("Age 75 or more", "2"), ("Diabetes", "1"))]
+    score = [dots(one) for one in zip(("Heart failure", "Age 75 or more", "Diabetes"), points, strict=True)]
     assert all(line in " ".join(block.text for block in printed("\n".join(score)).blocks) for line in score)
+    tables = [dots(one) for one in (("Treatment", "3"), ("Children", "9"), ("Doses", "6"), ("Weights", "7"))]
+    document = printed("\n".join([WHOLE, "Contents", *tables]))
+    assert WHOLE in document.blocks[0].text
+    assert not any("...." in block.text for block in document.blocks)
     contents = [dots(one) for one in (("Treatment", "3"), ("Children", "7"))]
     document = printed("\n".join([WHOLE, *contents]))
     assert [block.text for block in document.blocks] == [WHOLE]
@@ -167,6 +205,16 @@ def test_letters_of_a_symbol_font_are_read_as_they_look() -> None:
     assert [block.text for block in document_of(content, "a.pdf", ".pdf").blocks] == ["5 μ ≥ 30" + 8 * " αβγ"]
 
 
+def test_a_dot_of_a_symbol_font_is_a_bullet_before_a_text_and_a_dash_stays_one() -> None:
+    letters = 4 * " abg"
+    font = b"/FontDescriptor << /FontName /SymbolMT >> /Encoding /WinAnsiEncoding /FirstChar 0 /Widths [%b]" % (b"500 " * 256)
+    content = pdf("\n".join(f"\xb7 {number}\x9610{letters}" for number in (5, 6))).replace(b"/BaseFont /Helvetica", font)
+    found = [(block.text, block.kind) for block in document_of(content, "a.pdf", ".pdf").blocks]
+    assert found == [(f"{number}–10{4 * ' αβγ'}", "item") for number in (5, 6)]
+    content = pdf("2 \xb4 5" + 2 * letters).replace(b"/BaseFont /Helvetica", b"/BaseFont /Symbol   ")
+    assert [block.text for block in document_of(content, "a.pdf", ".pdf").blocks] == ["2 × 5" + 8 * " αβγ"]
+
+
 def test_letters_that_are_printed_twice_to_look_bold_are_read_once() -> None:
     canvas = pytest.importorskip("reportlab.pdfgen.canvas")
     made = io.BytesIO()
@@ -176,6 +224,17 @@ def test_letters_that_are_printed_twice_to_look_bold_are_read_once() -> None:
     drawn.save()
     (block,) = document_of(made.getvalue(), "a.pdf", ".pdf").blocks
     assert block.text == "Do not give more than 5 mg or 11 mg to llamas."
+
+
+def test_twice_printed_letters_of_a_full_page_are_found_in_seconds() -> None:
+    look = {"fontname": "A", "size": 4, "upright": True}
+    letters = [
+        {**look, "text": "e", "x0": 2 * x + again, "top": 4 * y} for again in (0, 0.3) for y in range(100) for x in range(150)
+    ]
+    page = SimpleNamespace(chars=letters, filter=lambda keep: list(filter(keep, letters)))
+    start = time.process_time()
+    assert _printed_once(page) == letters[:15000]
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,10 @@ def test_items_are_as_deep_as_they_are_moved_in_or_numbered(text: str, depths: l
 def test_words_cut_at_the_end_of_a_line_keep_the_hyphens_of_their_own() -> None:
     for lines, said in (
         (["Give co-", "amoxiclav once-", "daily"], "Give co-amoxiclav once-daily"),
+        (
+            ["co-", "morbid follow-", "up at follow-", "ing co-", "agulation, co-", "deine"],
+            "co-morbid follow-up at following coagulation, codeine",
+        ),
         (["two-", "thirds of hydro\u2010", "chlorothiazide"], "two-thirds of hydrochlorothiazide"),
         (["hydro\xad", "chlorothiazide"], "hydrochlorothiazide"),
     ):
@@ -178,5 +182,25 @@ def test_what_a_heading_counts_is_no_number_of_it() -> None:
         ("24 Hours after surgery", "24 Hours after surgery"),
         ("2 型糖尿病患者", "2 型糖尿病患者"),
         ("3 个月以下婴儿", "3 个月以下婴儿"),
+        ("3.2 个体化治疗", "个体化治疗"),
+        ("3.10 Days off work", "Days off work"),
+        ("4 级联检测", "级联检测"),
+        ("4 度洛西汀", "度洛西汀"),
     ):
         assert unnumbered(line) == rest
+
+
+@pytest.mark.parametrize(
+    ("first", "said", "others"),
+    [
+        ("3.1 一般治疗", "患者应给予健康教育。", ("3.2 个体化治疗", "3.3 期待治疗", "3.4 周期性治疗")),
+        ("1 Month to 2 Years", "Give amoxicillin 250 mg.", ("2 Years to 12 Years", "24 Hours after surgery", "4 Day surgery")),
+    ],
+)
+@pytest.mark.parametrize("white", ["\n", "\n\n"])
+def test_headings_that_begin_with_a_number_of_any_kind_part_what_stands_under_them(
+    first: str, said: str, others: tuple[str, ...], white: str
+) -> None:
+    document = text(white.join(line for heading in (first, *others) for line in (heading, said)))
+    assert [block.text for block in document.blocks if block.level] == [first, *others]
+    assert len(split_passages(document)) == 1 + len(others)

@@ -36,8 +36,10 @@ _SYMBOLS = {
     0x63: "χ", 0x64: "δ", 0x65: "ε", 0x67: "γ", 0x6B: "κ", 0x6C: "λ", 0x6D: "μ", 0x44: "Δ",
 }  # fmt: skip
 """The font Symbol's own places, of signs that change what a sentence says."""
-_STANDARD = {"£": 0xA3, "‡": 0xB3, "–": 0xB1, "·": 0xB4}
-"""What some of these places are in PDF's standard encoding, in which a file's Symbol may be read."""
+DOT = "⋅"
+"""A dot of the font Symbol that may be a bullet, or a sign of multiplication."""
+_STANDARD = {"£": "≤", "‡": "≥", "·": DOT}
+"""What some of these places are in PDF's standard encoding, in which a file's Symbol may be read. Its "±" is not told from "–"."""
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
 Kind = Literal["paragraph", "item", "row", "footnote"]
 
@@ -243,7 +245,7 @@ def of_symbol_font(said: str, *, standard: bool = False) -> str:
     def look(letter: str) -> str:
         code = ord(letter)
         if standard and letter in _STANDARD:
-            return _SYMBOLS[_STANDARD[letter]]
+            return _STANDARD[letter]
         is_own = 0xF000 <= code <= 0xF0FF
         if not (is_own or letter in "£³" or (letter.isascii() and letter.isalpha())):
             return letter  # a digit, or in Unicode already

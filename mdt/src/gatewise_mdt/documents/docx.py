@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -109,8 +110,9 @@ class _Styles:
         default = (key for key, one in self.known.items() if _is_on(one, "default") and one.get(f"{_W}type") == "paragraph")
         self.normal = next(default, "")  # of paragraphs that name none
         self.defaults = root.findall(f"{_W}docDefaults/{_W}rPrDefault")  # of all runs
+        self.chain, self._styled = cache(self._chain), cache(self._of_styles)  # asked for each run
 
-    def chain(self, style: str) -> list[Any]:
+    def _chain(self, style: str) -> list[Any]:
         """A style, the one that it is based on, and so on."""
         found: list[Any] = []
         while style in self.known and self.known[style] not in found:
@@ -136,8 +138,13 @@ class _Styles:
 
     def property(self, run: Any, paragraph: Any, tag: str) -> Any:
         """A property of a run: its own, that of its style, that of its paragraph's style, or the document's; None without one."""
-        styled = self.chain(value_of(run.find(f"{_W}rPr/{_W}rStyle")))
-        holders = (run, *styled, *self.of_paragraph(paragraph), *self.defaults)
+        own = run.find(f"{_W}rPr/{_W}{tag}")
+        styles = value_of(run.find(f"{_W}rPr/{_W}rStyle")), value_of(paragraph.find(f"{_W}pPr/{_W}pStyle"), self.normal)
+        return self._styled(styles, tag) if own is None else own
+
+    def _of_styles(self, styles: tuple[str, str], tag: str) -> Any:
+        """What the styles of a run and of its paragraph say of a property, or else the document."""
+        holders = (*self.chain(styles[0]), *self.chain(styles[1]), *self.defaults)
         return next((found for holder in holders if (found := holder.find(f"{_W}rPr/{_W}{tag}")) is not None), None)
 
     def heads_tables(self, table: Any) -> bool:
@@ -380,7 +387,8 @@ class _Reading:
         if not isinstance(tag, str) or tag in _UNSAID:
             return ""
         if tag in _TEXT:
-            return element.text or ""
+            said = element.text or ""
+            return of_symbol_font(said) if tag == f"{_W}t" and self._in_symbol_font(element.getparent()) else said
         if tag in _SAID:
             return _SAID[tag]
         if tag in _UNREADABLE:
@@ -400,9 +408,6 @@ class _Reading:
         said = self._all(element)
         if tag == f"{_W}r":
             raised = value_of(self._property(element, "vertAlign")) == "superscript" and NOTE not in said
-            font = self._property(element, "rFonts")
-            if font is not None and "symbol" in (font.get(f"{_W}ascii", "").lower(), font.get(f"{_W}hAnsi", "").lower()):
-                said = of_symbol_font(said)
             # "50" struck out before "5" is not 505.
             if self._is_struck(element):
                 self.left.tell(STRUCK, "".join(text.text or "" for text in element.iter(f"{_W}t")))
@@ -417,6 +422,10 @@ class _Reading:
     def _property(self, run: Any, tag: str) -> Any:
         """A property of a run of the paragraph that is being read; of one outside of any, its own."""
         return run.find(f"{_W}rPr/{_W}{tag}") if self.within is None else self.styles.property(run, self.within, tag)
+
+    def _in_symbol_font(self, run: Any) -> bool:
+        font = self._property(run, "rFonts")
+        return font is not None and "symbol" in (font.get(f"{_W}ascii", "").lower(), font.get(f"{_W}hAnsi", "").lower())
 
     def _is_struck(self, run: Any) -> bool:
         return any(_on(self._property(run, tag)) for tag in ("strike", "dstrike"))

@@ -16,10 +16,13 @@ _CHINESE_NUMBER = "[一二三四五六七八九十百]+"
 _CHINESE_NUMBERS = rf"{_CHINESE_NUMBER}、\s*|[（(]{_CHINESE_NUMBER}[）)]\s*|第(?:{_CHINESE_NUMBER}|\d+)[章节篇部]分?\s*"
 # "2 Treatment" has a number; "6 months to 5 years", "24 Hours after surgery" and "2 型糖尿病" begin with what they are about.
 _COUNTED = (
-    r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[个岁型级度次种名]|小时|月(?!经)|周(?!围)|天(?!疱)|日(?!常)|年(?!龄)"
-    r"|期(?!前)|线(?!粒)|类(?!风湿|固醇|癌)"  # "4 类风湿关节炎" has a number
+    r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|[岁型]|小时|月(?!经)|周(?![围期])|天(?!疱)|日(?![常间])|年(?!龄)"
+    r"|期(?![前待])|线(?!粒)|类(?!风湿|固醇|癌)|个(?!体)|级(?!联)|度(?![洛他])|次(?!要)|种(?!植)|名(?!词)"  # "4 类风湿关节炎"
 )
-_NUMBER = re.compile(rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})")
+# "3.2" is always a number, as nobody counts "3.2 个".
+_NUMBER = re.compile(
+    rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|(?:(?<=\.\d)|(?<=\.\d\d))\s+(?![\sa-z])|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})"
+)
 ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 """Before an item: "2. ", "b) ", "（1）", "①"."""
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -89,7 +92,7 @@ def stands_like_heading(line: str) -> bool:
     """Whether a line of plain text has the shape of a heading: short, no full stop, no item of a list."""
     if len(line) > _LONGEST or SENTENCE_END.search(line) or "@" in line or "，" in line or "。" in line:
         return False
-    return bool(re.match(r"[A-Z]|(?:\d+\s+)?[\u4e00-\u9fff]", unnumbered(line)))
+    return bool(re.match(r"(?:\d+\s+)?[A-Z\u4e00-\u9fff]", unnumbered(line)))
 
 
 def gives_dose(text: str) -> bool:

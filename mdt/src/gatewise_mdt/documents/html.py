@@ -285,7 +285,7 @@ class _Reading:
         elif tag in _UNREADABLE:
             self.left.counts[_UNREADABLE[tag]] += 1
         elif tag == "a" and self._is_mark(element):
-            self._say(f"{NOTE}{element.get('href')[1:]}{NOTE}", bold, element)
+            self._say(f"{NOTE}{element.get('href')[1:]}{NOTE}", bold, element, raw=True)
         elif tag == "sup" and not (len(element) == 1 and element[0].tag == "a" and self._is_mark(element[0])):
             self._say(RAISED, bold, element)
             self._inside(element, bold=bold, in_main=in_main)
@@ -295,10 +295,11 @@ class _Reading:
             was, self.symbol = self.symbol, self.symbol or bool(_SYMBOL.search(element.get("style") or ""))
             between = _BETWEEN.get(tag, "") if len(element) == 2 else ""
             self.left.counts["equation"] += tag == "math"
-            self._say(" " if struck else "", bold, element)  # "50" struck out before "5" is not 505
+            around = " " if struck or tag == "mfrac" else ""  # "50" struck out before "5" is not 505, nor 1 before 1/2 eleven
+            self._say(around, bold, element)
             self._inside(element, bold=bold, in_main=in_main, between=between)
             self.symbol = was
-            self._say(" " if struck else "", bold, element)
+            self._say(around, bold, element)
             if struck:
                 self.left.tell(STRUCK, element.text_content())
 
@@ -307,7 +308,7 @@ class _Reading:
 
     def _say(self, text: str | None, bold: bool, element: Any, *, raw: bool = False) -> None:
         said = text if raw else re.sub(r"\s+", " ", text or "")
-        said = of_symbol_font(said) if said and self.symbol else said
+        said = of_symbol_font(said) if said and self.symbol and not raw else said
         if not said:
             return
         if said.strip() and not any(one.strip() for one, _ in self.held):

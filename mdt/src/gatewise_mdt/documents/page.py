@@ -1,13 +1,14 @@
 """A printed page in the order in which people read it: column by column, with its tables in their places."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from gatewise_mdt.documents.columns import gutter, usual_white
-from gatewise_mdt.documents.document import UNKNOWN, of_symbol_font
+from gatewise_mdt.documents.document import DOT, UNKNOWN, of_symbol_font
 from gatewise_mdt.documents.lines import EDGE, Ground, Look, PageLine, PageTable, Rule, Word, line_of, lines_of, pieces_of
 from gatewise_mdt.documents.tables import Cell
 from gatewise_mdt.documents.unruled import DOUBTED, split_row, with_tables
@@ -26,7 +27,7 @@ Drawn = TypeVar("Drawn", Rule, Ground)
 
 def items_of(page: Any) -> list[PageItem]:
     """Lines and tables of a pdfplumber page, in the order in which they are read."""
-    page = page.dedupe_chars(tolerance=0.5)  # letters that are printed twice, to look bold
+    page = _printed_once(page)
     upright = page.filter(lambda thing: thing["object_type"] != "char" or bool(thing["upright"]))
     # Coloured grounds are no grid: they may lie under each second row.
     ruled = page.filter(lambda thing: thing["object_type"] != "rect" or thing["stroke"] or _is_thin(thing))
@@ -40,6 +41,21 @@ def items_of(page: Any) -> list[PageItem]:
             tables.append(table)
             words = [word for word in words if not any(_within(word, cell) for cell in found.cells)]
     return list(_read([*words, *tables], _look(page, usual)))
+
+
+def _printed_once(page: Any) -> Any:
+    """A page without the letters that are printed again at their place, to look bold; pdfplumber's own way takes minutes."""
+    from pdfplumber.utils import cluster_objects
+
+    alike = defaultdict[Any, list[Any]](list)
+    for one in page.chars:
+        alike[one["text"], one["fontname"], one["size"], one["upright"]].append(one)
+    again = set[int]()
+    for letters in alike.values():
+        for line in cluster_objects(letters, "top", 0.5):
+            for place in cluster_objects(line, "x0", 0.5):
+                again |= {id(one) for one in sorted(place, key=lambda one: (one["top"], one["x0"]))[1:]}
+    return page.filter(lambda one: id(one) not in again)
 
 
 def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
@@ -67,9 +83,17 @@ def _words(printed: Any, grids: Sequence[Any]) -> Iterator[Word]:
 
 
 def _with_bullets(words: Sequence[Word]) -> list[Word]:
-    """A sign by itself to which the file gives no meaning is most often a bullet, where it stands before a text."""
-    first = {id(piece[0]) for line in lines_of(words) for piece in pieces_of(line) if len(piece) > 1}
-    return [word._replace(text="•") if word.text == UNKNOWN and id(word) in first else word for word in words]
+    """A sign by itself to which the file gives no meaning is most often a bullet, where it stands before a text.
+
+    A dot of the font Symbol is one too, and elsewhere a sign of multiplication: files give both places the same meaning.
+    """
+    first = {id(piece[0]): len(piece) > 1 for line in lines_of(words) for piece in pieces_of(line)}
+    made = []
+    for word in words:
+        if word.text == DOT:
+            word = word._replace(text="•" if id(word) in first else "×")
+        made.append(word._replace(text="•") if word.text == UNKNOWN and first.get(id(word)) else word)
+    return made
 
 
 def _is_thin(rect: Any) -> bool:

@@ -476,9 +476,9 @@ def _between_words(text: str, room: int) -> int:
 
 
 def _between_signs(text: str, room: int) -> int:
-    """At the last Chinese comma, else anywhere but within a number or a word of Latin letters: "100毫克" keeps its hundred."""
+    """At the last Chinese comma, else anywhere but within a Latin word or a number and its unit: "100毫克" stays whole."""
     cut = max((found.end() for found in re.finditer("[，、；：]", text[:room]) if found.end() > room // 2), default=room)
-    within = re.search(r"[\dA-Za-z.,/]+$", text[:cut])
-    if within and within.start() > room // 2 and re.match(r"[\dA-Za-z.,/]", text[cut:]):
+    within = re.search(r"[\dA-Za-z.,/<>≤≥=±]+(?:(?<=\d)[毫微千国际单小公米汞摩]{1,3})?$", text[:cut])
+    if within and within.start() > room // 2 and (re.match(r"[\dA-Za-z.,/]", text[cut:]) or re.search(r"[^A-Za-z.,/]$", within[0])):
         return within.start()
     return cut

@@ -39,6 +39,9 @@ _FIRST_RAISED = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}")
 _PAGE_NUMBER = re.compile(
     r"(?:page\s*)?[-–—]?\s*\d{1,4}\s*[-–—]?(?:\s*(?:of|/)\s*\d{1,4})?|第\s*\d+\s*页\s*(?:[/，,]?\s*共\s*\d+\s*页)?", re.IGNORECASE
 )
+# With a number that counts pages, and no headings: "Step 1" is one.
+_RUNNING = re.compile(r"(?:\bpage|[|–—-])\s*\d+$|^\d+\s|第\s*\d+\s*页", re.IGNORECASE)
+_CONTENTS_SAID = re.compile(r"(?:table of )?contents|list of (?:tables|figures|boxes)|[图表]?目\s*[录次]", re.IGNORECASE)
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
 _BESIDE = "it was read as a column of text, but stands beside another as the cells of a table do: compare it with the document"
@@ -140,7 +143,7 @@ def _page(page: Any) -> _Page:
 def _shown(page: Any) -> tuple[Any, str]:
     """What is shown of a page, such as one half of a spread, and the text beside it."""
     x0, top = _corner(page)
-    left, above, right, below = page.cropbox
+    left, above, right, below = _cropped(page)
     width, height = right - left, below - above
 
     def is_shown(one: Any) -> bool:
@@ -152,10 +155,17 @@ def _shown(page: Any) -> tuple[Any, str]:
 
 def _corner(page: Any) -> tuple[float, float]:
     """Where what is shown of a page begins. Its boxes are not turned as its text is, but have their sides changed at a quarter."""
-    (x0, top, x1, bottom), (left, above, right, below) = page.mediabox, page.cropbox
+    (x0, top, x1, bottom), (left, above, right, below) = page.mediabox, _cropped(page)
     cut_left = x1 - right if page.rotation in (180, 270) else left - x0
     cut_above = bottom - below if page.rotation in (90, 180) else above - top
-    return x0 + max(0, cut_left), top + max(0, cut_above)
+    return x0 + cut_left, top + cut_above
+
+
+def _cropped(page: Any) -> tuple[float, float, float, float]:
+    """The part of a page's whole box that is shown; all of it where the file says that nothing is."""
+    (x0, top, x1, bottom), (left, above, right, below) = page.mediabox, page.cropbox
+    left, above, right, below = max(x0, left), max(top, above), min(x1, right), min(bottom, below)
+    return (left, above, right, below) if left < right and above < below else page.mediabox
 
 
 # ---- what is not read ----
@@ -211,8 +221,8 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
     for key in (key for key in found if key in again):
         running = [(page, line) for page, line in found[key] if _stands_by_itself(line, page, again)]
         texts = Counter(line.text for _, line in running)
-        numbers = all(map(_PAGE_NUMBER.fullmatch, texts))
-        if len(texts) > 1 and not numbers and running[0][1].size >= _LARGE * usual:
+        heading = all(line.bottom < EDGE * page.height and line.size >= _LARGE * usual for page, line in running)
+        if len(texts) > 1 and heading and not any(_PAGE_NUMBER.fullmatch(text) or _RUNNING.search(text) for text in texts):
             continue  # "Step 1", "Step 2": headings, which pages begin with
         label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
         left |= {id(line) for _, line in running if label or texts[line.text] > 1}
@@ -236,10 +246,12 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
 
 
 def _contents(page: _Page) -> list[PageLine]:
-    """The lines of a table of contents; those of a score have numbers that fall again."""
+    """The lines of a table of contents, which is called so or leads to pages further on; those of a score are lower, or fall."""
     lines = [line for line in page.lines if _CONTENTS.search(line.text)]
-    numbers = [int(re.findall(r"\d+", line.text)[-1]) for line in lines]
-    return lines if numbers == sorted(numbers) else []
+    if any(_CONTENTS_SAID.fullmatch(line.text) for line in page.lines):
+        return lines
+    numbers = [page.number, *(int(re.findall(r"\d+", line.text)[-1]) for line in lines)]
+    return lines if numbers == sorted(numbers) and page.number not in numbers[1:] else []
 
 
 def _place(line: PageLine) -> tuple[str, int]:

@@ -42,11 +42,11 @@ class Line(NamedTuple):
 
 
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
-# A hyphen at the end of a line stays where it belongs to the word.
-_PREFIXES = (
-    "non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha", "co", "once", "twice",
-    "two", "three", "half", "well", "follow",
-)  # fmt: skip
+# A hyphen at the end of a line stays where it belongs to the word, by what is before and after it: "follow-ing" is none.
+_HYPHENED = re.compile(
+    r"(?:non|post|pre|anti|self|long|short|high|low|second|first|beta|alpha|once|twice|two|three|half|well)-|follow-(?:up|on|through)\b"
+    r"|co-(?:trimoxazole|amoxiclav|codamol|dydramol|careldopa|beneldopa|morbid|administ|prescri|infect)"
+)
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
 _BULLET = re.compile(rf"[{BULLETS}·–*+-]\s+(?=\S)")
@@ -213,6 +213,9 @@ def _bullet(line: str, before: str, in_list: bool) -> int:
 def _is_numbered_heading(line: str, before: str, after: str) -> bool:
     """Whether a line is a heading though no empty line parts it from its text: it has a number, and is none of a list's items."""
     number = number_of(line)
+    if number is None and (not before or SENTENCE_END.search(before)):  # "2 Years to 12 Years", but no rest of a sentence
+        counts = re.match(r"\d+(?=\s)", line)
+        number = counts[0] if counts else None
     if number is None or not is_heading(line):
         return False
     if after.startswith(f"{number}.") and number_of(after) not in (None, number):  # "2 Treatment", then "2.1 Adults with asthma"
@@ -235,7 +238,7 @@ def join_lines(lines: Sequence[str]) -> str:
         if before.endswith("\xad"):  # which is there for this alone
             parts[-1] = before[:-1]
         elif stem and line[0].islower():
-            parts[-1] = before if stem[1] in _PREFIXES else before[:-1]
+            parts[-1] = before if _HYPHENED.match(f"{stem[1]}-{line}") else before[:-1]
         elif not _HAN_END.search(before) or line[0].isascii():
             parts.append(" ")
         parts.append(line)
