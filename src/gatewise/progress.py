@@ -20,7 +20,12 @@ class ConsoleProgress(TrainerCallback):
     Args:
         console: bars appear only if it is a terminal, so that logs stay readable. A notebook says that its commands have one, and
             keeps every state of a bar.
+
+    Attributes:
+        watched: what the rows are called that a Trainer evaluates on.
     """
+
+    watched = "dev"
 
     def __init__(self, console: "Console") -> None:
         self.console = console
@@ -45,7 +50,7 @@ class ConsoleProgress(TrainerCallback):
         logs = kwargs["logs"]
         if "eval_loss" in logs:
             others = [(name.removeprefix("eval_"), value) for name, value in logs.items() if name.startswith("eval_")]
-            self.say(f"step {state.global_step}: on dev {', '.join(f'{name} {value:.4f}' for name, value in others)}")
+            self.say(f"step {state.global_step}: on {self.watched} {', '.join(f'{name} {value:.4f}' for name, value in others)}")
         elif "loss" in logs:
             rate = logs.get("learning_rate", 0.0)
             self.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, learning rate {rate:.2e}")

@@ -107,6 +107,7 @@ Withdraw naproxen if bleeding occurs.
 不应加用萘普生。
 Naproxen should be held in renal failure.
 Cease naproxen.
+Cease (if possible) naproxen.
 """
 KEPT_ON = """
 Do not stop naproxen abruptly.

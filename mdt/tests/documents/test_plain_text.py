@@ -165,6 +165,7 @@ def test_words_cut_at_the_end_of_a_line_keep_the_hyphens_of_their_own() -> None:
             ["co-", "morbid follow-", "up at follow-", "ing co-", "agulation, co-", "deine"],
             "co-morbid follow-up at following coagulation, codeine",
         ),
+        (["co-", "danthramer follow-", "ups"], "co-danthramer follow-ups"),
         (["two-", "thirds of hydro\u2010", "chlorothiazide"], "two-thirds of hydrochlorothiazide"),
         (["hydro\xad", "chlorothiazide"], "hydrochlorothiazide"),
     ):
@@ -182,12 +183,21 @@ def test_what_a_heading_counts_is_no_number_of_it() -> None:
         ("24 Hours after surgery", "24 Hours after surgery"),
         ("2 型糖尿病患者", "2 型糖尿病患者"),
         ("3 个月以下婴儿", "3 个月以下婴儿"),
+        ("4.5 小时内静脉溶栓", "4.5 小时内静脉溶栓"),
+        ("4.5 Hours after onset", "4.5 Hours after onset"),
+        ("2.5 岁以下儿童", "2.5 岁以下儿童"),
+        ("6 周期R-CHOP方案", "6 周期R-CHOP方案"),
         ("3.2 个体化治疗", "个体化治疗"),
         ("3.10 Days off work", "Days off work"),
         ("4 级联检测", "级联检测"),
         ("4 度洛西汀", "度洛西汀"),
     ):
         assert unnumbered(line) == rest
+
+
+def test_a_length_of_time_behind_a_colon_is_no_heading() -> None:
+    document = text("Antibiotics are to be continued for:\n14 Days\nGive dexamethasone before the first dose to all adults.")
+    assert len(split_passages(document)) == 1
 
 
 @pytest.mark.parametrize(

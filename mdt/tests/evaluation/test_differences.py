@@ -129,6 +129,8 @@ def test_a_dose_of_another_drug() -> None:
         ("mild asthma", "severe asthma", "degree"),
         ("heart failure", "renal failure", "finding"),
         ("symptoms for a week", "symptoms for a month", "number"),
+        ("review in a week", "review weekly", "number"),
+        ("seizures every hour", "seizures every month", "frequency"),
         ("asthma", "gallstones", "finding"),  # in one place
         ("asthma", "asthma and heart failure", "finding"),
         ("before surgery", "after surgery", "degree"),

@@ -270,9 +270,8 @@ class _Comparison:
         if not self._wanted():
             return
         for arm in self.arms:
-            if (
-                self._takes(arm, is_final=self.rates == 1) is None
-            ):  # all have the same rows: what there is to tell of them is told once
+            # All have the same rows: what there is to tell of them is told once.
+            if self._takes(arm, is_final=self.rates == 1) is None:
                 self.tried[arm.name] = _tried(arm, self.output, ConsoleProgress(_SILENT) if self.tried else self.progress)
         more = ", more where a best rate is at the edge" if self.rates > 1 else ""
         self.progress.say(f"{self._what_is_left()}{more}")

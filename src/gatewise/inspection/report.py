@@ -37,5 +37,5 @@ def study_of(run: Run, model: Any) -> Report:
     from gatewise.inspection.routing import routing_of_rows
 
     rows, base = run.recipe.training.eval_batch_size, run.recipe.model
-    routing = routing_of_rows(model, run.tokenizer, run.dev, rows, base_model=base, data="dev", collate=run.collate)
+    routing = routing_of_rows(model, run.tokenizer, run.dev, rows, base_model=base, data=run.watched, collate=run.collate)
     return Report(numbers={"routing": routing_json(routing)}, pictures={"routing.png": partial(plot_routing, routing)})

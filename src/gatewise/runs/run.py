@@ -332,7 +332,7 @@ def prepared(
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
-    watched = "dev" if recipe.data.tuning is None else "tuning"
+    watched = progress.watched = "dev" if recipe.data.tuning is None else "tuning"
     dev = task.encode(task.measured[watched], tokenizer, max_length, key=f"data.{watched}", say=progress.say)
     collate = task.collator(tokenizer)
     train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
@@ -418,12 +418,12 @@ def _fingerprints(run: Run, resume: bool) -> dict[str, str]:
     def content(value: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else str(value)  # str leaves out most of a large tensor
 
-    rows = {"data.train": [*run.train, *run.held_out], "data.dev": run.dev}
+    rows = {"data.train": [*run.train, *run.held_out], f"data.{run.watched}": run.dev}
     found = {key: hashlib.sha256(json.dumps(one, default=content).encode()).hexdigest() for key, one in rows.items()}
     path = run.output / ROWS
     before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else found
     for key in found:
-        if before.get(key) != found[key]:
+        if before.get(key, found[key]) != found[key]:
             raise GatewiseError(
                 f"the rows of {key} are not those that the run in {run.output} was started with: resume it with those, or begin "
                 "again with --overwrite"

@@ -70,6 +70,7 @@ class RecipeTrainer(Trainer):
         lora_plus_ratio: float | None = None,
         patience: int | None = None,
         measure: Callable[[Any], Mapping[str, float]] | None = None,
+        watched: str = "dev",
     ) -> None:
         super().__init__(
             model=model,
@@ -86,7 +87,7 @@ class RecipeTrainer(Trainer):
         self.loss_term = loss_term
         self.group_by_length = group_by_length
         self.lora_plus_ratio = lora_plus_ratio
-        self.patience = patience
+        self.patience, self.watched = patience, watched
         self.measure = measure
 
     def compute_loss(
@@ -125,7 +126,7 @@ class RecipeTrainer(Trainer):
         batches = [self._prepare_inputs(self.data_collator(batch)) for batch in own]
         loss = mean_loss(model.eval(), batches, over_all=True)
         if not math.isfinite(loss):
-            self._stop_diverged(f"the loss on dev is {loss} after step {self.state.global_step}")
+            self._stop_diverged(f"the loss on {self.watched} is {loss} after step {self.state.global_step}")
         found = {"loss": loss, **(self.measure(model) if self.measure is not None else {})}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
@@ -443,6 +444,7 @@ def trainer_of(
         lora_plus_ratio=training.lora_plus_ratio,
         patience=training.early_stopping_patience,
         measure=partial(_measured, run) if training.eval_metric else None,
+        watched=run.watched,
         **given,
     )
     for callback in trainer.callback_handler.callbacks:

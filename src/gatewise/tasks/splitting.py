@@ -2,15 +2,15 @@
 
 A row's side follows from its own content, not from its place or a seed: it is the same in the next run, and stays when rows are
 added. Rows that ask the same, whatever their spacing, label or fields that no prompt shows, are one unit; with a group all its
-rows are. Which further fields a prompt shows changes the sides only of rows that have the same text, question or source. With
-``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with ``test: 0.1`` in test from 0.9 on. Each
-label is seen to by itself: one without such a unit gives its lowest, or highest, if another is left to train on. So no row that
-was trained on is measured on when there are more rows, unless its label had no other to train on.
+rows are. Where prompts show other fields, so that rows ask something else, the sides are others too: to compare prompts give
+dev and test files of their own. With ``dev: 0.1`` a unit is in dev if its hash, a number in [0, 1), is below 0.1, and with
+``test: 0.1`` in test from 0.9 on. Each label is seen to by itself: one without such a unit gives its lowest, or highest, if
+another is left to train on. So no row that was trained on is measured on when there are more rows, unless its label had no
+other to train on.
 """
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,9 +68,7 @@ def deal_out(records: Records, parts: Mapping[str, float], group: str | None = N
 
 
 def units_of(records: Records, group: str | None = None, asked: Sequence[str] | None = None) -> list[str]:
-    """A name of what each row asks, or of its group: rows of which it is the same stay together.
-
-    It is the usual field alone wherever this tells rows apart, so that runs with other prompts have the same sides.
+    """What each row asks, or the value of its group: rows of which it is the same stay together.
 
     Args:
         group: as for ``deal_out``. asked: what ``asks_of`` says of the rows, where it is known.
@@ -83,14 +81,9 @@ def units_of(records: Records, group: str | None = None, asked: Sequence[str] | 
         raise GatewiseError(
             f"data.group is {group}, which no row of {records.source} has: its fields are {', '.join(records.rows[0])}"
         )
-    asked = asked or asks_of(records)
-    usual = asks_of(replace(records, shown=())) if records.shown else asked
-    different = Counter(name for name, _ in {*zip(usual, asked, strict=True)})
     return [
-        json.dumps({group: str(row[group])})
-        if group and row.get(group) not in (None, "")
-        else (name if different[name] == 1 else ask)
-        for row, name, ask in zip(records.rows, usual, asked, strict=True)
+        json.dumps({group: str(row[group])}) if group and row.get(group) not in (None, "") else ask
+        for row, ask in zip(records.rows, asked or asks_of(records), strict=True)
     ]
 
 

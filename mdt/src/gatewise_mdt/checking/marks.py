@@ -278,7 +278,7 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
         r"(?: (?:the )?(?:routine )?use of)?",
         r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?|refrain(?:ing)? from(?: (?:using|giving))?",
-        r"(?:stop|discontinue|withhold|withdraw|omit|cease(?= (?!(?:and|or|then|after|give) )[a-z])|hold(?! on))"
+        r"(?:stop|discontinue|withhold|withdraw|omit|cease(?=[ :(]+(?!(?:and|or|then|after|give) )[a-z\d])|hold(?! on))"
         r"(?: (?:the )?use of| taking)?",
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",

@@ -44,8 +44,9 @@ class Line(NamedTuple):
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 # A hyphen at the end of a line stays where it belongs to the word, by what is before and after it: "follow-ing" is none.
 _HYPHENED = re.compile(
-    r"(?:non|post|pre|anti|self|long|short|high|low|second|first|beta|alpha|once|twice|two|three|half|well)-|follow-(?:up|on|through)\b"
-    r"|co-(?:trimoxazole|amoxiclav|codamol|dydramol|careldopa|beneldopa|morbid|administ|prescri|infect)"
+    r"(?:non|post|pre|anti|self|long|short|high|low|second|first|beta|alpha|once|twice|two|three|half|well)-|follow-(?:ups?|on|through)\b"
+    r"|co-(?:trimoxazole|amoxiclav|codamol|dydramol|careldopa|beneldopa|danthr|phenotrope|fluampicil|flumactone|amilo|cyprindiol"
+    r"|magaldrox|proxamol|simalcite|tenidone|triamterzide|codaprin|zidocapt|morbid|administ|prescri|infect)"
 )
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
@@ -213,7 +214,9 @@ def _bullet(line: str, before: str, in_list: bool) -> int:
 def _is_numbered_heading(line: str, before: str, after: str) -> bool:
     """Whether a line is a heading though no empty line parts it from its text: it has a number, and is none of a list's items."""
     number = number_of(line)
-    if number is None and (not before or SENTENCE_END.search(before)):  # "2 Years to 12 Years", but no rest of a sentence
+    if number is None and (
+        not before or (SENTENCE_END.search(before) and before[-1] not in ":：;；")
+    ):  # "2 Years to 12 Years", but no rest of a sentence
         counts = re.match(r"\d+(?=\s)", line)
         number = counts[0] if counts else None
     if number is None or not is_heading(line):

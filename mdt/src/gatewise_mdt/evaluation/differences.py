@@ -130,10 +130,16 @@ class Said(NamedTuple):
     words: frozenset[str]
 
 
+def _one_time(found: re.Match[str]) -> str:
+    """Reads "for a week" as "for one week"; but "5 mg in a week" is a rate."""
+    dose, when = found.groups("")
+    return found[0] if dose and when.lower() == "in" else f"{dose}{when} one"
+
+
 @lru_cache(maxsize=4096)
 def said(phrase: str) -> Said:
     """Reads a phrase."""
-    marks = marks_of(_A_TIME.sub(r"\1 one", _AND_ABOVE.sub("or ", phrase)))
+    marks = marks_of(_A_TIME.sub(_one_time, _AND_ABOVE.sub("or ", phrase)))
     text = marks.text
     often = {span: rate(text[span.begin : span.end]) for span, _ in marks.frequencies}
     daily = [Span(*match.span()) for match in DAILY.finditer(text)]
@@ -159,7 +165,7 @@ def said(phrase: str) -> Said:
     )
 
 
-_A_TIME = re.compile(rf"\b({'|'.join(DURING)}) an?(?= (?:day|week|month|year|hour)\b)", re.IGNORECASE)  # "for a week" is for one
+_A_TIME = re.compile(rf"(\d ?[^\d\s]* )?\b({'|'.join(DURING)}|in) an?(?= (?:day|week|month|year|hour)\b)", re.IGNORECASE)
 _UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
 _AND_ABOVE = re.compile(r"\band (?=(?:above|below|over|under|more|less|older|younger|higher|lower)\b(?! than))", re.IGNORECASE)
 
@@ -276,7 +282,7 @@ _NAMES: dict[str, Fraction | int] = {
     "qd": 1, "bd": 2, "bds": 2, "bid": 2, "tid": 3, "tds": 3, "qid": 4, "qds": 4, "qod": Fraction(1, 2),
 }  # fmt: skip
 _HOURS = {
-    "hour|小时|h$": 1, "fortnight": 336, "week|周|星期": 168, "month|月": 720, "year|年": 8760,
+    "hour|小时|(?<![a-z])h$": 1, "fortnight": 336, "week|周|星期": 168, "month|月": 720, "year|年": 8760,
     "day|dai|d$|日|天|night|晚|晨|morning|evening": 24,
 }  # fmt: skip
 _ONE = rf"{DIGITS}|{SPELT}|{HAN_DIGITS}"
