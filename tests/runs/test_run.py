@@ -335,7 +335,7 @@ def test_a_base_that_is_a_classifier_of_these_labels_keeps_their_order(tmp_path:
 
 def test_rows_of_tensors_are_compared_in_full(tmp_path: Path) -> None:
     values = torch.zeros(2000)
-    made = SimpleNamespace(train=[{"values": values}], held_out=[], dev=[], output=tmp_path)
+    made = SimpleNamespace(train=[{"values": values}], held_out=[], dev=[], watched="dev", output=tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(run._fingerprints(made, resume=False)))
     run._fingerprints(made, resume=True)
     values[1000] = 1
