@@ -82,6 +82,7 @@ def test_the_same_trees_as_in_one_process(base: Path, url: str, settings: dict[s
 
 def test_requests_were_set_aside_meanwhile(url: str) -> None:
     """Or the tests above would not say that what was written before is read again."""
+    ServedExtractor.connect(url, "trees", max_new_tokens=MOST, batch_size=8)(TEXTS * 4)
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     assert sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_preemptions_total")) > 0
