@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -149,19 +150,24 @@ def test_a_page_is_read_though_what_is_shown_of_it_lies_outside_of_it(box: bytes
     assert [block.regions for block in first] == [block.regions for block in second]
 
 
-def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
+def pages_with(x: int, y: int, said: str, numbers: Sequence[int], font: tuple[str, int], size: int) -> Document:
+    """Pages of text in this size, with a line on each that has its number."""
     canvas = pytest.importorskip("reportlab.pdfgen.canvas")
     made = io.BytesIO()
     drawn = canvas.Canvas(made)
-    for number in (1, 2, 3):
-        drawn.setFont("Helvetica-Bold", 15)
-        drawn.drawString(40, 800, f"Step {number}")
-        drawn.setFont("Helvetica", 11)
+    for page, number in enumerate(numbers, start=1):
+        drawn.setFont(*font)
+        drawn.drawString(x, y, said.format(number))
+        drawn.setFont("Helvetica", size)
         for line in range(4):
-            drawn.drawString(40, 700 - 14 * line, f"Give salbutamol {number}00 micrograms to adults who wheeze at rest.")
+            drawn.drawString(40, 700 - 14 * line, f"Give salbutamol {page}00 micrograms to adults who wheeze at rest.")
         drawn.showPage()
     drawn.save()
-    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    return document_of(made.getvalue(), "a.pdf", ".pdf")
+
+
+def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
+    document = pages_with(40, 800, "Step {}", (1, 2, 3), ("Helvetica-Bold", 15), 11)
     assert [block.text for block in document.blocks if block.level] == ["Step 1", "Step 2", "Step 3"]
     assert document.notes == ()
 
@@ -170,18 +176,7 @@ def test_headings_at_the_tops_of_pages_stay_where_they_are() -> None:
     ("x", "y", "said"), [(40, 30, "Stroke guideline | {}"), (300, 800, "Page {}"), (40, 800, "{} Stroke guideline")]
 )
 def test_larger_lines_that_count_the_pages_are_no_headings(x: int, y: int, said: str) -> None:
-    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
-    made = io.BytesIO()
-    drawn = canvas.Canvas(made)
-    for number in (1, 2, 3):
-        drawn.setFont("Helvetica", 12)
-        drawn.drawString(x, y, said.format(number + 11))
-        drawn.setFont("Helvetica", 10)
-        for line in range(4):
-            drawn.drawString(40, 700 - 14 * line, f"Give salbutamol {number}00 micrograms to adults who wheeze at rest.")
-        drawn.showPage()
-    drawn.save()
-    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    document = pages_with(x, y, said, (12, 13, 14), ("Helvetica", 12), 10)
     assert [block.text for block in document.blocks if block.level or said[:6] in block.text] == []
 
 

@@ -39,11 +39,11 @@ def qualities(
     model, tokenizer, template, max_length = loaded.model, loaded.tokenizer, loaded.template, loaded.max_length
     if measure == "right":
         answers: list[dict[str, Any]] = []
-        most, key = loaded.note.get("max_new_tokens"), "data.max_new_tokens of the adapter's run"
+        most = loaded.note.get("max_new_tokens")
         evaluate(
             model, tokenizer, records, template, max_length=max_length, max_new_tokens=most, progress=progress, answers=answers
         )
-        if line := cut_line(answers, key):
+        if line := cut_line(answers, "data.max_new_tokens of the adapter's run"):
             say(line)
         return torch.tensor([float(one["right"]) for one in answers], dtype=torch.float64)
     features = encoded(model, tokenizer, records, template, max_length)

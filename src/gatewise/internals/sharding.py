@@ -86,10 +86,11 @@ def shared_by() -> str | None:
 def join(device: torch.device) -> None:
     """Joins the other processes, where a launcher started several: what follows may speak with them."""
     deepspeed, on_cpu = zero.is_asked_for(), device.type == "cpu"
-    if device.type == "cuda" and device.index is not None and os.environ.get("LOCAL_RANK", str(device.index)) != str(device.index):
+    own = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is not None and own not in (None, str(device.index)):
         raise GatewiseError(
-            f"the device is {device}, but a launcher gives each process a GPU of its own, here cuda:{os.environ['LOCAL_RANK']}: "
-            "take --device cuda, and choose GPUs by launch.gpu_ids"
+            f"the device is {device}, but a launcher gives each process a GPU of its own, here cuda:{own}: take --device cuda, and "
+            "choose GPUs by launch.gpu_ids"
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, Accelerate imports it, and it would ask

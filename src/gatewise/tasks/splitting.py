@@ -151,7 +151,7 @@ def asked_again(records: Records, other: Records) -> int:
 def shown_of(kind: str, fields: Iterable[str]) -> tuple[str, ...]:
     """Of the fields that a prompt shows, those that are a part of what a row asks beside the usual one: see ``Records.shown``."""
     names = {*fields, *(("choices",) if kind == "choice" else ())}
-    return tuple(sorted(names - {*_ASKED.get(kind, ())}))
+    return tuple(sorted(names.difference(_ASKED.get(kind, ()))))
 
 
 def asks_of(records: Records) -> list[str]:
@@ -163,13 +163,16 @@ def asks_of(records: Records) -> list[str]:
         else [row.get(name, "") for name in (*_ASKED[kind], *records.shown)]
         for row in records.rows
     ]
-    texts = [
-        [" ".join((text if isinstance(text, str) else json.dumps(text, default=str)).split()) for text in row] for row in fields
-    ]
+    texts = [[*map(_text, row)] for row in fields]
     if kind == "chat":  # each ends with an answer
         whole = {tuple(row) for row in texts}
         texts = [row[: next(end for end in range(1, len(row) + 1) if tuple(row[:end]) in whole) - 1] for row in texts]
     return [json.dumps(row) for row in texts]
+
+
+def _text(value: Any) -> str:
+    """A field's value as text, whatever its spacing; what is no text, such as a date or choices, as JSON."""
+    return " ".join((value if isinstance(value, str) else json.dumps(value, default=str)).split())
 
 
 def _place(unit: str) -> float:

@@ -214,11 +214,9 @@ def _bullet(line: str, before: str, in_list: bool) -> int:
 def _is_numbered_heading(line: str, before: str, after: str) -> bool:
     """Whether a line is a heading though no empty line parts it from its text: it has a number, and is none of a list's items."""
     number = number_of(line)
-    if number is None and (
-        not before or (SENTENCE_END.search(before) and before[-1] not in ":：;；")
-    ):  # "2 Years to 12 Years", but no rest of a sentence
-        counts = re.match(r"\d+(?=\s)", line)
-        number = counts[0] if counts else None
+    begins = not before or (SENTENCE_END.search(before) and before[-1] not in ":：;；")
+    if number is None and begins and (counts := re.match(r"\d+(?=\s)", line)):  # "2 Years to 12 Years"
+        number = counts[0]
     if number is None or not is_heading(line):
         return False
     if after.startswith(f"{number}.") and number_of(after) not in (None, number):  # "2 Treatment", then "2.1 Adults with asthma"

@@ -95,12 +95,12 @@ class Version:
     @property
     def is_given_up(self) -> bool:
         """Whether it could not be loaded a moment ago."""
-        return time.monotonic() < self.failed + RETRY
+        return _was_lately(self.failed)
 
     @property
     def has_no_tokenizer(self) -> bool:
         """Whether its own tokenizer could not be loaded a moment ago."""
-        return time.monotonic() < self.tokenizer_failed + RETRY
+        return _was_lately(self.tokenizer_failed)
 
     @contextmanager
     def copy(self) -> Iterator[Path]:
@@ -336,6 +336,10 @@ class Fit:
         if ".experts." in path:
             return any(".experts." in name for name in self._sizes)
         return any(name.startswith(f"{_within_model(path)}.") for name in self._sizes)
+
+
+def _was_lately(when: float) -> bool:
+    return time.monotonic() < when + RETRY
 
 
 def _within_model(path: str) -> str:
