@@ -149,6 +149,18 @@ def test_a_run_with_rows_to_tune_on_chooses_by_them_and_not_by_dev(measured: tup
     assert logs[0][-1]["eval_accuracy"] in {one / 5 for one in range(6)}
 
 
+def test_rows_that_are_reported_on_last_are_checked_before_the_training(tmp_path: Path) -> None:
+    """What `gatewise compare` tunes on is none of them, and may take hours."""
+    path = write_recipe(tmp_path)
+    rows = [{"question": f"which of {n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(20)]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        rows[3]["choices"] = ["yes", "n" + 120 * "o"]
+    with pytest.raises(GatewiseError, match="no room in"):
+        train(path, tmp_path / "out", "data.tuning=4", measured=("tuning",), before=False)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_each_row_has_its_number_in_the_order_of_the_file(tmp_path: Path) -> None:
     result = train(
         write_recipe(tmp_path, data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "train.jsonl"}), tmp_path / "out"

@@ -7,6 +7,8 @@ from gatewise_mdt.checking.marks import marks_of, numbers_of
 from gatewise_mdt.wholes import fold
 
 FORBIDDING = """
+In pregnancy, cease "naproxen".
+Naproxen should be held by the patient before surgery.
 Naproxen is contraindicated in heart failure.
 Naproxen should be withheld before surgery.
 Naproxen is not advised in pregnancy.
@@ -218,7 +220,6 @@ LOST = [
     ("Give 500 ml/day.", "500 ml"),
     ("Give 80 ml/h.", "80 ml"),
     ("Give 4 g in a day.", "4 g"),
-    ("Give 10 mg/kg in a week.", "10 mg/kg"),
 ]
 
 
@@ -297,7 +298,10 @@ def test_a_limit_is_of_the_number_behind_up_to() -> None:
         "Give 10 mg an hour before surgery.",
         "Give 10 mg for more than a month.",
         "Give 10 mg over an hour.",
-        "Give 10 mg and review in a week.",
+        "Give 10 mg and review in a day.",
+        "Increase prednisolone to 10 mg in a week.",
+        "Give 5 mg above a year of age.",
+        "If the eGFR is 60 ml/ min, or 60 ml / min, stop.",
         "If the eGFR is 60 ml/min, stop.",
     ],
 )
@@ -315,6 +319,7 @@ def test_how_long_or_how_soon_is_not_how_often(passage: str) -> None:
         "Give diazepam until seizures cease and then start saline.",
         "The inhaler should be held upright.",
         "The mask should be held in place.",
+        "The mask should be held by a parent.",
     ],
 )
 def test_words_that_tell_of_the_body_or_of_a_device_do_not_forbid(passage: str) -> None:

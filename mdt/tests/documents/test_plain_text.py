@@ -166,6 +166,8 @@ def test_words_cut_at_the_end_of_a_line_keep_the_hyphens_of_their_own() -> None:
             "co-morbid follow-up at following coagulation, codeine",
         ),
         (["co-", "danthramer follow-", "ups"], "co-danthramer follow-ups"),
+        (["Co-", "trifamole as co-", "treatment"], "Co-trifamole as co-treatment"),
+        (["Non-", "steroidal ACE-", "inhibitor Fol-", "low"], "Non-steroidal ACE- inhibitor Follow"),
         (["two-", "thirds of hydro\u2010", "chlorothiazide"], "two-thirds of hydrochlorothiazide"),
         (["hydro\xad", "chlorothiazide"], "hydrochlorothiazide"),
     ):
@@ -186,6 +188,8 @@ def test_what_a_heading_counts_is_no_number_of_it() -> None:
         ("4.5 小时内静脉溶栓", "4.5 小时内静脉溶栓"),
         ("4.5 Hours after onset", "4.5 Hours after onset"),
         ("2.5 岁以下儿童", "2.5 岁以下儿童"),
+        ("2.5 个月以下婴儿", "2.5 个月以下婴儿"),
+        ("0.25 小时内", "0.25 小时内"),
         ("6 周期R-CHOP方案", "6 周期R-CHOP方案"),
         ("3.2 个体化治疗", "个体化治疗"),
         ("3.10 Days off work", "Days off work"),

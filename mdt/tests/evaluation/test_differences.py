@@ -85,7 +85,8 @@ def test_contrary_orders_are_found_where_both_trees_have_both() -> None:
         ("每日3次", "每日2次", "frequency"),
         ("5mg静脉滴注", "5mg口服", "route"),
         ("不超过5mg", "5mg", "limit"),
-        ("5 mg in a week", "5 mg in a day", "frequency"),
+        ("repeat 5 mg in a week", "5 mg weekly", "number"),
+        ("repeat 5 mg in an hour", "repeat 5 mg every hour", "number"),
         ("4 g in a day", "4 g", "frequency"),
         ("500 ml/day", "500 ml", "frequency"),
         ("500 ml over an hour", "500 ml over a day", "unit"),
@@ -131,6 +132,8 @@ def test_a_dose_of_another_drug() -> None:
         ("symptoms for a week", "symptoms for a month", "number"),
         ("review in a week", "review weekly", "number"),
         ("seizures every hour", "seizures every month", "frequency"),
+        ("3 attacks in a year", "3 attacks a month", "frequency"),
+        ("infants under a year", "infants under a month", "unit"),
         ("asthma", "gallstones", "finding"),  # in one place
         ("asthma", "asthma and heart failure", "finding"),
         ("before surgery", "after surgery", "degree"),

@@ -334,6 +334,8 @@ def prepared(
     train = task.encode(task.train, tokenizer, max_length, key="data.train", say=progress.say)
     watched = progress.watched = "dev" if recipe.data.tuning is None else "tuning"
     dev = task.encode(task.measured[watched], tokenizer, max_length, key=f"data.{watched}", say=progress.say)
+    if watched != "dev":  # rows that do not fit are told now, and not at the end of a comparison
+        task.encode(task.measured["dev"], tokenizer, max_length, key="data.dev", say=progress.say)
     collate = task.collator(tokenizer)
     train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
     whole = tuple(f"{name}." for name in getattr(base, "trained_whole", ()))

@@ -206,16 +206,20 @@ _FREQUENCY = re.compile(
     rf"|(?:{DIGITS}|{HAN_DIGITS})个?[周月天日年](?:{DIGITS}|{HAN_DIGITS})次"
     rf"|隔[日天周]|每[周月年晚](?![一二三四五六])"
 )
-DURING = ("for", "within", "after", "lasting", "than", "over", "least", "half")  # before "a week", which then is how long or when
+# Before "a week", which then is how long or when.
+DURING = (
+    "for", "in", "within", "after", "lasting", "than", "over", "under", "above", "below", "exceeding", "least", "half",
+)  # fmt: skip
 DAILY = re.compile(  # counts only beside a dose
     _words(
         "daily",
         r"(?:per|each|every) (?:day|week|month|year|hour|minute)",
         "".join(rf"(?<!{word} )" for word in DURING) + r"an? (?:day|week|month|year|hour(?! (?:before|after)))",
-        r"/ ?(?:d(?:ay)?|w(?:ee)?k|h(?:r|our)?|min(?:ute)?)",
+        "(?<= in )a day",
+        r"/ ?(?:d(?:ay)?|w(?:ee)?k|h(?:r|our)?|(?<!ml /)(?<!ml / )min(?:ute)?)",
         "yearly|annually|at (?:night|bedtime)|nocte|tds|qds|od|bds|stat|prn|as (?:needed|required)|when required",
     )
-    + rf"|(?<=[a-z{HAN}\d])/ ?(?:d(?:ay)?|h(?:r|our)?|w(?:ee)?k|(?<!ml/)min)(?!{_WORD})"  # not of an eGFR
+    + rf"|(?<=[a-z{HAN}\d])/ ?(?:d(?:ay)?|h(?:r|our)?|w(?:ee)?k|(?<!ml/)(?<!ml/ )min)(?!{_WORD})"  # not of an eGFR
     + r"|(?:每|[一1])[日天]|/[日天次]|每小时|每分钟?|睡前|必要时"
 )
 
@@ -228,7 +232,7 @@ ROUTE = re.compile(
     )
     + "|静脉(?:滴注|注射|推注|输注|点滴)|静[滴注推]|肌[内肉]?注射?|皮下注射|鞘内注射|舌下含服|口服|吸入|外用|直肠给药"
 )
-_BESIDE = re.compile(  # "5 mg in a week", but not "5 mg and a visit in a week"
+_BESIDE = re.compile(  # "5 mg in a day", but not "5 mg and a visit in a day"
     rf"(?! .*[a-z] in $)(?:[a-z{HAN} ()/·]|\d(?!\d*[a-z])){{0,24}}"
 )
 _HAN_BESIDE = re.compile(rf"[{HAN}]{{0,4}}")
@@ -278,7 +282,7 @@ _FORBIDS_AFTER = re.compile(  # "do not give X"
         r"|(?:recommended|advisable) to (?:use|give|perform|administer))"
         r"(?: (?:the )?(?:routine )?use of)?",
         r"(?<!to )avoid(?:ing)?(?: (?:the )?(?:using|use of|giving))?|refrain(?:ing)? from(?: (?:using|giving))?",
-        r"(?:stop|discontinue|withhold|withdraw|omit|cease(?=[ :(]+(?!(?:and|or|then|after|give) )[a-z\d])|hold(?! on))"
+        r"(?:stop|discontinue|withhold|withdraw|omit|cease(?=[ :(\"'\[]+(?!(?:and|or|then|after|give) )\w)|hold(?! on))"
         r"(?: (?:the )?use of| taking)?",
         r"(?:recommend|advise|suggest)(?:ed|d|s)? not (?:to )?(?:us(?:e|ing)|giv(?:e|ing)|start(?:ing)?)",
         r"under no circumstances (?:should|may|must)|neither|contra-?indications?(?: are| include)? ?:",
@@ -303,7 +307,8 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         r"(?:has|have) no (?:role|place|benefit)|(?:is|are) of no benefit",
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
         r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|withdrawn"
-        r"|omitted|held(?! (?:upright|still|by|in (?:place|position)))|discouraged|stopped"
+        r"|omitted|held(?! (?:upright|still|in (?:place|position)|by (?:(?:an?|the) )?(?:parent|carer|assistant|helper|hand)))"
+        r"|discouraged|stopped"
         r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
     )

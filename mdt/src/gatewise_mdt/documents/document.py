@@ -38,8 +38,8 @@ _SYMBOLS = {
 """The font Symbol's own places, of signs that change what a sentence says."""
 DOT = "⋅"
 """A dot of the font Symbol that may be a bullet, or a sign of multiplication."""
-_STANDARD = {"£": "≤", "‡": "≥", "·": DOT}
-"""What some of these places are in PDF's standard encoding, in which a file's Symbol may be read. Its "±" is not told from "–"."""
+_STANDARD = {"£": "≤", "‡": "≥", "–": UNKNOWN, "·": DOT}
+"""What some of these places are in PDF's standard encoding, in which a file's Symbol may be read: its "±" is not told from "–"."""
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
 Kind = Literal["paragraph", "item", "row", "footnote"]
 

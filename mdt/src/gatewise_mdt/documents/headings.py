@@ -15,12 +15,13 @@ _ENDS_INSIDE = re.compile(r"[.!?;]\s|[。！？；].")
 _CHINESE_NUMBER = "[一二三四五六七八九十百]+"
 _CHINESE_NUMBERS = rf"{_CHINESE_NUMBER}、\s*|[（(]{_CHINESE_NUMBER}[）)]\s*|第(?:{_CHINESE_NUMBER}|\d+)[章节篇部]分?\s*"
 # "2 Treatment" has a number; "6 months to 5 years", "24 Hours after surgery" and "2 型糖尿病" begin with what they are about.
-_TIMES = r"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|岁|小时|月(?!经)|周(?!围|期性)|天(?!疱)|日(?![常间])|年(?!龄)"
+_HAN_TIMES = "岁|小时|年(?!龄)|个(?=半?月)"
+_TIMES = rf"[\sa-z]|(?i:days?|weeks?|months?|years?|hours?|minutes?)\b|月(?!经)|周(?!围|期性)|天(?!疱)|日(?![常间])|{_HAN_TIMES}"
 # "4 类风湿关节炎" has a number.
 _COUNTED = rf"{_TIMES}|型|期(?![前待])|线(?!粒)|类(?!风湿|固醇|癌)|个(?!体)|级(?!联)|度(?![洛他])|次(?!要)|种(?!植)|名(?!词)"
-# "3.2" counts hours and years alone, and nobody has "3.2 个".
+# "3.2" counts hours, months and years alone: "3.2 个体化治疗" has a number.
 _NUMBER = re.compile(
-    rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|(?<=\.\d\d)\s+(?![\sa-z])|(?<=\.\d)\s+(?!{_TIMES})|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})"
+    rf"^(?:(\d+(?:\.\d+)*)(?:\.\s+|(?<=\.\d\d)\s+(?![\sa-z]|{_HAN_TIMES})|(?<=\.\d)\s+(?!{_TIMES})|\s+(?!{_COUNTED})|[、．]\s*)|{_CHINESE_NUMBERS})"
 )
 ITEM_NUMBER = re.compile(r"(?:[(（]?(\d{1,2}|[a-z])(?:[.)]\s+|[、）]\s*)|([①-⑳])\s*)(?=\S)")
 """Before an item: "2. ", "b) ", "（1）", "①"."""

@@ -39,9 +39,11 @@ _FIRST_RAISED = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}")
 _PAGE_NUMBER = re.compile(
     r"(?:page\s*)?[-–—]?\s*\d{1,4}\s*[-–—]?(?:\s*(?:of|/)\s*\d{1,4})?|第\s*\d+\s*页\s*(?:[/，,]?\s*共\s*\d+\s*页)?", re.IGNORECASE
 )
-# With a number that counts pages, and no headings: "Step 1" is one.
-_RUNNING = re.compile(r"(?:\bpage|[|–—-])\s*\d+$|^\d+\s|第\s*\d+\s*页", re.IGNORECASE)
-_CONTENTS_SAID = re.compile(r"(?:table of )?contents|list of (?:tables|figures|boxes)|[图表]?目\s*[录次]", re.IGNORECASE)
+# With a number where one counts pages: in "Step 1" and "GOLD 1-2" it does not.
+_RUNNING = re.compile(r"(?:\bpage|\||\s[–—-])\s*(\d+)$|^(\d+)\s|第\s*(\d+)\s*页", re.IGNORECASE)
+_CONTENTS_SAID = re.compile(
+    r"(?:(?:table of )?contents|list of (?:tables|figures|boxes))(?: page| \(?(?:cont\w*)\.?\)?)?|[图表]?目\s*[录次]", re.IGNORECASE
+)
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 _FOOTNOTE = "small print with a mark, perhaps a footnote: it stands under the last heading of its page, and may belong to another"
 _BESIDE = "it was read as a column of text, but stands beside another as the cells of a table do: compare it with the document"
@@ -222,7 +224,7 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
         running = [(page, line) for page, line in found[key] if _stands_by_itself(line, page, again)]
         texts = Counter(line.text for _, line in running)
         heading = all(line.bottom < EDGE * page.height and line.size >= _LARGE * usual for page, line in running)
-        if len(texts) > 1 and heading and not any(_PAGE_NUMBER.fullmatch(text) or _RUNNING.search(text) for text in texts):
+        if len(texts) > 1 and heading and not any(map(_PAGE_NUMBER.fullmatch, texts)) and not _counts_pages(running):
             continue  # "Step 1", "Step 2": headings, which pages begin with
         label = all(_PAGE_NUMBER.fullmatch(text) or (stands_like_heading(text) and not reads_as_sentence(text)) for text in texts)
         left |= {id(line) for _, line in running if label or texts[line.text] > 1}
@@ -236,7 +238,7 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
             ]
         elif texts and not _PAGE_NUMBER.fullmatch(next(iter(texts))):
             notes.append(f"{name}: {quoted_list(list(texts))}, at the top or bottom of {len(running)} pages, was left out")
-    contents = [line for page in pages for line in _contents(page)]
+    contents = _contents(pages)
     if contents:
         notes.append(f"{name}: a table of contents was left out: {quoted_list([line.text for line in contents])}")
     left |= {id(line) for line in contents}
@@ -245,13 +247,28 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
     return first, notes
 
 
-def _contents(page: _Page) -> list[PageLine]:
-    """The lines of a table of contents, which is called so or leads to pages further on; those of a score are lower, or fall."""
-    lines = [line for line in page.lines if _CONTENTS.search(line.text)]
-    if any(_CONTENTS_SAID.fullmatch(line.text) for line in page.lines):
-        return lines
-    numbers = [page.number, *(int(re.findall(r"\d+", line.text)[-1]) for line in lines)]
-    return lines if numbers == sorted(numbers) and page.number not in numbers[1:] else []
+def _counts_pages(running: Sequence[tuple[_Page, PageLine]]) -> bool:
+    """Whether the numbers in lines of several pages are as far apart as the pages."""
+    found = [(page.number, _RUNNING.search(line.text)) for page, line in running]
+    return len({int(match[match.lastindex or 0]) - page if match else None for page, match in found} - {None}) == 1
+
+
+def _contents(pages: Sequence[_Page]) -> list[PageLine]:
+    """The lines of tables of contents, which are called so, lead to pages further on, or name lines that stand there.
+
+    Those of a score do not: its numbers are lower, or fall.
+    """
+    found: list[PageLine] = []
+    for page in pages:
+        lines = [line for line in page.lines if _CONTENTS.search(line.text)]
+        numbers = [page.number, *(int(re.findall(r"\d+", line.text)[-1]) for line in lines)]
+        further = numbers == sorted(numbers) and page.number not in numbers[1:]
+        said = any(_CONTENTS_SAID.fullmatch(line.text) for line in page.lines)
+        later = {line.text.casefold() for other in pages if other.number > page.number for line in other.lines}
+        named = [_CONTENTS.sub("", line.text).strip().casefold() in later for line in lines]
+        if said or further or 2 * sum(named) > len(named):
+            found += lines
+    return found
 
 
 def _place(line: PageLine) -> tuple[str, int]:

@@ -46,7 +46,8 @@ _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 _HYPHENED = re.compile(
     r"(?:non|post|pre|anti|self|long|short|high|low|second|first|beta|alpha|once|twice|two|three|half|well)-|follow-(?:ups?|on|through)\b"
     r"|co-(?:trimoxazole|amoxiclav|codamol|dydramol|careldopa|beneldopa|danthr|phenotrope|fluampicil|flumactone|amilo|cyprindiol"
-    r"|magaldrox|proxamol|simalcite|tenidone|triamterzide|codaprin|zidocapt|morbid|administ|prescri|infect)"
+    r"|magaldrox|proxamol|simalcite|tenidone|triamterzide|codaprin|zidocapt|dergocrine|trifamole|morbid|administ|prescri|infect"
+    r"|treat|medic|occur|exist)"
 )
 _LONGEST_WORD = 40
 _LINE = 60  # characters of a line that is one of a paragraph
@@ -235,11 +236,11 @@ def join_lines(lines: Sequence[str]) -> str:
     """Lines as one, with words that were cut at their ends put together."""
     parts = list(lines[:1])
     for before, line in pairwise(lines):
-        stem = re.search(r"([a-z]+)[-\u2010]$", before[-_LONGEST_WORD:])
+        stem = re.search(r"((?:(?<![A-Za-z])[A-Z])?[a-z]+)[-\u2010]$", before[-_LONGEST_WORD:])
         if before.endswith("\xad"):  # which is there for this alone
             parts[-1] = before[:-1]
         elif stem and line[0].islower():
-            parts[-1] = before if _HYPHENED.match(f"{stem[1]}-{line}") else before[:-1]
+            parts[-1] = before if _HYPHENED.match(f"{stem[1].lower()}-{line}") else before[:-1]
         elif not _HAN_END.search(before) or line[0].isascii():
             parts.append(" ")
         parts.append(line)

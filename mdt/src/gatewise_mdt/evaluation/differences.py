@@ -131,9 +131,10 @@ class Said(NamedTuple):
 
 
 def _one_time(found: re.Match[str]) -> str:
-    """Reads "for a week" as "for one week"; but "5 mg in a week" is a rate."""
-    dose, when = found.groups("")
-    return found[0] if dose and when.lower() == "in" else f"{dose}{when} one"
+    """Reads "for a week" as "for one week"; but "5 mg in a day" and "3 attacks in a year" are rates."""
+    count, counted, when, period = found.groups("")
+    is_rate = count and when.lower() == "in" and (period.lower() == "day" or not _DOSED.fullmatch(counted))
+    return f"{count}a" if is_rate else f"{count}{when} one"
 
 
 @lru_cache(maxsize=4096)
@@ -165,7 +166,9 @@ def said(phrase: str) -> Said:
     )
 
 
-_A_TIME = re.compile(rf"(\d ?[^\d\s]* )?\b({'|'.join(DURING)}|in) an?(?= (?:day|week|month|year|hour)\b)", re.IGNORECASE)
+_A_TIME = re.compile(rf"(\d ?([^\d\s]*) )?\b({'|'.join(DURING)}) an?(?= (day|week|month|year|hour)\b)", re.IGNORECASE)
+_DOSED = re.compile(r"[mkµμ]?g|mcg|micro\w*|m?l|i?u|units?|mmol|%", re.IGNORECASE)
+_OR_MORE = re.compile(r"((?:[\d一二两三四五六七八九十百]\s*(?:[a-z%/]+|[^\W\da-z_]{0,2})|[度级期岁])\s*)[及或和](?=以[上下内])")
 _UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
 _AND_ABOVE = re.compile(r"\band (?=(?:above|below|over|under|more|less|older|younger|higher|lower)\b(?! than))", re.IGNORECASE)
 
@@ -386,8 +389,8 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
 
 
 def _joins(phrase: str) -> set[str]:
-    """What joins the parts of a phrase; "60 and above" and 60岁及以上 join nothing."""
-    text = re.sub("[及或和](?=以[上下内])", "", fold(phrase).text)
+    """What joins the parts of a phrase; "60 and above" and 60岁及以上 join nothing, but 高血压或以下任一项 does."""
+    text = _OR_MORE.sub(r"\1", fold(phrase).text)
     text = _without(text, [Span(*match.span()) for match in LIMIT.finditer(text)])
     return {name for name, pattern in _JOINS.items() if pattern.search(text)}
 
