@@ -4,6 +4,7 @@ When writing fails, the old file stays; when the power fails, either the old or 
 the one that it replaces. Symbolic links are followed. Devices and pipes, such as /dev/stdout, are written into directly.
 """
 
+import glob
 import json
 import math
 import os
@@ -82,6 +83,19 @@ def check_new_file(path: str | Path) -> None:
         raise GatewiseError(f"{path} is a folder, expected a file to write: give another path")
     if not is_special(path):
         _try(path)
+
+
+def check_not_read(path: str | Path, *sources: str | Path) -> None:
+    """Refuses to write a file that is read. Sources may be patterns.
+
+    Raises:
+        GatewiseError: the path is one of theirs.
+    """
+    for source in sources:
+        if os.path.realpath(path) in map(os.path.realpath, glob.glob(str(source)) or [str(source)]):
+            raise GatewiseError(
+                f"{path} is a file that is read ({source}), and would be replaced: give what is written another name"
+            )
 
 
 def check_new_folder(path: str | Path) -> None:

@@ -1,7 +1,9 @@
 """The one reader of adapter files, on folders written by hand."""
 
 import hashlib
+import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +81,10 @@ def test_the_note_is_read_or_named(tmp_path: Path) -> None:
         read_note(tmp_path)
     (tmp_path / "gatewise.json").write_text('{"dtype": "float32"}')
     assert read_note(tmp_path) == {"dtype": "float32"}
+    for key, value in (("labels", [0, 1]), ("template", 5), ("label_words", "good"), ("columns", ["text"]), ("max_length", "x")):
+        (tmp_path / "gatewise.json").write_text(json.dumps({key: value}))
+        with pytest.raises(GatewiseError, match=re.escape(f"gatewise.json: {key} is {value!r}, which no run writes there")):
+            read_note(tmp_path)
 
 
 def test_a_selection_is_written_and_read(tmp_path: Path) -> None:

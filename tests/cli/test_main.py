@@ -174,7 +174,13 @@ def test_eval_refuses_what_it_would_ignore(gatewise: Gatewise, trained: Path, tm
     dev.write_bytes((trained.parent / "dev.jsonl").read_bytes())
     assert_refused(gatewise("eval", adapter, "--data", dev, "--max-new-tokens", 3), "holds label rows, to which nothing is written")
     before = dev.read_bytes()
-    assert_refused(gatewise("eval", adapter, "--data", dev, "--limit", 3, "--out", dev), "is the file with the rows themselves")
+    assert_refused(gatewise("eval", adapter, "--data", dev, "--limit", 3, "--out", dev), "is a file that is read")
+    config = adapter / "adapter_config.json"
+    assert_refused(gatewise("eval", adapter, "--data", dev, "--out", config), f"{config} is a file that is read")
+    pattern = dev.with_name("de*.jsonl")
+    assert_refused(
+        gatewise("inspect", adapter, "--scores", "--data", pattern, "--suggest", "1k", "--out", dev), "is a file that is read"
+    )
     assert dev.read_bytes() == before
 
 

@@ -154,6 +154,7 @@ def test_csv(write: Write) -> None:
         ("text,label\na\n", "line 2: expected 2 cells, as in the header"),
         ("text,label\na,b,c\n", "line 2: expected 2 cells, as in the header"),
         ('text,label\n"a,b\n', "not valid CSV"),
+        ('text,label\na,b\nc,"d"e\n', "after line 2: not valid CSV"),
         ("text,label\n", "has no rows"),
         ("text,label,text\na,b,c\n", "two columns have the same name"),
     ],
@@ -161,6 +162,19 @@ def test_csv(write: Write) -> None:
 def test_bad_csv(write: Write, content: str, message: str) -> None:
     with pytest.raises(GatewiseError, match=re.escape(message)):
         load_records(write(content, "rows.csv"))
+
+
+def test_json_under_the_name_of_lines_and_values_that_are_no_text(write: Write) -> None:
+    row = {"text": "a", "label": "good"}
+    for content, name, message in (
+        (json.dumps([row], indent=1), "rows.jsonl", "rows.jsonl is a JSON list over several lines: name it .json"),
+        (f"{json.dumps(row)}\n{json.dumps(row)}", "rows.json", "(one object a line is .jsonl)"),
+        (json.dumps({**row, "label": 1.0}), "rows.jsonl", "that UTF-8 can write, got 1.0"),
+    ):
+        with pytest.raises(GatewiseError, match=re.escape(message)):
+            load_records(write(content, name))
+    with pytest.raises(GatewiseError, match="need their right answers; `gatewise serve` answers rows without"):
+        load_records(write([{"text": "a"}]), columns={"label": "category"})
 
 
 def test_a_row_may_have_one_right_answer_or_several(write: Write) -> None:

@@ -84,6 +84,11 @@ def test_reviewers_are_added_and_come_in_with_their_tokens(gatewise: Gatewise) -
     )
     users = UserFile(Path("users.json"))
     assert [users.who(token) for token in tokens] == ["Ada", "Bea"]
+    before = Path("users.json").read_bytes()
+    for no_name in ("https://review.clinic.example", "review.clinic.example/x", "a b"):
+        result = gatewise("--users", "users.json", "--add-user", "Cem", "--allow-host", no_name)
+        assert (result.exit_code, f"--allow-host {no_name} is no name of a machine" in result.stderr) == (2, True)
+    assert Path("users.json").read_bytes() == before
     result = gatewise("trees.json", "--users", "users.json", "--host", "0.0.0.0", "--allow-host", "review.clinic.example")
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/\n", result.stdout)

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -453,13 +454,42 @@ def read_selection(path: Path) -> Selection:
         raise GatewiseError(f"{path} is not what a search wrote ({error}): restore it, or search again with --overwrite") from error
 
 
+def files_of(folder: str | Path) -> list[Path]:
+    """The files that an adapter is, whether they are there or not."""
+    return [Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE, NOTE_FILE)]
+
+
 # ---------------------------------------------------------------- gatewise.json
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
-    """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere."""
+    """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere.
+
+    Raises:
+        GatewiseError: the file is damaged, or was changed to something else.
+    """
     path = Path(folder) / NOTE_FILE
-    return _read_json(path) if path.is_file() else {}
+    note = _read_json(path) if path.is_file() else {}
+    for key, value in note.items():
+        if value is not None and not _is_as_written(key, value):
+            raise GatewiseError(f"{path}: {key} is {reprlib.repr(value)}, which no run writes there: restore the file")
+    return note
+
+
+def _is_as_written(key: str, value: Any) -> bool:
+    """Whether a note's value is of the type that a run writes, for the keys that commands read."""
+    match key:
+        case "template" | "chat_template" | "group":
+            return isinstance(value, str)
+        case "labels" | "shown":
+            return isinstance(value, list) and all(isinstance(one, str) for one in value)
+        case "label_words" | "columns":
+            return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+        case "max_length" | "max_new_tokens":
+            return isinstance(value, int)
+        case "parts":
+            return isinstance(value, dict)
+    return True
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def compare(
 ) -> None:
     """Compare methods on your rows, each at the learning rate that suits it.
 
-    For each method, learning rates are tried on rows taken out of training (data.tuning, else a tenth of them); the better half
-    with a second seed, the best two with a third, and rates beyond the edge where the best is there. At the best one it is trained
-    with seeds that tuned nothing, and measured on dev and test. Other rates (SPT's search, MiLoRA's routers) are not tuned. The
-    same command goes on after an interruption, in several processes at once too, and takes more methods, seeds and rates.
+    For each method, learning rates are tried on rows taken out of training (data.tuning, else a tenth, 32 at least); the better
+    half with a second seed, the best two with a third, and rates beyond the edge where the best is there. At the best one it is
+    trained with seeds that tuned nothing, and measured on dev and test. Other rates (SPT's search, MiLoRA's routers) are not tuned.
+    The same command goes on after an interruption, in several processes at once too, and takes more methods, seeds and rates.
 
     \b
     Examples:

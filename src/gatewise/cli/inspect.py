@@ -15,7 +15,7 @@ from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
 from gatewise.cli.options import ColumnsOption, LabelsOption, PromptOption, SplitOption, at_hand, print_whole
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_file, finite, write_json
+from gatewise.files import check_new_file, check_not_read, finite, write_json
 from gatewise.flags import OUT, BaseOption, DeviceOption, JsonOption
 
 Value = Literal["rank", "norm", "parameters"]
@@ -90,9 +90,12 @@ def inspect(
     size = None if suggest is None else number_of(suggest, "--suggest")
     if plot:
         inspection.check_plot(plot)
+    from gatewise.adapters.files import files_of
+
     for path in (plot, out):  # scoring takes a while: what can be refused is refused before it
         if path:
             check_new_file(path)
+            check_not_read(path, *([] if data is None else [data]), *files_of(adapter))
     adapter = at_hand(adapter)
     if not mode:
         found = _budget(adapter, value)

@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import read_note
+from gatewise.adapters.files import files_of, read_note
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_file, finite, write_json_lines
+from gatewise.files import check_new_file, check_not_read, finite, write_json_lines
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import evaluate
 from gatewise.tasks.metrics import Metrics, cut_line, metrics_line
@@ -39,8 +39,7 @@ def measure_adapter(
     """
     if out is not None:
         check_new_file(out)
-        if Path(out).exists() and Path(data).exists() and Path(out).samefile(data):
-            raise GatewiseError(f"--out {out} is the file with the rows themselves: give it another name")
+        check_not_read(out, data, *files_of(adapter))
     progress = ConsoleProgress(console or Console(stderr=True))
     answers: list[dict[str, Any]] = []
     with quiet(bars=True):

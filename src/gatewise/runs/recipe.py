@@ -299,7 +299,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         tree = _yaml().load(path)
-    except (OSError, YAMLError) as error:
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
         raise GatewiseError(f"the recipe {path} cannot be read: {reason_of(error)}") from error
     if not isinstance(tree, dict):
         raise GatewiseError(f"{path}: expected keys such as 'method: alora' and 'model: ...', got {reprlib.repr(tree)}")

@@ -256,8 +256,8 @@ def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: 
     if resume and overwrite:
         raise GatewiseError("--resume and --overwrite exclude each other: go on with the run, or begin it again")
     used = output.is_dir() and any(output.iterdir())
-    written = (output / RECIPE).read_bytes() if (output / RECIPE).is_file() else b""
-    if used and overwrite and not written.startswith(WRITTEN_BY.encode()):
+    ours = (output / RECIPE).is_file() and (output / RECIPE).read_bytes().startswith(WRITTEN_BY.encode())
+    if used and overwrite and not ours:
         raise GatewiseError(
             f"{output} was not written by gatewise train, so --overwrite leaves it alone: give another --output, or remove the "
             "folder yourself"
@@ -271,8 +271,8 @@ def _checkpoint_to_resume(output: Path, recipe: Recipe, method: Method, resume: 
         return None
     if (output / METRICS).is_file():
         raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
-    if not written or what_is_kept(output, method) is None:
-        advice = "take --overwrite to begin it again" if written else "leave --resume out to begin a run"
+    if not ours or what_is_kept(output, method) is None:
+        advice = "take --overwrite to begin it again" if ours else "leave --resume out to begin a run, in a folder of its own"
         raise GatewiseError(f"there is no complete checkpoint in {output} to resume from: {advice}")
     before, now = _fixed(load_recipe(output / RECIPE)), _fixed(recipe)
     for key in {**now, **before}:
@@ -337,7 +337,10 @@ def prepared(
     if watched != "dev":  # rows that do not fit are told now, and not at the end of a comparison
         task.encode(task.measured["dev"], tokenizer, max_length, key="data.dev", say=progress.say)
     collate = task.collator(tokenizer)
+    count = len(train)
     train, held_out = _hold_out(train, recipe.data.held_out, recipe.seed)
+    if gone := count - len(train) - len(held_out):
+        progress.say(f"data.held_out: {gone} rows of data.train are left out, which ask what held out ones ask")
     whole = tuple(f"{name}." for name in getattr(base, "trained_whole", ()))
     run = Run(
         recipe=recipe,

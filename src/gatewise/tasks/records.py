@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -168,6 +169,8 @@ def _renamed(row: Row, columns: Mapping[str, str], first: str | None) -> Row:
         if column not in row and field_name not in row:
             near = get_close_matches(column, map(str, row), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if not near and field_name in ("label", "target", "answer"):
+                hint = ": rows to train or measure on need their right answers; `gatewise serve` answers rows without"
             raise GatewiseError(
                 f"{first}: there is no column {column!r} for {field_name!r}; there are {', '.join(map(str, row))}{hint}"
             )
@@ -196,6 +199,8 @@ def _read_file(path: Any, name: str) -> Iterator[tuple[str, Any]]:
     if suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
+                if number == 1 and line.strip() == "[":
+                    raise GatewiseError(f"{name} is a JSON list over several lines: name it .json (.jsonl has one object a line)")
                 yield f"{name}, line {number}", _parsed(line, f"{name}, line {number}")
     elif suffix == ".json":
         items = _parsed(text, name)
@@ -212,7 +217,8 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise GatewiseError(f"{where}: not valid JSON: {error}") from error
+        advice = " (one object a line is .jsonl)" if "Extra data" in str(error) else ""
+        raise GatewiseError(f"{where}: not valid JSON: {error}{advice}") from error
 
 
 def _read_csv(text: str, name: str) -> Iterator[tuple[str, Row]]:
@@ -224,7 +230,7 @@ def _read_csv(text: str, name: str) -> Iterator[tuple[str, Row]]:
     try:
         rows = [(f"{name}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise GatewiseError(f"{name}, line {reader.line_num}: not valid CSV: {error}") from error
+        raise GatewiseError(f"{name}, after line {reader.line_num}: not valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
     columns = list(reader.fieldnames or ())
@@ -370,7 +376,7 @@ def _checked(row: Row, fields: Fields, where: str, columns: Mapping[str, str]) -
             checked[name] = wanted.validate_python(row[name], strict=True)
         except ValidationError as error:
             fault = error.errors()[0]
-            reason = "expected a text that is not empty and that UTF-8 can write"
+            reason = f"expected a text that is not empty and that UTF-8 can write, got {reprlib.repr(row[name])}"
             if fault["type"] not in ("string_pattern_mismatch", "string_type", "string_unicode"):
                 reason = fault["msg"].removeprefix("Value error, ")
             raise GatewiseError(f"{where}: {called}: {reason}") from error

@@ -49,6 +49,14 @@ def test_places(made: Path, tmp_path: Path) -> None:
     assert names(catalogue(made / "one")) == ["one"]
     assert names(catalogue(f"{runs}/*/adapter")) == ["a", "b"]
     assert names(catalogue(f"mine={made / 'one'}", runs / "a" / "adapter", f"{runs}/*/adapter")) == ["a", "b", "mine"]
+    # A name of its own, before or after a pattern that fits too, and one alone.
+    for places in (
+        (f"{runs}/*/adapter", f"prod={runs / 'a' / 'adapter'}"),
+        (f"prod={runs / 'a' / 'adapter'}", f"{runs}/*/adapter"),
+    ):
+        assert names(catalogue(*places)) == ["b", "prod"]
+    with pytest.raises(GatewiseError, match="was given two names, x, y: leave one of them out"):
+        catalogue(f"x={made / 'one'}", f"y={made / 'one'}")
     assert {one.name: one.kind for one in catalogue(made).versions.values()}["routed"] == "routed"
     assert name_of(Path("runs/x/adapter")) == "x"
     shutil.copytree(made / "one", tmp_path / "many" / ".new")

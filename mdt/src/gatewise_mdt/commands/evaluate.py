@@ -43,6 +43,7 @@ def evaluate(
 
     Measures are F1 of triples, nodes and decision paths, tree accuracy and tree edit ratio, with 95% bootstrap intervals. The trees
     are those of a file, or are extracted with an adapter. Predictions that are no trees count as wrong.
+    With --strict trees of a file are compared as they are written.
 
     \b
     Examples:

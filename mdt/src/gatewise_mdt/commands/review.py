@@ -1,5 +1,6 @@
 """``gatewise mdt review``: a page on this machine to read trees against their text and correct them."""
 
+import re
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,9 @@ def review(
     from gatewise_mdt.review.server import ReviewServer
     from gatewise_mdt.review.users import UserFile
 
+    for name in allow_host or ():
+        if not re.fullmatch(r"[^\s/]+", name):
+            raise GatewiseError(f"--allow-host {name} is no name of a machine: give one such as review.clinic.example")
     people = None if users is None else UserFile(users)
     if add_user is not None:
         _add(people, add_user, allow_host)

@@ -61,7 +61,8 @@ def render(records: Sequence[TreeRecord], format: str, *, drafts: bool = False, 
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file, with --out")
     if format in ONE_TREE and len(records) > 1:
-        raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
+        advice = "name one of them with --record, or a folder for all with --out"
+        raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: {advice}")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),

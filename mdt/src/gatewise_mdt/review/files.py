@@ -111,10 +111,10 @@ class ReviewFiles:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise GatewiseError(f"{self.out} is open in another review: close that one, or name another file with --out") from None
+            raise GatewiseError(f"{self.out} is open in another review: close that one, or name another file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             said = getattr(error, "strerror", None) or error
-            raise GatewiseError(f"cannot write {self.out}: {said}; name another file with --out") from error
+            raise GatewiseError(f"cannot write {self.out}: {said}; name another file") from error
 
     def close(self) -> None:
         """Gives the files free."""

@@ -248,6 +248,7 @@ class Catalogue:
     def _folders(self) -> dict[Path, tuple[str, bool]]:
         """The folder of each adapter -> its name, and whether the user named the very folder."""
         found: dict[Path, tuple[str, bool]] = {}
+        names: dict[Path, str] = {}
         for place in self._places:
             given, path = split_place(place)
             is_named = given is not None or os.path.isfile(os.path.join(path, CONFIG_FILE))
@@ -266,7 +267,13 @@ class Catalogue:
             for folder in map(Path.absolute, map(Path, listed)):
                 # One that begins with a dot is still being written.
                 if is_named or (not folder.name.startswith(".") and os.path.isfile(folder / CONFIG_FILE)):
-                    found.setdefault(folder, (given or name_of(folder), is_named))
+                    if given is not None and names.setdefault(folder, given) != given:
+                        both = f"{names[folder]}, {given}"
+                        self._refuse(
+                            folder, f"the adapter {folder} was given two names, {both}: leave one of them out", is_fatal=True
+                        )
+                    elif given is not None or folder not in found:  # a name of its own, whatever pattern it fits too
+                        found[folder] = given or name_of(folder), is_named
         return found
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
