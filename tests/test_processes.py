@@ -1,6 +1,7 @@
 """What several processes share: sums, work, gradients, and what the first of them finds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,16 @@ def test_alone_a_process_is_the_main_one_and_its_sums_are_its_own():
     parameter.grad = torch.ones(2)
     processes.average_gradients([parameter], "cpu")
     assert torch.equal(parameter.grad, torch.ones(2))
+
+
+def test_a_model_computes_where_its_parameters_are_or_where_fsdp_takes_them(monkeypatch):
+    model = nn.Linear(1, 1, device="meta")
+    assert processes.device_of(model) == torch.device("meta")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(current_device=lambda: 3))
+    for kind, expected in (("cpu", "cpu"), ("cuda", "cuda:3")):
+        model = nn.Linear(1, 1)
+        model.weight.device_mesh = SimpleNamespace(device_type=kind)  # FSDP with offloading keeps a parameter on the CPU
+        assert processes.device_of(model) == torch.device(expected)
 
 
 def refuse() -> str:

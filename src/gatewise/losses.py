@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gatewise.errors import GatewiseError
-from gatewise.processes import summed
+from gatewise.processes import device_of, summed
 
 IGNORED = -100
 Batch = Mapping[str, Any]
@@ -219,7 +219,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], over_all: bool = False
     Args:
         over_all: average over the batches of all processes, of which these are one's own.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64)
     with torch.no_grad():
         for batch in batches:

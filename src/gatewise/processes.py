@@ -112,6 +112,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model computes on: where FSDP keeps its parameters on the CPU (offloading), not theirs."""
+    parameter = next(model.parameters())
+    kind = getattr(getattr(parameter, "device_mesh", None), "device_type", "cpu")
+    return parameter.device if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def own_share(items: Sequence[T], even: bool = False) -> tuple[list[T], int]:
     """This process's part of the items, and how many processes get each item: divide sums over all processes by that.
 

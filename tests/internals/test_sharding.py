@@ -1,5 +1,6 @@
 """What FSDP is told to leave whole, and launches that cannot work. Real runs: tests/allocation/test_processes.py."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +90,19 @@ def test_a_launched_process_has_the_gpu_that_its_launcher_gave_it(monkeypatch):
         sharding.join(torch.device("cuda:1"))
     for name in ("cuda:0", "cuda"):
         sharding.join(torch.device(name))
+
+
+def test_old_drivers_of_two_consumer_gpus_talk_through_the_host(monkeypatch):
+    """As Accelerate's launcher has it: Accelerate itself ends with an error there."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    for supported, said in ((True, None), (False, "1")):
+        monkeypatch.setattr(sharding, "check_cuda_p2p_ib_support", lambda answer=supported: answer)
+        sharding.join(torch.device("cuda"))
+        assert os.environ.get("NCCL_P2P_DISABLE") == os.environ.get("NCCL_IB_DISABLE") == said
+    for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+        monkeypatch.delenv(name)
 
 
 def test_one_process_joins_nobody(monkeypatch):

@@ -31,6 +31,14 @@ def test_a_stage_that_shards_no_gradients_is_refused(monkeypatch):
         zero.check_settings(nn.Linear(1, 1))
 
 
+def test_the_steps_of_a_fused_optimiser_lie_where_its_parameters_do():
+    step, flat = torch.tensor(3.0), torch.empty(2, device="meta")
+    for settings, place in (({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": None}, "cpu")):
+        taken = zero._counter(step, flat, settings)
+        assert taken.device.type == place
+        assert taken is not step
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

@@ -47,6 +47,18 @@ def test_the_peak_is_that_of_what_is_watched_alone() -> None:
     assert abs(second.most - first) < 20_000_000  # of both times the larger
 
 
+def test_cuda_is_begun_before_its_peak_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with a number is looked up in what CUDA has set up, and nothing may have used it yet."""
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: done.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7)
+    watched = PeakMemory(torch.device("cuda:1"))
+    with watched:
+        pass
+    assert (done, watched.most) == (["init", torch.device("cuda:1")], 7)
+
+
 def test_auto_is_the_best_that_is_there(machine: Any) -> None:
     machine()
     assert pick_device() == torch.device("cpu")

@@ -20,11 +20,16 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.internals.sharding import join
+from gatewise.runs import launch
 from gatewise.runs.launch import environment
 from gatewise.runs.recipe import LaunchSection
 
 ALLOCATION = {"score": "path_moments", "rounds": 2, "first_round": 2, "recover": 2}
 LONGER = ("--set", "training.max_steps=30")
+
+
+class Started(Exception):  # noqa: N818
+    """With the environments that processes would have begun in."""
 
 
 @pytest.fixture
@@ -178,6 +183,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(GatewiseError, match="2 processes were asked for, but there are 1 GPUs here"):
         join(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_processes_on_the_cpu_see_no_gpu(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate under DeepSpeed, and FSDP, take the GPUs that there are, whatever the device is."""
+
+    def begin(name: str, command: str, words: object, environments: object, logs: object) -> None:
+        raise Started(environments)
+
+    monkeypatch.setattr(launch, "start_processes", begin)
+    with pytest.raises(Started) as started:
+        launch.start(["train"], LaunchSection(processes=2), on_cpu=on_cpu)
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in started.value.args[0].values()] == [("" if on_cpu else None)] * 2
 
 
 def test_strategies_are_environment_variables_of_accelerate() -> None:

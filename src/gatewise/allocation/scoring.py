@@ -35,7 +35,7 @@ from gatewise.losses import (
     rows_of,
 )
 from gatewise.models.device import has_bfloat16
-from gatewise.processes import count, is_sharded, own_share, summed
+from gatewise.processes import count, device_of, is_sharded, own_share, summed
 
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
@@ -218,7 +218,7 @@ def scoring(model: nn.Module, float32: bool = True, rows: int | None = None) -> 
     if _being_scored.get()[0] is model:
         yield
         return
-    device = next(model.parameters()).device
+    device = device_of(model)
     is_quick, half = has_bfloat16(device), half_precision(model)
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original, wrapped = original_forward(model), model.forward
@@ -297,7 +297,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     scored, _, kept = _being_scored.get()
     if scored is model and not single_rows and kept and kept[0][0] is batch:
         return kept[0][1]
-    given, device = as_batches(batch), next(model.parameters()).device
+    given, device = as_batches(batch), device_of(model)
     most_tokens = 1 if single_rows else step_tokens(device, given)
     kind, dtype = loss_kind(model), getattr(base_of(model), "dtype", None)
     batches = [

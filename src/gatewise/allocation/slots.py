@@ -307,7 +307,7 @@ def _clear(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor, optim
     for of_b, factor in enumerate(factors(layer, adapter)):
         for value in (factor.grad, *_kept_of(factor, optimizer)[1].values()):
             if isinstance(value, Tensor) and value.shape == factor.shape and value.is_floating_point():
-                _view(layer, value, of_b)[slots] = 0
+                _view(layer, value, of_b)[slots.to(value.device) if isinstance(slots, Tensor) else slots] = 0
 
 
 def _start_in_optimizer(
@@ -329,9 +329,10 @@ def _start_in_optimizer(
             del optimizer.state[key]
             continue
         for square in squares:
-            live = torch.cat([_view(one, state[square], of_b)[mask] for one, mask in alive])
+            place = state[square].device  # of an optimiser that pages, not that of the factor
+            live = torch.cat([_view(one, state[square], of_b)[mask.to(place)] for one, mask in alive])
             along = -1 if of_b else 0  # in memory as in the factor, so that the sum is taken in the same order
-            _view(layer, state[square], of_b)[grown] = live.movedim(0, along).contiguous().mean(along)
+            _view(layer, state[square], of_b)[grown.to(place)] = live.movedim(0, along).contiguous().mean(along)
 
 
 # ---------------------------------------------------------------- more room, and none that is not used

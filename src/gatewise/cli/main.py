@@ -204,7 +204,7 @@ def train(
         switches = [name for name, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
         options = [word for setting in set_ or () for word in ("--set", setting)]
         options += [word for name, value in (("--device", device), ("--output", folder)) if value for word in (name, str(value))]
-        code, problem = launch.start(["train", str(recipe), *options, *switches], checked.launch)
+        code, problem = launch.start(["train", str(recipe), *options, *switches], checked.launch, on_cpu=checked.device == "cpu")
         if problem is not None:
             kept = _kept(checked, folder, began)
             typer.echo(f"error: {problem}{f'; {kept}' if kept else ''}", err=True)

@@ -17,6 +17,7 @@ from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, percent
 from gatewise.losses import row_losses
+from gatewise.processes import device_of
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
 from gatewise.sites import Site, sites_in_order
@@ -132,7 +133,7 @@ def routing_of_rows(
         raise GatewiseError("there are no rows to route: give at least one")
     collate, was_training = collate or PadCollator(tokenizer), model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     found = []
     try:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, check_cuda_p2p_ib_support
 from torch import distributed, nn
 from torch.autograd import Variable
 from torch.distributed.fsdp import StateDictType
@@ -92,6 +92,9 @@ def join(device: torch.device) -> None:
             f"the device is {device}, but a launcher gives each process a GPU of its own, here cuda:{own}: take --device cuda, and "
             "choose GPUs by launch.gpu_ids"
         )
+    if device.type == "cuda" and not check_cuda_p2p_ib_support():  # as accelerate's launcher does: the driver would not answer
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, Accelerate imports it, and it would ask
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not deepspeed:

@@ -200,7 +200,10 @@ class Zero:
 
     def load_state_dict(self, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes up what ``state_dict``, or an optimiser of whole parameters, has saved."""
-        own = self.optimizer.state
+        own, groups_of = (
+            self.optimizer.state,
+            {id(flat): group for group in self.optimizer.param_groups for flat in group["params"]},
+        )
         parameters = [parameter for group in groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
             shape, piece = _shape(parameter), self.piece(parameter)
@@ -210,7 +213,8 @@ class Zero:
                     if whole:
                         own[flat].setdefault(name, torch.zeros_like(flat, requires_grad=False))
                     else:
-                        own[flat][name] = deepcopy(value) if type(self.optimizer).__module__.startswith("torch.") else int(value)
+                        is_torch = type(self.optimizer).__module__.startswith("torch.")
+                        own[flat][name] = _counter(value, flat, groups_of[id(flat)]) if is_torch else int(value)
                 if whole and piece is not None:
                     piece.of(own[piece.flat][name]).copy_(piece.within(value))
         kept = [group for group, before in zip(saved["param_groups"], groups, strict=True) if before["params"]]
@@ -257,6 +261,13 @@ class Zero:
             for parameter, total in zip(pieces, summed(parts, parts[0].device), strict=True):
                 states[parameter][name] = total
         return states
+
+
+def _counter(value: Any, flat: Tensor, group: Mapping[str, Any]) -> Any:
+    """What an optimiser keeps beside tensors of a parameter's shape, where it looks for it: a fused one has steps on the GPU."""
+    if isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
+        return value.to(flat.device, copy=True)
+    return deepcopy(value)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -86,6 +86,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             import torch
 
+            torch.cuda.init()  # which a device with a number does not do by itself
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         gc.collect()

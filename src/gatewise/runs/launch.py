@@ -81,10 +81,13 @@ def environment(section: LaunchSection) -> dict[str, str]:
     return {name: str(value) for name, value in made.items() if os.environ.get(name) != value}
 
 
-def start(arguments: Sequence[str], section: LaunchSection) -> tuple[int, str | None]:
+def start(arguments: Sequence[str], section: LaunchSection, on_cpu: bool = False) -> tuple[int, str | None]:
     """Runs ``gatewise`` with these arguments in ``section.processes`` processes, and waits for them.
 
     Each says its own errors (see ``cli/main.py``). An interrupt reaches them all, and they get some time to end in order.
+
+    Args:
+        on_cpu: they see no GPU, which Accelerate and FSDP would else take wherever there is one.
 
     Returns:
         The exit code, and what happened to a process that could not say it itself.
@@ -94,6 +97,8 @@ def start(arguments: Sequence[str], section: LaunchSection) -> tuple[int, str | 
     """
     made, count = environment(section), section.processes
     own = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if on_cpu:
+        own["CUDA_VISIBLE_DEVICES"] = ""
     environments = {rank: {**made, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = dict.fromkeys(range(count), ("-m", "gatewise", *arguments))

@@ -172,6 +172,9 @@ def train(
                 method.before_training(run)
             trainer: Any = method.trainer(run)
             base_metrics = {}
+            if before and shared_by() is not None and device.type != "cpu":
+                progress.say(f"the base model is not measured before the training: {shared_by()} moves it to the GPUs with it")
+                before = False
             if before:
                 # FSDP has moved the adapter alone by now, which changes nothing yet.
                 off = trainer.model.disable_adapter() if shared_by() == "FSDP" else nullcontext()

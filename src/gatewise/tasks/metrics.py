@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from gatewise.errors import DivergedError, GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import generate_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, mean_loss, prompt_length, text_positions
+from gatewise.processes import device_of
 from gatewise.tasks.encoding import (
     PadCollator,
     Prompting,
@@ -156,7 +157,7 @@ def _loss(
 ) -> Metrics:
     """The mean cross-entropy (nats) over the tokens that are trained."""
     rows = sorted(encode(records, tokenizer, template, max_length=max_length), key=lambda row: -len(row["input_ids"]))
-    collate, device = PadCollator(tokenizer), _device(model)
+    collate, device = PadCollator(tokenizer), device_of(model)
     batches = (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
     return {"loss": mean_loss(model, ({key: value.to(device) for key, value in one.items()} for one in batches))}
 
@@ -247,7 +248,7 @@ def scored_candidates(
         for context, members in _shared_contexts(candidates[row]).items()
     ]
     scores = [[(0.0, True)] * len(row) for row in candidates]
-    device = _device(model)
+    device = device_of(model)
     vocabulary = int(cast(Any, model).config.get_text_config().vocab_size)
     batches = list(_batches(runs, batch_size, max(1, _MAX_LOGITS // vocabulary)))
     collate = PadCollator(tokenizer)
@@ -363,7 +364,7 @@ def _evaluate_classifier(
     features = encode_classification(records, tokenizer, max_length=max_length)
     check_classes(model, records)
     order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))
-    device = _device(model)
+    device = device_of(model)
     collate = PadCollator(tokenizer)
     total = 0.0
     found: Answers = [{} for _ in features]
@@ -461,8 +462,8 @@ def generate_ids(
         GatewiseError: the tokenizer has no padding token.
     """
     pad_id = PadCollator(tokenizer).pad_id
-    ids = pad(prompts, pad_id, side="left").to(_device(model))
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(_device(model))
+    ids = pad(prompts, pad_id, side="left").to(device_of(model))
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device_of(model))
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -515,7 +516,7 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def measuring(model: nn.Module) -> Iterator[None]:
     """No gradients, dropout off; every module's training mode and the random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    device = _device(model)
+    device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
         try:
@@ -525,10 +526,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def most_positions(model: nn.Module) -> int:
