@@ -91,11 +91,13 @@ def check_not_read(path: str | Path, *sources: str | Path) -> None:
     Raises:
         GatewiseError: the path is one of theirs.
     """
-    for source in sources:
-        if os.path.realpath(path) in map(os.path.realpath, glob.glob(str(source)) or [str(source)]):
-            raise GatewiseError(
-                f"{path} is a file that is read ({source}), and would be replaced: give what is written another name"
-            )
+    for source in map(str, sources):
+        for one in glob.glob(source) or [source]:
+            there = os.path.exists(one) and os.path.exists(path)
+            if os.path.samefile(one, path) if there else os.path.realpath(one) == os.path.realpath(path):
+                raise GatewiseError(
+                    f"{path} is a file that is read ({source}), and would be replaced: give what is written another name"
+                )
 
 
 def check_new_folder(path: str | Path) -> None:

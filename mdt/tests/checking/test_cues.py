@@ -320,6 +320,7 @@ def test_how_long_or_how_soon_is_not_how_often(passage: str) -> None:
         "The inhaler should be held upright.",
         "The mask should be held in place.",
         "The mask should be held by a parent.",
+        "The child should be held by the mother or another adult.",
     ],
 )
 def test_words_that_tell_of_the_body_or_of_a_device_do_not_forbid(passage: str) -> None:

@@ -211,6 +211,20 @@ def test_contents_may_count_from_a_later_page() -> None:
     assert 'a table of contents was left out: "Treatment ........ 1", "Children ........ 2"' in " ".join(document.notes)
 
 
+def test_a_score_of_what_later_pages_treat_stays() -> None:
+    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
+    made = io.BytesIO()
+    drawn = canvas.Canvas(made)
+    score = ["Heart failure ........ 1", "Diabetes ........ 1", "Age 75 or over ........ 2"]
+    for lines in ([], score, ["Heart failure", "Give 5 mg to adults."], ["Diabetes", WHOLE], ["Age 75 or over", WHOLE]):
+        for place, line in enumerate(lines):
+            drawn.drawString(40, 700 - 40 * place, line)
+        drawn.showPage()
+    drawn.save()
+    text = " ".join(block.text for block in document_of(made.getvalue(), "a.pdf", ".pdf").blocks)
+    assert all(line in text for line in score)
+
+
 def test_letters_of_a_symbol_font_are_read_as_they_look() -> None:
     content = pdf("5 m \xb3 30" + 8 * " abg").replace(b"/BaseFont /Helvetica", b"/BaseFont /Symbol   ")
     assert [block.text for block in document_of(content, "a.pdf", ".pdf").blocks] == ["5 μ ≥ 30" + 8 * " αβγ"]

@@ -200,10 +200,8 @@ class Zero:
 
     def load_state_dict(self, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes up what ``state_dict``, or an optimiser of whole parameters, has saved."""
-        own, groups_of = (
-            self.optimizer.state,
-            {id(flat): group for group in self.optimizer.param_groups for flat in group["params"]},
-        )
+        own = self.optimizer.state
+        groups_of = {id(flat): group for group in self.optimizer.param_groups for flat in group["params"]}
         parameters = [parameter for group in groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
             shape, piece = _shape(parameter), self.piece(parameter)
@@ -214,7 +212,11 @@ class Zero:
                         own[flat].setdefault(name, torch.zeros_like(flat, requires_grad=False))
                     else:
                         is_torch = type(self.optimizer).__module__.startswith("torch.")
-                        own[flat][name] = _counter(value, flat, groups_of[id(flat)]) if is_torch else int(value)
+                        own[flat][name] = (
+                            _counter(value, flat, groups_of.get(id(flat), self.optimizer.param_groups[0]))
+                            if is_torch
+                            else int(value)
+                        )
                 if whole and piece is not None:
                     piece.of(own[piece.flat][name]).copy_(piece.within(value))
         kept = [group for group, before in zip(saved["param_groups"], groups, strict=True) if before["params"]]

@@ -254,19 +254,24 @@ def _counts_pages(running: Sequence[tuple[_Page, PageLine]]) -> bool:
 
 
 def _contents(pages: Sequence[_Page]) -> list[PageLine]:
-    """The lines of tables of contents, which are called so, lead to pages further on, or name lines that stand there.
+    """The lines of tables of contents, which are called so, lead to pages further on, or count from a later page.
 
-    Those of a score do not: its numbers are lower, or fall.
+    Those of a score do not: its numbers are lower, or fall, and are not as far apart as the pages on which its words stand.
     """
     found: list[PageLine] = []
     for page in pages:
         lines = [line for line in page.lines if _CONTENTS.search(line.text)]
+        if not lines:
+            continue
         numbers = [page.number, *(int(re.findall(r"\d+", line.text)[-1]) for line in lines)]
         further = numbers == sorted(numbers) and page.number not in numbers[1:]
         said = any(_CONTENTS_SAID.fullmatch(line.text) for line in page.lines)
-        later = {line.text.casefold() for other in pages if other.number > page.number for line in other.lines}
-        named = [_CONTENTS.sub("", line.text).strip().casefold() in later for line in lines]
-        if said or further or 2 * sum(named) > len(named):
+        later = {
+            line.text.casefold(): other.number for other in reversed(pages) if other.number > page.number for line in other.lines
+        }
+        titles = [_CONTENTS.sub("", line.text).strip().casefold() for line in lines]
+        apart = [number - later[title] for number, title in zip(numbers[1:], titles, strict=True) if title in later]
+        if said or further or (2 * len(apart) > len(lines) and len(set(apart)) == 1):
             found += lines
     return found
 

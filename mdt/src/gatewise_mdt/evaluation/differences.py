@@ -167,8 +167,10 @@ def said(phrase: str) -> Said:
 
 
 _A_TIME = re.compile(rf"(\d ?([^\d\s]*) )?\b({'|'.join(DURING)}) an?(?= (day|week|month|year|hour)\b)", re.IGNORECASE)
-_DOSED = re.compile(r"[mkµμ]?g|mcg|micro\w*|m?l|i?u|units?|mmol|%", re.IGNORECASE)
-_OR_MORE = re.compile(r"((?:[\d一二两三四五六七八九十百]\s*(?:[a-z%/]+|[^\W\da-z_]{0,2})|[度级期岁])\s*)[及或和](?=以[上下内])")
+_DOSED = re.compile(r"(?:[mkµμ]?g|mcg|micro\w*|m?l|i?u|units?|mmol)(?:/\S+)?|%", re.IGNORECASE)
+_OR_MORE = re.compile(  # but not of "any of the following"
+    r"[及或和](?=以[上下内](?!任|各|几|之一|情况|条件|情形|标准|因素|症状|[一二两三四五六七八九十\d]+[项种条个]))"
+)
 _UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
 _AND_ABOVE = re.compile(r"\band (?=(?:above|below|over|under|more|less|older|younger|higher|lower)\b(?! than))", re.IGNORECASE)
 
@@ -390,7 +392,7 @@ def _kind(one: Triple, other: Triple, is_condition: bool, doses: bool) -> tuple[
 
 def _joins(phrase: str) -> set[str]:
     """What joins the parts of a phrase; "60 and above" and 60岁及以上 join nothing, but 高血压或以下任一项 does."""
-    text = _OR_MORE.sub(r"\1", fold(phrase).text)
+    text = _OR_MORE.sub("", fold(phrase).text)
     text = _without(text, [Span(*match.span()) for match in LIMIT.finditer(text)])
     return {name for name, pattern in _JOINS.items() if pattern.search(text)}
 
