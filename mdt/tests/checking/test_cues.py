@@ -298,6 +298,7 @@ def test_a_limit_is_of_the_number_behind_up_to() -> None:
         "Give 10 mg an hour before surgery.",
         "Give 10 mg for more than a month.",
         "Give 10 mg over an hour.",
+        "Give 10 mg and review in a week.",
         "Give 10 mg and review in a day.",
         "Increase prednisolone to 10 mg in a week.",
         "Give 5 mg above a year of age.",

@@ -198,30 +198,30 @@ def test_a_score_is_no_table_of_contents(points: str) -> None:
     assert "a table of contents was left out" in document.notes[0]
 
 
-def test_contents_may_count_from_a_later_page() -> None:
+def pages_of(*pages: Sequence[str]) -> Document:
+    """Pages with these lines, far apart."""
     canvas = pytest.importorskip("reportlab.pdfgen.canvas")
     made = io.BytesIO()
     drawn = canvas.Canvas(made)
-    for lines in ([], ["Treatment ........ 1", "Children ........ 2"], ["Treatment", "Give 5 mg to adults."], ["Children", WHOLE]):
+    for lines in pages:
         for place, line in enumerate(lines):
             drawn.drawString(40, 700 - 40 * place, line)
         drawn.showPage()
     drawn.save()
-    document = document_of(made.getvalue(), "a.pdf", ".pdf")
+    return document_of(made.getvalue(), "a.pdf", ".pdf")
+
+
+def test_contents_may_count_from_a_later_page() -> None:
+    document = pages_of(
+        [], ["Treatment ........ 1", "Children ........ 2"], ["Treatment", "Give 5 mg to adults."], ["Children", WHOLE]
+    )
     assert 'a table of contents was left out: "Treatment ........ 1", "Children ........ 2"' in " ".join(document.notes)
 
 
 def test_a_score_of_what_later_pages_treat_stays() -> None:
-    canvas = pytest.importorskip("reportlab.pdfgen.canvas")
-    made = io.BytesIO()
-    drawn = canvas.Canvas(made)
     score = ["Heart failure ........ 1", "Diabetes ........ 1", "Age 75 or over ........ 2"]
-    for lines in ([], score, ["Heart failure", "Give 5 mg to adults."], ["Diabetes", WHOLE], ["Age 75 or over", WHOLE]):
-        for place, line in enumerate(lines):
-            drawn.drawString(40, 700 - 40 * place, line)
-        drawn.showPage()
-    drawn.save()
-    text = " ".join(block.text for block in document_of(made.getvalue(), "a.pdf", ".pdf").blocks)
+    document = pages_of([], score, ["Heart failure", "Give 5 mg to adults."], ["Diabetes", WHOLE], ["Age 75 or over", WHOLE])
+    text = " ".join(block.text for block in document.blocks)
     assert all(line in text for line in score)
 
 

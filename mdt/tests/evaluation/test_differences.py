@@ -85,6 +85,7 @@ def test_contrary_orders_are_found_where_both_trees_have_both() -> None:
         ("每日3次", "每日2次", "frequency"),
         ("5mg静脉滴注", "5mg口服", "route"),
         ("不超过5mg", "5mg", "limit"),
+        ("5 mg in a week", "5 mg in a day", "number"),
         ("repeat 5 mg in a week", "5 mg weekly", "number"),
         ("repeat 5 mg in an hour", "repeat 5 mg every hour", "number"),
         ("4 g in a day", "4 g", "frequency"),
