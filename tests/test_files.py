@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder, content_of, whole_file, whole_folder, write_json, write_json_lines
+from gatewise.files import check_new_folder, check_not_read, content_of, whole_file, whole_folder, write_json, write_json_lines
 
 FSYNC = os.fsync
 
@@ -184,6 +184,15 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, m
         with pytest.raises(GatewiseError, match="which cannot be replaced: give a new folder in it"):
             check_new_folder(place)
     check_new_folder("new")
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    for name in ("rows1.jsonl", "rows[1].jsonl", "rows2.jsonl"):
+        (tmp_path / name).write_text("{}")
+    check_not_read(tmp_path / "new.jsonl", tmp_path / "rows[1].jsonl", tmp_path / "rows?.jsonl")
+    for read in ("rows[1].jsonl", "rows*.jsonl"):  # a name with brackets is a pattern, too
+        with pytest.raises(GatewiseError, match="give what is written another name"):
+            check_not_read(tmp_path / "rows[1].jsonl", tmp_path / read)
 
 
 def test_half_a_character_is_written_as_json_has_it(tmp_path):

@@ -92,7 +92,7 @@ def check_not_read(path: str | Path, *sources: str | Path) -> None:
         GatewiseError: the path is one of theirs.
     """
     for source in map(str, sources):
-        for one in glob.glob(source) or [source]:
+        for one in {source, *glob.glob(source)}:
             there = os.path.exists(one) and os.path.exists(path)
             if os.path.samefile(one, path) if there else os.path.realpath(one) == os.path.realpath(path):
                 raise GatewiseError(

@@ -1,5 +1,6 @@
 """The command line: what it prints where, its exit codes, and one sentence for everything a user can put right."""
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.cli.options import print_table
 from gatewise.errors import GatewiseError
+from gatewise.runs.run import train
 from gatewise.runs.trainer import RecipeTrainer
 
 Gatewise = Callable[..., Any]
@@ -66,6 +68,16 @@ def test_train_ends_with_a_summary(method: str, gatewise: Gatewise, tmp_path: Pa
     assert "step 6/6: loss" in result.stderr
     assert ("round 1" in result.stderr) == (method == "alora")
     assert (tmp_path / out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_summary_of_a_run_whose_base_was_not_measured(
+    gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under FSDP and DeepSpeed on GPUs."""
+    monkeypatch.setattr("gatewise.runs.run.train", functools.partial(train, before=False))
+    result = gatewise("train", write_recipe(tmp_path, "lora"), "--set", "training.max_steps=1")
+    assert result.exit_code == 0, result.output
+    assert "dev accuracy" in result.stdout
 
 
 def test_eval_repeats_the_runs_own_measurement(gatewise: Gatewise, trained: Path) -> None:

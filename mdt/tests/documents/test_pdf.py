@@ -218,10 +218,23 @@ def test_contents_may_count_from_a_later_page() -> None:
     assert 'a table of contents was left out: "Treatment ........ 1", "Children ........ 2"' in " ".join(document.notes)
 
 
-def test_a_score_of_what_later_pages_treat_stays() -> None:
-    score = ["Heart failure ........ 1", "Diabetes ........ 1", "Age 75 or over ........ 2"]
-    document = pages_of([], score, ["Heart failure", "Give 5 mg to adults."], ["Diabetes", WHOLE], ["Age 75 or over", WHOLE])
-    text = " ".join(block.text for block in document.blocks)
+def test_contents_may_name_what_an_earlier_chapter_has_a_line_of() -> None:
+    contents = ["Summary ........ 1", "Treatment ........ 2", "Children ........ 3"]
+    chapters = (["Summary", WHOLE, "Treatment", WHOLE], ["Treatment", "Give 5 mg to adults."], ["Children", WHOLE])
+    assert "a table of contents was left out" in " ".join(pages_of([], contents, *chapters).notes)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        ["Heart failure ........ 1", "Diabetes ........ 1", "Age 75 or over ........ 2"],
+        ["Diabetes ........ 1"],
+        ["Diabetes ........ 1", "Age 75 or over ........ 1"],
+    ],
+)
+def test_a_score_of_what_later_pages_treat_stays(score: list[str]) -> None:
+    pages = (["Heart failure", "Give 5 mg to adults."], ["Diabetes", WHOLE, "Age 75 or over", WHOLE], ["Age 75 or over", WHOLE])
+    text = " ".join(block.text for block in pages_of([], score, *pages).blocks)
     assert all(line in text for line in score)
 
 

@@ -218,6 +218,8 @@ def test_a_dose_in_other_words(one: str, other: str) -> None:
         ("responds to steroids", "fails to respond to steroids", "negation"),
         ("aged 60 and above", "aged 60 or above", ""),
         ("65岁及以上", "65岁或以上", ""),
+        ("中度及以上症状", "中度或以上症状", ""),
+        ("2级及以上3个月", "2级或以上3个月", ""),
         ("两次或以上发作", "两次及以上发作", ""),
     ],
 )

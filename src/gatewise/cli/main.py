@@ -450,7 +450,11 @@ def _print_summary(result: "RunResult") -> None:
     from gatewise.tasks.metrics import format_metric
 
     rows = [
-        (f"{name} {metric}", format_metric(metric, both["before"][metric]), format_metric(metric, after))
+        (
+            f"{name} {metric}",
+            format_metric(metric, both["before"][metric]) if "before" in both else "",
+            format_metric(metric, after),
+        )
         for name, both in result.metrics.items()
         for metric, after in both["after"].items()
     ]

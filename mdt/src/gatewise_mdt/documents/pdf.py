@@ -256,9 +256,11 @@ def _counts_pages(running: Sequence[tuple[_Page, PageLine]]) -> bool:
 def _contents(pages: Sequence[_Page]) -> list[PageLine]:
     """The lines of tables of contents, which are called so, lead to pages further on, or count from a later page.
 
-    Those of a score do not: its numbers are lower, or fall, and are not as far apart as the pages on which its words stand.
+    Those of a score do not: its numbers are lower, or fall, and are not as far apart as the pages on which its words stand. One
+    number alone does not count.
     """
     found: list[PageLine] = []
+    texts = {page.number: {line.text.casefold() for line in page.lines} for page in pages}
     for page in pages:
         lines = [line for line in page.lines if _CONTENTS.search(line.text)]
         if not lines:
@@ -266,12 +268,13 @@ def _contents(pages: Sequence[_Page]) -> list[PageLine]:
         numbers = [page.number, *(int(re.findall(r"\d+", line.text)[-1]) for line in lines)]
         further = numbers == sorted(numbers) and page.number not in numbers[1:]
         said = any(_CONTENTS_SAID.fullmatch(line.text) for line in page.lines)
-        later = {
-            line.text.casefold(): other.number for other in reversed(pages) if other.number > page.number for line in other.lines
-        }
         titles = [_CONTENTS.sub("", line.text).strip().casefold() for line in lines]
-        apart = [number - later[title] for number, title in zip(numbers[1:], titles, strict=True) if title in later]
-        if said or further or (2 * len(apart) > len(lines) and len(set(apart)) == 1):
+        apart = [
+            {number - other for other, there in texts.items() if other > page.number and title in there}
+            for number, title in zip(numbers[1:], titles, strict=True)
+        ]
+        known = list(filter(None, apart))
+        if said or further or (2 * len(known) > len(lines) and len(set(numbers[1:])) > 1 and set.intersection(*known)):
             found += lines
     return found
 
