@@ -308,7 +308,8 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         rf"{_NOT} {_ADVERB}(?:be )?{_ADVERB}(?:recommended|advised|indicated|advisable|suggested)",
         r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|withdrawn"
         r"|omitted|held(?! (?:upright|still|in (?:place|position)"
-        r"|by (?:(?:an?|the|their|his|her) )?(?:parent|mother|father|adult|carer|caregiver|guardian|relative|assistant|helper|hand)))"
+        r"|by (?:(?:an?|the|their|his|her) )?(?:parent|mother|father|adult|carer|caregiver|guardian|relative|assistant"
+        r"|helper|hand)))"
         r"|discouraged|stopped"
         r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",
