@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import write_recipe
 
 from gatewise.adapters.lora import rank_settings, target_settings
-from gatewise.comparing.arms import CONTROLS, Arm, arms_of, same_answers, same_size
+from gatewise.comparing.arms import CONTROLS, Arm, another_size, arms_of, same_answers, same_size
 from gatewise.errors import GatewiseError
 from gatewise.parts import METHODS
 from gatewise.runs.run import train
@@ -203,7 +203,7 @@ def test_arms_store_as_much_as_the_first(tmp_path: Path) -> None:
     target = found["lora"].parameters
     for name, arm in found.items():
         near = abs(arm.parameters / target - 1)
-        assert near < 0.01 or any(f"{near:.1%} " in line for line in arm.told), name
+        assert near < 0.01 or f"{near:.1%} " in str(another_size(arm.parameters, target, "lora", arm.heads)), name
     assert found["lora-ga"].recipe.peft.r == 8
     scaled = found["dora"].recipe.peft
     assert scaled.r < 16
@@ -220,7 +220,7 @@ def test_heads_are_left_aside_where_sizes_are_compared(tmp_path: Path) -> None:
     assert [arm.heads for arm in found] == [heads] * 4
     first, dora, *_ = found
     more = (dora.parameters - first.parameters) / (first.parameters - heads)
-    assert dora.told[-1] == (
+    assert another_size(dora.parameters, first.parameters, "lora", heads) == (
         f"stores {dora.parameters:,} parameters, {more:.1%} more than lora's {first.parameters:,}, {heads} of heads left aside"
     )
 
@@ -229,7 +229,9 @@ def test_heads_are_left_aside_where_sizes_are_compared(tmp_path: Path) -> None:
     ("names", "overrides", "said"),
     [
         (("lora", "alroa"), (), "--methods alroa: expected a recipe file .*; did you mean alora?"),
-        (("lora", "lora.yaml"), (), "--methods names lora twice"),
+        (("lora", "lora.yaml"), (), "--methods names lora twice: an arm that is a recipe file has the file's name"),
+        (("lora", "lora"), (), "--methods names lora twice: leave one out"),
+        (("lora,dora",), (), "--methods lora,dora: expected spaces between methods, and no comma"),
         (("lora", "spt"), ("peft.rr=1",), r"--set peft.rr=1, for arm lora: peft.rr is not a known key"),
         (("lora",), ("method=dora",), "--set method: a comparison has the methods of --methods"),
         (("milora",), ("training.lora_plus_ratio=4", "peft.init_lora_weights=eva"), "arm milora: peft.init_lora_weights is eva"),
@@ -238,6 +240,24 @@ def test_heads_are_left_aside_where_sizes_are_compared(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, names: tuple[str, ...], overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(GatewiseError, match=said):
         arms(write_recipe(tmp_path), *names, overrides=overrides)
+
+
+def test_arms_that_differ_in_size_alone_are_refused(tmp_path: Path) -> None:
+    recipe, larger = write_recipe(tmp_path), tmp_path / "larger.yaml"
+    larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}}))
+    with pytest.raises(GatewiseError, match="arm larger is the same as lora once it stores as much as lora: leave one out"):
+        same_size([*arms(recipe, "lora", larger).values()])
+    larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1}}))  # another scale
+    assert len(same_size([*arms(recipe, "lora", larger).values()])) == 2
+
+
+def test_b_learns_faster_in_all_arms_of_lora_where_it_does_in_the_recipe(tmp_path: Path) -> None:
+    plain, own = tmp_path / "plain.yaml", tmp_path / "own.yaml"
+    plain.write_text(json.dumps({"method": "lora", "peft": {"target_modules": ["q_proj"]}}))
+    own.write_text(json.dumps({"method": "alora", "training": {"lora_plus_ratio": 2}}))
+    names = ("lora", "dora", "random", "lora+", "spt", plain, own)
+    found = arms(write_recipe(tmp_path, training={"max_steps": 4, "lora_plus_ratio": 8}), *names)
+    assert [arm.recipe.training.lora_plus_ratio for arm in found.values()] == [8, 8, 8, 16, None, 8, 2]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -36,7 +36,7 @@ def run(arm: str, rate: float, seed: int, values: dict[str, Any], metric: str = 
 
 
 def arm(name: str, rate: float | None = 1e-3) -> dict[str, Any]:
-    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": 1000, "heads": 0}
+    return {"name": name, "learning_rate": rate, "recipe_rate": 1e-3, "parameters": 1000, "heads": 0, "told": ()}
 
 
 def answers(right: float, seed: int, of: int = 0) -> np.ndarray:
@@ -221,6 +221,31 @@ def test_what_is_in_no_pair() -> None:
     assert [one["processor"] for one in content["machines"]] == ["a", "b"]
 
 
+def test_seeds_that_not_all_arms_have_choose_none() -> None:
+    runs = [
+        run(name, 1e-3, seed, {"dev": of})
+        for name, dev in {"lora": [0.6, 0.3], "dora": [0.5]}.items()
+        for seed, of in enumerate(dev)
+    ]
+    content = report(runs, [arm("lora"), arm("dora")])
+    assert content["chosen_on_dev"] == "lora"  # whose mean is less than dora's
+    assert "arms have different seeds: what one would take by dev is by the 1 that all have" in content["notes"]
+    assert "different seeds" not in " ".join(report(runs, [arm("lora"), arm("dora")], missing=1)["notes"])  # dora's is to come
+
+
+def test_what_an_arm_was_set_to_is_told() -> None:
+    content = report(finals("lora", 0.7), [{**arm("lora"), "told": ("has peft.r 2 and not 16, to store as much as dora",)}])
+    assert content["notes"][0] == "lora has peft.r 2 and not 16, to store as much as dora"
+    assert content["sentence"] == "One arm alone: there is nothing to compare it with."
+
+
+def test_where_every_rate_diverged_it_is_told() -> None:
+    runs = [run("lora", rate, 1000, {}, diverged=True) for rate in (1.0, 2.0)]
+    assert report(runs, [arm("lora", 1.0)])["notes"] == [
+        "lora diverged at every rate tried, down to 1: give a lower training.learning_rate"
+    ]
+
+
 def test_a_seed_far_below_the_others_is_told_of() -> None:
     def told(**values: Sequence[float]) -> list[str]:
         runs = [run(name, 1e-3, seed, {"test": one / 100}) for name, of in values.items() for seed, one in enumerate(of)]
@@ -269,6 +294,11 @@ def test_what_will_be_found() -> None:
     same = [run(name, 1e-3, seed, {"tuning": np.ones(ROWS)}) for name in ("lora", "alora") for seed in range(1000, 1003)]
     assert outlook(same, arms, 500, 5) == before  # and not 0.0 points
     assert outlook([], arms, 500, 1) is None
+    apart = {"lora": (0.9, 0.1, 0.5), "alora": (0.1, 0.9, 0.2)}
+    runs = [run(name, 1e-3, 1000 + i, {"tuning": answers(one, i)}) for name, of in apart.items() for i, one in enumerate(of)]
+    with_two = outlook(runs, arms, 500, 2)
+    assert with_two is not None
+    assert with_two.startswith("with 500 rows and 2 seeds no difference would be found four times in five, as far as")
     assert outlook([], arms, 500, 5, lower_is_better=True) is None
 
 

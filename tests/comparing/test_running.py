@@ -212,8 +212,12 @@ def test_several_processes_share_a_folder_and_make_each_run_once(
 def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings(tmp_path, monkeypatch)
     monkeypatch.setattr(running, "_tried", lambda *_: 20.0)
-    made = compared(recipe, budget_minutes=0.25)  # of each method three rates, two of them twice more, and two seeds
+    console = Console(file=io.StringIO(), width=200)
+    made = compared(
+        recipe, budget_minutes=0.25, console=console
+    )  # of each method three rates, two of them twice more, and two seeds
     assert (trainings.calls, made["missing"]) == ([], 2 * (3 + 2 + 2 + 2))
+    assert "no run fits into the time: the shortest takes about 20 s" in console.file.getvalue()  # type: ignore[attr-defined]
     assert compared(recipe, budget_minutes=1)["missing"] == 0
 
 
@@ -252,9 +256,26 @@ def test_what_is_worth_telling_is_told(recipe: Path, tmp_path: Path, monkeypatch
     assert said.count("dev: 3 answers were cut") == 4
     assert "is best on dev" not in said
     monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
+    sizes = (1000, 1020)
+    monkeypatch.setattr(running, "same_size", lambda arms: [replace(arm, parameters=n) for arm, n in zip(arms, sizes, strict=True)])
+    compared(recipe, ["lora", "spt"], seeds=2, rates=1, console=console, budget_minutes=0)
+    assert "spt stores 1,020 parameters, 2.0% more than lora's 1,000" in console.file.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(running, "same_size", lambda arms: arms)
     chosen = write_recipe(tmp_path, training=TRAINING | {"eval_every": 2, "save_every": 2, "load_best": True})
     running.compare(chosen, ["lora"], tmp_path / "best", seeds=1, rates=1, console=console)
     assert "lora ends where it is best on dev" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_rows_of_several_files_are_those_of_each(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainings(tmp_path, monkeypatch)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:13]), ("b", lines[13:])):
+        (tmp_path / f"part-{name}.jsonl").write_text("".join(part))
+    one = {"rates": 1, "overrides": [f"data.train={tmp_path}/part-*.jsonl"]}
+    compared(recipe, ["lora"], **one)
+    (tmp_path / "part-b.jsonl").write_text("".join(lines[14:]))
+    with pytest.raises(GatewiseError, match=r"the rows of data\.train are others"):
+        compared(recipe, **one)
 
 
 def test_an_arm_that_cannot_be_trained_is_refused_before_any_is(
@@ -356,12 +377,20 @@ def test_what_a_process_is_making_is_known_whatever_another_one_plans(
 def test_a_damaged_file_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainings(tmp_path, monkeypatch)
     whole = compared(recipe, ["lora"], rates=1)
-    for name in ("runs/lora/0.01-0.json", "plan.json"):
+    plan = (tmp_path / "out/plan.json").read_text()
+    for name, advice in {
+        "runs/lora/0.01-0.json": "remove it, and give the same command again",
+        "plan.json": "put it back, or give another folder",
+    }.items():
         for content in ('{"arm": "lora", "learn', "[]", '{"arm": "lora"}'):
             (tmp_path / "out" / name).write_text(content)
-            with pytest.raises(GatewiseError, match=f"{name} is damaged: remove it, and give the same command again"):
+            with pytest.raises(GatewiseError, match=f"{name} is damaged: {advice}"):
                 compared(recipe, ["lora"], rates=1)
         (tmp_path / "out" / name).unlink()
+        if name == "plan.json":
+            with pytest.raises(GatewiseError, match=f"has runs and no plan.json, which says of what they are: {advice}"):
+                compared(recipe, ["lora"], rates=1)
+            (tmp_path / "out" / name).write_text(plan)
         made = compared(recipe, ["lora"], rates=1, keep_adapters=True)
         assert made["arms"][0]["seeds"] == whole["arms"][0]["seeds"]
     assert [path.name for path in (tmp_path / "out/adapters/lora").iterdir()] == ["0.01-0"]
@@ -444,13 +473,18 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path: Path, 
     assert not [*(tmp_path / "stopped/work").rglob("checkpoint-*")]
 
 
-def test_a_run_that_cannot_go_on_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("file", "content"), [("recipe.yaml", "method: lora"), ("rows.json", '{"data.train": "others"}')])
+def test_a_run_that_cannot_go_on_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str) -> None:
     recipe = write_recipe(tmp_path, training=TRAINING)
     stop_at(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         compared(recipe, ["lora"], rates=1, seeds=1)
-    (tmp_path / "out" / running.WORK / "lora/0.01-0/recipe.yaml").write_text("method: lora")  # by another version, say
-    [arm] = compared(recipe, ["lora"], rates=1, seeds=1)["arms"]
+    (tmp_path / "out" / running.WORK / "lora/0.01-0" / file).write_text(content)  # by another version, say
+    console = Console(file=io.StringIO(), width=400)
+    [arm] = compared(recipe, ["lora"], rates=1, seeds=1, console=console)["arms"]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "which cannot go on and begins again" in said
+    assert "--overwrite" not in said
     assert len(arm["seeds"]) == 1
     assert json.loads((tmp_path / "out/runs/lora/0.01-0.json").read_text())["seconds"] > 0  # and not a part of it
 

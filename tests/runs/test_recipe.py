@@ -254,6 +254,7 @@ def test_every_fault_has_a_line(file: Path) -> None:
     said = refusal(file, instead="method: allora\nmodel: 3\n")
     assert said.startswith("my.yaml: method is 'allora', expected one of ")
     assert said.endswith("; did you mean alora?")
+    assert refusal(file, instead="model: tiny\n").startswith("my.yaml: method is missing, expected one of lora, ")
 
 
 @pytest.mark.parametrize(

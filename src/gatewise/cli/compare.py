@@ -25,7 +25,7 @@ def compare(
             "--methods",
             metavar="A B ...",
             help="Methods, controls (random, lora+, rslora, eva, lora-ga, pissa, olora, corda) or recipe files, whose "
-            "model, rows and steps are left aside. The others are compared with the first.",
+            "model, rows and steps are left aside. The others are compared with the first, and made to store as much.",
         ),
     ],
     out: Annotated[Path, typer.Option(*OUT, help="Folder to write, and to go on in.", show_default=False)],

@@ -2,8 +2,8 @@
 
 What all arms share comes from the recipe that is compared with: model, task, data, seed, precision, launch, and training but its
 rates. An arm's own are the sections of its method. Where the recipe is of that method they are the recipe's; an arm of another
-method has its method's defaults, on the recipe's modules and with its rank and scale where the method has such. A recipe file
-brings its own sections, and need say nothing of the rest.
+method has its method's defaults, on the recipe's modules and with its rank and scale where the method has such, and B learns faster
+than A where it does in the recipe. A recipe file brings its own sections, and need say nothing of the rest.
 """
 
 import difflib
@@ -90,9 +90,8 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
         is_file = given not in CONTROLS and given not in METHODS
         name = Path(given).stem if is_file else given
         if name in arms:
-            raise GatewiseError(
-                f"--methods names {name} twice: an arm that is a recipe file has the file's name, so give it another"
-            )
+            advice = "an arm that is a recipe file has the file's name, so give it another" if is_file else "leave one out"
+            raise GatewiseError(f"--methods names {name} twice: {advice}")
         method, *fixed = CONTROLS.get(given, (given,))
         tree, told, own_scale = base, tuple[str, ...](), True
         if is_file:
@@ -116,8 +115,8 @@ def _shared(base: Tree, method: str) -> Tree:
     """What an arm has of a recipe of another method: all but its sections, of which modules, rank and scale stay."""
     sections, peft = METHODS[base["method"]].sections(), METHODS[method].sections().get("peft")
     tree: Tree = {key: value for key, value in base.items() if key not in sections}
-    training = base.get("training") or {}
-    tree |= {"method": method, "training": {key: value for key, value in training.items() if key != "lora_plus_ratio"}}
+    without = () if METHODS[method].is_lora else ("lora_plus_ratio",)
+    tree |= {"method": method, "training": {key: one for key, one in (base.get("training") or {}).items() if key not in without}}
     if peft is not None:
         keys = [*TAKEN_OVER, *(["use_rslora"] if METHODS[method].is_lora else [])]
         keys += ["pattern"] if method in ("lora", "dora") else []  # the others have ranks of their own
@@ -145,6 +144,8 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
     """A recipe file, which need not say what is shared; what it says of that in vain; and whether rank and alpha are its own."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         known = [*METHODS, *CONTROLS]
+        if "," in str(path):
+            raise GatewiseError(f"--methods {path}: expected spaces between methods, and no comma")
         near = "".join(f"; did you mean {one}?" for one in difflib.get_close_matches(str(path), known, n=1))
         raise GatewiseError(f"--methods {path}: expected a recipe file (.yaml), or one of {', '.join(known)}{near}")
     own = read_tree(path)
@@ -191,7 +192,11 @@ def same_answers(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def same_size(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms, each set to store as much as the first, as nearly as its method can be set (``Method.size_key``)."""
+    """The arms, each set to store as much as the first, as nearly as its method can be set (``Method.size_key``).
+
+    Raises:
+        GatewiseError: two arms are then the same.
+    """
     first, *others = arms
     task = TASKS[first.recipe.task](first.recipe.model_copy(update={"quantization": None}))
     task.read(None)
@@ -203,8 +208,10 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
         key, told = METHODS[recipe.method](recipe).size_key, [*arm.told]
         if recipe is not arm.recipe:
             told.append(f"has {key} {_size(recipe, key)} and not {_size(arm.recipe, key)}, to store as much as {first.name}")
-        if another := another_size(count, target, first.name, heads):
-            told.append(another)
+        if twin := next((one.name for one in sized if one.recipe.model_dump() == recipe.model_dump()), None):
+            raise GatewiseError(
+                f"arm {arm.name} is the same as {twin} once it stores as much as {first.name}: leave one out, no sizes are compared"
+            )
         sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))
     return sized
 

@@ -50,8 +50,8 @@ def report(
     Args:
         runs: what finished runs came to, as their files have it.
         arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``heads`` (how many of them are of
-            heads, in which arms do not differ), ``learning_rate`` (the one that was chosen, or None while it is searched for) and
-            ``recipe_rate`` of each. The others are compared with the first.
+            heads, in which arms do not differ), ``learning_rate`` (the one that was chosen, or None while it is searched for),
+            ``recipe_rate`` and ``told`` of each; see :class:`~gatewise.comparing.arms.Arm`. The others are compared with the first.
         lower_is_better: than the metric.
         missing: runs that are not finished.
         trained: rows that all runs train on.
@@ -66,7 +66,10 @@ def report(
     found = {name: difference(d) for name, d in pairs.items()}
     known, shapes = spread([*pairs.values()]), [d.shape for d in pairs.values()]
     told = [_arm(arm, runs, final[arm["name"]], lower_is_better, len(arms)) for arm in arms]
-    means = {arm["name"]: arm["mean"]["dev"] for arm in told if "dev" in arm["mean"] and not arm["diverged"]}
+    whole = [arm for arm in told if "dev" in arm["mean"] and not arm["diverged"]]
+    dev = {arm["name"]: {one["seed"]: one["dev"] for one in arm["seeds"] if one["dev"] is not None} for arm in whole}
+    common = set.intersection(*map(set, dev.values())) if dev else set()
+    means = {name: fmean(of[seed] for seed in common) for name, of in dev.items()} if common else {}
     content: Content = {
         "metric": metric,
         "unit": unit,
@@ -82,8 +85,11 @@ def report(
         "chosen_on_dev": (min if lower_is_better else max)(means, key=means.__getitem__, default=None),
         "missing": missing,
         "machines": [*{str(run.get("machine")): run.get("machine") for run in every}.values()],
-        "notes": _notes(told, tried, metric, part if unit == "points" else None),
+        "notes": [f"{arm['name']} {line}" for arm in arms for line in arm["told"]]
+        + _notes(told, tried, metric, part if unit == "points" else None),
     }
+    if any(len(of) > len(common) for of in dev.values()) and not missing:
+        content["notes"].append(f"arms have different seeds: what one would take by dev is by the {len(common)} that all have")
     if trained is not None and trained < FEW:
         content["notes"].append(
             f"all runs train on the same {trained} rows, and other rows would teach otherwise, which is in no interval: "
@@ -108,8 +114,11 @@ def outlook(
     smallest = detectable(rows, seeds, known or ASSUMED, len(others)) if others else None
     if smallest is None or (known is None and unit != "points"):
         return None
+    found = f"a difference of {_size(smallest, unit)} is found four times in five"
+    if _is_beyond(smallest, unit):
+        found = "no difference would be found four times in five"
     basis = "as far as the tuning runs differ" if known else "if seeds differ by 1 point and two runs on 10% of the rows"
-    line = f"with {rows:,} rows and {seeds} seeds a difference of {_size(smallest, unit)} is found four times in five, {basis}"
+    line = f"with {rows:,} rows and {seeds} seeds {found}, {basis}"
     if unit == "points" and smallest > 2:
         more_seeds, more_rows = needed(2, rows, seeds, known or ASSUMED, len(others))
         line += f"; 2 points need {more_seeds or 'over 100'} seeds or {f'{more_rows:,}' if more_rows else 'over a million'} rows"
@@ -249,7 +258,11 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
     for arm in arms:
         tried = [one["learning_rate"] for one in arm["rates"]]
-        if tried and any(_is(arm["learning_rate"], edge) for edge in (min(tried), max(tried))):
+        if tried and all(value is None for one in arm["rates"] for value in one["tuning"]):
+            notes.append(
+                f"{arm['name']} diverged at every rate tried, down to {min(tried):.3g}: give a lower training.learning_rate"
+            )
+        elif tried and any(_is(arm["learning_rate"], edge) for edge in (min(tried), max(tried))):
             notes.append(
                 f"{arm['name']}'s rate, {arm['learning_rate']:.3g}, is at the edge of those tried: one beyond may be better"
             )
@@ -270,6 +283,11 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
 
 def _size(value: float, unit: str | None) -> str:
     return f"{value:.1f} points" if unit == "points" else f"{value:.3g}"
+
+
+def _is_beyond(value: float, unit: str | None) -> bool:
+    """Whether no two arms can lie so far apart."""
+    return unit == "points" and value > 100
 
 
 def _sentences(content: Content) -> list[str]:
@@ -309,7 +327,11 @@ def _sentences(content: Content) -> list[str]:
         if arm["diverged"]
     ]
     if content["detectable"] is not None and not wins:
-        said.append(f"A difference of {_size(content['detectable'], unit)} would be found four times in five.")
+        said.append(
+            "With so few seeds no difference would be found four times in five."
+            if _is_beyond(content["detectable"], unit)
+            else f"A difference of {_size(content['detectable'], unit)} would be found four times in five."
+        )
     if worth := [arm for arm in content["arms"] if arm["rate_is_worth"]]:
         arm = max(worth, key=lambda arm: (arm["rate_is_worth"] > (arm["equal_rates_differ_by"] or 0), arm["rate_is_worth"]))
         most, chance = arm["rate_is_worth"], arm["equal_rates_differ_by"]
@@ -318,7 +340,7 @@ def _sentences(content: Content) -> list[str]:
         said.append(f"{lead} {_size(most, unit)} (the best against the worst tried near it, on {arm['name']}'s tuning runs{by}).")
     if content["chosen_on_dev"] and content["part"] == "test" and differences:
         said.append(f"By dev one would take {content['chosen_on_dev']}.")
-    return said
+    return said or ["One arm alone: there is nothing to compare it with."]
 
 
 def table(content: Content) -> Group:
@@ -382,13 +404,15 @@ def draw(content: Content, out: str | Path) -> Path:
         axes.set_xscale("log", subs=())
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        lines = []
         for at, arm in enumerate(content["arms"]):
             colour, mark = _COLOURS[at % len(_COLOURS)], _MARKS[at % len(_MARKS)]
             runs = [(one["learning_rate"], value) for one in arm["rates"] for value in one["tuning"] if value is not None]
             means = {rate: fmean(value for other, value in runs if other == rate) for rate, _ in runs}
             chosen = [rate for rate in means if _is(arm["learning_rate"], rate)]
             axes.plot(*np.reshape(runs, (-1, 2)).T, mark, color=colour, alpha=0.45, markersize=3.5)
-            axes.plot([*means], [*means.values()], mark + "-", color=colour, label=arm["name"], markersize=4.5)
+            lines += axes.plot([*means], [*means.values()], mark + "-", color=colour, markersize=4.5)
             axes.plot(chosen, [means[rate] for rate in chosen], "o", markersize=12, fillstyle="none", color=colour)
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+        # Handed over: labels that begin with "_" would be left out.
+        figure.legend(lines, [arm["name"] for arm in content["arms"]], loc="outside right center", frameon=False, fontsize=8)
     return Path(out)

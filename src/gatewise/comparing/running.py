@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from gatewise.comparing.arms import Arm, arms_of, same_answers, same_size
+from gatewise.comparing.arms import Arm, another_size, arms_of, same_answers, same_size
 from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
@@ -42,12 +42,14 @@ from gatewise.runs.dry_run import duration, ready, timed_step
 from gatewise.runs.launch import is_launched
 from gatewise.runs.recipe import Recipe, by_key, checked
 from gatewise.runs.run import train
+from gatewise.tasks.records import files_of_source
 from gatewise.tasks.splitting import set_aside
 
 PLAN, RUNS, WORK, ADAPTERS, RESULT, PICTURE = "plan.json", "runs", "work", "adapters", "compare.json", "compare.png"
 MOST_TUNING, LEAST_TUNING = 500, 32
 _FREE_TO_CHANGE: Any = {"device": True, "launch": True, "training": {"log_every", "eval_batch_size"}}
 _SILENT = Console(quiet=True)
+_AGAIN, _NO_PLAN = "remove it, and give the same command again", "put it back, or give another folder"
 _OF_A_RUN = ("arm", "learning_rate", "seed", "for", "metric", "machine", "whole_seconds")
 
 
@@ -125,7 +127,7 @@ def compare(
     )
     comparison.agree()
     comparison.look_ahead()
-    comparison.work(deadline)
+    comparison.work(deadline, is_short=bool(budget_minutes))
     return comparison.report()
 
 
@@ -209,15 +211,17 @@ class _Comparison:
         """Writes the plan. Arms of an earlier one stay in it: another process may be making their first run.
 
         Raises:
-            GatewiseError: the folder is for another comparison, or for something else.
+            GatewiseError: the folder is for another comparison or for something else, or nothing says what its runs are of.
         """
         there = {one.name for one in self.output.iterdir()} if self.output.is_dir() else set()
         if there and not there & {PLAN, WORK}:
             raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
         check_new_file(self.output / WORK / PLAN)  # there, so that no process sees a folder with something else alone
         with self._lock("plan"):
-            begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
-            arms = self._check(begun) if (self.output / PLAN).is_file() else {}
+            begun, is_planned = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}, (self.output / PLAN).is_file()
+            if begun and not is_planned:
+                raise GatewiseError(f"{self.output} has runs and no {PLAN}, which says of what they are: {_NO_PLAN}")
+            arms = self._check(begun) if is_planned else {}
             write_json(self.output / PLAN, {**self.plan, "arms": arms | self.plan["arms"]})
 
     def _check(self, begun: Collection[str]) -> dict[str, Any]:
@@ -226,7 +230,7 @@ class _Comparison:
         Raises:
             GatewiseError: its rows, or its arms of those that have begun, are others.
         """
-        before, plan = _read(self.output / PLAN, self.plan), self.plan
+        before, plan = _read(self.output / PLAN, self.plan, _NO_PLAN if begun else _AGAIN), self.plan
         changed = []
         if begun:
             all_files = before["files"], self.files, _fingerprints(self.arms[0].recipe)
@@ -260,7 +264,8 @@ class _Comparison:
         for name in self.found:  # left by a process that was killed when its run was finished
             shutil.rmtree(self.output / WORK / name, ignore_errors=True)
         for arm in self.arms:
-            for line in (f"has {arm.parameters:,} parameters", *arm.told):
+            another = another_size(arm.parameters, self.arms[0].parameters, self.arms[0].name, arm.heads)
+            for line in (f"has {arm.parameters:,} parameters", *arm.told, *([another] if another else ())):
                 self.progress.say(f"{arm.name} {line}")
         finals = [run for arm in self.arms for run in self._search(arm)[1] if "metrics" in self.found.get(run.name, {})]
         lost = [run for run in finals if not self._kept(run).is_dir()]
@@ -342,15 +347,24 @@ class _Comparison:
 
     # The runs -----------------------------------------------------------------------------------------------------------
 
-    def work(self, deadline: float) -> None:
-        """Makes the runs that are left, and waits for those that other processes do, as long as there is time."""
-        has_waited = False
+    def work(self, deadline: float, is_short: bool) -> None:
+        """Makes the runs that are left, and waits for those that other processes do, as long as there is time.
+
+        Args:
+            is_short: say so if there is none for any run.
+        """
+        has_waited = has_made = False
         while wanted := self._wanted():
             rest = deadline - time.monotonic()
             in_time = [run for run in wanted if (self._takes(run.arm, run.is_final) or 0) < rest]
             if not in_time:
+                if is_short and not has_made:
+                    shortest = min(self._takes(run.arm, run.is_final) or 0 for run in wanted)
+                    self.progress.say(f"no run fits into the time: the shortest takes about {duration(shortest)}")
                 return
-            if not any(map(self._taken, in_time)):  # the first that is free is made
+            if any(map(self._taken, in_time)):  # the first that is free is made
+                has_made = True
+            else:
                 if not has_waited:
                     self.progress.say("waiting for runs that other processes do")
                 has_waited = True
@@ -389,7 +403,7 @@ class _Comparison:
         except GatewiseError as error:
             if not resumed:
                 raise
-            self.progress.say(f"  which cannot go on and begins again: {error}")
+            self.progress.say(f"  which cannot go on and begins again: {str(error).partition(': resume it')[0]}")
             shutil.rmtree(work)
             return
         else:
@@ -445,6 +459,7 @@ class _Comparison:
                 "name": arm.name,
                 "parameters": arm.parameters,
                 "heads": arm.heads,
+                "told": arm.told,
                 "learning_rate": finals[0].rate if (finals := self._search(arm)[1]) else None,
                 "recipe_rate": arm.recipe.training.learning_rate,
             }
@@ -458,21 +473,22 @@ def _make_room() -> None:
     torch.cuda.empty_cache()
 
 
-def _read(path: Path, keys: Collection[str]) -> dict[str, Any]:
+def _read(path: Path, keys: Collection[str], advice: str = _AGAIN) -> dict[str, Any]:
     """Reads a file that a comparison wrote, which has these keys at least."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise GatewiseError(f"{path} is damaged: remove it, and give the same command again")
+        raise GatewiseError(f"{path} is damaged: {advice}")
     return found
 
 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of the files that the rows come from."""
-    paths = {f"data.{key}": Path(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
+    paths = {f"data.{key}": files_of_source(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
+    found = {key: [path.read_bytes() for path in files if path.is_file()] for key, files in paths.items()}
+    return {key: hashlib.sha256(b"".join(contents)).hexdigest() for key, contents in found.items() if contents}
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

@@ -238,8 +238,10 @@ def checked(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
 
 
 def _class_of(tree: Mapping[str, Any]) -> type[Recipe]:
-    task = tree.get("task")
-    return recipe_class(str(tree.get("method")), DEFAULT_TASK if task is None else str(task))
+    method, task = tree.get("method"), tree.get("task")
+    if method is None:
+        raise GatewiseError(f"method is missing, expected one of {', '.join(METHODS)}")
+    return recipe_class(str(method), DEFAULT_TASK if task is None else str(task))
 
 
 def _validated(tree: Mapping[str, Any]) -> Recipe:

@@ -97,7 +97,7 @@ def load_records(
     Raises:
         GatewiseError: the source cannot be read, or a row is not what its kind needs: names the file, line and field.
     """
-    name, path = str(source), Path(os.path.expanduser(source))
+    name = str(source)
     if labels is not None and len(set(labels)) < len(labels):
         raise GatewiseError(f"labels are {', '.join(labels)}: expected each name once")
     if limit is not None and limit < 1:
@@ -113,10 +113,8 @@ def load_records(
         labels = labels or hub_labels
     else:
         sample = name.removeprefix(SAMPLE_PREFIX)
-        if several := sorted(path.parent.glob(path.name)) if "*" in path.name else []:
-            numbered = chain.from_iterable(_read_file(file, str(file)) for file in several)
-        else:
-            numbered = _read_file(path if sample == name else _sample(sample), name)
+        files = files_of_source(name) if sample == name else [_sample(sample)]
+        numbered = chain.from_iterable(_read_file(file, str(file) if "*" in name else name) for file in files)
     kind: Kind | None = None
     rows: list[Row] = []
     for where, row in numbered:
@@ -130,12 +128,21 @@ def load_records(
             fields = _TARGETS if row.get("targets") else _TARGET
         rows.append(_with_messages(row, where) if kind == "chat" else _checked(row, fields, where, columns or {}))
         if kind == "label" and labels is not None and rows[-1]["label"] not in labels:
-            raise GatewiseError(f"{where}: the label is {rows[-1]['label']!r}, expected one of {', '.join(labels)}")
+            raise GatewiseError(
+                f"{where}: the label is {rows[-1]['label']!r}, expected one of {', '.join(labels)}: take the row out, "
+                "or name all labels"
+            )
     if kind is None:
         raise GatewiseError(f"{name} has no rows")
     if kind != "label":
         return Records(kind, rows[:limit], None, name, columns)
     return Records(kind, rows[:limit], list(labels or sorted({row["label"] for row in rows})), name, columns)
+
+
+def files_of_source(source: str) -> list[Path]:
+    """The files of a source that is neither a sample nor a data set: where its name has a ``*``, those that there are."""
+    path = Path(os.path.expanduser(source))
+    return (sorted(path.parent.glob(path.name)) if "*" in path.name else []) or [path]
 
 
 def is_data_set(source: str) -> bool:
