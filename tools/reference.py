@@ -230,7 +230,7 @@ STABLE = {
     "gatewise.checks": ("is_whole", "is_number", "HALF_A_PAIR", "has_half_a_pair", "printable", "writable"),
     "gatewise.errors": ("GatewiseError", "reason_of", "some"),
     "gatewise.files": (
-        *("whole_file", "whole_folder", "check_new_file", "check_new_folder", "content_of", "is_special", "finite"),
+        *("whole_file", "whole_folder", "check_new_file", "check_new_folder", "content_of", "is_one_file", "is_special", "finite"),
         *("write_json", "write_json_lines", "sync_to_disk"),
     ),
     "gatewise.flags": ("OUT", "BaseOption", "DeviceOption", "JsonOption"),

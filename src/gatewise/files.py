@@ -93,11 +93,18 @@ def check_not_read(path: str | Path, *sources: str | Path) -> None:
     """
     for source in map(str, sources):
         for one in {source, *glob.glob(source)}:
-            there = os.path.exists(one) and os.path.exists(path)
-            if os.path.samefile(one, path) if there else os.path.realpath(one) == os.path.realpath(path):
+            if is_one_file(one, path):
                 raise GatewiseError(
                     f"{path} is a file that is read ({source}), and would be replaced: give what is written another name"
                 )
+
+
+def is_one_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, which need not be there yet."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or has a NUL in its name, which is told when it is opened
+        return False
 
 
 def check_new_folder(path: str | Path) -> None:

@@ -54,7 +54,9 @@ def test_labels_are_sorted_and_cover_the_whole_file_even_when_limited(write: Wri
 def test_given_labels_set_the_order_and_refuse_others(write: Write) -> None:
     path = write(LABELLED)
     assert load_records(path, labels=["mixed", "good", "bad", "more"]).labels == ["mixed", "good", "bad", "more"]
-    with pytest.raises(GatewiseError, match=r"rows.jsonl, line 3: the label is 'mixed', expected one of bad, good: take the row out"):
+    with pytest.raises(
+        GatewiseError, match=r"rows.jsonl, line 3: the label is 'mixed', expected one of bad, good: take the row out"
+    ):
         load_records(path, labels=["bad", "good"])
     with pytest.raises(GatewiseError, match="each name once"):
         load_records(path, labels=["bad", "bad"])

@@ -8,8 +8,9 @@ import typer
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
+from gatewise.files import is_one_file
 from gatewise.flags import OUT, JsonOption
-from gatewise_mdt.commands.trees import count_of, is_one_file, say
+from gatewise_mdt.commands.trees import count_of, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord

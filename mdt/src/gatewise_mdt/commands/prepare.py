@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gatewise.errors import GatewiseError
+from gatewise.files import is_one_file
 from gatewise.flags import OUT
-from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, count_of, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import StrictOption, check_target, check_whole, count_of, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord

@@ -1,6 +1,5 @@
 """The files of trees that a command reads, and where the trees go that it made: to stdout, or to ``--out``."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +8,7 @@ import typer
 
 from gatewise.checks import printable
 from gatewise.errors import GatewiseError
+from gatewise.files import is_one_file
 from gatewise.flags import OUT
 
 if TYPE_CHECKING:
@@ -87,14 +87,6 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
     """
     if out is not None and any(is_one_file(one, out) for one in inputs):
         raise GatewiseError(f"--out {out} is a file that is read, and would be lost: give another path")
-
-
-def is_one_file(one: str | Path, other: str | Path) -> bool:
-    """Whether two paths lead to one file, which need not be there yet."""
-    try:
-        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
-    except (OSError, ValueError):  # one is not there, or has a NUL in its name, which is told when it is opened
-        return False
 
 
 def count_of(number: int, thing: str) -> str:
