@@ -245,10 +245,15 @@ def test_what_is_refused(tmp_path: Path, names: tuple[str, ...], overrides: tupl
 def test_arms_that_differ_in_size_alone_are_refused(tmp_path: Path) -> None:
     recipe, larger = write_recipe(tmp_path), tmp_path / "larger.yaml"
     larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}}))
-    with pytest.raises(GatewiseError, match="arm larger is the same as lora once it stores as much as lora: leave one out"):
+    with pytest.raises(
+        GatewiseError,
+        match="arm larger is the same as lora once it stores as much as lora, and no sizes are compared: leave one out",
+    ):
         same_size([*arms(recipe, "lora", larger).values()])
     larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1}}))  # another scale
     assert len(same_size([*arms(recipe, "lora", larger).values()])) == 2
+    with pytest.raises(GatewiseError, match="arm rslora is the same as lora: leave one out"):
+        same_size([*arms(write_recipe(tmp_path, peft={"r": 2, "use_rslora": True}), "lora", "rslora").values()])
 
 
 def test_b_learns_faster_in_all_arms_of_lora_where_it_does_in_the_recipe(tmp_path: Path) -> None:

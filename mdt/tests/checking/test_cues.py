@@ -11,6 +11,7 @@ In pregnancy, cease "naproxen".
 Naproxen should be held by the patient before surgery.
 Naproxen should be held by the surgeon before surgery.
 Naproxen should be held by the on-call team.
+Naproxen should be held by the parenteral nutrition team.
 Naproxen is contraindicated in heart failure.
 Naproxen should be withheld before surgery.
 Naproxen is not advised in pregnancy.

@@ -229,6 +229,7 @@ def test_contents_may_name_what_an_earlier_chapter_has_a_line_of() -> None:
     [
         ["Heart failure ........ 1", "Diabetes ........ 1", "Age 75 or over ........ 2"],
         ["Diabetes ........ 1"],
+        ["Age 75 or over ........ 2", "Diabetes ........ 1"],
         ["Diabetes ........ 1", "Age 75 or over ........ 1"],
     ],
 )

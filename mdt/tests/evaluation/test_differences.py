@@ -214,6 +214,8 @@ def test_a_dose_in_other_words(one: str, other: str) -> None:
     [
         ("fever and cough", "fever or cough", "and / or"),
         ("发热且咳嗽", "发热或咳嗽", "and / or"),
+        ("妊娠期和以下情况", "妊娠期或以下情况", "and / or"),
+        ("严重程度及以下因素", "严重程度或以下因素", "and / or"),
         ("able to swallow", "unable to swallow", "negation"),
         ("responds to steroids", "fails to respond to steroids", "negation"),
         ("aged 60 and above", "aged 60 or above", ""),

@@ -209,9 +209,8 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
         if recipe is not arm.recipe:
             told.append(f"has {key} {_size(recipe, key)} and not {_size(arm.recipe, key)}, to store as much as {first.name}")
         if twin := next((one.name for one in sized if one.recipe.model_dump() == recipe.model_dump()), None):
-            raise GatewiseError(
-                f"arm {arm.name} is the same as {twin} once it stores as much as {first.name}: leave one out, no sizes are compared"
-            )
+            size = "" if recipe is arm.recipe else f" once it stores as much as {first.name}, and no sizes are compared"
+            raise GatewiseError(f"arm {arm.name} is the same as {twin}{size}: leave one out")
         sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))
     return sized
 

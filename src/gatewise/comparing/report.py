@@ -49,7 +49,7 @@ def report(
 
     Args:
         runs: what finished runs came to, as their files have it.
-        arms: ``name``, ``parameters`` (as planned; told is what the final adapters store), ``heads`` (how many of them are of
+        arms: ``name``, ``parameters`` (planned; the report has what final adapters store), ``heads`` (how many of them are of
             heads, in which arms do not differ), ``learning_rate`` (the one that was chosen, or None while it is searched for),
             ``recipe_rate`` and ``told`` of each; see :class:`~gatewise.comparing.arms.Arm`. The others are compared with the first.
         lower_is_better: than the metric.
@@ -258,7 +258,7 @@ def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | N
         notes.append("no rate was searched for: each method ran at its recipe's own, which may suit one better than another")
     for arm in arms:
         tried = [one["learning_rate"] for one in arm["rates"]]
-        if tried and all(value is None for one in arm["rates"] for value in one["tuning"]):
+        if arm["learning_rate"] is not None and tried and all(value is None for one in arm["rates"] for value in one["tuning"]):
             notes.append(
                 f"{arm['name']} diverged at every rate tried, down to {min(tried):.3g}: give a lower training.learning_rate"
             )

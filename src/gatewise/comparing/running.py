@@ -358,7 +358,7 @@ class _Comparison:
             rest = deadline - time.monotonic()
             in_time = [run for run in wanted if (self._takes(run.arm, run.is_final) or 0) < rest]
             if not in_time:
-                if is_short and not has_made:
+                if is_short and not (has_made or has_waited):
                     shortest = min(self._takes(run.arm, run.is_final) or 0 for run in wanted)
                     self.progress.say(f"no run fits into the time: the shortest takes about {duration(shortest)}")
                 return
@@ -487,8 +487,13 @@ def _read(path: Path, keys: Collection[str], advice: str = _AGAIN) -> dict[str, 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of the files that the rows come from."""
     paths = {f"data.{key}": files_of_source(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
-    found = {key: [path.read_bytes() for path in files if path.is_file()] for key, files in paths.items()}
-    return {key: hashlib.sha256(b"".join(contents)).hexdigest() for key, contents in found.items() if contents}
+    found: dict[str, str] = {}
+    for key, files in paths.items():
+        digest = hashlib.sha256()
+        for path in filter(Path.is_file, files):
+            digest.update(path.read_bytes())
+            found[key] = digest.hexdigest()
+    return found
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

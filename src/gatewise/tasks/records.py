@@ -140,7 +140,7 @@ def load_records(
 
 
 def files_of_source(source: str) -> list[Path]:
-    """The files of a source that is neither a sample nor a data set: where its name has a ``*``, those that there are."""
+    """The files of a source: where its name has a ``*``, those that there are. What is no file is returned as a path to none."""
     path = Path(os.path.expanduser(source))
     return (sorted(path.parent.glob(path.name)) if "*" in path.name else []) or [path]
 

@@ -309,7 +309,7 @@ _FORBIDS_BEFORE = re.compile(  # "X is not recommended"
         r"(?:is|are|be) (?:(?!not|never)\w+ )?(?:contra-?indicated|prohibited|forbidden|banned|avoided|withheld|withdrawn"
         r"|omitted|held(?! (?:upright|still|in (?:place|position)"
         r"|by (?:(?:an?|the|their|his|her) )?(?:parent|mother|father|adult|carer|caregiver|guardian|relative|assistant"
-        r"|helper|hand)))"
+        r"|helper|hand)s?\b))"
         r"|discouraged|stopped"
         r"|discontinued|inadvisable|inappropriate|unsuitable|unsafe|dangerous|ineffective)",
         r"contra-?indicated",

@@ -274,7 +274,8 @@ def _contents(pages: Sequence[_Page]) -> list[PageLine]:
             for number, title in zip(numbers[1:], titles, strict=True)
         ]
         known = list(filter(None, apart))
-        if said or further or (2 * len(known) > len(lines) and len(set(numbers[1:])) > 1 and set.intersection(*known)):
+        rises = numbers[1:] == sorted(numbers[1:]) and len(set(numbers[1:])) > 1
+        if said or further or (rises and 2 * len(known) > len(lines) and set.intersection(*known)):
             found += lines
     return found
 
