@@ -213,9 +213,8 @@ def test_no_run_begins_that_would_not_end_in_time(recipe: Path, tmp_path: Path, 
     trainings = Trainings(tmp_path, monkeypatch)
     monkeypatch.setattr(running, "_tried", lambda *_: 20.0)
     console = Console(file=io.StringIO(), width=200)
-    made = compared(
-        recipe, budget_minutes=0.25, console=console
-    )  # of each method three rates, two of them twice more, and two seeds
+    made = compared(recipe, budget_minutes=0.25, console=console)
+    # Of each method three rates, two of them twice more, and two seeds.
     assert (trainings.calls, made["missing"]) == ([], 2 * (3 + 2 + 2 + 2))
     assert "no run fits into the time: the shortest takes about 20 s" in console.file.getvalue()  # type: ignore[attr-defined]
     assert compared(recipe, budget_minutes=1)["missing"] == 0
@@ -256,10 +255,16 @@ def test_what_is_worth_telling_is_told(recipe: Path, tmp_path: Path, monkeypatch
     assert said.count("dev: 3 answers were cut") == 4
     assert "is best on dev" not in said
     monkeypatch.setattr(running, "_tried", lambda *_: 0.0)
-    sizes = (1000, 1020)
-    monkeypatch.setattr(running, "same_size", lambda arms: [replace(arm, parameters=n) for arm, n in zip(arms, sizes, strict=True)])
-    compared(recipe, ["lora", "spt"], seeds=2, rates=1, console=console, budget_minutes=0)
-    assert "spt stores 1,020 parameters, 2.0% more than lora's 1,000" in console.file.getvalue()  # type: ignore[attr-defined]
+    size = "stores 1,020 parameters, 2.0% more than lora's 1,000"
+    monkeypatch.setattr(
+        running,
+        "same_size",
+        lambda arms: [replace(arms[0], parameters=1000), replace(arms[1], parameters=1020, told=(*arms[1].told, size))],
+    )
+    content = compared(recipe, ["lora", "spt"], seeds=2, rates=1, console=console, budget_minutes=0)
+    assert f"spt {size}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "spt has a search of 4 steps before its training" in content["notes"]
+    assert f"spt {size}" not in content["notes"]  # the final adapters store one number each
     monkeypatch.setattr(running, "same_size", lambda arms: arms)
     chosen = write_recipe(tmp_path, training=TRAINING | {"eval_every": 2, "save_every": 2, "load_best": True})
     running.compare(chosen, ["lora"], tmp_path / "best", seeds=1, rates=1, console=console)

@@ -211,6 +211,8 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
         if twin := next((one.name for one in sized if one.recipe.model_dump() == recipe.model_dump()), None):
             size = "" if recipe is arm.recipe else f" once it stores as much as {first.name}, and no sizes are compared"
             raise GatewiseError(f"arm {arm.name} is the same as {twin}{size}: leave one out")
+        if another := another_size(count, target, first.name, heads):
+            told.append(another)
         sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))
     return sized
 

@@ -85,8 +85,7 @@ def report(
         "chosen_on_dev": (min if lower_is_better else max)(means, key=means.__getitem__, default=None),
         "missing": missing,
         "machines": [*{str(run.get("machine")): run.get("machine") for run in every}.values()],
-        "notes": [f"{arm['name']} {line}" for arm in arms for line in arm["told"]]
-        + _notes(told, tried, metric, part if unit == "points" else None),
+        "notes": _settings(arms) + _notes(told, tried, metric, part if unit == "points" else None),
     }
     if any(len(of) > len(common) for of in dev.values()) and not missing:
         content["notes"].append(f"arms have different seeds: what one would take by dev is by the {len(common)} that all have")
@@ -237,6 +236,17 @@ def _lost(values: Sequence[float]) -> list[float]:
     """Of an arm's seeds those far below the others."""
     best = sorted(values, reverse=True)[: len(values) // 2 + 1]
     return sorted(value for value in values if best[-1] - value > max(LOST, 5 * (best[0] - best[-1])))
+
+
+def _settings(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is told of the arms, but for the sizes that were planned: ``_notes`` has those of the final adapters."""
+    first = arms[0]
+    return [
+        f"{arm['name']} {line}"
+        for arm in arms
+        for line in arm["told"]
+        if line != another_size(arm["parameters"], first["parameters"], first["name"], arm["heads"])
+    ]
 
 
 def _notes(arms: Sequence[Content], pairs: Mapping[str, _Pairs], metric: str | None, part: str | None) -> list[str]:

@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from gatewise.comparing.arms import Arm, another_size, arms_of, same_answers, same_size
+from gatewise.comparing.arms import Arm, arms_of, same_answers, same_size
 from gatewise.comparing.forgetting import forgotten
 from gatewise.comparing.rates import FIRST_SEED, Score, Trial, best_rate, rate_at, runs_of_search
 from gatewise.comparing.report import draw, outlook, report
@@ -218,7 +218,8 @@ class _Comparison:
             raise GatewiseError(f"{self.output} is not empty and holds no comparison: give another folder")
         check_new_file(self.output / WORK / PLAN)  # there, so that no process sees a folder with something else alone
         with self._lock("plan"):
-            begun, is_planned = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}, (self.output / PLAN).is_file()
+            begun = {run.parent.name for run in (self.output / RUNS).glob("*/*.json")}
+            is_planned = (self.output / PLAN).is_file()
             if begun and not is_planned:
                 raise GatewiseError(f"{self.output} has runs and no {PLAN}, which says of what they are: {_NO_PLAN}")
             arms = self._check(begun) if is_planned else {}
@@ -264,8 +265,7 @@ class _Comparison:
         for name in self.found:  # left by a process that was killed when its run was finished
             shutil.rmtree(self.output / WORK / name, ignore_errors=True)
         for arm in self.arms:
-            another = another_size(arm.parameters, self.arms[0].parameters, self.arms[0].name, arm.heads)
-            for line in (f"has {arm.parameters:,} parameters", *arm.told, *([another] if another else ())):
+            for line in (f"has {arm.parameters:,} parameters", *arm.told):
                 self.progress.say(f"{arm.name} {line}")
         finals = [run for arm in self.arms for run in self._search(arm)[1] if "metrics" in self.found.get(run.name, {})]
         lost = [run for run in finals if not self._kept(run).is_dir()]
@@ -353,23 +353,22 @@ class _Comparison:
         Args:
             is_short: say so if there is none for any run.
         """
-        has_waited = has_made = False
-        while wanted := self._wanted():
-            rest = deadline - time.monotonic()
-            in_time = [run for run in wanted if (self._takes(run.arm, run.is_final) or 0) < rest]
-            if not in_time:
-                if is_short and not (has_made or has_waited):
-                    shortest = min(self._takes(run.arm, run.is_final) or 0 for run in wanted)
-                    self.progress.say(f"no run fits into the time: the shortest takes about {duration(shortest)}")
-                return
-            if any(map(self._taken, in_time)):  # the first that is free is made
-                has_made = True
-            else:
+        if is_short and (wanted := self._wanted()) and not self._in_time(deadline):
+            shortest = min(self._takes(run.arm, run.is_final) or 0 for run in wanted)
+            self.progress.say(f"no run fits into the time: the shortest takes about {duration(shortest)}")
+        has_waited = False
+        while in_time := self._in_time(deadline):
+            if not any(map(self._taken, in_time)):  # the first that is free is made
                 if not has_waited:
                     self.progress.say("waiting for runs that other processes do")
                 has_waited = True
                 time.sleep(0.5)
                 self._look()
+
+    def _in_time(self, deadline: float) -> list[_Run]:
+        """The runs that can be made now, and would end before the deadline."""
+        rest = deadline - time.monotonic()
+        return [run for run in self._wanted() if (self._takes(run.arm, run.is_final) or 0) < rest]
 
     def _taken(self, run: _Run) -> bool:
         """Makes a run, or returns False if another process is making it."""
