@@ -242,6 +242,13 @@ def test_what_is_refused(tmp_path: Path, names: tuple[str, ...], overrides: tupl
         arms(write_recipe(tmp_path), *names, overrides=overrides)
 
 
+def test_a_recipe_file_with_the_name_of_a_method_is_refused_after_it_and_before_it(tmp_path: Path) -> None:
+    (own := tmp_path / "lora.yaml").write_text(json.dumps({"method": "lora"}))
+    for names in (("lora", own), (own, "lora")):
+        with pytest.raises(GatewiseError, match="--methods names lora twice: an arm that is a recipe file has the file's name"):
+            arms(write_recipe(tmp_path), *names)
+
+
 def test_arms_that_differ_in_size_alone_are_refused(tmp_path: Path) -> None:
     recipe, larger = write_recipe(tmp_path), tmp_path / "larger.yaml"
     larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}}))
@@ -252,6 +259,11 @@ def test_arms_that_differ_in_size_alone_are_refused(tmp_path: Path) -> None:
         same_size([*arms(recipe, "lora", larger).values()])
     larger.write_text(json.dumps({"method": "lora", "peft": {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1}}))  # another scale
     assert len(same_size([*arms(recipe, "lora", larger).values()])) == 2
+    larger.write_text(json.dumps({"method": "lora", "training": {"max_steps": 400}}))
+    with pytest.raises(
+        GatewiseError, match=r"arm larger is the same as lora: leave one out \(training.max_steps is \d+, as all arms"
+    ):
+        same_size([*arms(recipe, "lora", larger).values()])
     with pytest.raises(GatewiseError, match="arm rslora is the same as lora: leave one out"):
         same_size([*arms(write_recipe(tmp_path, peft={"r": 2, "use_rslora": True}), "lora", "rslora").values()])
 
@@ -262,7 +274,7 @@ def test_b_learns_faster_in_all_arms_of_lora_where_it_does_in_the_recipe(tmp_pat
     own.write_text(json.dumps({"method": "alora", "training": {"lora_plus_ratio": 2}}))
     names = ("lora", "dora", "random", "lora+", "spt", plain, own)
     found = arms(write_recipe(tmp_path, training={"max_steps": 4, "lora_plus_ratio": 8}), *names)
-    assert [arm.recipe.training.lora_plus_ratio for arm in found.values()] == [8, 8, 8, 16, None, 8, 2]
+    assert [arm.recipe.training.lora_plus_ratio for arm in found.values()] == [8, 8, 8, 16, None, None, 2]  # a file has its own
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

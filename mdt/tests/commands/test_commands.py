@@ -222,6 +222,7 @@ def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     assert name not in (tmp_path / "train.jsonl").read_text()
     assert "4 passages of 2 documents" in gatewise(*words, "--dev-share", 0.4).stdout
     assert_refused(gatewise(*words, "--dev-share", 1), "the share of dev is 1", "between 0 and 1")
+    assert_refused(gatewise(*words[:4], "--dev-share", 0.4), "--dev-share needs --dev FILE")
 
 
 @pytest.mark.parametrize("link", [False, True])

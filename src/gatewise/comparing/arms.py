@@ -90,7 +90,8 @@ def arms_of(recipe: str | Path, names: Sequence[str], overrides: Sequence[str]) 
         is_file = given not in CONTROLS and given not in METHODS
         name = Path(given).stem if is_file else given
         if name in arms:
-            advice = "an arm that is a recipe file has the file's name, so give it another" if is_file else "leave one out"
+            is_again = names.count(given) > 1
+            advice = "leave one out" if is_again else "an arm that is a recipe file has the file's name, so give it another"
             raise GatewiseError(f"--methods names {name} twice: {advice}")
         method, *fixed = CONTROLS.get(given, (given,))
         tree, told, own_scale = base, tuple[str, ...](), True
@@ -153,7 +154,8 @@ def _of_file(path: Path, base: Tree) -> tuple[Tree, tuple[str, ...], bool]:
     alone = checked({key: lent[key] for key in ("model", "task", "data", "peft") if key in lent} | own, str(path))
     sections, rates = METHODS[alone.method].sections(), own.get("training") or {}
     tree = lent | {key: own[key] for key in sections if key in own}
-    tree["training"] |= {key: rates[key] for key in RATES if key in rates}
+    others = {key: value for key, value in tree["training"].items() if key != "lora_plus_ratio"}  # a file has its own, or none
+    tree["training"] = others | {key: rates[key] for key in RATES if key in rates}
     shared = by_key(checked(tree, str(path)).model_dump())
     its_own: Any = {**dict.fromkeys(sections, True), "training": set(RATES)}
     said = by_key(alone.model_dump(exclude_unset=True, exclude=its_own))
@@ -210,7 +212,8 @@ def same_size(arms: Sequence[Arm]) -> list[Arm]:
             told.append(f"has {key} {_size(recipe, key)} and not {_size(arm.recipe, key)}, to store as much as {first.name}")
         if twin := next((one.name for one in sized if one.recipe.model_dump() == recipe.model_dump()), None):
             size = "" if recipe is arm.recipe else f" once it stores as much as {first.name}, and no sizes are compared"
-            raise GatewiseError(f"arm {arm.name} is the same as {twin}{size}: leave one out")
+            why = f" ({'; '.join(arm.told)})" if arm.told else ""
+            raise GatewiseError(f"arm {arm.name} is the same as {twin}{size}: leave one out{why}")
         if another := another_size(count, target, first.name, heads):
             told.append(another)
         sized.append(replace(arm, recipe=recipe, told=tuple(told), parameters=count, heads=heads))

@@ -336,7 +336,7 @@ def _sentences(content: Content) -> list[str]:
         for arm in content["arms"]
         if arm["diverged"]
     ]
-    if content["detectable"] is not None and not wins:
+    if content["detectable"] is not None and not wins and not losses:
         said.append(
             "With so few seeds no difference would be found four times in five."
             if _is_beyond(content["detectable"], unit)

@@ -402,7 +402,7 @@ class _Comparison:
         except GatewiseError as error:
             if not resumed:
                 raise
-            self.progress.say(f"  which cannot go on and begins again: {str(error).partition(': resume it')[0]}")
+            self.progress.say(f"  which cannot go on and begins again: {str(error).partition(': ')[0]}")  # without what to do
             shutil.rmtree(work)
             return
         else:
@@ -485,14 +485,9 @@ def _read(path: Path, keys: Collection[str], advice: str = _AGAIN) -> dict[str, 
 
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of the files that the rows come from."""
-    paths = {f"data.{key}": files_of_source(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
-    found: dict[str, str] = {}
-    for key, files in paths.items():
-        digest = hashlib.sha256()
-        for path in filter(Path.is_file, files):
-            digest.update(path.read_bytes())
-            found[key] = digest.hexdigest()
-    return found
+    sources = {f"data.{key}": files_of_source(str(getattr(recipe.data, key))) for key in ("train", "dev", "test")}
+    found = {key: [file.read_bytes() for file in files if file.is_file()] for key, files in sources.items()}
+    return {key: hashlib.sha256(b"".join(files)).hexdigest() for key, files in found.items() if files}
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def prepare(
         if path.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
         check_target(path, [data])
+    if dev is None and dev_share is not None:
+        raise GatewiseError("--dev-share needs --dev FILE, the file that the records held back are written to")
     if dev is not None and is_one_file(out, dev):
         raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two files")
     read = read_file(data, not strict, counted=True)

@@ -169,7 +169,7 @@ def said(phrase: str) -> Said:
 _A_TIME = re.compile(rf"(\d ?([^\d\s]*) )?\b({'|'.join(DURING)}) an?(?= (day|week|month|year|hour)\b)", re.IGNORECASE)
 _DOSED = re.compile(r"(?:[mkµμ]?g|mcg|micro\w*|m?l|i?u|units?|mmol)(?:/\S+)?|%", re.IGNORECASE)
 _OR_MORE = re.compile(  # but not of "any of the following"
-    r"(?:(?:(?<=[级岁])|(?<=[轻中重]度)|(?<=[\dⅠ-Ⅳ一二三四IV]期))[及或和](?=以[上下内])"
+    r"(?:(?:(?<=[级岁])|(?<=[轻中重\div一二三四五]度)|(?<=[\divabc一二三四五]期))[及或和](?=以[上下内])"
     r"|[及或和](?=以[上下内](?!任|各|几|之一|情况|条件|情形|标准|因素|症状|疾病|表现|检查|[一二两三四五六七八九十\d]+[项种条个])))"
 )
 _UNABLE = re.compile(r"\b(?:unable|inability)\b|\bfail(?:s|ed|ing|ure)? to\b")
