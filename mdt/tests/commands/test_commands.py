@@ -237,6 +237,18 @@ def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, li
     assert out.read_bytes() == before
 
 
+def test_what_a_review_wrote_is_not_written_over(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "g.md.review.jsonl").write_text("")
+    (tmp_path / "mine.jsonl").write_text("")
+    (tmp_path / "mine.history.jsonl").write_text("")
+    for out in ("g.md.review.jsonl", "mine.jsonl"):
+        said = f"--out {out} has the trees of a review, which would be lost"
+        assert_refused(gatewise("prepare", "sample:guidelines", "--out", out), said)
+        assert_refused(gatewise("show", "sample:guidelines", "--format", "json", "--out", out), said)
+        assert (tmp_path / out).read_text() == ""
+    assert gatewise("show", "sample:guidelines", "--format", "json", "--out", "mine.json").exit_code == 0
+
+
 def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "data.jsonl")
     for dev in ("data.jsonl", "./data.jsonl", tmp_path / "data.jsonl", "link.jsonl"):

@@ -1,6 +1,7 @@
 """What goes out to systems that run it: approved trees whose items are all ticked, and drafts that say so."""
 
 import base64
+import hashlib
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from fhir_rules import faults_of
 from gatewise_mdt import DecisionTree, TreeRecord, open_items, render, write_view
 from gatewise_mdt.checking.ticks import key_of
-from gatewise_mdt.formats.gate import RUN
+from gatewise_mdt.formats.gate import RUN, check_documents
 from mdt_trees import node, triple
 from refusals import assert_refused
 from typer.testing import CliRunner
@@ -24,7 +25,10 @@ TREE = [node("D", triple("naproxen", "drug therapy"))]
 
 
 def record(number: int = 1, text: str = "adults with gout@Give naproxen.", **more: Any) -> TreeRecord:
-    return TreeRecord(text, DecisionTree.from_preorder(TREE), number, more)
+    """A record; an approval is of it, unless ``more`` says of what."""
+    made = TreeRecord(text, DecisionTree.from_preorder(TREE), number, more)
+    approved = {"reviewed": {"of": made.digest}} if more.get("review") == "approved" else {}
+    return TreeRecord(text, made.tree, number, approved | more)
 
 
 def ticked(one: TreeRecord) -> TreeRecord:
@@ -57,6 +61,38 @@ def test_what_runs_takes_approved_trees_without_open_items(format: str, tmp_path
     assert "naproxen" in written(ticked(held), format, tmp_path)
     for one in (held, record()):
         assert "DRAFT" in written(one, format, tmp_path, drafts=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reviewed": {"by": "Ada"}},  # of an earlier version: nothing says of which tree
+        {"reviewed": {"by": "Ada", "of": None}},
+        {"reviewed": "Ada"},
+        {"changed": {"by": "Ada"}},
+    ],
+)
+def test_an_approval_of_nobody_knows_what_and_of_a_tree_that_was_changed_since_runs_nowhere(more: dict[str, Any]) -> None:
+    one = record(4, review="approved", **more)
+    with pytest.raises(
+        GatewiseError, match=r"dmn takes approved trees alone, and passage 4 .* is not approved as it is: approve it"
+    ):
+        render([one], "dmn")
+    assert "DRAFT" in render([one], "dmn", drafts=True)
+    assert render([one], "text")
+
+
+def test_every_copy_of_the_document_that_is_at_hand_has_to_be_the_one_that_was_read(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    named, beside = tmp_path / "src" / "g.md", tmp_path / "g.md"
+    named.write_text("Give naproxen.")
+    of_it = {"source": str(named), "sha256": hashlib.sha256(named.read_bytes()).hexdigest()}
+    one = record(review="approved", **of_it)
+    beside.write_bytes(named.read_bytes())
+    check_documents(tmp_path / "g.review.jsonl", [one])
+    named.write_text("Never give naproxen.")
+    with pytest.raises(GatewiseError, match=f"{named} has changed since its review was saved"):
+        check_documents(tmp_path / "g.review.jsonl", [one])
 
 
 def test_a_draft_says_so_in_every_resource_and_sheet(tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_an_old_draft_that_a_reviewer_did_not_want_stays_away() -> None:
         assert gout() in [again.now.nodes, again.beside and again.beside.nodes]
 
 
+def test_an_approval_that_was_taken_back_in_the_newer_review_is_not_carried_over_again() -> None:
+    old = record(review="approved", reviewed=ADA)
+    (made,), _ = carry([replace(passages(TEXT)[0], now=Version(gout(), "drafted"))], [old], "old")
+    assert made.now.state == "approved"
+    withdrawn = made.set_approval(False)
+    assert withdrawn.now.state == "drafted"
+    (again,), done = carry([withdrawn], [old], "old")
+    assert again is withdrawn
+    assert (done.same, done.kept, done.unlike) == ([], [1], [])
+
+
 def test_a_newer_draft_gives_way_to_an_approved_tree_of_the_same_text_and_can_be_had_back() -> None:
     (before,) = passages(TEXT)
     draft = [node("D", triple("rest", "therapeutic schedule"))]

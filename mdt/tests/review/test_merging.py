@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt.records import CARRIED_KEY
+from gatewise_mdt import render
+from gatewise_mdt.records import CARRIED_KEY, read_trees
 from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.session import By, Session
 from mdt_trees import TEXT, node, triple
 from review_serving import tick_all
+
+from gatewise.errors import GatewiseError
 
 Nodes = list[dict[str, Any]]
 DRUGS = ("colchicine", "naproxen", "rest")
@@ -233,6 +236,62 @@ def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path
         ("2. Dose", "naproxen"),
         ("1. Dose", "colchicine"),
     ]
+    again.close()
+
+
+def test_nothing_says_which_of_two_trees_is_of_the_one_section_that_is_left(tmp_path: Path) -> None:
+    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (2, "naproxen")):
+        write_and_approve(session, number, name)
+    session.save()
+    left(session)
+    new = guide(tmp_path, "# Adults\n\n## 3. Dose\n\nGive it daily.\n")
+    again = open_guide(new)
+    parts = [("Adults›3. Dose", "empty"), ("Adults›1. Dose", "corrected"), ("Adults›2. Dose", "corrected")]
+    assert headings(again) == parts
+    assert ["comes another number of times in the document since its tree was approved" in note for note in again.notes] == [
+        True
+    ] * 2
+    again.save()
+    assert [one["review"] for one in records(again)] == ["corrected"] * 2
+    left(again)
+    third = open_guide(new)
+    assert (headings(third), third.notes) == (parts, [])
+    third.close()
+
+
+def test_a_corrected_tree_that_becomes_a_draft_is_told_of(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path))
+    held = session.begin(3, session.passage(3).version)
+    session.edit(3, held.version, "add_triple", {"node": 0, "parts": triple("rest", "drug therapy")})
+    session.save()
+    left(session)
+    again = open_guide(guide(tmp_path, GUIDE.replace("Give rest to them.", "Give rest to them all.")))
+    assert headings(again)[2] == ("Children", "drafted")
+    assert len(again.notes) == 1
+    assert "changed in the document since its tree was corrected: it is a draft now" in again.notes[0]
+    again.close()
+
+
+def test_an_approved_tree_runs_nowhere_while_another_is_worked_on(tmp_path: Path) -> None:
+    session = Session.open(trees(tmp_path, "colchicine"), reviewer="Ada")
+    approve(session, 1)
+    session.save()
+    before = records(session)
+    assert "colchicine" in render(read_trees(session.files.out).records, "dmn")
+    edit(session, 1, "naproxen")
+    session.save()
+    (record,) = records(session)
+    assert (record["review"], name_of(record["tree"])) == ("approved", "colchicine")
+    assert record["changed"]["by"] == "Ada"
+    with pytest.raises(GatewiseError, match="is not approved as it is"):
+        render(read_trees(session.files.out).records, "dmn")
+    left(session)
+    again = Session.open(str(tmp_path / "dup.json"), reviewer="Ada")
+    again.undo(1, again.passage(1).version)
+    again.save()
+    assert records(again) == before
     again.close()
 
 

@@ -80,7 +80,8 @@ def test_a_tree_that_lost_or_turned_something_is_neither_approved_nor_exported(
         approve(session)
     record = session.passage(1).record()
     out = tmp_path / "old.review.jsonl"  # approved before there were ticks
-    out.write_text(json.dumps({**record.to_json(), "review": "approved", "reviewed": {"by": "Ada"}}))
+    reviewed = {"by": "Ada", "of": record.digest}
+    out.write_text(json.dumps({**record.to_json(), "review": "approved", "reviewed": reviewed}))
     assert_refused(CliRunner().invoke(app, ["mdt", "show", str(out), "--format", "dmn"]), "in passage 1", kind)
     old = Session.open(str(out))
     assert (old.passage(1).now.state, old.notes) == (
@@ -92,7 +93,7 @@ def test_a_tree_that_lost_or_turned_something_is_neither_approved_nor_exported(
     assert json.loads(old.export("fhir-r4", "approved", drafts=True)[1])["meta"]["tag"][0]["code"] == "DRAFT"
     tick_all(old, 1)
     assert "DRAFT" not in old.export("fhir-r4", "approved")[1]
-    assert old.passage(1).now.reviewed == {"by": "Ada"}
+    assert old.passage(1).now.reviewed == reviewed
     assert old.unsaved == 1
 
 

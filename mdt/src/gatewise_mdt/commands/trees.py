@@ -80,13 +80,17 @@ def check_whole(read: "TreeFile", faults: Mapping[int, str], more: str = "") -> 
 
 
 def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
-    """Refuses to write over what is read.
+    """Refuses to write over what is read, and over what a review wrote.
 
     Raises:
-        GatewiseError: the target is one of the inputs.
+        GatewiseError: the target is one of the inputs, or a review's file of corrections.
     """
     if out is not None and any(is_one_file(one, out) for one in inputs):
         raise GatewiseError(f"--out {out} is a file that is read, and would be lost: give another path")
+    if out is None or out.suffix != ".jsonl" or not out.is_file():
+        return
+    if out.name.endswith(".review.jsonl") or out.with_suffix(".history.jsonl").exists():
+        raise GatewiseError(f"--out {out} has the trees of a review, which would be lost: give another path")
 
 
 def count_of(number: int, thing: str) -> str:

@@ -32,7 +32,7 @@ def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) ->
     """
     if format not in RUN or drafts:
         return [replace(record, draft=format in RUN) for record in records]
-    if unapproved := [record for record in records if not record.is_approved]:
+    if unapproved := [record for record in records if not _may_run(record)]:
         are, them = ("are not approved as they are", "them") if len(unapproved) > 1 else ("is not approved as it is", "it")
         raise GatewiseError(
             f"{format} takes approved trees alone, and {_named(unapproved)} {are}: approve {them} in gatewise mdt review; {DRAFTS}"
@@ -49,10 +49,10 @@ def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) ->
 def approved_alone(records: Sequence[TreeRecord], format: str, drafts: bool = False) -> tuple[list[TreeRecord], str]:
     """Of the trees of a file those that a format takes, and a sentence on those that are left out; all, if none is approved, so
     that :func:`cleared` says so."""
-    left = [] if format not in RUN or drafts else [record for record in records if not record.is_approved]
+    left = [] if format not in RUN or drafts else [record for record in records if not _may_run(record)]
     if not left or len(left) == len(records):
         return list(records), ""
-    return [record for record in records if record.is_approved], f"left out, as not approved: {_named(left)}; {DRAFTS}"
+    return [record for record in records if _may_run(record)], f"left out, as not approved: {_named(left)}; {DRAFTS}"
 
 
 def check_documents(file: Path, records: Sequence[TreeRecord]) -> None:
@@ -65,13 +65,19 @@ def check_documents(file: Path, records: Sequence[TreeRecord]) -> None:
     for source, sha256 in {
         (str(record.more.get("source")), record.sha256) for record in records if record.sha256 and record.is_approved
     }:
-        found = next((path for path in (file.parent / Path(source).name, Path(source)) if os.path.isfile(path)), None)
-        if found is not None and hashlib.sha256(content_of(found)).hexdigest() != sha256:
+        places = [path for path in (file.parent / Path(source).name, Path(source)) if os.path.isfile(path)]
+        if found := next((path for path in places if hashlib.sha256(content_of(path)).hexdigest() != sha256), None):
             out = "" if file.name == f"{found.name}.review.jsonl" or file.suffix != ".jsonl" else f" --out {file}"
             raise GatewiseError(
                 f"{found} has changed since its review was saved, so an approval may be of another text: open it again with"
                 f" gatewise mdt review {found}{out}, look at what changed, and save; {DRAFTS}"
             )
+
+
+def _may_run(record: TreeRecord) -> bool:
+    """Whether an approval says that it is of this text and tree, and nobody has changed the tree in a review since, see
+    :attr:`gatewise_mdt.review.passage.Passage.kept`."""
+    return record.is_approved and (record.reviewed or {}).get("of") is not None and not record.more.get("changed")
 
 
 def _named(records: Sequence[TreeRecord]) -> str:

@@ -60,8 +60,9 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
         passage, old = passages[at], records[record]
         version, origin = _old(passage, old, same, source)
         there = version.nodes in [one.nodes for one in (passage.now, passage.beside, passage.now.standing, passage.saved) if one]
-        # A draft that was carried over before and is not there any more gave way to something else in the newer review.
-        gave_way = version.state == "drafted" and passage.more.get(CARRIED_KEY) == origin and not there
+        # What was carried over before and is not there any more, or lost its approval, gave way to something in the newer review.
+        waits = passage.beside is not None and passage.beside.nodes == version.nodes
+        gave_way = passage.more.get(CARRIED_KEY) == origin and not (there if version.state == "drafted" else waits)
         reviewed = passage.now.standing is not None or any(one.state in REVIEWED for one in (passage.now, passage.saved) if one)
         if reviewed or gave_way or (passage.beside is not None and passage.beside.of):
             done.kept.append(passage.number)

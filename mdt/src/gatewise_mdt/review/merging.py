@@ -73,12 +73,16 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
     lost = {i: made[i].text for i in olds if _document(made[i]) in documents and made[i].text not in texts}
     pairs = likest(lost, fresh)
     for j, i in pairs.items():
-        notes += _told(made[i], "changed in the document")
+        notes += _told(made[i], "changed in")
         made[j] = reworded(made[i], made[j])
-    for i in lost.keys() - pairs.values():
-        if _document(made[i]) and made[i].now.standing is not None:
-            notes += _told(made[i], "is gone from the document")
-            made[i] = made[i].unapproved()
+    read = {source.more.get("sha256") for source in sources}
+    for i, row in enumerate(rows):
+        one = made[i]
+        if row.source or i in pairs.values() or not one.now.standing or _document(one) not in documents - {""}:
+            continue
+        if i in lost or one.more.get("sha256") not in read:
+            notes += _told(one, "is gone from" if i in lost else "comes another number of times in")
+            made[i] = one.unapproved()
     return with_ids([one for i, one in enumerate(made) if i not in pairs.values()]), notes
 
 
@@ -95,11 +99,12 @@ def _carried_texts(passage: Passage) -> list[str]:
 
 
 def _told(passage: Passage, what: str) -> list[str]:
-    """What has to be said of an approval whose text is not that of the document."""
+    """What has to be said of a person's word whose text is not that of the document."""
+    said = f"the text of {quoted_beginning(passage.text)} {what} the document since its tree was"
     if passage.now.standing is None:
-        return []
+        return [f"{said} corrected: it is a draft now; look at it again"] if passage.now.state == "corrected" else []
     by = f" by {passage.now.approver}" if passage.now.approver else ""
-    said = f"the text of {quoted_beginning(passage.text)} {what} since its tree was approved{by}: it is approved no more"
+    said += f" approved{by}: it is approved no more"
     return [f"{said}; look at it again and save: until then the file of corrections has it as it was"]
 
 
@@ -108,7 +113,11 @@ def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:
     left = list(draft.passages.values())
     rows = [_Row(source) for source in sources]
     for way in (_WAYS[0], _WAYS[2]):  # the text under other headings than before
-        by_key = _grouped(left, way)
+        by_key, places = _grouped(left, way), _grouped([row.source for row in rows if row.source and row.old is None], way)
+        for key, olds in by_key.items():
+            # One tree for all, or as many as before; else nothing says of which a tree is.
+            if not (len(olds) == len(places[key]) or all(one.now.nodes == olds[0].now.nodes for one in olds)):
+                olds.clear()
         for row in rows:
             if row.old is None and row.source is not None and by_key[way(row.source)]:
                 row.old = by_key[way(row.source)].pop(0)
@@ -134,7 +143,8 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
         made = replace(passage_of(record), more=_placed(more, source), saved=version_of(record))
         return replace(made, past=(given.now,)) if given and given.now.nodes != made.now.nodes else made
     known = [(one.nodes, one.state, one.ticks) for one in (old.now, old.now.standing, old.saved) if one]
-    saved = version_of(record) if record else None
+    # The history knows how it was changed.
+    saved = version_of(replace(record, more={**record.more, "changed": None})) if record else None
     old = replace(old, more=_placed({**old.more, **(lasting_keys(record.more) if record else {})}, source), saved=saved)
     if record and saved:
         if (saved.nodes, saved.state, saved.ticks) in known:

@@ -28,7 +28,19 @@ REVIEWED: tuple[State, ...] = ("corrected", "approved")
 ADJUDICATED_KEY = "adjudicated"
 _MOST_STEPS = 200
 # What is said of one version of a tree, and is no longer true of the next.
-_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", "review", "extraction", "reviewed", "confidence", "ticks")
+_OF_THE_TREE = (
+    "notice",
+    "nested",
+    "spans",
+    "absent",
+    "warnings",
+    "review",
+    "extraction",
+    "reviewed",
+    "confidence",
+    "ticks",
+    "changed",
+)
 
 
 class Version(NamedTuple):
@@ -330,6 +342,8 @@ class Passage:
             "ticks": list(version.ticks),
             "review": version.state if reviewed else None,
             "reviewed": version.reviewed if reviewed else None,
+            # Of an approved tree, who has corrected it since.
+            "changed": self.now.reviewed if version is self.now.approved and self.now.state == "corrected" else None,
         }
         more = lasting_keys(self.more) | {name: value for name, value in said.items() if value not in (None, [])}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
@@ -367,7 +381,7 @@ def version_of(record: TreeRecord) -> Version:
     named = record.more.get("review")
     state: State = named if named in REVIEWED else "drafted"
     reviewed = writable(record.reviewed) if state in REVIEWED else None
-    if state == "approved" and not record.is_approved:  # another program changed what was
+    if state == "approved" and (not record.is_approved or record.more.get("changed")):  # by another program, or in its review
         state, reviewed = "corrected", None
     return Version(
         record.tree.to_preorder(),
