@@ -81,7 +81,8 @@ def test_the_note_is_read_or_named(tmp_path: Path) -> None:
         read_note(tmp_path)
     (tmp_path / "gatewise.json").write_text('{"dtype": "float32"}')
     assert read_note(tmp_path) == {"dtype": "float32"}
-    for key, value in (("labels", [0, 1]), ("template", 5), ("label_words", "good"), ("columns", ["text"]), ("max_length", "x")):
+    others = (("label_words", "good"), ("columns", ["text"]), ("max_length", "x"), ("base", ["x"]))
+    for key, value in (("labels", [0, 1]), ("template", 5), *others):
         (tmp_path / "gatewise.json").write_text(json.dumps({key: value}))
         with pytest.raises(GatewiseError, match=re.escape(f"gatewise.json: {key} is {value!r}, which no run writes there")):
             read_note(tmp_path)

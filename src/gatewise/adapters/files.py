@@ -479,7 +479,7 @@ def read_note(folder: str | Path) -> dict[str, Any]:
 def _is_as_written(key: str, value: Any) -> bool:
     """Whether a note's value is of the type that a run writes, for the keys that commands read."""
     match key:
-        case "template" | "chat_template" | "group":
+        case "base" | "template" | "chat_template" | "group":
             return isinstance(value, str)
         case "labels" | "shown":
             return isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -520,15 +520,20 @@ def chat_template_of(folder: str | Path) -> ChatTemplate | None:
         None where there is none of these: the base model's chat template is then the best guess.
 
     Raises:
-        GatewiseError: the note is damaged.
+        GatewiseError: the note, or the tokenizer's configuration, is damaged.
     """
     note = read_note(folder)
     chat, prompt = note.get("chat_template"), note.get("template")
     if isinstance(chat, str):
         return ChatTemplate(chat)
     if not isinstance(prompt, str):
-        path = Path(folder) / "chat_template.jinja"
-        return ChatTemplate(path.read_text(encoding="utf-8")) if path.is_file() else None
+        path, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+        if path.is_file():
+            return ChatTemplate(path.read_text(encoding="utf-8"))
+        text: Any = _read_json(settings).get("chat_template") if settings.is_file() else None
+        if isinstance(text, list):
+            text = next((one.get("template") for one in text if isinstance(one, dict) and one.get("name") == "default"), None)
+        return ChatTemplate(text) if isinstance(text, str) else None
     try:
         parts = [(literal, field) for literal, field, *_ in Formatter().parse(prompt)]
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import threading
 import time
 import urllib.error
@@ -94,6 +95,21 @@ def test_chat(server: AdapterServer, alone: Callable[..., str], name: str) -> No
     assert events[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_stop_text_is_not_the_blank_that_a_chat_leaves_out(folders: Folders, alone: Callable[..., str], tmp_path: Path) -> None:
+    folder, prompt = shutil.copytree(folders["plain"], tmp_path / "x"), prompt_of(61)
+    (folder / "gatewise.json").write_text('{"template": "{text}"}')
+    text = alone("plain", prompt, 12)
+    with serving(folders[None], folder) as server:
+        settings: dict[str, Any] = {"model": "x", "max_tokens": 12, "temperature": 0}
+        chat: Any = [{"role": "user", "content": words(prompt)}]
+        for stop, found in ((None, text[1:]), ([" "], text.split()[0])):
+            made = client(server).chat.completions.create(messages=chat, stop=stop, **settings)
+            assert made.choices[0].message.content == found
+            events = client(server).chat.completions.create(messages=chat, stop=stop, stream=True, **settings)
+            assert "".join(one.choices[0].delta.content or "" for one in events) == found
+        assert client(server).completions.create(prompt=prompt, stop=[" "], **settings).choices[0].text == ""
+
+
 def test_the_quickstart_answers_as_the_docs_say(tmp_path: Path) -> None:
     """Its recipe on a tiny model and five rows, which it learns by heart. With the real ones: test_with_vllm.py."""
     rows = {
@@ -110,8 +126,10 @@ def test_the_quickstart_answers_as_the_docs_say(tmp_path: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[3] / "recipes" / "quickstart.yaml", changes)
     train(recipe, tmp_path / "runs" / "quickstart", console=Console(quiet=True))
     said: list[str] = []
-    with serving(base, tmp_path / "runs" / "*" / "adapter", say=said.append) as server:
+    (tmp_path / "adapters").mkdir()
+    with serving(base, tmp_path / "runs" / "*" / "adapter", tmp_path / "adapters", say=said.append) as server:
         ask_quickstart(server.url)
+    assert f"note: no adapter at {tmp_path / 'adapters'} yet" in said
     assert r"quickstart: prompts look like 'Message: {text}\nDepartment:'" in said
 
 

@@ -158,6 +158,74 @@ def test_an_adapter_of_a_quantised_base_is_served_and_said(made: Path, tmp_path:
     assert said == ["one: trained on the base model in nf4, served on it as it is here"]
 
 
+def rewritten(folder: Path, **changes: Any) -> Path:
+    """With changes in its adapter_config.json."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_an_adapter_of_another_base_with_these_sizes_is_served_and_said(made: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = rewritten(shutil.copytree(made / "one", tmp_path / "one"), base_model_name_or_path="org/sibling")
+    fit = Fit(str(made / "base"))
+    found = catalogue(folder, shutil.copytree(made / "two", tmp_path / "two"), say=said.append, check=lambda one, _: fit.check(one))
+    found.scan()
+    assert names(found) == ["one", "two"]
+    line = f"one: trained on org/sibling, served on {made / 'base'}"
+    assert said == [line]
+    rewritten(folder, inference_mode=False)
+    found.scan()
+    assert said == [line, line]  # of each version
+
+
+def test_a_base_by_another_name_is_the_same(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a base is called, and where it was when the adapter was trained: what may be the same is passed over."""
+    monkeypatch.setattr("gatewise.serving.server.catalogue.weight_shapes", lambda base: {})  # the hub is not asked
+    base, hub = made / "base", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    short, cached = "smollm2-135m-instruct", f"{tmp_path}/hub/models--Org--Model/snapshots/0a1b"
+    copy, link = shutil.copytree(base, tmp_path / "copy"), tmp_path / "link"
+    link.symlink_to(base)
+    (tmp_path / "models" / short).mkdir(parents=True)
+    Path(cached).mkdir(parents=True)
+    longer = shutil.copytree(base, tmp_path / "longer" / "base")
+    (longer / "model.safetensors").write_bytes(b"longer")
+    folder = shutil.copytree(made / "one", tmp_path / "one")
+
+    def note(trained: Any, served: Any, name: str = "") -> str | None:
+        return Fit(str(served), name).check(rewritten(folder, base_model_name_or_path=trained and str(trained)))
+
+    for trained, served in (
+        (None, base), ("", base), (base, base), (f"{base}/", base), (copy, base), (link, base), (base, link),
+        (short, hub), (hub, short), (hub.lower(), hub), (hub, tmp_path / "models" / short), (short, tmp_path / "models" / short),
+        (cached, "org/model"), ("Org/Model", cached), ("/gone/models--Org--Model/snapshots/2c", "Org/Model"),
+        ("Org/Model", "/x/model"), ("/gone/base/", base), ("org/base", base), ("~nobody/\0/base", base),
+    ):  # fmt: skip
+        assert note(trained, served) is None, (trained, served)
+    assert note("/gone/tiny", base, "Org/Tiny") is None
+    (folder / "gatewise.json").write_text(json.dumps({"base": short}))
+    assert note(hub, short) is None
+    for trained, served in ((longer, base), ("/gone/tiny", base), ("Org/Model", "Org/Model-2"), (cached, hub), (short, base)):
+        assert note(trained, served) == f"trained on {trained}, served on {served}"
+
+
+def test_a_place_without_an_adapter_is_said(made: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    shutil.copytree(made / "one", tmp_path / "runs" / "a" / "adapter")
+    shutil.copytree(made / "one", tmp_path / "new" / ".a")  # which is still being written
+    shutil.copytree(made / "one", tmp_path / "new" / ".b" / "adapter")
+    places = [tmp_path / "runs", f"{tmp_path}/run/*/adapter", tmp_path / "new", f"{tmp_path}/runs/*/adapter", f"x={made / 'two'}"]
+    found = catalogue(*places, say=said.append)
+    found.tell_empty()
+    assert said == [
+        f"note: no adapter at {tmp_path}/runs yet: did you mean '{tmp_path}/runs/*/adapter'?",
+        f"note: no adapter at {tmp_path}/run/*/adapter yet",
+        f"note: no adapter at {tmp_path}/new yet",
+    ]
+    found.scan()
+    assert len(said) == 3
+
+
 def test_a_name_stays_with_the_folder_that_is_served(made: Path, tmp_path: Path) -> None:
     """Whichever folder is looked at first, and while the one that is served is broken: its last whole version stays."""
     said: list[str] = []
@@ -294,6 +362,29 @@ def test_versions_come_and_go(made: Path, tmp_path: Path, wait: Callable[[float]
     found.scan()
     assert not names(found)
     assert second.gone
+
+
+def test_what_was_replaced_by_what_cannot_be_served_is_no_longer_waited_for(
+    made: Path, tmp_path: Path, wait: Callable[[float], None]
+) -> None:
+    """While the new files settle there may be a whole state in a moment; once they were refused there is none."""
+    said: list[str] = []
+    folder = shutil.copytree(made / "one", tmp_path / "x")
+    found = catalogue(tmp_path, settled=60.0, say=said.append)
+    version = found.versions["x"]
+    wait(-60.0)
+    for content, refusal in ((b"half", "damaged or cut short"), (b"", "damaged or cut short")):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        found.scan()
+        with pytest.raises(ReplacedError), version.copy():
+            pass
+        wait(100.0)
+        found.scan()
+        with pytest.raises(GatewiseError, match=refusal) as told, version.copy():
+            pass
+        assert str(told.value) in said[-1]
+        wait(-100.0)
+    assert found.versions["x"] is version
 
 
 def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,37 @@ def test_an_adapter_that_does_not_fit_harms_no_other(made: dict[str, Path], tmp_
         assert "".join(said).count(line) == 1
 
 
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_what_a_broken_adapter_took_the_place_of_cannot_be_loaded(
+    made: dict[str, Path], tmp_path: Path, has_tokenizer: bool
+) -> None:
+    """And its clients are not told to ask again for ever; no other adapter makes room for it."""
+    said: list[str] = []
+    for name in ("a", "x"):
+        put(made[name.replace("x", "b")], tmp_path / name)
+    if has_tokenizer:
+        word_tokenizer().save_pretrained(tmp_path / "x")
+    with serving(made["base"], tmp_path, every=0.05, most_loaded=1, say=said.append) as server:
+        assert ask(server, "a").choices
+        put(made["misfit"], tmp_path / "x")
+        soon(lambda: "does not fit" in said[-1])
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="'x' cannot be loaded: see the server's log") as told:
+                ask(server, "x")
+            assert told.value.status_code == 500
+        assert ask(server, "a").choices
+        assert gauge(server, "gatewise_adapter_loads_total") == 1
+        put(made["c"], tmp_path / "x")
+        soon(lambda: answer(server, "x") == text(made, "c"))
+    assert "".join(said).count("does not fit") == 1
+
+
+def answer(server: AdapterServer, name: str) -> str | None:
+    with suppress(openai.InternalServerError):  # until its new state has settled
+        return str(ask(server, name).choices[0].text)
+    return None
+
+
 @pytest.mark.parametrize("place", ["copyfile", "load_adapter"])
 def test_what_could_not_be_loaded_is_loaded_later(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

@@ -134,6 +134,7 @@ def test_no_page_of_another_site_asks_without_a_key(guarded: Guarded) -> None:
         for method in ("GET", "POST", "OPTIONS"):
             answer = asked.request(method, "/v1/models", headers={"Origin": origin})
             assert (answer.status_code, answer.json()["error"]["type"]) == (403, "PermissionDeniedError")
+            assert "needs a key, and --engine vllm or a proxy" in answer.json()["error"]["message"]  # a key alone is not enough
     for headers in ({}, {"Origin": "http://localhost:8000"}, {"Origin": "http://127.0.0.1:1", "Host": "127.0.0.1:1"}):
         assert asked.post("/v1/completions", headers=headers).is_success
     both: Any = [("Origin", "http://localhost:8000"), ("Origin", "http://evil.example")]

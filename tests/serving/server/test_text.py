@@ -60,6 +60,21 @@ def test_stop_strings(seed: int) -> None:
     assert "".join(given) + writing.end() == whole[: min([len(whole), *(whole.find(one) for one in stops if one in whole)])]
 
 
+def test_no_stop_text_is_found_in_what_an_answer_leaves_out() -> None:
+    for before, stop, text, given in (
+        (" ", " ", " b a", "b"),
+        (" ", " b", " b b", "b"),
+        ("ab", "a", "abba", "b"),
+        ("ab", "b", "aab", "aa"),  # it begins otherwise
+        ("ab", "c", "a", "a"),  # it ends before
+    ):
+        tokenizer = byte_tokenizer()
+        writing, found = Writing(tokenizer, [5], [stop], before), ""
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            found += "" if writing.stopped else writing.add(token)
+        assert found + writing.end() == given
+
+
 def test_bytes_of_no_character_behind_a_whole_one_end_no_answer() -> None:
     """They take the character along: the tokenizers library decodes a run of bytes as a whole, and then finds its past changed."""
     tokenizer = fallback_tokenizer()
@@ -134,5 +149,15 @@ def test_a_chat_that_was_not_trained_is_refused(tmp_path: Path) -> None:
         asked({"template": "{text"}, "user")
     whole = asked({"template": None, "chat_template": "{% for m in messages %}{{ m.role }}{% endfor %}!"}, "system", "user")
     assert byte_tokenizer().decode(whole) == "systemuser!"
+    for kept, written in (
+        ("{{ messages[0].content }}.", "a."),
+        ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages[0].content }};"}], "a;"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept}))  # as older libraries save it
+        assert byte_tokenizer().decode(asked({}, "user")) == written
+    for other in ({}, {"chat_template": None}, {"chat_template": [{"name": "tool_use", "template": "x"}, 3]}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(other))
+        assert chat_template_of(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}?")  # as TRL saves it with an adapter
     assert byte_tokenizer().decode(asked({}, "user")) == "a?"

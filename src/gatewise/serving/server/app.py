@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -202,6 +201,8 @@ def _answers(server: "AdapterServer", body: Chat | Completion, version: Version 
     prompts: list[Any] = (
         [_chat_ids(tokenizer, body.model, body.messages, version, server)] if isinstance(body, Chat) else body.prompt
     )
+    chat = version.chat if isinstance(body, Chat) and version is not None else None
+    before = "" if chat is None else chat.before_answer
     answers: list[Answer] = []
     for prompt in prompts:
         ids = _text_ids(tokenizer, prompt, server) if isinstance(prompt, str) else prompt
@@ -212,7 +213,7 @@ def _answers(server: "AdapterServer", body: Chat | Completion, version: Version 
             send = partial(send_piece, len(answers))
             limit = _limit(body, server, tokenizer, most)
             seed = secrets.randbits(63) if body.seed is None else (body.seed + copy) % 2**63
-            answers.append(Answer(body, version, ids, most, seed, tokenizer, send, limit))
+            answers.append(Answer(body, version, ids, most, seed, tokenizer, send, limit, before))
     return answers
 
 
@@ -283,8 +284,6 @@ class _Writing:
     ) -> None:
         self._body, self._pieces, self._left = body, pieces, len(answers)
         self._is_chat = isinstance(body, Chat)
-        version = answers[0].version
-        self._before = version.chat.before_answer if self._is_chat and version is not None and version.chat is not None else ""
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{name}"
         self._created = int(time.time())
         self.read, self.tokens, self.finish = sum(len(one.prompt) for one in answers) // body.n, 0, "cancelled"
@@ -295,7 +294,7 @@ class _Writing:
         Raises:
             Exception: what ended an answer before its time.
         """
-        left, ends, begun = self._left, set[str](), set[int]()
+        left, ends = self._left, set[str]()
         while left:
             number, piece = await self._pieces.get()
             if piece.problem is not None:
@@ -306,9 +305,6 @@ class _Writing:
                 left -= 1
                 ends.add(piece.finish)
                 self.finish = self.finish if left else "+".join(sorted(ends))
-            if piece.text and number not in begun:
-                begun.add(number)
-                piece = replace(piece, text=piece.text.removeprefix(self._before))
             yield number, piece
 
     async def whole(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from gatewise.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ChatTemplate,
+    base_of,
     chat_template_of,
     lora_sizes,
     read_config,
@@ -39,6 +40,7 @@ from gatewise.adapters.files import (
     weights_of,
 )
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.models.embedded import EMBEDDED, hub_name
 from gatewise.models.loading import load_config, weight_shapes
 from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.bodies import RefusedError
@@ -72,6 +74,7 @@ class Version:
         key: its name in the model, which no other version ever has.
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
+        problem: why the last look refused what the folder holds; None where it did not.
         used, failed, tokenizer_failed: when it was asked for, and it or its tokenizer could not be loaded, the last time, by
             ``time.monotonic``.
         tokenizer: its own, once somebody has asked.
@@ -87,6 +90,7 @@ class Version:
     key: str = field(default_factory=lambda: f"version{next(_numbers):012}")
     created: int = field(default_factory=lambda: int(time.time()))
     gone: bool = False
+    problem: str | None = None
     used: float = 0.0
     failed: float = -inf
     tokenizer_failed: float = -inf
@@ -108,7 +112,8 @@ class Version:
 
         Raises:
             ReplacedError: they are not those of this version any more.
-            GatewiseError: they cannot be copied, or the caller could not use the copy: the error then names the user's folder.
+            GatewiseError: nor can those be served that took their place; they cannot be copied, or the caller could not use the
+                copy: the error then names the user's folder.
         """
         try:
             with tempfile.TemporaryDirectory(prefix="gatewise-") as place:
@@ -120,6 +125,8 @@ class Version:
                     is_same = _signature(self.folder) == self.signature
                 except _GONE:
                     is_same = False
+                if not is_same and self.problem is not None:
+                    raise GatewiseError(self.problem)
                 if not is_same:
                     raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment", 503)
                 try:
@@ -138,7 +145,7 @@ class Catalogue:
             folder called "adapter" is called by the one that holds it.
         taken: names that no adapter may have, such as the base model's.
         settled: seconds in which the files of a folder must not have changed.
-        check: raises GatewiseError where the server cannot serve an adapter of this folder and kind.
+        check: raises GatewiseError where the server cannot serve an adapter of this folder and kind. What it returns is said.
         say: called with a line about folders that are not served, and about the prompts of those that are.
 
     Attributes:
@@ -154,13 +161,14 @@ class Catalogue:
         taken: Sequence[str] = (),
         say: Callable[[str], None] | None = None,
         settled: float = SETTLED,
-        check: Callable[[Path, Kind], None] = lambda folder, kind: None,
+        check: Callable[[Path, Kind], str | None] = lambda folder, kind: None,
     ) -> None:
         self._places, self._taken, self._settled = list(places), set(taken), settled
         self._say, self._check = say or (lambda text: print(text, file=sys.stderr)), check
         self.versions: dict[str, Version] = {}
         self._said: dict[Path, str] = {}
         self._refused: dict[Path, str] = {}
+        self._empty: list[str] = []
         self._ended = threading.Event()
         self._is_starting = True
         for _ in range(20):
@@ -212,7 +220,7 @@ class Catalogue:
         for name, version in self.versions.items():
             if name not in there and not _is_gone(version.folder):
                 there[name] = version
-            version.gone = there.get(name) is not version
+            version.gone, version.problem = there.get(name) is not version, self._refused.get(version.folder)
         self.versions = dict(sorted(there.items()))
         self.tell(self._refused)
         self._refused.clear()
@@ -233,6 +241,13 @@ class Catalogue:
             raise GatewiseError(problem) from error
         self._refused[folder] = problem
 
+    def tell_empty(self) -> None:
+        """Says which places have no adapter yet: they may be misspelt, or too high."""
+        for path in self._empty:
+            below = os.path.join(path, "*", "adapter")
+            hint = f": did you mean {below!r}?" if glob.glob(os.path.join(below, CONFIG_FILE)) else ""
+            self._say(f"note: no adapter at {path} yet{hint}")
+
     def tell(self, problems: dict[Path, str]) -> None:
         """Prints what is newly wrong with folders, in one line: the same is found at every look."""
         fresh = {folder: problem for folder, problem in problems.items() if self._said.get(folder) != problem}
@@ -249,6 +264,7 @@ class Catalogue:
         """The folder of each adapter -> its name, and whether the user named the very folder."""
         found: dict[Path, tuple[str, bool]] = {}
         names: dict[Path, str] = {}
+        self._empty = []
         for place in self._places:
             given, path = split_place(place)
             is_named = given is not None or os.path.isfile(os.path.join(path, CONFIG_FILE))
@@ -264,16 +280,17 @@ class Catalogue:
                 problem = f"the folder {path} cannot be read ({error.strerror}): {advice}"
                 self._refuse(Path(path), problem, is_fatal=True, error=error)
                 continue
-            for folder in map(Path.absolute, map(Path, listed)):
-                # One that begins with a dot is still being written.
-                if is_named or (not folder.name.startswith(".") and os.path.isfile(folder / CONFIG_FILE)):
-                    if given is not None and names.setdefault(folder, given) != given:
-                        both = f"{names[folder]}, {given}"
-                        self._refuse(
-                            folder, f"the adapter {folder} was given two names, {both}: leave one of them out", is_fatal=True
-                        )
-                    elif given is not None or folder not in found:  # a name of its own, whatever pattern it fits too
-                        found[folder] = given or name_of(folder), is_named
+            folders = list(map(Path.absolute, map(Path, listed)))
+            if not is_named:  # one that begins with a dot is still being written
+                folders = [one for one in folders if not one.name.startswith(".") and os.path.isfile(one / CONFIG_FILE)]
+            if not folders:
+                self._empty.append(path)
+            for folder in folders:
+                if given is not None and names.setdefault(folder, given) != given:
+                    both = f"{names[folder]}, {given}"
+                    self._refuse(folder, f"the adapter {folder} was given two names, {both}: leave one of them out", is_fatal=True)
+                elif given is not None or folder not in found:  # a name of its own, whatever pattern it fits too
+                    found[folder] = given or name_of(folder), is_named
         return found
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
@@ -285,13 +302,15 @@ class Catalogue:
         if abs(time.time() - newest) < self._settled:  # the clock of another machine may be far ahead
             return None
         kind = kind_of(folder)
-        self._check(folder, kind)
+        note = self._check(folder, kind)
         version = Version(name, folder, kind, signature, is_named, chat_template_of(folder))
         self._said.pop(folder, None)
         if version.chat is not None:
             self._say(f"{name}: {version.chat.shown}")
         if how := read_note(folder).get("quantization"):
             self._say(f"{name}: trained on the base model in {how}, served on it as it is here")
+        if note is not None:
+            self._say(f"{name}: {note}")
         return version
 
 
@@ -300,10 +319,11 @@ class Fit:
 
     Args:
         base: its name, which is looked up once there is an adapter.
+        name: what clients call it.
     """
 
-    def __init__(self, base: str) -> None:
-        self._base = base
+    def __init__(self, base: str, name: str = "") -> None:
+        self._base, self._name = base, name
 
     @cached_property
     def _made_for(self) -> dict[str, Any]:
@@ -319,8 +339,8 @@ class Fit:
             found.setdefault(_within_model(name.removesuffix(".weight")), []).append(sorted(shape))
         return found
 
-    def check(self, folder: Path) -> None:
-        """Compares what an adapter's file says of its modules.
+    def check(self, folder: Path) -> str | None:
+        """Compares what an adapter's file says of its modules. Returns what to say if another base model with these is named.
 
         Raises:
             GatewiseError: it was made for another base model, or this one cannot be had.
@@ -337,6 +357,21 @@ class Fit:
                 break
         if problem is not None:
             raise GatewiseError(f"the adapter {folder} does not fit the base model {self._base!r}: {problem}")
+        trained = str(base_of(folder) or "")
+        return f"trained on {trained}, served on {self._base}" if trained and self._is_another(trained) else None
+
+    def _is_another(self, base: str) -> bool:
+        """Whether a base model is another one. Copies, and folders that are elsewhere now, are not; in doubt neither is it."""
+        one, here = _called(base), _called(self._base)
+        if one.lower() == here.lower():
+            return False
+        if os.path.isdir(one) and os.path.isdir(here):
+            try:
+                return _bytes_of(one) != _bytes_of(here)
+            except OSError:  # this user may not read it
+                return False
+        last, *known = (name.rpartition("/")[2].lower() for name in (one, here, self._name))
+        return last not in known
 
     def _has_within(self, path: str) -> bool:
         """Whether there is something in a module, as in one whose parameters are experts, which files stack or do not."""
@@ -347,6 +382,22 @@ class Fit:
 
 def _was_lately(when: float) -> bool:
     return time.monotonic() < when + RETRY
+
+
+def _called(base: str) -> str:
+    """What the hub calls a base model, where its name or path tells; else the real path of its folder, or its name."""
+    name = os.path.expanduser(base).rstrip("/")
+    path = os.path.realpath(name) if os.path.isdir(name) else name
+    if snapshot := re.search(r"/models--([^/]+)/snapshots/[^/]+$", path):
+        return snapshot[1].replace("--", "/")
+    last = path.rpartition("/")[2]
+    return hub_name(last) if last in EMBEDDED else path
+
+
+def _bytes_of(folder: str) -> dict[str, int]:
+    """Of the files that tell base models apart."""
+    with os.scandir(folder) as entries:
+        return {one.name: one.stat().st_size for one in entries if one.name == "config.json" or one.name.endswith(".safetensors")}
 
 
 def _within_model(path: str) -> str:

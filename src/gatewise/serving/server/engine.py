@@ -66,6 +66,7 @@ class Answer:
         seed: of what is drawn.
         send: called with each piece, in the engine's thread.
         limit: what may be written; None leaves it free.
+        before: what is left out where it begins with it.
     """
 
     body: Body
@@ -76,6 +77,7 @@ class Answer:
     tokenizer: PreTrainedTokenizerBase
     send: Callable[[Piece], None]
     limit: Limit | None = None
+    before: str = ""
     cancelled: bool = False
     is_done: bool = False
     asked: float = field(default_factory=time.monotonic)
@@ -84,7 +86,7 @@ class Answer:
     def begin(self, ends: Collection[int]) -> None:
         """What only an answer that is being written needs. ``ends``: token ids that end it."""
         self.ends = ends
-        self.writing = Writing(self.tokenizer, self.prompt, self.body.stop)
+        self.writing = Writing(self.tokenizer, self.prompt, self.body.stop, self.before)
         self.generator = torch.Generator().manual_seed(self.seed)
 
 
@@ -174,18 +176,21 @@ class Engine:
                 self._ended(one, "cancelled")
 
     def load(self, version: Version) -> None:
-        """Loads an adapter; other threads may call this only before ``start``.
+        """Loads an adapter, in place of the one that was not used for longest if need be; other threads may call this only before
+        ``start``.
 
         Raises:
             GatewiseError: it cannot be loaded.
             ReplacedError: it is being replaced.
         """
-        lane = self._plain
-        if version.kind == "alone":
-            lane = Lane(self._bare, "alone")
-        elif version.kind == "routed":
-            lane = next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
-        with version.copy() as folder:
+        with version.copy() as folder:  # first: no other makes room for what cannot be copied
+            if len(self._loaded) >= self._most_loaded:
+                self._unload(min(self._unused(), key=lambda one: one.used))
+            lane = self._plain
+            if version.kind == "alone":
+                lane = Lane(self._bare, "alone")
+            elif version.kind == "routed":
+                lane = next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
             lane.load(folder, version.key, self._base)
         self._running.setdefault(lane, [])
         self._loaded[version] = lane
@@ -292,12 +297,8 @@ class Engine:
             hidden = RefusedError(said, 500, "model")
             if version.is_given_up:
                 raise hidden
-            if len(self._loaded) >= self._most_loaded:  # the one that was not used for longest goes
-                used = {one.version for rows in self._running.values() for one in rows}
-                free = [one for one in self._loaded if one not in used]
-                if not free:
-                    return None
-                self._unload(min(free, key=lambda one: one.used))
+            if len(self._loaded) >= self._most_loaded and not self._unused():
+                return None
             try:
                 self.load(version)
             except ReplacedError:
@@ -308,6 +309,11 @@ class Engine:
                 raise hidden from error
         version.used = time.monotonic()
         return self._loaded[version]
+
+    def _unused(self) -> list[Version]:
+        """The loaded adapters that no answer is being written with."""
+        used = {one.version for rows in self._running.values() for one in rows}
+        return [one for one in self._loaded if one not in used]
 
     def _unload(self, version: Version) -> None:
         lane = self._loaded.pop(version)

@@ -83,7 +83,8 @@ class Guard:
             return 403, "PermissionDeniedError", said
         origins = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"origin"]
         if self._hosts is not None and any(one.partition("://")[2] != host for one in origins):
-            return 403, "PermissionDeniedError", "a page of another site asked: start the server with a key for that"
+            said = "a page of another site asked: that needs a key, and --engine vllm or a proxy that adds the headers of CORS"
+            return 403, "PermissionDeniedError", said
         # A browser asks first what it may ask, and cannot send a key then. vLLM's CORS answers it.
         asks_first = scope.get("method") == "OPTIONS" and headers.keys() >= {b"origin", b"access-control-request-method"}
         if not self._keys or scope["path"] == "/health" or asks_first:

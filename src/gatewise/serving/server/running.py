@@ -93,8 +93,9 @@ class AdapterServer:
         self.port: int = self.socket.getsockname()[1]
         try:
             self.name = name or base
-            fit = Fit(base)
+            fit = Fit(base, self.name)
             self.catalogue = Catalogue(adapters, [self.name], say, settled, lambda folder, _: fit.check(folder))
+            self.catalogue.tell_empty()
             place = pick_device(device)
             precision = pick_dtype(dtype, place, say)
             say(f"loading {base} in {str(precision).removeprefix('torch.')} on {place}")

@@ -116,14 +116,17 @@ class Writing:
     Args:
         prompt: the token ids before it; they may end within a character, which is then the first of the answer.
         stop: texts that end the answer and are no part of it.
+        before: what is left out where the answer begins with it, so that no stop text is found there.
 
     Attributes:
         stopped: one of ``stop`` was written.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = (), before: str = ""
+    ) -> None:
         self._tokenizer: Any = tokenizer.backend_tokenizer
-        self._stop, self._held = list(stop), ""
+        self._stop, self._before, self._held = list(stop), before, ""
         self.stopped = False
         cuts = range(len(prompt), max(len(prompt) - _MOST_TOKENS, -1), -1)
         whole = next((cut for cut in cuts if not self._tokenizer.decode(prompt[:cut]).endswith(_HALF)), len(prompt))
@@ -143,6 +146,10 @@ class Writing:
     def add(self, token: int) -> str:
         """What can be given out once this token is written."""
         self._held += self._step(token)
+        if self._before:
+            if len(self._held) < len(self._before) and self._before.startswith(self._held):
+                return ""
+            self._held, self._before = self._held.removeprefix(self._before), ""
         places = [place for one in self._stop if (place := self._held.find(one)) >= 0]
         if places:
             self._held, self.stopped = self._held[: min(places)], True

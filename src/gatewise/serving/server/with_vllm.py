@@ -165,19 +165,19 @@ class VllmServer:
         with listen(host, port) as free:  # so that a taken port is an error here, and not deep in vLLM's log
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
-        fit = Fit(base)
+        fit = Fit(base, self.name)
 
-        def check(folder: Path, kind: Kind) -> None:
-            fit.check(folder)
-            if kind != "alone":
-                return
+        def check(folder: Path, kind: Kind) -> str | None:
+            note = fit.check(folder)
             # LoRA on embeddings is alone in the other engine, but not in vLLM.
             config = read_config(folder)
             is_lora = config["peft_type"] == "LORA" and not any(map(config.get, MORE))
-            if not is_lora or serving_settings(read_lora(folder), None)["vllm"] is None:
+            if kind == "alone" and (not is_lora or serving_settings(read_lora(folder), None)["vllm"] is None):
                 raise _not_in_vllm(folder)
+            return note
 
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled, check)
+        self.catalogue.tell_empty()
         config = load_config(base)
         self._model_type = config.model_type
         self._arguments = [
