@@ -16,6 +16,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -402,7 +403,8 @@ class _Comparison:
         except GatewiseError as error:
             if not resumed:
                 raise
-            self.progress.say(f"  which cannot go on and begins again: {str(error).partition(': ')[0]}")  # without what to do
+            reason = re.split(": (?:resume it|take --overwrite|use --overwrite)", str(error))[0]  # which compare has not
+            self.progress.say(f"  which cannot go on and begins again: {reason}")
             shutil.rmtree(work)
             return
         else:

@@ -190,6 +190,12 @@ def test_a_base_by_another_name_is_the_same(made: Path, tmp_path: Path, monkeypa
     Path(cached).mkdir(parents=True)
     longer = shutil.copytree(base, tmp_path / "longer" / "base")
     (longer / "model.safetensors").write_bytes(b"longer")
+    snapshot = shutil.copytree(base, tmp_path / "hub/models--Org--Other/snapshots/0a1b")
+    sibling = shutil.copytree(base, tmp_path / "sibling")
+    weights = (sibling / "model.safetensors").read_bytes()
+    (sibling / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # as many bytes
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "Model").symlink_to(cached)
     folder = shutil.copytree(made / "one", tmp_path / "one")
 
     def note(trained: Any, served: Any, name: str = "") -> str | None:
@@ -200,12 +206,20 @@ def test_a_base_by_another_name_is_the_same(made: Path, tmp_path: Path, monkeypa
         (short, hub), (hub, short), (hub.lower(), hub), (hub, tmp_path / "models" / short), (short, tmp_path / "models" / short),
         (cached, "org/model"), ("Org/Model", cached), ("/gone/models--Org--Model/snapshots/2c", "Org/Model"),
         ("Org/Model", "/x/model"), ("/gone/base/", base), ("org/base", base), ("~nobody/\0/base", base),
+        (snapshot, base), (base, snapshot), (tmp_path / "linked" / "Model", "elsewhere/Model"),
     ):  # fmt: skip
         assert note(trained, served) is None, (trained, served)
     assert note("/gone/tiny", base, "Org/Tiny") is None
     (folder / "gatewise.json").write_text(json.dumps({"base": short}))
     assert note(hub, short) is None
-    for trained, served in ((longer, base), ("/gone/tiny", base), ("Org/Model", "Org/Model-2"), (cached, hub), (short, base)):
+    for trained, served in (
+        (longer, base),
+        (sibling, base),
+        ("/gone/tiny", base),
+        ("Org/Model", "Org/Model-2"),
+        (cached, hub),
+        (short, base),
+    ):
         assert note(trained, served) == f"trained on {trained}, served on {served}"
 
 

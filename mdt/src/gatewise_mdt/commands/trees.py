@@ -87,10 +87,10 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
     """
     if out is not None and any(is_one_file(one, out) for one in inputs):
         raise GatewiseError(f"--out {out} is a file that is read, and would be lost: give another path")
-    if out is None or out.suffix != ".jsonl" or not out.is_file():
-        return
-    if out.name.endswith(".review.jsonl") or out.with_suffix(".history.jsonl").exists():
-        raise GatewiseError(f"--out {out} has the trees of a review, which would be lost: give another path")
+    if out is not None and out.suffix == ".jsonl":
+        names = (".review.jsonl", ".history.jsonl")
+        if (out.is_file() and out.name.endswith(names)) or out.with_suffix(".history.jsonl").exists():
+            raise GatewiseError(f"--out {out} has the trees of a review, which would be lost: give another path")
 
 
 def count_of(number: int, thing: str) -> str:

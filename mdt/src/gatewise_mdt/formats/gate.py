@@ -34,8 +34,11 @@ def cleared(records: Sequence[TreeRecord], format: str, drafts: bool = False) ->
         return [replace(record, draft=format in RUN) for record in records]
     if unapproved := [record for record in records if not _may_run(record)]:
         are, them = ("are not approved as they are", "them") if len(unapproved) > 1 else ("is not approved as it is", "it")
+        is_early = any(one.is_approved and not one.more.get("changed") for one in unapproved)
+        first = " (first take back an approval of an early version, which does not say what it is of)" if is_early else ""
         raise GatewiseError(
-            f"{format} takes approved trees alone, and {_named(unapproved)} {are}: approve {them} in gatewise mdt review; {DRAFTS}"
+            f"{format} takes approved trees alone, and {_named(unapproved)} {are}: approve {them} in gatewise mdt review{first};"
+            f" {DRAFTS}"
         )
     if held := [(record, items) for record in records if (items := open_items(record))]:
         said = "; ".join(f"{_named([record])}: {items_in_words(items)}" for record, items in held[:_MOST])
@@ -65,7 +68,10 @@ def check_documents(file: Path, records: Sequence[TreeRecord]) -> None:
     for source, sha256 in {
         (str(record.more.get("source")), record.sha256) for record in records if record.sha256 and record.is_approved
     }:
-        places = [path for path in (file.parent / Path(source).name, Path(source)) if os.path.isfile(path)]
+        beside, named = file.parent / Path(source).name, Path(source)
+        places = [path for path in (beside, named) if os.path.isfile(path)]
+        if not named.is_absolute():  # from another folder the name may be that of another document
+            places = places[:1]
         if found := next((path for path in places if hashlib.sha256(content_of(path)).hexdigest() != sha256), None):
             out = "" if file.name == f"{found.name}.review.jsonl" or file.suffix != ".jsonl" else f" --out {file}"
             raise GatewiseError(

@@ -75,14 +75,11 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
     for j, i in pairs.items():
         notes += _told(made[i], "changed in")
         made[j] = reworded(made[i], made[j])
-    read = {source.more.get("sha256") for source in sources}
-    for i, row in enumerate(rows):
-        one = made[i]
-        if row.source or i in pairs.values() or not one.now.standing or _document(one) not in documents - {""}:
-            continue
-        if i in lost or one.more.get("sha256") not in read:
-            notes += _told(one, "is gone from" if i in lost else "comes another number of times in")
-            made[i] = one.unapproved()
+    gone = {i: "is gone from" for i in lost.keys() - pairs.values() if _document(made[i])}
+    for i, what in (gone | dict.fromkeys(_doubtful(rows), "comes another number of times, or under other headings, in")).items():
+        if made[i].now.standing is not None:
+            notes += _told(made[i], what)
+            made[i] = made[i].unapproved()
     return with_ids([one for i, one in enumerate(made) if i not in pairs.values()]), notes
 
 
@@ -113,16 +110,33 @@ def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:
     left = list(draft.passages.values())
     rows = [_Row(source) for source in sources]
     for way in (_WAYS[0], _WAYS[2]):  # the text under other headings than before
-        by_key, places = _grouped(left, way), _grouped([row.source for row in rows if row.source and row.old is None], way)
-        for key, olds in by_key.items():
-            # One tree for all, or as many as before; else nothing says of which a tree is.
-            if not (len(olds) == len(places[key]) or all(one.now.nodes == olds[0].now.nodes for one in olds)):
-                olds.clear()
+        by_key = _grouped(left, way)
         for row in rows:
             if row.old is None and row.source is not None and by_key[way(row.source)]:
                 row.old = by_key[way(row.source)].pop(0)
                 left.remove(row.old)
     return [*rows, *(_Row(old=one) for one in left)]
+
+
+def _doubtful(rows: Sequence[_Row]) -> list[int]:
+    """Rows of a document that has changed, whose text had several trees in it and is in other places now: nothing says which tree
+    is of which. What was left over when it changed before is not asked."""
+    last = {_bytes(row.old) for row in rows if row.source is not None and row.old is not None}
+    groups = _grouped(range(len(rows)), lambda i: (_document(rows[i].first), rows[i].first.text))
+    doubtful: list[int] = []
+    for group in groups.values():
+        sources = [source for i in group if (source := rows[i].source) is not None]
+        olds = {i: old for i in group if (old := rows[i].old) is not None and _bytes(old) in last - set(map(_bytes, sources))}
+        places = [{one.more.get(PASSAGE_ID) for one in part} for part in (olds.values(), sources)]
+        trees = [one.now.nodes for one in olds.values()]
+        if sources and places[0] != places[1] and any(tree != trees[0] for tree in trees):
+            doubtful += olds
+    return doubtful
+
+
+def _bytes(passage: Passage) -> tuple[str, Any]:
+    """The document that a passage is of, as it was read."""
+    return _document(passage), passage.more.get("sha256")
 
 
 def _grouped(held: Sequence[Any], way: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -145,7 +159,8 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
     known = [(one.nodes, one.state, one.ticks) for one in (old.now, old.now.standing, old.saved) if one]
     # The history knows how it was changed.
     saved = version_of(replace(record, more={**record.more, "changed": None})) if record else None
-    old = replace(old, more=_placed({**old.more, **(lasting_keys(record.more) if record else {})}, source), saved=saved)
+    more = _placed({**old.more, **(lasting_keys(record.more) if record else {})}, source)
+    old = replace(old, more=more, saved=saved, marked=bool(record and record.more.get("changed")))
     if record and saved:
         if (saved.nodes, saved.state, saved.ticks) in known:
             return old

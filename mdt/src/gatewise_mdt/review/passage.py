@@ -106,6 +106,7 @@ class Passage:
         number: names it in the review and its history for good; 0 while it is not in there.
         more: other keys of its record.
         saved: the tree that the file of corrections has for it; None while it has none.
+        marked: the file says of that tree, which is approved, that it was changed since.
         version: the number of its present version, which grows with every change: whoever changes something names the one that
             the change is of.
         beside: a tree that was extracted, and waits for a reviewer's word.
@@ -117,6 +118,7 @@ class Passage:
     now: Version = NOTHING
     more: dict[str, Any] = field(default_factory=dict)
     saved: Version | None = None
+    marked: bool = False
     past: tuple[Version, ...] = ()
     future: tuple[Version, ...] = ()
     version: int = 0
@@ -325,7 +327,8 @@ class Passage:
     def is_unsaved(self) -> bool:
         """True if the file of corrections has something else than the tree as it stands, or lacks the approved one under it."""
         now, kept, saved = (one and (one.nodes, one.state, one.reviewed, one.ticks) for one in (self.now, self.kept, self.saved))
-        return kept != saved or (now != saved and (self.now.state in REVIEWED or saved is not None))
+        is_marked = self.kept is not None and self.kept is self.now.approved
+        return kept != saved or (now != saved and (self.now.state in REVIEWED or saved is not None)) or self.marked != is_marked
 
     def record(self, version: Version | None = None) -> TreeRecord:
         """A valid version as a record of the published format, the present one if none is given.
@@ -342,8 +345,8 @@ class Passage:
             "ticks": list(version.ticks),
             "review": version.state if reviewed else None,
             "reviewed": version.reviewed if reviewed else None,
-            # Of an approved tree, who has corrected it since.
-            "changed": self.now.reviewed if version is self.now.approved and self.now.state == "corrected" else None,
+            # Of an approved tree in whose place another stands, who put that there.
+            "changed": (self.now.reviewed or {"by": ""}) if version is self.now.approved else None,
         }
         more = lasting_keys(self.more) | {name: value for name, value in said.items() if value not in (None, [])}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)

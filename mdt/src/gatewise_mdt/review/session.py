@@ -393,7 +393,10 @@ class Session:
             if any(one.now.nodes is not None and number not in kept for number, one in self._passages.items()):
                 self._keep([], opened=True)  # what the file has no more is in the history before
             self.files.save([self._passages[number].record(version) for number, version in kept.items()])
-            saved = {number: replace(self._passages[number], saved=version) for number, version in kept.items()}
+            saved = {
+                number: replace(one := self._passages[number], saved=version, marked=version is one.now.approved)
+                for number, version in kept.items()
+            }
             changed = [number for number, passage in saved.items() if passage.saved != self._passages[number].saved]
             self._passages |= saved
             with suppress(GatewiseError):  # the trees are saved all the same

@@ -362,16 +362,18 @@ class Fit:
 
     def _is_another(self, base: str) -> bool:
         """Whether a base model is another one. Copies, and folders that are elsewhere now, are not; in doubt neither is it."""
-        one, here = _called(base), _called(self._base)
-        if one.lower() == here.lower():
-            return False
-        if os.path.isdir(one) and os.path.isdir(here):
+        folders = [os.path.expanduser(name) for name in (base, self._base)]
+        if all(map(os.path.isdir, folders)):
             try:
-                return _bytes_of(one) != _bytes_of(here)
+                return not os.path.samefile(*folders) and _ends_of(folders[0]) != _ends_of(folders[1])
             except OSError:  # this user may not read it
                 return False
-        last, *known = (name.rpartition("/")[2].lower() for name in (one, here, self._name))
-        return last not in known
+        one, here = _called(base), _called(self._base)
+        last, known = (
+            {name.rstrip("/").rpartition("/")[2].lower() for name in names}
+            for names in ((base, one), (self._base, here, self._name))
+        )
+        return one.lower() != here.lower() and not last & known
 
     def _has_within(self, path: str) -> bool:
         """Whether there is something in a module, as in one whose parameters are experts, which files stack or do not."""
@@ -394,10 +396,15 @@ def _called(base: str) -> str:
     return hub_name(last) if last in EMBEDDED else path
 
 
-def _bytes_of(folder: str) -> dict[str, int]:
-    """Of the files that tell base models apart."""
-    with os.scandir(folder) as entries:
-        return {one.name: one.stat().st_size for one in entries if one.name == "config.json" or one.name.endswith(".safetensors")}
+def _ends_of(folder: str) -> dict[str, tuple[int, bytes]]:
+    """Size and last bytes of the files that tell base models apart: fine-tunes of one model have the same sizes."""
+    found = {}
+    for path in [*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**16))
+            found[path.name] = size, file.read()
+    return found
 
 
 def _within_model(path: str) -> str:

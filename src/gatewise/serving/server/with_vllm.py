@@ -315,6 +315,8 @@ class VllmServer:
         for name, version in now.items():
             if self._served.get(name) is version or version.is_given_up:
                 continue
+            if version.problem is not None and name in self._served:  # the one before stays, as it is whole
+                continue
             try:
                 with version.copy() as folder:
                     problem = self._room.problem(version, settings_of(version, self._model_type, folder))
