@@ -169,7 +169,15 @@ def reworded(passage: Passage, source: Passage) -> Passage:
         known = {**known, "replaces": in_file}
     more = {**passage.more, **source.more, CARRIED_KEY: known}
     made = replace(
-        passage, text=source.text, more=more, now=_draft(now), version=passage.version + 1, saved=None, past=(), future=()
+        passage,
+        text=source.text,
+        more=more,
+        now=_draft(now),
+        version=passage.version + 1,
+        saved=None,
+        marked=False,
+        past=(),
+        future=(),
     )
     if source.now.nodes is not None and source.now.nodes != now.nodes:
         return replace(made, now=source.now, beside=_draft(standing or now), extractions=made.extractions + 1)

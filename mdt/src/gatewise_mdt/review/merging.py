@@ -154,7 +154,8 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
             assert source is not None
             return source
         more = {**(source.more if source else {}), **lasting_keys(record.more)}
-        made = replace(passage_of(record), more=_placed(more, source), saved=version_of(record))
+        marked = bool(record.more.get("changed"))
+        made = replace(passage_of(record), more=_placed(more, source), saved=version_of(record), marked=marked)
         return replace(made, past=(given.now,)) if given and given.now.nodes != made.now.nodes else made
     known = [(one.nodes, one.state, one.ticks) for one in (old.now, old.now.standing, old.saved) if one]
     # The history knows how it was changed.
