@@ -5,6 +5,7 @@ forward gets, tell whether a command places all it should.
 """
 
 import json
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_a_training_step_is_on_the_device(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("gatewise.tasks.rows.evaluate", lambda *_, **__: {"n": 1})
     write_recipe(folder, "lora")
     result = CliRunner().invoke(app, ["train", "lora.yaml", "--output", "step-run", "--device", "cuda:1"])
-    assert result.stderr.strip().splitlines()[-1] == f"error: {PLACED}", result.output
+    told = result.output + "".join(traceback.format_exception(result.exception))
+    assert result.stderr.strip().splitlines()[-1] == f"error: {PLACED}", told
 
 
 def test_every_command_that_runs_a_model_takes_a_device() -> None:

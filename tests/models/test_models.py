@@ -462,6 +462,12 @@ def test_load_model_gives_the_saved_model_in_evaluation_mode(llama: Path) -> Non
     assert load_model(llama, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_no_layer_of_a_model_comes_from_the_hub(llama: Path) -> None:
+    """Transformers 5.25 takes them from there unless told not to, whenever a model on a GPU begins or ends training."""
+    assert LlamaForCausalLM.from_pretrained(llama, use_kernels=False).use_kernels is False, "renamed"
+    assert load_model(llama, task="causal").train().use_kernels is False
+
+
 def test_a_model_whose_configuration_knows_no_padding_is_loaded(tmp_path: Path) -> None:
     """That of models with images has it within, and that of CodeGen nowhere."""
     CodeGenForCausalLM(CodeGenConfig(vocab_size=20, n_embd=16, n_layer=1, n_head=4, rotary_dim=2)).save_pretrained(
