@@ -193,7 +193,7 @@ def load_model(
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                use_kernels=False,  # from 5.25 on the default fetches layers for a GPU from the hub, as code
+                use_kernels=False,  # by default Transformers 5.25 fetches layers for a GPU from the hub, as code
                 output_loading_info=True,
                 ignore_mismatched_sizes=task == "classification",  # a classifier of another size: see the check below
                 **quantised,
