@@ -1,8 +1,8 @@
 """Decision trees by pointing: how good they are by base model, language and method, where trees are lost, and how fast it is.
 
 A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, zh-qwen05, and both-gemma3, one model for both languages,
-measured on each. A number behind it, as in en-minilm-75, is how many passages of a language it learns from, drawn by the seed, in as many
-steps at the same rate. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and
+measured on each. A number behind it, as in en-minilm-75, is how many passages of a language it learns from, drawn by the seed, in
+as many steps at the same rate. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and
 budget, the base model in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then
 reads the dev passages. Mistakes are counted by kind. Confidence is fitted on four fifths of the dev passages and measured on the
 other fifth, in turn. Seconds are those of a processor for a passage, one at a time and sixteen at once.
