@@ -373,3 +373,47 @@ def test_an_approval_that_another_program_took_out_of_the_file_does_not_come_bac
     third = Session.open(file)
     assert shown(third) == [("colchicine", "approved", True)]
     left(third)
+
+
+def test_a_correction_that_was_not_saved_outlives_a_change_of_the_document(tmp_path: Path) -> None:
+    def correct(session: Session, name: str) -> None:
+        held = session.passage(3)
+        session.edit(3, held.version, "set_triple", {"node": 0, "triple": 0, "parts": triple(name, "drug therapy")})
+
+    session = open_guide(guide(tmp_path))
+    held = session.begin(3, session.passage(3).version)
+    session.edit(3, held.version, "add_triple", {"node": 0, "parts": triple("rest", "drug therapy")})
+    session.save()
+    correct(session, "naproxen")  # not saved
+    left(session)
+    moved = open_guide(guide(tmp_path, PREFACE + GUIDE))  # every passage is at another place
+    write_and_approve(moved, 2, "colchicine")  # not saved either; the history says now where each is
+    left(moved)
+    again = open_guide(guide(tmp_path, PREFACE + GUIDE))
+    assert (name_of(again.passage(3).now.nodes), again.notes, again.unsaved) == ("naproxen", [], 2)
+    again.save()
+    assert [name_of(one["tree"]) for one in records(again)] == ["colchicine", "naproxen"]
+    again.close()
+
+
+def test_a_tree_that_was_changed_since_its_approval_in_another_review_is_approved_no_more(tmp_path: Path) -> None:
+    file = trees(tmp_path, "rest")
+    session = Session.open(file)
+    approve(session, 1)
+    session.save()
+    edit(session, 1, "naproxen")
+    session.save()
+    left(session, lose_draft=True)
+    (held,) = records(session)
+    assert held["changed"]
+    session.files.out.unlink()
+    session = Session.open(file)
+    edit(session, 1, "colchicine")  # a review that does not know that approval
+    left(session)
+    rewrite(session, held)
+    again = Session.open(file)
+    assert shown(again) == [("rest", "corrected", True)]
+    again.save()
+    with pytest.raises(GatewiseError, match="is not approved as it is"):
+        render(read_trees(again.files.out).records, "dmn")
+    again.close()

@@ -249,6 +249,7 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
     now = _read_version(row["now"])
     if now is None:
         raise GatewiseError(f"passage {entry.passage} has no version")
+    is_new = before is None
     if before is None:
         before = Passage(entry.passage, row["text"], now, row["more"])
     past = before.past[:-1] if entry.action == "undo" else before.with_version(now).past
@@ -256,7 +257,8 @@ def _changed(before: Passage | None, entry: Entry, row: Mapping[str, Any]) -> Pa
         past = ()
     made = replace(before, text=row.get("text", before.text), more=row.get("more", before.more), now=now, past=past)
     beside, extractions = _read_version(row.get("beside")), int(row.get("extractions", 0))
-    saved = now if entry.action == "come" else before.saved  # what comes in may be what the file of corrections has
+    # A tree that comes in may be that of the file of corrections; where only the place of the passage is another, it is not saved.
+    saved = now if entry.action == "come" and (is_new or now != before.now) else before.saved
     return replace(made, version=entry.version, beside=beside, extractions=extractions, saved=saved)
 
 

@@ -169,7 +169,9 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
             f"the file of corrections has another tree than before, or other ticks, for {quoted_beginning(record.text)}: that is"
             " shown; undo brings back yours"
         )
-        return old.with_version(saved)
+        # Nothing here knows how it was changed: where the file says that it was, it is approved no more.
+        saved = version_of(record)
+        return replace(old, saved=saved).with_version(saved)
     if given and old.now.state in ("empty", "drafted") and given.now.nodes not in [nodes for nodes, _ in draft.seen[old.number]]:
         return old.with_version(given.now.after(old.now))  # the file that is reviewed has a new tree
     return old
