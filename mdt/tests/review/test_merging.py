@@ -417,3 +417,21 @@ def test_a_tree_that_was_changed_since_its_approval_in_another_review_is_approve
     with pytest.raises(GatewiseError, match="is not approved as it is"):
         render(read_trees(again.files.out).records, "dmn")
     again.close()
+
+
+def test_the_approved_tree_of_a_section_that_is_doubtful_stays_under_a_draft(tmp_path: Path) -> None:
+    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (2, "naproxen")):
+        write_and_approve(session, number, name)
+    session.save()
+    session.put(1, Version(drug("rest"), "drafted"), 0)
+    session.take(1, session.passage(1).version, 1, replaced=True)
+    session.save()
+    left(session)
+    again = open_guide(guide(tmp_path, "# Adults\n\n## 3. Dose\n\nGive it daily.\n"))
+    first = next(one for one in again.passages if one.more["headings"][-1] == "3. Dose")
+    assert (name_of(first.now.nodes), first.now.state, first.now.approved) == ("colchicine", "corrected", None)
+    assert first.beside is not None
+    assert (name_of(first.beside.nodes), first.beside.state) == ("rest", "drafted")
+    again.close()

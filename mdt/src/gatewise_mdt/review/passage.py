@@ -241,8 +241,13 @@ class Passage:
         return self.with_version(self.now._replace(ticks=(*others, {**key, **said}) if ticked else others))
 
     def unapproved(self) -> "Passage":
-        """With a tree that was right for a text which is not there any more; *Undo* brings no approval of it back."""
-        return self._at(self.now._replace(state="corrected", approved=None, reviewed=None), past=(), future=())
+        """With the tree that was approved for a text which is not there any more, and beside it the one that was worked on over it,
+        if nothing lies there; *Undo* brings no approval of it back."""
+        kept = (self.now.standing or self.now)._replace(state="corrected", approved=None, reviewed=None)
+        made = self._at(kept, past=(), future=())
+        if self.now.nodes in (kept.nodes, None) or self.beside is not None:
+            return made
+        return replace(made, beside=self.now._replace(approved=None, reviewed=None), extractions=self.extractions + 1)
 
     def put_extraction(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
