@@ -218,20 +218,30 @@ def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, tex
     again.close()
 
 
-@pytest.mark.parametrize("lose_history", [False, True])
-def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, lose_history: bool) -> None:
-    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
-    session = open_guide(guide(tmp_path, text))
+def doses(*numbers: int) -> str:
+    """A document of sections with one text, which have numbers in their headings."""
+    return "# Adults\n\n" + "".join(f"## {number}. Dose\n\nGive it daily.\n\n" for number in numbers)
+
+
+def two_doses(folder: Path) -> Session:
+    """A review of two sections with one text, whose trees are approved and saved."""
+    session = open_guide(guide(folder, doses(1, 2)))
     for number, name in ((1, "colchicine"), (2, "naproxen")):
         write_and_approve(session, number, name)
     session.save()
+    return session
+
+
+@pytest.mark.parametrize("lose_history", [False, True])
+def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, lose_history: bool) -> None:
+    session = two_doses(tmp_path)
     left(session, lose_draft=True)
     session.files.out.write_text("".join(json.dumps({**one, CARRIED_KEY: {"from": "old"}}) + "\n" for one in records(session)))
-    session = open_guide(guide(tmp_path, text))  # all of it is in the history now
+    session = open_guide(guide(tmp_path, doses(1, 2)))  # all of it is in the history now
     session.approve(1, tick_all(session, 1), by=By("Ada"))
     session.save()
     left(session, lose_draft=lose_history)
-    again = open_guide(guide(tmp_path, text.replace("## 1. Dose\n\nGive it daily.\n\n", "")))
+    again = open_guide(guide(tmp_path, doses(2)))
     assert [(one.more["headings"][-1], name_of(one.now.nodes)) for one in again.passages] == [
         ("2. Dose", "naproxen"),
         ("1. Dose", "colchicine"),
@@ -240,11 +250,7 @@ def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path
 
 
 def test_nothing_says_which_of_two_trees_is_of_the_one_section_that_is_left(tmp_path: Path) -> None:
-    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
-    session = open_guide(guide(tmp_path, text))
-    for number, name in ((1, "colchicine"), (2, "naproxen")):
-        write_and_approve(session, number, name)
-    session.save()
+    session = two_doses(tmp_path)
     left(session)
     new = guide(tmp_path, "# Adults\n\n## 3. Dose\n\nGive it daily.\n")
     again = open_guide(new)
@@ -420,11 +426,7 @@ def test_a_tree_that_was_changed_since_its_approval_in_another_review_is_approve
 
 
 def test_the_approved_tree_of_a_section_that_is_doubtful_stays_under_a_draft(tmp_path: Path) -> None:
-    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
-    session = open_guide(guide(tmp_path, text))
-    for number, name in ((1, "colchicine"), (2, "naproxen")):
-        write_and_approve(session, number, name)
-    session.save()
+    session = two_doses(tmp_path)
     session.put(1, Version(drug("rest"), "drafted"), 0)
     session.take(1, session.passage(1).version, 1, replaced=True)
     session.save()
@@ -434,4 +436,70 @@ def test_the_approved_tree_of_a_section_that_is_doubtful_stays_under_a_draft(tmp
     assert (name_of(first.now.nodes), first.now.state, first.now.approved) == ("colchicine", "corrected", None)
     assert first.beside is not None
     assert (name_of(first.beside.nodes), first.beside.state) == ("rest", "drafted")
+    again.close()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_approval_that_went_for_doubt_is_not_there_beside_it(tmp_path: Path, saved: bool) -> None:
+    left(two_doses(tmp_path))
+    new = guide(tmp_path, doses(4, 5, 6))
+    parts = [("Adults›4. Dose", "corrected"), ("Adults›5. Dose", "corrected"), ("Adults›6. Dose", "empty")]
+    again = open_guide(new)
+    assert headings(again) == parts
+    assert len(again.notes) == 2
+    if saved:
+        again.save()
+    else:
+        again.begin(3, again.passage(3).version)  # the history has the new places, and the file the old ones
+        parts[2] = ("Adults›6. Dose", "corrected")
+    left(again)
+    third = open_guide(new)
+    assert (headings(third), third.notes) == (parts, [])
+    third.close()
+
+
+@pytest.mark.parametrize("numbers", [(4, 5), (2, 3), (1, 4)])
+def test_without_a_history_the_records_tell_of_doubt(tmp_path: Path, numbers: tuple[int, int]) -> None:
+    left(two_doses(tmp_path), lose_draft=True)
+    again = open_guide(guide(tmp_path, doses(*numbers)))
+    assert "approved" not in [state for _, state in headings(again)]
+    assert len(again.notes) == 2
+    again.close()
+
+
+@pytest.mark.parametrize("changed", ["another section", "nothing"])
+def test_without_a_history_places_that_are_there_still_keep_their_approvals(tmp_path: Path, changed: str) -> None:
+    session = open_guide(guide(tmp_path, doses(1, 2, 3)))
+    for number, name in ((1, "colchicine"), (3, "naproxen")):
+        write_and_approve(session, number, name)
+    session.save()
+    left(session, lose_draft=True)
+    again = open_guide(guide(tmp_path, doses(1, 2, 3) + ("# Children\n\nGive rest.\n" if changed == "another section" else "")))
+    assert [state for _, state in headings(again)][:3] == ["approved", "empty", "approved"]
+    assert again.notes == []
+    again.close()
+
+
+def test_corrections_of_doubtful_places_are_told(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path, doses(1, 2)))
+    for number, name in ((1, "colchicine"), (2, "naproxen")):
+        held = session.begin(number, session.passage(number).version)
+        session.edit(number, held.version, "add_triple", {"node": 0, "parts": triple(name, "drug therapy")})
+    left(session)
+    again = open_guide(guide(tmp_path, doses(3)))
+    assert [state for _, state in headings(again)] == ["corrected", "corrected"]
+    assert [note.endswith("since its tree was corrected: look at it again") for note in again.notes] == [True, True]
+    again.close()
+
+
+def test_approvals_of_one_place_each_are_doubtful_though_both_have_one_draft(tmp_path: Path) -> None:
+    session = two_doses(tmp_path)
+    for number in (1, 2):
+        session.put(number, Version(drug("rest"), "drafted"), 0)
+        session.take(number, session.passage(number).version, 1, replaced=True)
+    session.save()
+    left(session)
+    again = open_guide(guide(tmp_path, doses(3)))
+    assert [one.now.standing for one in again.passages] == [None, None]
+    assert len(again.notes) == 2
     again.close()

@@ -4,6 +4,7 @@ A passage is known by its id, see :func:`gatewise_mdt.documents.passages.passage
 versions have none, and are found again by their texts and headings. Passages are never the same unless their texts are.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
 from gatewise_mdt.records import CARRIED_KEY, TreeRecord, quoted_beginning
 from gatewise_mdt.review.carrying import likest, reworded
 from gatewise_mdt.review.files import Draft
-from gatewise_mdt.review.passage import NOTHING, Passage, lasting_keys, passage_of, version_of, with_ids
+from gatewise_mdt.review.passage import NOTHING, Passage, Version, lasting_keys, passage_of, version_of, with_ids
 
 
 @dataclass
@@ -48,9 +49,13 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
     """
     rows = _rows(with_ids(sources), draft)
     left = list(saved)
-    for way in _WAYS:
+    of_row: list[Callable[[_Row], Any]] = [lambda row, way=way: way(row.first) for way in _WAYS]  # type: ignore[misc]
+    # Next to the id is the tree that the history says is saved: a text may have other places in the document than it had then.
+    ways = [*zip(_WAYS, of_row, strict=True)]
+    ways.insert(1, (_saved_of, lambda row: row.old and _saved_of(row.old)))
+    for way, way_of_row in ways:
         for key, records in _grouped(left, way).items():
-            places = [row for row in rows if row.record is None and way(row.first) == key]
+            places = [row for row in rows if row.record is None and way_of_row(row) == key]
             if len(records) == len(places):  # else nothing says of which
                 for row, record in zip(places, records, strict=True):
                     row.record = record
@@ -76,9 +81,11 @@ def merge(sources: Sequence[Passage], saved: Sequence[TreeRecord], draft: Draft)
         notes += _told(made[i], "changed in")
         made[j] = reworded(made[i], made[j])
     gone = {i: "is gone from" for i in lost.keys() - pairs.values() if _document(made[i])}
-    for i, what in (gone | dict.fromkeys(_doubtful(rows), "comes another number of times, or under other headings, in")).items():
-        if made[i].now.standing is not None:
+    doubtful = dict.fromkeys(_doubtful(rows), "comes another number of times, or under other headings, in")
+    for i, what in (gone | doubtful).items():
+        if made[i].now.standing is not None or i in doubtful:
             notes += _told(made[i], what)
+        if made[i].now.standing is not None:
             made[i] = made[i].unapproved()
     return with_ids([one for i, one in enumerate(made) if i not in pairs.values()]), notes
 
@@ -99,7 +106,8 @@ def _told(passage: Passage, what: str) -> list[str]:
     """What has to be said of a person's word whose text is not that of the document."""
     said = f"the text of {quoted_beginning(passage.text)} {what} the document since its tree was"
     if passage.now.standing is None:
-        return [f"{said} corrected: it is a draft now; look at it again"] if passage.now.state == "corrected" else []
+        then = "it is a draft now; look" if what == "changed in" else "look"
+        return [f"{said} corrected: {then} at it again"] if passage.now.state == "corrected" else []
     by = f" by {passage.now.approver}" if passage.now.approver else ""
     said += f" approved{by}: it is approved no more"
     return [f"{said}; look at it again and save: until then the file of corrections has it as it was"]
@@ -120,23 +128,48 @@ def _rows(sources: Sequence[Passage], draft: Draft) -> list[_Row]:
 
 def _doubtful(rows: Sequence[_Row]) -> list[int]:
     """Rows of a document that has changed, whose text had several trees in it and is in other places now: nothing says which tree
-    is of which. What was left over when it changed before is not asked."""
-    last = {_bytes(row.old) for row in rows if row.source is not None and row.old is not None}
+    is of which. What was left over when it changed before is not asked. Without a history its records tell."""
+    earlier = {i: one for i, row in enumerate(rows) if (one := row.old or _placed_record(row.record)) is not None}
+    last = {_bytes(one) for i, one in earlier.items() if rows[i].source is not None}
     groups = _grouped(range(len(rows)), lambda i: (_document(rows[i].first), rows[i].first.text))
     doubtful: list[int] = []
     for group in groups.values():
         sources = [source for i in group if (source := rows[i].source) is not None]
-        olds = {i: old for i in group if (old := rows[i].old) is not None and _bytes(old) in last - set(map(_bytes, sources))}
-        places = [{one.more.get(PASSAGE_ID) for one in part} for part in (olds.values(), sources)]
-        trees = [one.now.nodes for one in olds.values()]
-        if sources and places[0] != places[1] and any(tree != trees[0] for tree in trees):
+        olds = {i: earlier[i] for i in group if i in earlier and _bytes(earlier[i]) in last - set(map(_bytes, sources))}
+        before, now = ({one.more.get(PASSAGE_ID) for one in part} for part in (olds.values(), sources))
+        # Places without a tree have no records.
+        is_elsewhere = before != now if all(rows[i].old for i in olds) else not before <= now
+        trees = [_trees(one) for one in olds.values()]
+        if sources and is_elsewhere and any(tree != trees[0] for tree in trees):
             doubtful += olds
     return doubtful
 
 
-def _bytes(passage: Passage) -> tuple[str, Any]:
+def _placed_record(record: TreeRecord | None) -> TreeRecord | None:
+    """A record that says where in which version of the document its tree was read."""
+    return record if record is not None and record.more.get(PASSAGE_ID) and record.more.get("sha256") else None
+
+
+def _trees(one: Passage | TreeRecord) -> tuple[Any, Any]:
+    """The tree as it is, and the one that a person stands for."""
+    now = one.now if isinstance(one, Passage) else version_of(one)
+    return now.nodes, now.standing and now.standing.nodes
+
+
+def _saved_of(one: Passage | TreeRecord) -> str | None:
+    """A text with the tree that the file of corrections has for it, and who reviewed that."""
+    saved = one.saved if isinstance(one, Passage) else _unmarked(one)
+    return saved and json.dumps([one.text, saved.nodes, saved.state, saved.reviewed], sort_keys=True)
+
+
+def _unmarked(record: TreeRecord) -> Version:
+    """What a record holds, whatever it says of a tree that was put in its place since."""
+    return version_of(replace(record, more={**record.more, "changed": None}))
+
+
+def _bytes(one: Passage | TreeRecord) -> tuple[str, Any]:
     """The document that a passage is of, as it was read."""
-    return _document(passage), passage.more.get("sha256")
+    return _document(one), one.more.get("sha256")
 
 
 def _grouped(held: Sequence[Any], way: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -158,8 +191,7 @@ def _merged(row: _Row, draft: Draft, notes: list[str]) -> Passage:
         made = replace(passage_of(record), more=_placed(more, source), saved=version_of(record), marked=marked)
         return replace(made, past=(given.now,)) if given and given.now.nodes != made.now.nodes else made
     known = [(one.nodes, one.state, one.ticks) for one in (old.now, old.now.standing, old.saved) if one]
-    # The history knows how it was changed.
-    saved = version_of(replace(record, more={**record.more, "changed": None})) if record else None
+    saved = _unmarked(record) if record else None  # the history knows how it was changed
     more = _placed({**old.more, **(lasting_keys(record.more) if record else {})}, source)
     old = replace(old, more=more, saved=saved, marked=bool(record and record.more.get("changed")))
     if record and saved:
