@@ -52,14 +52,32 @@ def test_products_are_the_plain_sum(name: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(in_place, plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "_to_copy": 2, "add_": 1})])
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "copy_": 2, "add_": 1})])
 def test_a_step_is_two_products_and_two_views(dtype: torch.dtype, more: dict[str, int]) -> None:
     """Where the base's products are quick, every further call counts."""
     x, result = torch.randn(BATCH, 1, IN, dtype=dtype), torch.randn(BATCH, 1, OUT, dtype=dtype)
     gathered = Request().gather([part(3, 2.0)], result, in_place=True)
+    gathered.add(x, result)  # what is cast has room from the first step on
     with Operations(views=True) as made:
         gathered.add(x, result)
     assert made.counts == {"view": 2, "mm": 1} | more
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_steps_in_half_precision_share_their_room(name: str) -> None:
+    """In and out of inference mode, after prompts and other batches; what a step was given stays as it is."""
+    parts = BATCHES[name]()
+    request = Request(BATCH)
+    gathered = request.gather(parts, torch.randn(BATCH, 1, OUT).bfloat16())
+    made = []
+    for tokens, mode in ((9, True), (1, True), (1, False), (9, False), (1, True)):
+        x, result = torch.randn(BATCH, tokens, IN).bfloat16(), torch.randn(BATCH, tokens, OUT).bfloat16()
+        with torch.inference_mode(mode), torch.no_grad():
+            made.append((gathered.add(x, result), plain_sum(parts, x.float(), result.float())))
+        assert (gathered._scratch is None) is (tokens > 1)
+    for ours, plain in made:
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), plain, rtol=0.02, atol=0.1)
 
 
 def test_any_shape_without_rows() -> None:

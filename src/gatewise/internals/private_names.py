@@ -32,13 +32,15 @@ class PrivateName:
 _TUNER, _LORA = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.lora:LoraModel"
 _LAYER, _TRAINER = "peft.tuners.tuners_utils:BaseTunerLayer", "transformers:Trainer"
 _BOTH_TUNERS = ("routed/model.py", "prompts/model.py")
-_MODULE = "torch.nn:Module"
+_MODULE, _HOOKS = "torch.nn:Module", "torch.nn.modules:module"
 
 PRIVATE_NAMES = (
     # PyTorch
     PrivateName(_MODULE, "_forward_hooks", "finds hooks that see what a module makes"),
     PrivateName(_MODULE, "_forward_pre_hooks", "finds hooks that change what A and B are given"),
-    PrivateName(_MODULE, "_parameters", "puts another weight there while a module runs"),
+    PrivateName(_MODULE, "_parameters", "puts another weight there while a module runs, and multiplies by what is there"),
+    PrivateName(_HOOKS, "_global_forward_pre_hooks", "multiplies by a weight without its module's call where nobody sees it"),
+    PrivateName(_HOOKS, "_global_forward_hooks", "multiplies by a weight without its module's call where nobody sees it"),
     PrivateName(
         _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
     ),

@@ -6,11 +6,34 @@ The names are listed in private_names.py.
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.modules import module as _modules
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """True if the module has a hook that sees, and may keep, the output of its ``forward``."""
     return bool(module._forward_hooks)
+
+
+def called_directly(module: nn.Module) -> Callable[..., Tensor]:
+    """What gives the module's output of x, without PyTorch's way through ``__call__`` and ``forward`` where it is an ``nn.Linear``.
+
+    That way takes as long as a small operation, and a decoding step has hundreds. A module goes its own way while anything could
+    see it: with hooks, its own or all modules', and where its weight is no parameter, as in FSDP. So does any other module.
+    """
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return module
+    parameters, before, after = module._parameters, module._forward_pre_hooks, module._forward_hooks
+    before_all, after_all = _modules._global_forward_pre_hooks, _modules._global_forward_hooks
+
+    def run(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        weight = parameters.get("weight")
+        if weight is None or before or after or before_all or after_all or args or kwargs or "forward" in module.__dict__:
+            result: Tensor = module(x, *args, **kwargs)
+            return result
+        return linear(x, weight, parameters["bias"])
+
+    return run
 
 
 def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:

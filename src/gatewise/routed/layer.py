@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import CallState
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
-from gatewise.internals.torch_modules import has_forward_hooks, is_plain
+from gatewise.internals.torch_modules import called_directly, has_forward_hooks, is_plain
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.request import Decision, Pass, Request, Share
 from gatewise.routed.router import Router, gates_of
@@ -136,7 +136,7 @@ class LayerRouting:
             elif shares[name]:
                 running.runs[module] = KeptModule(module, shares[name], request.products)
             else:
-                running.runs[module] = cast(nn.Module, module.base_layer)
+                running.runs[module] = called_directly(cast(nn.Module, module.base_layer))
 
     def _route(self, states: Tensor, request: Request) -> dict[str, Decision]:
         decisions = {}
@@ -268,13 +268,14 @@ class KeptModule:
 
     def __init__(self, layer: RoutedLinear, shares: Sequence[Share], products: Any) -> None:
         self._layer, self._shares, self._products = layer, shares, products
+        self._base = called_directly(cast(nn.Module, layer.base_layer))
         self._gathered: Gathered | None = None
         self._dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in)."""
         layer = self._layer
-        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        result = self._base(x, *args, **kwargs)
         if result.dtype != self._dtype:  # at first, and when autocast comes or goes
             self._gather(x, result)
         return layer.add_shares(x, result, self._shares) if self._gathered is None else self._gathered.add(x, result)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.torch_modules import has_forward_hooks, is_plain
+from gatewise.internals.torch_modules import called_directly, has_forward_hooks, is_plain
 from gatewise.serving.products import BASE, Gathered, Part, Request, rows_side_by_side
 
 # LoRA layers whose forward is base(x) and two products, by name: those on quantised bases exist only where their library does.
@@ -193,6 +193,7 @@ class _Batch:
 def _forward(layer: Any, batch: _Batch) -> Forward:
     """The forward that a layer has during one call."""
     module: nn.Module = layer.base_layer
+    base = called_directly(module)
     theirs, before = type(layer).forward, (layer.active_adapters, layer.disable_adapters)
     names, rows = batch.names, None if batch.names is None else len(batch.names)
     parts: list[Part] | None = []
@@ -217,7 +218,7 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
             if names is not None:
                 kwargs.setdefault("adapter_names", names)
             return theirs(layer, x, *args, **kwargs)
-        result: Tensor = module(x)
+        result: Tensor = base(x)
         if not parts:
             return result
         if gathered is None or gathered.dtype != result.dtype:

@@ -38,10 +38,6 @@ _SPARE_ON_CPU = 3
 """As measured with 8 rows on 2 cores: 32 columns joined take as long as 8 columns by row."""
 
 
-# Faster than .to(dtype), which reads its arguments first.
-_TO = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}
-
-
 @dataclass(frozen=True)
 class Part:
     """What one adapter adds in one module.
@@ -176,6 +172,8 @@ class Gathered:
         dtype: of the base module's output.
         _first, _second: A and B as they are multiplied: joined (d_in, R) and (R, d_out), by row (b, d_in, w) and (b, w, d_out).
         _weight: (b, 1, R), where there is one and the products are joined.
+        _is_cast: the products are in float32, and only the sum is in the precision of the base module.
+        _scratch: where the last step was cast, see ``_room``.
     """
 
     def __init__(
@@ -195,8 +193,9 @@ class Gathered:
         if is_half and result.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             inner = torch.float32
         # The sum is an operation of its own then, which takes no factor.
-        self._back = _TO[self.dtype] if inner != self.dtype else None
-        if self._back is not None:
+        self._is_cast = inner != self.dtype
+        self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
+        if self._is_cast:
             second, alpha = second * alpha, 1.0
         self._first, self._second = first.to(inner).t(), second.to(inner).t().contiguous()
         self._weight = None if weight is None else weight.to(inner)[:, None]
@@ -218,24 +217,42 @@ class Gathered:
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
         first, second, weight = self._first, self._second, self._weight
-        if (x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])) > self._longest:
+        tokens = x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])
+        if tokens > self._longest:
             (first, second), weight = self._by_row(), None
         # All tokens in one matrix (b t, d) where joined, a matrix (t, d) for each row where by row.
         is_joined = first.ndim == 2
         product, shape = (torch.mm, (-1,)) if is_joined else (torch.bmm, (len(x), -1))
-        ranks = product(x.to(first.dtype).reshape(*shape, x.shape[-1]), first)
+        into = self._in_place and result.is_contiguous()
+        x, total = x.reshape(*shape, x.shape[-1]), result.reshape(*shape, result.shape[-1])
+        if self._is_cast:
+            wide, delta, rounded = self._room(x, total, is_step=tokens == 1)
+            x = wide.copy_(x)
+        ranks = product(x, first)
         if weight is not None:
             ranks.view(len(weight), -1, ranks.shape[-1]).mul_(weight)
-        into = self._in_place and result.is_contiguous()
-        total = result.reshape(*shape, result.shape[-1])
-        if self._back is not None:
-            delta = self._back(product(ranks, second))
-            total = total.add_(delta) if into else total + delta
+        if self._is_cast:
+            rounded.copy_(product(ranks, second, out=delta))
+            total = total.add_(rounded) if into else total + rounded
         elif is_joined:  # the product with B and the sum in one operation
             total = (total.addmm_ if into else total.addmm)(ranks, second, alpha=self._alpha)
         else:
             total = (total.baddbmm_ if into else total.baddbmm)(ranks, second, alpha=self._alpha)
         return result if into else total.view(result.shape)
+
+    def _room(self, x: Tensor, total: Tensor, is_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for x in float32, for the adapters' sum in float32, and for that rounded as the total (a total each).
+
+        A step's is kept for the next: a cast into memory that was just used takes 2 to 3 microseconds on a CPU, one into memory of
+        its own 7. A prompt's is too large to keep in every module.
+        """
+        room = self._scratch
+        if room is None or room[0].shape != x.shape:
+            with torch.inference_mode(False):  # else it could not be written into where the next step is not in that mode
+                wide, delta = (one.new_empty(one.shape, dtype=torch.float32) for one in (x, total))
+                room = wide, delta, torch.empty_like(total)
+            self._scratch = room if is_step else None
+        return room
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
         """(b, d_in, w) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
