@@ -5,6 +5,7 @@ import torch
 from counted import Operations
 from torch import Tensor, nn
 
+from gatewise.serving import products
 from gatewise.serving.products import Part, Request, rows_side_by_side
 
 IN, OUT, BATCH = 6, 5, 4
@@ -52,32 +53,77 @@ def test_products_are_the_plain_sum(name: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(in_place, plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "copy_": 2, "add_": 1})])
-def test_a_step_is_two_products_and_two_views(dtype: torch.dtype, more: dict[str, int]) -> None:
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "_to_copy": 2, "add_": 1})])
+def test_a_step_is_two_products_and_two_views(dtype: torch.dtype, more: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the base's products are quick, every further call counts."""
+    monkeypatch.setattr(products, "compiled_step", lambda: None)
     x, result = torch.randn(BATCH, 1, IN, dtype=dtype), torch.randn(BATCH, 1, OUT, dtype=dtype)
     gathered = Request().gather([part(3, 2.0)], result, in_place=True)
-    gathered.add(x, result)  # what is cast has room from the first step on
     with Operations(views=True) as made:
         gathered.add(x, result)
     assert made.counts == {"view": 2, "mm": 1} | more
 
 
+# ---- one call of compiled code for a step in bfloat16 ----
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
-def test_steps_in_half_precision_share_their_room(name: str) -> None:
-    """In and out of inference mode, after prompts and other batches; what a step was given stays as it is."""
+def test_a_compiled_step_rounds_the_plain_sum_once(name: str, in_place: bool) -> None:
+    """In and out of inference mode, between passes of many tokens."""
     parts = BATCHES[name]()
-    request = Request(BATCH)
-    gathered = request.gather(parts, torch.randn(BATCH, 1, OUT).bfloat16())
-    made = []
+    gathered = Request(BATCH).gather(parts, torch.randn(BATCH, 1, OUT).bfloat16(), in_place=in_place)
     for tokens, mode in ((9, True), (1, True), (1, False), (9, False), (1, True)):
         x, result = torch.randn(BATCH, tokens, IN).bfloat16(), torch.randn(BATCH, tokens, OUT).bfloat16()
-        with torch.inference_mode(mode), torch.no_grad():
-            made.append((gathered.add(x, result), plain_sum(parts, x.float(), result.float())))
-        assert (gathered._scratch is None) is (tokens > 1)
-    for ours, plain in made:
-        assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours.float(), plain, rtol=0.02, atol=0.1)
+        before, plain = result.clone(), plain_sum(parts, x.float(), result.float())
+        with torch.inference_mode(mode), torch.no_grad(), Operations() as made:
+            total = gathered.add(x, result)
+        assert torch.equal(result, total if in_place else before)
+        if tokens == 1:
+            assert made.counts == ({} if in_place else {"clone": 1})
+            # But for sums so near the middle of two numbers that the order of the terms decides.
+            assert (total != plain.bfloat16()).sum() <= 1
+        torch.testing.assert_close(total.float(), plain, rtol=0.02, atol=0.1)
+
+
+def test_a_compiled_step_reads_what_does_not_lie_side_by_side() -> None:
+    one = Part(torch.randn(IN, 3).T, torch.randn(3, OUT).T, 2.0)
+    x, result = torch.randn(IN, 1, BATCH).bfloat16().permute(2, 1, 0), torch.randn(OUT, 1, BATCH).bfloat16().permute(2, 1, 0)
+    assert not x.is_contiguous()
+    expected = plain_sum([one], x.float(), result.float())
+    total = Request().gather([one], result, in_place=True).add(x, result)
+    torch.testing.assert_close(total.float(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 3.4e38, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40])
+def test_a_compiled_step_rounds_as_pytorch_does(number: float) -> None:
+    """Exactly: the nearest, the even one of two as near, infinity, what is no number, and the smallest."""
+    one = Part(torch.tensor([[1.0]]), torch.tensor([[number]]))
+    x, result = torch.ones(1, 1, 1).bfloat16(), torch.zeros(1, 1, 1).bfloat16()
+    total = Request().gather([one], result).add(x, result)
+    torch.testing.assert_close(total.flatten(), torch.tensor([number]).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("broken", ["first", "second"])
+def test_a_compiled_step_of_a_broken_adapter_breaks_its_own_rows_only(broken: str) -> None:
+    parts = [part(3, 2.0, [0]), part(2, 0.5, [1, 2])]
+    getattr(parts[0], broken)[0, 0] = float("nan")
+    x, result = torch.randn(BATCH, 1, IN).bfloat16(), torch.randn(BATCH, 1, OUT).bfloat16()
+    total = Request(BATCH).gather(parts, result).add(x, result)
+    assert total[0].isnan().any()
+    torch.testing.assert_close(total[1:].float(), plain_sum(parts, x.float(), result.float())[1:], rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("too_much", [False, True])
+def test_what_is_too_much_for_one_core_stays_with_pytorch(too_much: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that a row does not have are not counted."""
+    parts = [part(2, 1.0, [row]) for row in range(BATCH)]
+    monkeypatch.setattr(products, "MOST", BATCH * 2 * (IN + OUT) - too_much)
+    x, result = torch.randn(BATCH, 1, IN).bfloat16(), torch.randn(BATCH, 1, OUT).bfloat16()
+    gathered = Request(BATCH).gather(parts, result, in_place=True)
+    with Operations() as made:
+        gathered.add(x, result)
+    assert bool(made.counts) is too_much
 
 
 def test_any_shape_without_rows() -> None:

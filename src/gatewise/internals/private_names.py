@@ -3,7 +3,7 @@
 Libraries may change such names in any version. ``tests/internals/test_private_names.py`` looks each of them up in the versions
 that are installed, and fails when the source comes to use one that is not listed here.
 
-Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15, deepspeed 0.19 and filelock 4.3. Names that a subclass must
+Read in torch 2.13, peft 0.21, transformers 5.25, accelerate 1.16, deepspeed 0.19 and filelock 4.3. Names that a subclass must
 override, or calls on itself, are used where the subclass is; all others only in this folder.
 """
 

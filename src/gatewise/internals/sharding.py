@@ -3,7 +3,7 @@
 LoRA factors that FSDP2 cuts up (DTensors) can be neither pruned nor grown, and gates on them cannot be scored. They are small: left
 out of the sharding, every process holds them whole, as under DDP, and only their gradients have to be averaged.
 
-Read in torch 2.13 and Accelerate 1.15.
+Read in torch 2.13 and Accelerate 1.16.
 """
 
 import os

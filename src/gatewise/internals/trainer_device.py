@@ -1,6 +1,6 @@
 """Puts a Trainer on one named device. ``TrainingArguments`` knows only "the first accelerator" and "the CPU".
 
-Read in Transformers 5.24 and Accelerate 1.15: the device is a cached property of the arguments, and the Accelerator
+Read in Transformers 5.25 and Accelerate 1.16: the device is a cached property of the arguments, and the Accelerator
 takes its own from the state that the arguments hold.
 """
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from gatewise.serving.compiled_step import MOST, Step, add_step, compiled_step
+
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
 
@@ -173,7 +175,7 @@ class Gathered:
         _first, _second: A and B as they are multiplied: joined (d_in, R) and (R, d_out), by row (b, d_in, w) and (b, w, d_out).
         _weight: (b, 1, R), where there is one and the products are joined.
         _is_cast: the products are in float32, and only the sum is in the precision of the base module.
-        _scratch: where the last step was cast, see ``_room``.
+        _compiled: does a step's products in one call (compiled_step.py); None where it cannot, or has too much to do for one core.
     """
 
     def __init__(
@@ -194,12 +196,16 @@ class Gathered:
             inner = torch.float32
         # The sum is an operation of its own then, which takes no factor.
         self._is_cast = inner != self.dtype
-        self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
         if self._is_cast:
             second, alpha = second * alpha, 1.0
-        self._first, self._second = first.to(inner).t(), second.to(inner).t().contiguous()
-        self._weight = None if weight is None else weight.to(inner)[:, None]
+        self._first, self._second = first.to(inner).contiguous().t(), second.to(inner).t().contiguous()
+        self._weight = None if weight is None else weight.to(inner).contiguous()[:, None]
         self._alpha, self._layout, self._in_place = alpha, layout, in_place
+        self._compiled: Step | None = None
+        if self._is_cast and self.dtype == torch.bfloat16:
+            columns = len(first) if layout is None else layout.columns.shape[1]
+            if len(result) * columns * (first.shape[1] + second.shape[0]) <= MOST:
+                self._compiled = compiled_step()
         # How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all. It is not
         # where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
         self._longest = inf
@@ -210,7 +216,7 @@ class Gathered:
                 total = self._first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
                 if inner == torch.float16 or not total.isfinite():
                     self._longest = 0
-        if self._longest < 1:
+        if self._longest < 1 and self._compiled is None:
             self._first, self._second = self._by_row()
             self._weight, self._longest = None, inf
 
@@ -218,41 +224,28 @@ class Gathered:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
         first, second, weight = self._first, self._second, self._weight
         tokens = x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])
+        into = self._in_place and result.is_contiguous()
+        if self._compiled is not None and tokens == 1 and x.dtype == self.dtype and not torch.compiler.is_compiling():
+            total = result if into else result.clone(memory_format=torch.contiguous_format)
+            add_step(self._compiled, x.contiguous(), self._first.t(), self._second, self._weight, total)
+            return total
         if tokens > self._longest:
             (first, second), weight = self._by_row(), None
         # All tokens in one matrix (b t, d) where joined, a matrix (t, d) for each row where by row.
         is_joined = first.ndim == 2
         product, shape = (torch.mm, (-1,)) if is_joined else (torch.bmm, (len(x), -1))
-        into = self._in_place and result.is_contiguous()
         x, total = x.reshape(*shape, x.shape[-1]), result.reshape(*shape, result.shape[-1])
-        if self._is_cast:
-            wide, delta, rounded = self._room(x, total, is_step=tokens == 1)
-            x = wide.copy_(x)
-        ranks = product(x, first)
+        ranks = product(x.float() if self._is_cast else x, first)
         if weight is not None:
             ranks.view(len(weight), -1, ranks.shape[-1]).mul_(weight)
         if self._is_cast:
-            rounded.copy_(product(ranks, second, out=delta))
-            total = total.add_(rounded) if into else total + rounded
+            delta = product(ranks, second).to(total.dtype)
+            total = total.add_(delta) if into else total + delta
         elif is_joined:  # the product with B and the sum in one operation
             total = (total.addmm_ if into else total.addmm)(ranks, second, alpha=self._alpha)
         else:
             total = (total.baddbmm_ if into else total.baddbmm)(ranks, second, alpha=self._alpha)
         return result if into else total.view(result.shape)
-
-    def _room(self, x: Tensor, total: Tensor, is_step: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for x in float32, for the adapters' sum in float32, and for that rounded as the total (a total each).
-
-        A step's is kept for the next: a cast into memory that was just used takes 2 to 3 microseconds on a CPU, one into memory of
-        its own 7. A prompt's is too large to keep in every module.
-        """
-        room = self._scratch
-        if room is None or room[0].shape != x.shape:
-            with torch.inference_mode(False):  # else it could not be written into where the next step is not in that mode
-                wide, delta = (one.new_empty(one.shape, dtype=torch.float32) for one in (x, total))
-                room = wide, delta, torch.empty_like(total)
-            self._scratch = room if is_step else None
-        return room
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
         """(b, d_in, w) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
