@@ -95,7 +95,13 @@ def test_a_compiled_step_reads_what_does_not_lie_side_by_side() -> None:
     torch.testing.assert_close(total.float(), expected, rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 3.4e38, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40])
+BITS_SET = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
+"""No number either, and adding to its bits makes one."""
+
+
+@pytest.mark.parametrize(
+    "number", [float("nan"), BITS_SET, float("inf"), -float("inf"), 3.4e38, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40]
+)
 def test_a_compiled_step_rounds_as_pytorch_does(number: float) -> None:
     """Exactly: the nearest, the even one of two as near, infinity, what is no number, and the smallest."""
     one = Part(torch.tensor([[1.0]]), torch.tensor([[number]]))
