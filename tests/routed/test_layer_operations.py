@@ -56,7 +56,7 @@ def kept(model: PeftModel) -> int:
 
 @pytest.fixture
 def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "compiled_step", lambda: None)
+    monkeypatch.setattr(products, "step_of", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_numba")

@@ -56,7 +56,7 @@ def test_products_are_the_plain_sum(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {"addmm_": 1}), (torch.bfloat16, {"mm": 2, "_to_copy": 2, "add_": 1})])
 def test_a_step_is_two_products_and_two_views(dtype: torch.dtype, more: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the base's products are quick, every further call counts."""
-    monkeypatch.setattr(products, "compiled_step", lambda: None)
+    monkeypatch.setattr(products, "step_of", lambda *_: None)
     x, result = torch.randn(BATCH, 1, IN, dtype=dtype), torch.randn(BATCH, 1, OUT, dtype=dtype)
     gathered = Request().gather([part(3, 2.0)], result, in_place=True)
     with Operations(views=True) as made:
@@ -118,6 +118,13 @@ def test_a_compiled_step_of_a_broken_adapter_breaks_its_own_rows_only(broken: st
     total = Request(BATCH).gather(parts, result).add(x, result)
     assert total[0].isnan().any()
     torch.testing.assert_close(total[1:].float(), plain_sum(parts, x.float(), result.float())[1:], rtol=0.01, atol=0.01)
+
+
+def test_a_compiled_step_reads_no_rows_that_the_request_has_not() -> None:
+    x, result = torch.randn(BATCH + 1, 1, IN).bfloat16(), torch.randn(BATCH + 1, 1, OUT).bfloat16()
+    gathered = Request(BATCH).gather([part(3, 2.0, [0])], result[:BATCH])
+    with pytest.raises(AssertionError):
+        gathered.add(x, result)
 
 
 @pytest.mark.parametrize("too_much", [False, True])

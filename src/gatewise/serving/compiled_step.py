@@ -17,11 +17,33 @@ from torch import Tensor
 MOST = 2_000_000
 """Multiplications in a call, above which PyTorch's products, which use all cores, are as fast."""
 
-Step = Callable[..., None]
+
+def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[Tensor, Tensor], None] | None:
+    """``step(x, y)``, which adds a module's part into y (b, 1, d_out) for x (b, 1, d_in), both in bfloat16; None without Numba.
+
+    Args:
+        first: A (R, d_in), in float32 as the next two.
+        second: B transposed (R, d_out).
+        weight: (b, R), of which zeros are not looked at; None for ones.
+    All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked.
+    """
+    if (compiled := _compiled()) is None:
+        return None
+    # What does not change from step to step is looked up once: each word of Python here is said in every module of every step.
+    weights = 0 if weight is None else weight.data_ptr()
+    fixed = first.data_ptr(), second.data_ptr(), weights, *first.shape, second.shape[1], weights
+
+    def step(x: Tensor, y: Tensor) -> None:
+        rows = x.shape[0]
+        assert weight is None or rows == weight.shape[0]
+        compiled(x.data_ptr(), y.data_ptr(), rows, *fixed)
+
+    step.held = first, second, weight  # type: ignore[attr-defined]  # as long as it can be called
+    return step
 
 
 @cache
-def compiled_step() -> Step | None:
+def _compiled() -> Callable[..., None] | None:
     """``add(...)``, below, as a function of addresses and sizes; None without Numba. Compiled by the first call, in 2 seconds."""
     try:
         import numba
@@ -44,9 +66,9 @@ def compiled_step() -> Step | None:
 
     halves, floats, size = types.CPointer(types.uint16), types.CPointer(types.float32), types.intp
 
-    @numba.cfunc(types.void(halves, floats, floats, floats, halves, *[size] * 5), fastmath=exact)
-    def add(inputs, first, second, weights, results, rows, ranks, d_in, d_out, has_weights):  # type: ignore[no-untyped-def]  # pragma: no cover
-        """x (rows, d_in), A (ranks, d_in), B transposed (ranks, d_out), weights (rows, ranks) or none, y (rows, d_out)."""
+    @numba.cfunc(types.void(halves, halves, size, floats, floats, floats, *[size] * 4), fastmath=exact)
+    def add(inputs, results, rows, first, second, weights, ranks, d_in, d_out, has_weights):  # type: ignore[no-untyped-def]  # pragma: no cover
+        """x (rows, d_in), y (rows, d_out), A (ranks, d_in), B transposed (ranks, d_out), weights (rows, ranks) or none."""
         x, y = numba.carray(inputs, (rows, d_in)), numba.carray(results, (rows, d_out))
         a, b, weight = (
             numba.carray(first, (ranks, d_in)),
@@ -73,21 +95,3 @@ def compiled_step() -> Step | None:
     call = ctypes.PYFUNCTYPE(None, *[ctypes.c_ssize_t] * 10)(cast(int, add.address))
     call.compiled = add  # type: ignore[attr-defined]  # as long as it can be called
     return call
-
-
-def add_step(step: Step, x: Tensor, first: Tensor, second: Tensor, weight: Tensor | None, result: Tensor) -> None:
-    """Adds a step's part into ``result`` (b, 1, d_out) for x (b, 1, d_in), both in bfloat16.
-
-    Args:
-        step: from ``compiled_step``.
-        first: A (R, d_in), in float32 as the next two.
-        second: B transposed (R, d_out).
-        weight: (b, R), of which zeros are not looked at; None for ones.
-    All of them have their rows side by side in memory.
-    """
-    ranks, d_in = first.shape
-    weights = 0 if weight is None else weight.data_ptr()
-    step(
-        x.data_ptr(), first.data_ptr(), second.data_ptr(), weights, result.data_ptr(),
-        len(x), ranks, d_in, second.shape[1], weights,
-    )  # fmt: skip

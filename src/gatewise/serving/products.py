@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gatewise.serving.compiled_step import MOST, Step, add_step, compiled_step
+from gatewise.serving.compiled_step import MOST, step_of
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -175,7 +175,7 @@ class Gathered:
         _first, _second: A and B as they are multiplied: joined (d_in, R) and (R, d_out), by row (b, d_in, w) and (b, w, d_out).
         _weight: (b, 1, R), where there is one and the products are joined.
         _is_cast: the products are in float32, and only the sum is in the precision of the base module.
-        _compiled: does a step's products in one call (compiled_step.py); None where it cannot, or has too much to do for one core.
+        _step: a step's products in one call (compiled_step.py); None where there is none, or one core has too much to do.
     """
 
     def __init__(
@@ -201,11 +201,11 @@ class Gathered:
         self._first, self._second = first.to(inner).contiguous().t(), second.to(inner).t().contiguous()
         self._weight = None if weight is None else weight.to(inner).contiguous()[:, None]
         self._alpha, self._layout, self._in_place = alpha, layout, in_place
-        self._compiled: Step | None = None
+        self._step = None
         if self._is_cast and self.dtype == torch.bfloat16:
             columns = len(first) if layout is None else layout.columns.shape[1]
             if len(result) * columns * (first.shape[1] + second.shape[0]) <= MOST:
-                self._compiled = compiled_step()
+                self._step = step_of(self._first.t(), self._second, self._weight)
         # How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all. It is not
         # where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
         self._longest = inf
@@ -216,19 +216,20 @@ class Gathered:
                 total = self._first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
                 if inner == torch.float16 or not total.isfinite():
                     self._longest = 0
-        if self._longest < 1 and self._compiled is None:
+        if self._longest < 1 and self._step is None:
             self._first, self._second = self._by_row()
             self._weight, self._longest = None, inf
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
+        into = self._in_place and result.is_contiguous()
+        step = self._step
+        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not torch.compiler.is_compiling():
+            total = result if into else result.clone(memory_format=torch.contiguous_format)
+            step(x.contiguous(), total)
+            return total
         first, second, weight = self._first, self._second, self._weight
         tokens = x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])
-        into = self._in_place and result.is_contiguous()
-        if self._compiled is not None and tokens == 1 and x.dtype == self.dtype and not torch.compiler.is_compiling():
-            total = result if into else result.clone(memory_format=torch.contiguous_format)
-            add_step(self._compiled, x.contiguous(), self._first.t(), self._second, self._weight, total)
-            return total
         if tokens > self._longest:
             (first, second), weight = self._by_row(), None
         # All tokens in one matrix (b t, d) where joined, a matrix (t, d) for each row where by row.
