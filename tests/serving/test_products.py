@@ -127,6 +127,32 @@ def test_a_compiled_step_reads_no_rows_that_the_request_has_not() -> None:
         gathered.add(x, result)
 
 
+def test_a_compiled_step_follows_an_adapter_that_moves() -> None:
+    """share_memory() lets go of the memory that a parameter had."""
+    one = Part(nn.Parameter(torch.randn(3, IN)), nn.Parameter(torch.randn(OUT, 3)))
+    x, result = torch.randn(1, 1, IN).bfloat16(), torch.zeros(1, 1, OUT).bfloat16()
+    with torch.no_grad():
+        gathered = Request().gather([one], result)
+        before, address = gathered.add(x, result), one.first.data_ptr()
+        one.first.share_memory_()
+        assert one.first.data_ptr() != address
+        one.first.mul_(2)  # seen where it is read, not where it was
+        torch.testing.assert_close(gathered.add(x, result), 2 * before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the sizes do not change
+def test_a_recorded_step_has_the_adapter() -> None:
+    class Adapted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return gathered.add(x, x.new_zeros(1, 1, OUT))
+
+    x, other = torch.randn(2, 1, 1, IN).bfloat16()
+    with torch.no_grad():
+        gathered = Request().gather([part(3, 2.0)], torch.zeros(1, 1, OUT).bfloat16())
+        recorded = torch.jit.trace(Adapted(), x)
+        torch.testing.assert_close(recorded(other), gathered.add(other, torch.zeros(1, 1, OUT).bfloat16()))
+
+
 @pytest.mark.parametrize("too_much", [False, True])
 def test_what_is_too_much_for_one_core_stays_with_pytorch(too_much: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns that a row does not have are not counted."""

@@ -23,22 +23,23 @@ def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[T
 
     Args:
         first: A (R, d_in), in float32 as the next two.
-        second: B transposed (R, d_out).
+        second: B transposed (R, d_out), memory of nobody else's, as ``weight``.
         weight: (b, R), of which zeros are not looked at; None for ones.
     All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked.
     """
     if (compiled := _compiled()) is None:
         return None
     # What does not change from step to step is looked up once: each word of Python here is said in every module of every step.
+    # A's address is not: it may be a parameter of the model's, which share_memory() moves.
     weights = 0 if weight is None else weight.data_ptr()
-    fixed = first.data_ptr(), second.data_ptr(), weights, *first.shape, second.shape[1], weights
+    fixed = second.data_ptr(), weights, *first.shape, second.shape[1], weights
 
     def step(x: Tensor, y: Tensor) -> None:
         rows = x.shape[0]
         assert weight is None or rows == weight.shape[0]
-        compiled(x.data_ptr(), y.data_ptr(), rows, *fixed)
+        compiled(x.data_ptr(), y.data_ptr(), rows, first.data_ptr(), *fixed)
 
-    step.held = first, second, weight  # type: ignore[attr-defined]  # as long as it can be called
+    step.held = second, weight  # type: ignore[attr-defined]  # as long as it can be called
     return step
 
 

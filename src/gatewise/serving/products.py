@@ -224,7 +224,7 @@ class Gathered:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
         into = self._in_place and result.is_contiguous()
         step = self._step
-        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not torch.compiler.is_compiling():
+        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not _is_recorded():
             total = result if into else result.clone(memory_format=torch.contiguous_format)
             step(x.contiguous(), total)
             return total
@@ -254,6 +254,11 @@ class Gathered:
         gates = pad(weight[:, 0], (0, 1)).gather(1, columns)
         first, second = (pad(one, (0, 0, 0, 1))[columns] for one in (self._first.t(), self._second))
         return first.mT, second * gates[..., None]
+
+
+def _is_recorded() -> bool:
+    """Whether what is computed becomes a graph, which would not hold a call that is not PyTorch's."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @contextmanager
