@@ -123,8 +123,29 @@ def test_a_compiled_step_of_a_broken_adapter_breaks_its_own_rows_only(broken: st
 def test_a_compiled_step_reads_no_rows_that_the_request_has_not() -> None:
     x, result = torch.randn(BATCH + 1, 1, IN).bfloat16(), torch.randn(BATCH + 1, 1, OUT).bfloat16()
     gathered = Request(BATCH).gather([part(3, 2.0, [0])], result[:BATCH])
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="5 rows were given, expected the request's 4"):
         gathered.add(x, result)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(IN - 1, OUT), (IN + 1, OUT), (IN, OUT - 1), (IN, OUT + 1)])
+def test_a_compiled_step_writes_to_no_sizes_that_the_adapter_has_not(d_in: int, d_out: int) -> None:
+    """PyTorch says what is wrong."""
+    gathered = Request().gather([part(3, 2.0)], torch.zeros(1, 1, OUT).bfloat16())
+    with pytest.raises(RuntimeError):
+        gathered.add(torch.randn(1, 1, d_in).bfloat16(), torch.zeros(1, 1, d_out).bfloat16())
+
+
+def test_a_compiled_step_is_not_made_of_another_rank() -> None:
+    result, x = torch.zeros(1, 1, OUT).bfloat16(), torch.randn(1, 1, IN).bfloat16()
+    gathered = Request().gather([Part(torch.randn(4, IN), torch.randn(OUT, 3))], result)
+    with pytest.raises(RuntimeError):
+        gathered.add(x, result)
+
+
+def test_a_step_has_a_gradient_where_one_is_asked_for() -> None:
+    x = torch.randn(1, 1, IN).bfloat16().requires_grad_()
+    result = torch.zeros(1, 1, OUT).bfloat16()
+    assert Request().gather([part(3, 2.0)], result).add(x, result).requires_grad
 
 
 def test_a_compiled_step_follows_an_adapter_that_moves() -> None:

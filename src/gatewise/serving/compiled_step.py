@@ -18,26 +18,35 @@ MOST = 2_000_000
 """Multiplications in a call, above which PyTorch's products, which use all cores, are as fast."""
 
 
-def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[Tensor, Tensor], None] | None:
+def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[Tensor, Tensor], bool] | None:
     """``step(x, y)``, which adds a module's part into y (b, 1, d_out) for x (b, 1, d_in), both in bfloat16; None without Numba.
 
     Args:
         first: A (R, d_in), in float32 as the next two.
         second: B transposed (R, d_out), memory of nobody else's, as ``weight``.
         weight: (b, R), of which zeros are not looked at; None for ones.
-    All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked.
+    All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked. Sizes are.
+
+    ``step`` does nothing and returns False where x and y do not go with them: PyTorch's products say what is wrong.
     """
     if (compiled := _compiled()) is None:
         return None
     # What does not change from step to step is looked up once: each word of Python here is said in every module of every step.
-    # A's address is not: it may be a parameter of the model's, which share_memory() moves.
-    weights = 0 if weight is None else weight.data_ptr()
+    # A's address is not: it may be a parameter of the model's, which FSDP2 moves around each layer, and share_memory() once.
+    if len(second) != len(first):
+        return None
+    weights, batch = (0, None) if weight is None else (weight.data_ptr(), weight.shape[0])
+    d_in, d_out = first.shape[1], second.shape[1]
     fixed = second.data_ptr(), weights, *first.shape, second.shape[1], weights
 
-    def step(x: Tensor, y: Tensor) -> None:
+    def step(x: Tensor, y: Tensor) -> bool:
         rows = x.shape[0]
-        assert weight is None or rows == weight.shape[0]
+        if batch is not None and rows != batch:
+            raise ValueError(f"{rows} rows were given, expected the request's {batch}")
+        if x.shape != (rows, 1, d_in) or y.shape != (rows, 1, d_out):
+            return False
         compiled(x.data_ptr(), y.data_ptr(), rows, first.data_ptr(), *fixed)
+        return True
 
     step.held = second, weight  # type: ignore[attr-defined]  # as long as it can be called
     return step
@@ -49,7 +58,9 @@ def _compiled() -> Callable[..., None] | None:
     try:
         import numba
         from numba import types
-    except ImportError:  # not installed, or not for this NumPy
+    except (ImportError, OSError):  # not installed, not for this NumPy, or without its shared library
+        return None
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return None
     exact = {"contract", "nsz", "reassoc"}  # infinite and missing numbers stay what they are
 

@@ -224,10 +224,10 @@ class Gathered:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
         into = self._in_place and result.is_contiguous()
         step = self._step
-        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not _is_recorded():
+        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype == result.dtype and not _is_recorded(x):
             total = result if into else result.clone(memory_format=torch.contiguous_format)
-            step(x.contiguous(), total)
-            return total
+            if step(x.contiguous(), total):
+                return total
         first, second, weight = self._first, self._second, self._weight
         tokens = x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])
         if tokens > self._longest:
@@ -256,9 +256,10 @@ class Gathered:
         return first.mT, second * gates[..., None]
 
 
-def _is_recorded() -> bool:
-    """Whether what is computed becomes a graph, which would not hold a call that is not PyTorch's."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _is_recorded(x: Tensor) -> bool:
+    """Whether what is computed of x becomes a graph or a gradient, which would not hold a call that is not PyTorch's."""
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_graph or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
 
 
 @contextmanager
