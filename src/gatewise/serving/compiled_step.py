@@ -21,23 +21,22 @@ MOST = 2_000_000
 def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[Tensor, Tensor], bool] | None:
     """``step(x, y)``, which adds a module's part into y (b, 1, d_out) for x (b, 1, d_in), both in bfloat16; None without Numba.
 
+    None too where A and B have different ranks. ``step`` does nothing and returns False where x and y have other sizes than these,
+    so that PyTorch's products say what is wrong. It raises ValueError for another number of rows than ``weight`` has.
+
     Args:
         first: A (R, d_in), in float32 as the next two.
         second: B transposed (R, d_out), memory of nobody else's, as ``weight``.
         weight: (b, R), of which zeros are not looked at; None for ones.
     All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked. Sizes are.
-
-    ``step`` does nothing and returns False where x and y do not go with them: PyTorch's products say what is wrong.
     """
-    if (compiled := _compiled()) is None:
+    if (compiled := _compiled()) is None or len(first) != len(second):
         return None
     # What does not change from step to step is looked up once: each word of Python here is said in every module of every step.
     # A's address is not: it may be a parameter of the model's, which FSDP2 moves around each layer, and share_memory() once.
-    if len(second) != len(first):
-        return None
-    weights, batch = (0, None) if weight is None else (weight.data_ptr(), weight.shape[0])
-    d_in, d_out = first.shape[1], second.shape[1]
-    fixed = second.data_ptr(), weights, *first.shape, second.shape[1], weights
+    weights, batch = (0, None) if weight is None else (weight.data_ptr(), len(weight))
+    (ranks, d_in), d_out = first.shape, second.shape[1]
+    fixed = second.data_ptr(), weights, ranks, d_in, d_out, weights
 
     def step(x: Tensor, y: Tensor) -> bool:
         rows = x.shape[0]
