@@ -148,17 +148,16 @@ def test_a_step_has_a_gradient_where_one_is_asked_for() -> None:
     assert Request().gather([part(3, 2.0)], result).add(x, result).requires_grad
 
 
-def test_a_compiled_step_follows_an_adapter_that_moves() -> None:
-    """share_memory() lets go of the memory that a parameter had."""
-    one = Part(nn.Parameter(torch.randn(3, IN)), nn.Parameter(torch.randn(OUT, 3)))
-    x, result = torch.randn(1, 1, IN).bfloat16(), torch.zeros(1, 1, OUT).bfloat16()
+def test_a_compiled_step_has_its_own_copies() -> None:
+    """The model may move its parameters in the middle of a request, or let go of their memory."""
+    first, second, gate = nn.Parameter(torch.randn(3, IN)), nn.Parameter(torch.randn(OUT, 3)), torch.rand(BATCH)
+    x, result = torch.randn(BATCH, 1, IN).bfloat16(), torch.zeros(BATCH, 1, OUT).bfloat16()
     with torch.no_grad():
-        gathered = Request().gather([one], result)
-        before, address = gathered.add(x, result), one.first.data_ptr()
-        one.first.share_memory_()
-        assert one.first.data_ptr() != address
-        one.first.mul_(2)  # seen where it is read, not where it was
-        torch.testing.assert_close(gathered.add(x, result), 2 * before)
+        gathered = Request(BATCH).gather([Part(first, second, gate=gate)], result)
+        before = gathered.add(x, result)
+        for one in (first, second, gate):
+            one.fill_(torch.nan)
+        assert torch.equal(gathered.add(x, result), before)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the sizes do not change

@@ -93,7 +93,14 @@ PRIVATE_NAMES = (
         (*_BOTH_TUNERS, "serving/lora.py", "serving/server/lanes.py"),
     ),
     # PEFT: adapter layers
-    PrivateName(_LAYER, "_active_adapter", "names the adapter that a new layer begins with", None, ("routed/layer.py",)),
+    PrivateName(
+        _LAYER,
+        "_active_adapter",
+        "names the adapter that a new layer begins with, and asks whether it is still in use",
+        None,
+        ("routed/layer.py",),
+    ),
+    PrivateName(_LAYER, "_disable_adapters", "asks in every decoding step whether adapters are still on"),
     PrivateName(_LAYER, "_cast_input_dtype", "gives A its own precision", ("x", "dtype"), ("routed/layer.py",)),
     PrivateName(
         _LAYER,

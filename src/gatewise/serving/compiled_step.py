@@ -12,48 +12,73 @@ from functools import cache
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 MOST = 2_000_000
 """Multiplications in a call, above which PyTorch's products, which use all cores, are as fast."""
 
 
-def step_of(first: Tensor, second: Tensor, weight: Tensor | None) -> Callable[[Tensor, Tensor], bool] | None:
-    """``step(x, y)``, which adds a module's part into y (b, 1, d_out) for x (b, 1, d_in), both in bfloat16; None without Numba.
-
-    None too where A and B have different ranks. ``step`` does nothing and returns False where x and y have other sizes than these,
-    so that PyTorch's products say what is wrong. It raises ValueError for another number of rows than ``weight`` has.
+def step_of(first: Tensor, second: Tensor, weight: Tensor | None, rows: int) -> "Step | None":
+    """The step of a module's adapters; None without Numba, and where A and B have different ranks.
 
     Args:
         first: A (R, d_in), in float32 as the next two.
-        second: B transposed (R, d_out), memory of nobody else's, as ``weight``.
+        second: B transposed (R, d_out).
         weight: (b, R), of which zeros are not looked at; None for ones.
-    All of them, x and y too, have their rows side by side in memory. They go as addresses: nothing of that is checked. Sizes are.
+        rows: b.
+    These are read where they lie now, so all are memory of nobody else's: a parameter of the model's may move (FSDP2 moves it
+    around each layer, ``share_memory()`` once).
     """
-    if (compiled := _compiled()) is None or len(first) != len(second):
-        return None
-    # What does not change from step to step is looked up once: each word of Python here is said in every module of every step.
-    # A's address is not: it may be a parameter of the model's, which FSDP2 moves around each layer, and share_memory() once.
-    weights, batch = (0, None) if weight is None else (weight.data_ptr(), len(weight))
-    (ranks, d_in), d_out = first.shape, second.shape[1]
-    fixed = second.data_ptr(), weights, ranks, d_in, d_out, weights
+    return None if _compiled() is None or len(first) != len(second) else Step(first, second, weight, rows)
 
-    def step(x: Tensor, y: Tensor) -> bool:
-        rows = x.shape[0]
-        if batch is not None and rows != batch:
-            raise ValueError(f"{rows} rows were given, expected the request's {batch}")
-        if x.shape != (rows, 1, d_in) or y.shape != (rows, 1, d_out):
+
+class Step:
+    """``step(x, y)`` adds a module's part into y (b, 1, d_out) for x (b, 1, d_in), both in bfloat16, and returns True.
+
+    It does nothing and returns False where PyTorch is to make the products: for x and y of other sizes or precision (a prompt;
+    PyTorch says what is wrong if anything is), with values that do not lie side by side, and where they are recorded for a
+    gradient or a graph, which would not hold a call that is not PyTorch's.
+
+    The arguments are those of ``step_of``. All Python here runs in every module of every step, after the base module's weights have
+    driven what it reads out of the processor's cache. So what modules do not have in common is one small object.
+    """
+
+    __slots__ = ("_call", "_fixed", "_held", "_of_x", "_of_y")
+
+    def __init__(self, first: Tensor, second: Tensor, weight: Tensor | None, rows: int) -> None:
+        tensors = first.contiguous(), second.contiguous(), None if weight is None else weight.contiguous()
+        (ranks, d_in), d_out = first.shape, second.shape[1]
+        fixed = np.array([*(0 if one is None else one.data_ptr() for one in tensors), rows, ranks, d_in, d_out], np.intp)
+        self._held = tensors, fixed  # as long as it can be called
+        self._fixed = fixed.ctypes.data
+        self._call = cast(Callable[..., None], _compiled())
+        self._of_x, self._of_y = _shape(rows, d_in), _shape(rows, d_out)
+
+    def __call__(self, x: Tensor, y: Tensor) -> bool:
+        if x.shape != self._of_x or y.shape != self._of_y or x.dtype is not _HALF or y.dtype is not _HALF:
             return False
-        compiled(x.data_ptr(), y.data_ptr(), rows, first.data_ptr(), *fixed)
+        if not (x.is_contiguous() and y.is_contiguous()) or type(x) is not Tensor or type(y) is not Tensor:
+            return False
+        if _is_compiling() or _is_tracing() or (_has_gradients() and (x.requires_grad or y.requires_grad)):
+            return False
+        self._call(x.data_ptr(), y.data_ptr(), self._fixed, self._fixed)
         return True
 
-    step.held = second, weight  # type: ignore[attr-defined]  # as long as it can be called
-    return step
+
+_HALF, _has_gradients = torch.bfloat16, torch.is_grad_enabled
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing
+
+
+@cache
+def _shape(rows: int, d: int) -> tuple[int, int, int]:
+    """One object for all modules."""
+    return rows, 1, d
 
 
 @cache
 def _compiled() -> Callable[..., None] | None:
-    """``add(...)``, below, as a function of addresses and sizes; None without Numba. Compiled by the first call, in 2 seconds."""
+    """``add(...)``, below, as a function of four addresses; None without Numba. Compiled by the first call, in 2 seconds."""
     try:
         import numba
         from numba import types
@@ -75,17 +100,16 @@ def _compiled() -> Callable[..., None] | None:
         bits = np.float32(wide).view(np.uint32)
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
-    halves, floats, size = types.CPointer(types.uint16), types.CPointer(types.float32), types.intp
+    halves, pointers, sizes = types.CPointer(types.uint16), types.CPointer(types.voidptr), types.CPointer(types.intp)
 
-    @numba.cfunc(types.void(halves, halves, size, floats, floats, floats, *[size] * 4), fastmath=exact)
-    def add(inputs, results, rows, first, second, weights, ranks, d_in, d_out, has_weights):  # type: ignore[no-untyped-def]  # pragma: no cover
-        """x (rows, d_in), y (rows, d_out), A (ranks, d_in), B transposed (ranks, d_out), weights (rows, ranks) or none."""
+    @numba.cfunc(types.void(halves, halves, pointers, sizes), fastmath=exact)
+    def add(inputs, results, addresses, numbers):  # type: ignore[no-untyped-def]  # pragma: no cover
+        """x (rows, d_in) and y (rows, d_out); where A, B transposed and the weights lie, and b, R, d_in, d_out, seven in a row."""
+        has_weights, rows, ranks, d_in, d_out = numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
         x, y = numba.carray(inputs, (rows, d_in)), numba.carray(results, (rows, d_out))
-        a, b, weight = (
-            numba.carray(first, (ranks, d_in)),
-            numba.carray(second, (ranks, d_out)),
-            numba.carray(weights, (rows, ranks)),
-        )
+        a = numba.carray(addresses[0], (ranks, d_in), np.float32)
+        b = numba.carray(addresses[1], (ranks, d_out), np.float32)
+        weight = numba.carray(addresses[2], (rows, ranks), np.float32)
         wide, delta = np.empty(d_in, np.float32), np.empty(d_out, np.float32)
         for row in range(rows):
             for i in range(d_in):
@@ -103,6 +127,7 @@ def _compiled() -> Callable[..., None] | None:
             for i in range(d_out):
                 y[row, i] = rounded(widened(y[row, i]) + delta[i])
 
-    call = ctypes.PYFUNCTYPE(None, *[ctypes.c_ssize_t] * 10)(cast(int, add.address))
+    # Addresses are handed over in half the time that other integers take.
+    call = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 4)(cast(int, add.address))
     call.compiled = add  # type: ignore[attr-defined]  # as long as it can be called
     return call

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.library_attributes import is_as_it_was
 from gatewise.internals.torch_modules import called_directly, has_forward_hooks, is_plain
 from gatewise.serving.products import BASE, Gathered, Part, Request, rows_side_by_side
 
@@ -195,7 +196,7 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
     """The forward that a layer has during one call."""
     module: nn.Module = layer.base_layer
     base = called_directly(module)
-    theirs, before = type(layer).forward, (layer.active_adapters, layer.disable_adapters)
+    theirs, is_unchanged = type(layer).forward, is_as_it_was(layer)
     names, rows = batch.names, None if batch.names is None else len(batch.names)
     parts: list[Part] | None = []
     gathered: Gathered | None = None
@@ -207,10 +208,8 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
             known, parts = True, _parts(layer, batch, x)
         if (
             parts is None
-            or (layer.active_adapters, layer.disable_adapters) != before
-            or bool(layer.merged_adapters)
-            or layer.training
-            or (rows is not None and len(x) != rows)
+            or not is_unchanged()
+            or (rows is not None and x.shape[0] != rows)
             or args
             or kwargs
             or torch.is_grad_enabled()

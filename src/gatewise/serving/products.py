@@ -198,14 +198,16 @@ class Gathered:
         self._is_cast = inner != self.dtype
         if self._is_cast:
             second, alpha = second * alpha, 1.0
-        self._first, self._second = first.to(inner).contiguous().t(), second.to(inner).t().contiguous()
+        # A compiled step reads A where it lies now, and the model may move its parameters.
+        first = first.to(inner, copy=self._is_cast and isinstance(first, nn.Parameter))
+        self._first, self._second = first.contiguous().t(), second.to(inner).t().contiguous()
         self._weight = None if weight is None else weight.to(inner).contiguous()[:, None]
         self._alpha, self._layout, self._in_place = alpha, layout, in_place
         self._step = None
         if self._is_cast and self.dtype == torch.bfloat16:
             columns = len(first) if layout is None else layout.columns.shape[1]
             if len(result) * columns * (first.shape[1] + second.shape[0]) <= MOST:
-                self._step = step_of(self._first.t(), self._second, self._weight)
+                self._step = step_of(self._first.t(), self._second, self._weight, len(result))
         # How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all. It is not
         # where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
         self._longest = inf
@@ -222,13 +224,16 @@ class Gathered:
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
+        if (step := self._step) is not None:
+            if self._in_place:
+                if step(x, result):
+                    return result
+            elif step(x, copied := result.clone()):
+                return copied
         into = self._in_place and result.is_contiguous()
-        step = self._step
-        if step is not None and x.ndim == 3 and x.shape[1] == 1 and x.dtype == self.dtype == result.dtype and not _is_recorded(x):
-            total = result if into else result.clone(memory_format=torch.contiguous_format)
-            if step(x.contiguous(), total):
-                return total
         first, second, weight = self._first, self._second, self._weight
+        if weight is not None and x.ndim == 3 and x.shape[0] != weight.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows were given, expected the request's {weight.shape[0]}")
         tokens = x.shape[1] if x.ndim == 3 else prod(x.shape[1:-1])
         if tokens > self._longest:
             (first, second), weight = self._by_row(), None
@@ -254,12 +259,6 @@ class Gathered:
         gates = pad(weight[:, 0], (0, 1)).gather(1, columns)
         first, second = (pad(one, (0, 0, 0, 1))[columns] for one in (self._first.t(), self._second))
         return first.mT, second * gates[..., None]
-
-
-def _is_recorded(x: Tensor) -> bool:
-    """Whether what is computed of x becomes a graph or a gradient, which would not hold a call that is not PyTorch's."""
-    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return is_graph or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
 
 
 @contextmanager
